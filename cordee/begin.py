@@ -1,0 +1,223 @@
+"""Everything that happens before a rank exists: settle, check, look at the folder, lay out the data.
+
+Paper but for numpy: the launching process needs no torch. Whatever is wrong with the command or its
+input is found here, before anything is started or written. Not here: the run itself (`train.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cordee.config.check import DEFAULT_MINUTES, check
+from cordee.config.load import differences, dump, flatten, load, override
+from cordee.config.run import Run
+from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
+from cordee.data.prepare import check_length, prepare, resolve
+from cordee.data.source import DatasetInfo, is_dataset, read_info
+from cordee.dist.launch import launch
+from cordee.dist.start import Launched, launched
+from cordee.errors import ConfigError, DataError
+from cordee.metrics.sinks import read_lines
+from cordee.plan.cluster import local_cluster
+from cordee.plan.plan import Plan, make_plan
+
+RUN_FILE = "run.toml"
+PLAN_FILE = "plan.json"
+DATA_FOLDER = "data"
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run's folder says: new, to be resumed, or finished (then `finished` is its event)."""
+
+    resumes: bool
+    finished: dict[str, Any] | None
+
+
+def settle(run: Run) -> Run:
+    """Fills what depends on other keys: name, folder and a limit; checks everything on paper."""
+    name = run.run.name or run.model.preset
+    values: dict[str, Any] = {"run.name": name, "run.dir": run.run.dir or f"runs/{name}"}
+    if not (run.run.steps or run.run.tokens or run.run.minutes):
+        values["run.minutes"] = DEFAULT_MINUTES
+    settled = override(run, values)
+    check(settled)
+    return settled
+
+
+def look(run: Run) -> Standing:
+    """Reads the run's folder; ConfigError when it belongs to another run or may not be resumed."""
+    folder = Path(run.run.dir)
+    kept = folder / RUN_FILE
+    if not kept.exists():
+        _refuse_foreign(folder)
+        return Standing(False, None)
+    other = load(str(kept)).run
+    changed = differences(other, run)
+    if changed:
+        shown = {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
+        raise ConfigError(
+            f"the folder {folder} belongs to another run; these keys differ (there -> here)",
+            values=shown,
+            fix=f"run.dir={_free_name(folder)}, or the same keys again to go on with that run",
+        )
+    if run.run.resume == "never":
+        raise ConfigError(
+            "the folder holds a run already and run.resume=never",
+            values={"run.dir": str(folder)},
+            fix=f"run.dir={_free_name(folder)}, or run.resume=auto",
+        )
+    events = read_lines(folder / "events.jsonl")
+    last = events[-1] if events else {}
+    return Standing(True, last if last.get("event") == "finished" else None)
+
+
+def lay_out_data(run: Run) -> DatasetInfo:
+    """The run's dataset: a prepared folder as it is, anything else as a snapshot in the run.
+
+    A snapshot makes later changes of the source harmless. DataError when it is shorter than a
+    sequence; then nothing stays behind.
+    """
+    folder = Path(run.run.dir)
+    existed = folder.exists()
+    place = folder / DATA_FOLDER
+    if is_dataset(place):
+        info = read_info(place)
+    else:
+        spec, tokens = run.data.path, run.data.tokens or None
+        info = prepare(spec, place, run.data.held_out, run.run.seed, tokens)
+    try:
+        check_length(info, run.data.sequence)
+    except DataError:
+        shutil.rmtree(place if existed else folder, ignore_errors=True)
+        raise
+    return info
+
+
+def record(run: Run, plan: Plan) -> None:
+    """Writes run.toml (only once) and plan.json (of this start) into the run's folder."""
+    folder = Path(run.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RUN_FILE).exists():
+        _write_whole(folder / RUN_FILE, dump(run))
+    _write_whole(folder / PLAN_FILE, plan.to_json() + "\n")
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Holds the run's folder; ConfigError when another process has it. Freed by any death."""
+    folder = Path(run.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise ConfigError(
+                "another process trains in this folder",
+                values={"run.dir": str(folder), "pid": stream.read().strip() or "unknown"},
+                fix=f"wait for it, or run.dir={_free_name(folder)}",
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def launch_ranks(run: Run, plan: Plan) -> int:
+    """Starts the plan's ranks of this very run on this machine; their exit code."""
+    words = [f"{key}={value}" for key, value in _overrides(run).items()]
+    command = ["-m", "cordee", "train", *words]
+    return launch(command, plan.processes, plan.threads)
+
+
+def _overrides(run: Run) -> dict[str, str]:
+    """The run as overrides on the default: what the ranks' command line needs."""
+    before = flatten(override(Run(), {"model.preset": run.model.preset}))
+    return {
+        key: str(value).lower() if isinstance(value, bool) else str(value)
+        for key, value in flatten(run).items()
+        if before[key] != value or key.startswith("model.")
+    }
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder with a run's records but no run.toml is damaged or not ours."""
+    strays = [n for n in ("metrics.jsonl", "checkpoints") if (folder / n).exists()]
+    if strays:
+        raise ConfigError(
+            "the folder holds records of a run but no run.toml",
+            values={"run.dir": str(folder), "found": strays},
+            fix=f"run.dir={_free_name(folder)}",
+        )
+
+
+def _free_name(folder: Path) -> str:
+    number = 2
+    while folder.with_name(f"{folder.name}-{number}").exists():
+        number += 1
+    return str(folder.with_name(f"{folder.name}-{number}"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that may begin: settled, checked, planned. `launches`: this process starts ranks."""
+
+    run: Run
+    plan: Plan
+    told: Launched
+    standing: Standing
+    launches: bool
+
+
+def get_ready(run: Run, processes: int | None = None) -> Ready:
+    """Everything that can be found wrong before anything is started or written.
+
+    `processes` overrides what the run wants (1 for parts that cannot travel). When ranks are to be
+    launched, the data is laid out here, by the one process there is.
+    """
+    run = settle(run)
+    standing = look(run)
+    told = launched()
+    wanted = _processes(run, told, processes)
+    plan = make_plan(run, local_cluster(), vocabulary_of(run), wanted)
+    if standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
+        resolve(run.data.path)
+    launches = plan.processes > 1 and not told.by_launcher and standing.finished is None
+    if launches:
+        with locked(run):
+            lay_out_data(run)
+    return Ready(run, plan, told, standing, launches)
+
+
+def vocabulary_of(run: Run) -> int:
+    """Size of the vocabulary before the data is read."""
+    if is_dataset(Path(run.data.path)):
+        return read_info(Path(run.data.path)).vocabulary
+    return MARKOV_SYMBOLS if run.data.path == MARKOV else 256
+
+
+def _processes(run: Run, told: Launched, forced: int | None) -> int | None:
+    if not told.by_launcher:
+        return forced
+    if run.launch.processes not in ("auto", told.size):
+        raise ConfigError(
+            "the launcher started another number of ranks than the run wants",
+            values={"launch.processes": run.launch.processes, "ranks": told.size},
+            fix="leave launch.processes out under a launcher",
+        )
+    return told.size

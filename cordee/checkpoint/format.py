@@ -1,0 +1,373 @@
+"""What a checkpoint is: folder and file names, pieces of tensors, checksums, the sealed manifest.
+
+A folder `step-00000020.g3` holds safetensors files and `manifest.json`; it is complete exactly when
+the manifest is there. Not here: writing (`save`), reading tensors (`load`), anything about ranks
+that talk. Traded away: other writers. A file must have the one header that its manifest implies,
+byte for byte, so that no header from outside is ever parsed; and one manifest (64 MiB, about half a
+million pieces) describes the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from cordee.errors import CheckpointError
+
+FORMAT = "cordee-checkpoint-1"
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 8 << 20
+JSON_LIMIT_BYTES = 64 << 20
+HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
+ELEMENTS_LIMIT = 1 << 59  # of a tensor, empty dims counted as one; its bytes fit in 63 bits
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "U16": torch.uint16,
+        "I16": torch.int16,
+        "U32": torch.uint32,
+        "I32": torch.int32,
+        "U64": torch.uint64,
+        "I64": torch.int64,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+    }
+)
+DTYPE_CODES: Mapping[torch.dtype, str] = MappingProxyType({d: c for c, d in DTYPES.items()})
+
+
+class SaveStatus(enum.IntEnum):
+    """Where one rank stands with its save; a number, so that ranks can agree on it."""
+
+    IDLE = 0
+    WRITING = 1
+    WRITTEN = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [row_start, row_start + len(tensor)) of dim 0 of the tensor `name`.
+
+    A scalar has `global_shape` () and `row_start` 0. Each row of a tensor belongs to one piece of
+    one rank; rows that are missing or held twice make the commit fail.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    global_shape: tuple[int, ...]
+    row_start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceEntry:
+    """A piece as the manifest knows it; `dtype` is a safetensors code, `shape` the global one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    row_start: int
+    rows: int
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the whole tensor; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape[1:])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the piece."""
+        return self.rows * self.row_bytes
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the piece itself, as the safetensors header has it."""
+        return (self.rows, *self.shape[1:]) if self.shape else ()
+
+    @property
+    def key(self) -> str:
+        """The name inside the file: `name`, or `name#rowstart` if it is not the whole tensor."""
+        return self.name if self.rows == self.total_rows else f"{self.name}#{self.row_start}"
+
+    @property
+    def order(self) -> tuple[int, str, int]:
+        """Sort key inside a file: wide dtypes first, so that all data is aligned without holes."""
+        return (-DTYPES[self.dtype].itemsize, self.name, self.row_start)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for entries that no writer of ours makes."""
+        if not self.name.isprintable() or "#" in self.name or self.name in ("", "__metadata__"):
+            raise ValueError(f"{self.name[:80]!r} cannot be a tensor's name")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.name}: a dtype that is not one of {', '.join(DTYPES)}")
+        elements = math.prod(max(dim, 1) for dim in self.shape[:64])
+        if len(self.shape) > 64 or min(self.shape, default=0) < 0 or elements > ELEMENTS_LIMIT:
+            raise ValueError(f"{self.name[:80]}: an impossible shape")
+        if self.row_start < 0 or self.rows < 0 or self.row_start + self.rows > self.total_rows:
+            raise ValueError(f"{self.name}: rows outside the tensor's {self.total_rows}")
+
+
+def entry_of(piece: Piece) -> PieceEntry:
+    """The manifest's view of a piece. ValueError if it cannot be stored."""
+    tensor, shape = piece.tensor, tuple(int(dim) for dim in piece.global_shape)
+    if tensor.dtype not in DTYPE_CODES or tensor.layout is not torch.strided or tensor.is_meta:
+        raise ValueError(f"{piece.name}: {tensor.dtype}, {tensor.layout} on {tensor.device}")
+    entry = PieceEntry(
+        name=piece.name,
+        dtype=DTYPE_CODES[tensor.dtype],
+        shape=shape,
+        row_start=piece.row_start,
+        rows=tensor.shape[0] if tensor.ndim else 1,
+    )
+    if tuple(tensor.shape) != entry.stored_shape:
+        raise ValueError(f"{piece.name}: {tuple(tensor.shape)} is not some rows of {shape}")
+    return entry
+
+
+class FileLayout(NamedTuple):
+    """The start of a file (length word and header), where each piece begins, the file's size."""
+
+    head: bytes
+    offsets_bytes: list[int]
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One safetensors file: its size, the xxh3-128 of each 8 MiB, its pieces in file order.
+
+    The fields are the keys of the JSON.
+    """
+
+    file: str
+    bytes: int
+    chunks: tuple[str, ...]
+    pieces: tuple[PieceEntry, ...]
+
+    @functools.cached_property
+    def layout(self) -> FileLayout:
+        """Where everything is in the file."""
+        return layout(self.pieces)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A piece and where its bytes begin."""
+
+    entry: PieceEntry
+    file: str
+    offset_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFolder:
+    """A checkpoint folder as found; complete when it has a manifest, verified or not."""
+
+    step: int
+    generation: int
+    path: Path
+    complete: bool
+
+
+def folder_name(step: int, generation: int) -> str:
+    """`step-00000020.g3`; a generation never writes where another one wrote."""
+    return f"step-{step:08d}.g{generation}"
+
+
+def file_name(rank: int) -> str:
+    """The safetensors file of a writer."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def part_name(rank: int) -> str:
+    """Where a writer says what it wrote, until the manifest has it."""
+    return f"rank-{rank:05d}.json"
+
+
+def scan(folder: Path) -> list[StepFolder]:
+    """Checkpoint folders, newest (step, generation) first; links are not followed. OSError."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = re.fullmatch(r"step-([0-9]{8,18})\.g([0-9]{1,18})", entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                path = folder / entry.name
+                done = os.path.lexists(path / MANIFEST)
+                step, generation = int(match[1]), int(match[2])
+                found.append(StepFolder(step=step, generation=generation, path=path, complete=done))
+    return sorted(found, key=lambda f: (f.step, f.generation), reverse=True)
+
+
+def digest(blocks: Iterable[memoryview]) -> str:
+    """xxh3-128 of one chunk given in blocks, 32 hex digits; runs without the interpreter lock."""
+    state = xxhash.xxh3_128()
+    for block in blocks:
+        state.update(block)
+    return state.hexdigest()
+
+
+def layout(pieces: Sequence[PieceEntry]) -> FileLayout:
+    """The file that holds these pieces, which are in file order; offsets count from its start.
+
+    ValueError if they are not in order, if a key comes twice, or if the header is longer than the
+    safetensors library reads.
+    """
+    if any(a.order >= b.order for a, b in itertools.pairwise(pieces)):
+        raise ValueError("pieces out of order, or one of them twice")
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = [], 0
+    for piece in pieces:
+        starts.append(end)
+        end += piece.size_bytes
+        shape, span = list(piece.stored_shape), [starts[-1], end]
+        table[piece.key] = {"dtype": piece.dtype, "shape": shape, "data_offsets": span}
+    if len(table) != len(pieces) + 1:
+        raise ValueError("two pieces with one key")
+    text = json.dumps(table, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes; the limit is {HEADER_LIMIT_BYTES}")
+    head = len(text).to_bytes(8, "little") + text
+    return FileLayout(head, [len(head) + start for start in starts], len(head) + end)
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII. ValueError for NaN, TypeError
+    for what is not JSON, RecursionError for what is nested too deeply."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """The body with format and SHA-256, ready to be written."""
+    sha256 = hashlib.sha256(canonical(body)).hexdigest()
+    return canonical({"format": FORMAT, "sha256": sha256, "body": body})
+
+
+def unseal(raw: bytes) -> object:
+    """The body of a sealed text. ValueError unless it is, byte for byte, what `seal` makes.
+
+    Comparing the whole text finds flips that mean the same to a JSON reader (1e5 and 1E5).
+    """
+    try:
+        document = json.loads(raw.decode("ascii"))
+        form, sha256, body = fields(document, {"format": str, "sha256": str, "body": dict})
+        if form != FORMAT:
+            raise ValueError(f"format is {form[:40]!r}, not {FORMAT!r}")
+        if hashlib.sha256(canonical(body)).hexdigest() != sha256:
+            raise ValueError("the SHA-256 does not match its content")
+        if canonical(document) != raw:
+            raise ValueError("not in canonical form")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return body
+
+
+def fields(value: object, kinds: Mapping[str, type]) -> list[Any]:
+    """The values of a JSON object that has exactly these keys of exactly these types."""
+    if type(value) is not dict or value.keys() != kinds.keys():
+        raise ValueError(f"expected an object with exactly {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if type(value[key]) is not kind:
+            raise ValueError(f"{key} is not of type {kind.__name__}")
+    return [value[key] for key in kinds]
+
+
+def parse_file(value: object) -> FileEntry:
+    """A file entry out of JSON, consistent in itself. ValueError says what is wrong."""
+    kinds = {"file": str, "bytes": int, "chunks": list, "pieces": list}
+    name, size_bytes, chunks, pieces = fields(value, kinds)
+    if not re.fullmatch(r"rank-[0-9]{5,9}\.safetensors", name):
+        raise ValueError(f"{name[:80]!r} is not a plain file name of a writer")
+    kinds = {"name": str, "dtype": str, "shape": list, "row_start": int, "rows": int}
+    entries = []
+    for piece in pieces:
+        tensor, dtype, shape, row_start, rows = fields(piece, kinds)
+        if any(type(dim) is not int for dim in shape):
+            raise ValueError(f"{name}: a shape that is not whole numbers")
+        entries.append(
+            PieceEntry(name=tensor, dtype=dtype, shape=tuple(shape), row_start=row_start, rows=rows)
+        )
+    if not all(type(chunk) is str and len(chunk) == 32 for chunk in chunks):
+        raise ValueError(f"{name}: a checksum that is not 32 hex digits")
+    file = FileEntry(file=name, bytes=size_bytes, chunks=tuple(chunks), pieces=tuple(entries))
+    if file.layout.size_bytes != size_bytes or len(chunks) != -(-size_bytes // CHUNK_BYTES):
+        raise ValueError(f"{name}: size, chunks and pieces contradict each other")
+    return file
+
+
+def tile(files: Iterable[FileEntry]) -> dict[str, list[Placed]]:
+    """Where the rows of each tensor are, in row order. ValueError unless each row is held once."""
+    tensors: dict[str, list[Placed]] = {}
+    seen: set[str] = set()
+    for file in files:
+        if file.file in seen:
+            raise ValueError(f"{file.file} is listed twice")
+        seen.add(file.file)
+        for entry, offset_bytes in zip(file.pieces, file.layout.offsets_bytes, strict=True):
+            tensors.setdefault(entry.name, []).append(Placed(entry, file.file, offset_bytes))
+    for name, placed in tensors.items():
+        placed.sort(key=lambda p: p.entry.row_start)
+        first, row = placed[0].entry, 0
+        for piece in placed:
+            entry = piece.entry
+            if (entry.dtype, entry.shape) != (first.dtype, first.shape):
+                raise ValueError(f"{name}: its pieces differ in dtype or global shape")
+            if entry.row_start != row:
+                raise ValueError(f"{name}: rows are missing or held twice at row {row}")
+            row += entry.rows
+        if row != first.total_rows:
+            raise ValueError(f"{name}: rows {row} to {first.total_rows} are missing")
+    return tensors
+
+
+def open_plain(path: Path) -> io.FileIO:
+    """Opens a regular file to read, without following a link or waiting on a pipe. OSError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = io.FileIO(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(None, "not a regular file", str(path))
+    return file
+
+
+def read_sealed(path: Path) -> Any:
+    """The body of a sealed file. CheckpointError names the file and what is wrong with it."""
+    try:
+        with io.BufferedReader(open_plain(path)) as file:
+            raw = file.read(JSON_LIMIT_BYTES + 1)
+        if len(raw) > JSON_LIMIT_BYTES:
+            raise ValueError(f"longer than {JSON_LIMIT_BYTES} bytes")
+        return unseal(raw)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error.strerror or error}", values={"file": str(path)}
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: {error}", values={"file": str(path)}) from error

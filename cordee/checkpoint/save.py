@@ -1,0 +1,388 @@
+"""Writes a checkpoint while training goes on: stage, hash and write, part file, manifest, prune.
+
+`begin` copies into buffers that stay (the only stall), a daemon thread hashes and writes, and the
+rename of the manifest by rank 0 is the commit. Not here: agreement between ranks; the caller calls
+`commit` once every rank says WRITTEN, and `finish` afterwards. Traded away: host memory, one copy
+of what this rank writes (pinned memory may round that up to a power of two).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cordee.checkpoint.format import (
+    CHUNK_BYTES,
+    DTYPES,
+    JSON_LIMIT_BYTES,
+    MANIFEST,
+    FileEntry,
+    FileLayout,
+    Piece,
+    PieceEntry,
+    SaveStatus,
+    StepFolder,
+    canonical,
+    digest,
+    entry_of,
+    fields,
+    file_name,
+    folder_name,
+    layout,
+    parse_file,
+    part_name,
+    read_sealed,
+    scan,
+    seal,
+    tile,
+)
+from cordee.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitReport:
+    """A durable checkpoint: its size, seconds from `begin`, and what could not be pruned, if so."""
+
+    step: int
+    path: Path
+    bytes: int
+    seconds: float
+    warning: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One save in flight."""
+
+    step: int
+    generation: int
+    path: Path
+    pieces: tuple[PieceEntry, ...]
+    layout: FileLayout
+    meta: Mapping[str, Any]
+    started_s: float
+
+
+class Saver:
+    """Saves of one rank, one at a time: begin, poll or join, commit (rank 0), finish.
+
+    `folder` is the run's `checkpoints`; its parent must exist, so that a run that was deleted or
+    unmounted is not made anew somewhere else. `keep` complete checkpoints remain. `point(name,
+    step)` is called where a fault may be injected; an OSError it raises counts as the disk's.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, world: int, keep: int, point: Callable[[str, int], None]
+    ) -> None:
+        if not 0 <= rank < world or keep < 1:
+            raise CheckpointError(
+                "a saver needs 0 <= rank < world and keeps at least one checkpoint",
+                values={"rank": rank, "world": world, "keep": keep},
+            )
+        self._folder, self._rank, self._world, self._keep = Path(folder), rank, world, keep
+        self._point = point
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._job: _Job | None = None
+        self._thread: threading.Thread | None = None
+        self._status = SaveStatus.IDLE
+        self._failure: str | None = None
+        self._owns_files = False  # while the folder may hold a complete checkpoint
+        self._committed = False
+
+    @property
+    def failure(self) -> str | None:
+        """Why the save FAILED, in a sentence with the operating system's reason."""
+        return self._failure
+
+    def poll(self) -> SaveStatus:
+        """The status now, without waiting."""
+        return self._status
+
+    def join(self, timeout_s: float | None = None) -> SaveStatus:
+        """Waits for the writing thread, at most `timeout_s`; the status then."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._status
+
+    def begin(
+        self, step: int, generation: int, pieces: Sequence[Piece], meta: Mapping[str, Any]
+    ) -> None:
+        """Copies the pieces and starts to write them; the tensors may change once this returns.
+
+        `meta` is JSON and is kept from rank 0. CheckpointError: a save is in flight, or a piece or
+        `meta` cannot be written. What the disk refuses shows later, as FAILED.
+        """
+        if self._status is not SaveStatus.IDLE:
+            raise CheckpointError(
+                "a save is in flight",
+                values={"step": step, "status": self._status.name},
+                fix="call finish() on every rank before the next begin()",
+            )
+        started_s = time.monotonic()
+        try:
+            _check_json(meta)
+            meta = json.loads(canonical(dict(meta)))
+            pairs = sorted(
+                ((entry_of(p), p.tensor) for p in pieces), key=lambda pair: pair[0].order
+            )
+            pairs = [(e, t) for e, t in pairs if e.rows or not e.total_rows]
+            entries = tuple(entry for entry, _ in pairs)
+            plan = layout(entries)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"this cannot be saved: {error}", values={"step": step, "rank": self._rank}
+            ) from error
+        job = self._job = _Job(
+            step=step,
+            generation=generation,
+            path=self._folder / folder_name(step, generation),
+            pieces=entries,
+            layout=plan,
+            meta=meta,
+            started_s=started_s,
+        )
+        self._failure, self._owns_files, self._committed = None, False, False
+        try:
+            self._point("save.stage", step)
+            self._stage(job, [tensor for _, tensor in pairs])
+            thread = threading.Thread(target=self._write, args=(job,), daemon=True)
+            self._status = SaveStatus.WRITING
+            thread.start()
+            self._thread = thread
+        except (OSError, MemoryError, RuntimeError) as error:  # no memory, no thread
+            self._fail(job, error)
+
+    def commit(self) -> CommitReport | None:
+        """Rank 0, once every rank is WRITTEN: merges the parts, renames the manifest, prunes.
+
+        None if it did not happen; the status is then FAILED and `failure` says why.
+        """
+        job = self._job
+        if self._rank != 0 or self._status is not SaveStatus.WRITTEN or job is None:
+            raise CheckpointError(
+                "only rank 0 commits, once, and only what is written",
+                values={"rank": self._rank, "status": self._status.name},
+            )
+        try:
+            parts = [_read_part(job, rank) for rank in range(self._world)]
+            tile(parse_file(part) for part in parts)
+            body = {"step": job.step, "generation": job.generation, "meta": job.meta}
+            self._point("save.manifest", job.step)
+            _write_sealed(
+                job.path / MANIFEST,
+                {**body, "files": parts},
+                lambda: self._point("save.rename", job.step),
+            )
+            _fsync_folder(self._folder)
+        except (OSError, ValueError, CheckpointError) as error:
+            self._fail(job, error)
+            return None
+        self._committed = True
+        return CommitReport(
+            step=job.step,
+            path=job.path,
+            bytes=sum(part["bytes"] for part in parts),
+            seconds=time.monotonic() - job.started_s,
+            warning=self._prune(job),
+        )
+
+    def finish(self) -> None:
+        """Back to IDLE, on every rank, after the commit or a failure; waits for the thread.
+
+        After a failure a rank removes its own files if it failed itself; rank 0 also if another
+        did, as only rank 0 knows that nothing was committed. The folder and what the others wrote
+        stay until rank 0 begins a later save: another rank may already be trying this step again.
+        """
+        self.join()
+        job = self._job
+        failed = self._rank == 0 or self._status is SaveStatus.FAILED
+        if job is not None and failed and self._owns_files and not self._committed:
+            _remove_own(job.path, self._rank)
+        self._job = self._thread = self._failure = None
+        self._status = SaveStatus.IDLE
+
+    def _fail(self, job: _Job, error: Exception | str) -> None:
+        """FAILED, with a sentence; the sentence is there before the status is."""
+        reason = error.what if isinstance(error, CheckpointError) else str(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            name = errno.errorcode.get(error.errno, str(error.errno))
+            reason = f"{error.strerror} ({name})"
+        self._failure = (
+            f"step {job.step} is not saved: {reason}; rank {self._rank} had "
+            f"{job.layout.size_bytes} bytes to write into {job.path}"
+        )
+        self._status = SaveStatus.FAILED
+
+    def _stage(self, job: _Job, tensors: list[torch.Tensor]) -> None:
+        """Lays out the whole file in the staging buffer, which grows and never shrinks."""
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        head, offsets_bytes, size_bytes = job.layout
+        if self._staging.numel() < size_bytes or (devices and not self._staging.is_pinned()):
+            self._staging = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+            self._staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=bool(devices))
+        self._staging[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        for entry, offset, tensor in zip(job.pieces, offsets_bytes, tensors, strict=True):
+            place = self._staging[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
+            place.view(entry.stored_shape).copy_(tensor.detach(), non_blocking=bool(devices))
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+
+    def _write(self, job: _Job) -> None:
+        """The thread: folder, own file, part file. Ends WRITTEN or FAILED, whatever happens."""
+        try:
+            self._open_folder(job)
+            entry = self._write_file(job)
+            self._point("save.part", job.step)
+            _write_sealed(
+                job.path / part_name(self._rank),
+                {"step": job.step, "generation": job.generation, "file": asdict(entry)},
+            )
+            self._status = SaveStatus.WRITTEN
+        except (OSError, ValueError) as error:
+            self._fail(job, error)
+        finally:
+            if self._status is SaveStatus.WRITING:
+                self._fail(job, "the writing thread died")
+
+    def _open_folder(self, job: _Job) -> None:
+        """Makes the folders, refuses one with a complete checkpoint, clears dead ones (rank 0)."""
+        for folder in (self._folder, job.path):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                _fsync_folder(folder.parent)
+        if os.path.lexists(job.path / MANIFEST):
+            raise FileExistsError(errno.EEXIST, "there is a complete checkpoint already")
+        if self._rank == 0:  # they may be what fills the disk
+            for dead in _dead(scan(self._folder), job):
+                _remove(dead)
+        self._owns_files = True
+
+    def _write_file(self, job: _Job) -> FileEntry:
+        """Writes and fsyncs the staged file; a second thread hashes it meanwhile."""
+        data = self._staging.numpy().data[: job.layout.size_bytes]
+        chunks: list[str] = []
+
+        def hash_chunks() -> None:
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunks.append(digest([data[start : start + CHUNK_BYTES]]))
+
+        hasher = threading.Thread(target=hash_chunks, daemon=True)
+        path, middle = job.path / file_name(self._rank), len(data) // 2
+        path.unlink(missing_ok=True)  # what a failed save of this very step left
+        hasher.start()
+        try:
+            with open(path, "xb", buffering=0) as file:
+                for start, stop in ((0, middle), (middle, len(data))):
+                    if start:
+                        self._point("save.write", job.step)
+                    while start < stop:
+                        start += file.write(data[start : min(start + CHUNK_BYTES, stop)])
+                os.fsync(file.fileno())
+        finally:
+            hasher.join()  # it reads the staging buffer
+        return FileEntry(file=path.name, bytes=len(data), chunks=tuple(chunks), pieces=job.pieces)
+
+    def _prune(self, job: _Job) -> str | None:
+        """Removes what is older than the commit and not to be kept; a sentence if it cannot."""
+        try:
+            self._point("save.delete", job.step)
+            for rank in range(self._world):
+                (job.path / part_name(rank)).unlink(missing_ok=True)
+            found = scan(self._folder)
+        except OSError as error:
+            return f"nothing was pruned: {error.strerror or error}"
+        mine = (job.step, job.generation)
+        old = [f.path for f in found if f.complete and (f.step, f.generation) < mine]
+        gone = old[self._keep - 1 :] + _dead(found, job)
+        left = [path.name for path in gone if not _remove(path)]
+        return f"these could not be removed: {', '.join(left)}" if left else None
+
+
+def _dead(found: Sequence[StepFolder], job: _Job) -> list[Path]:
+    """Half-written folders of earlier steps of this start, and of any step of earlier starts."""
+    mine = (job.generation, job.step)
+    return [f.path for f in found if not f.complete and (f.generation, f.step) < mine]
+
+
+def _check_json(value: Any, depth: int = 0) -> None:
+    """Keys must be text (JSON would make "1" of 1) and nests shallow enough for any reader."""
+    if depth > 100:
+        raise ValueError("meta is nested more than 100 deep")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("meta has a key that is not text")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_json(part, depth + 1)
+
+
+def _read_part(job: _Job, rank: int) -> dict[str, Any]:
+    """What one rank wrote, as its part file says. ValueError or CheckpointError if not so."""
+    kinds = {"step": int, "generation": int, "file": dict}
+    step, generation, part = fields(read_sealed(job.path / part_name(rank)), kinds)
+    if (step, generation, part.get("file")) != (job.step, job.generation, file_name(rank)):
+        raise ValueError(f"the part file of rank {rank} is of another save")
+    if os.stat(job.path / file_name(rank)).st_size != part.get("bytes"):
+        raise ValueError(f"{file_name(rank)} has not the size its writer says")
+    return dict(part)
+
+
+def _write_sealed(
+    path: Path, body: Mapping[str, Any], between: Callable[[], None] = lambda: None
+) -> None:
+    """Temporary file, fsync, `between`, rename, fsync of the folder. OSError, ValueError."""
+    raw = seal(body)
+    if len(raw) > JSON_LIMIT_BYTES:
+        raise ValueError(f"{path.name} would have {len(raw)} bytes; limit {JSON_LIMIT_BYTES}")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    between()
+    os.replace(temporary, path)
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, where the file system has that for folders."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> bool:
+    """Removes a checkpoint, its manifest first, so that no moment shows a half one as complete."""
+    try:
+        (path / MANIFEST).unlink(missing_ok=True)
+    except OSError:
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)
+
+
+def _remove_own(path: Path, rank: int) -> None:
+    """Removes what a rank wrote, as far as the disk allows; of rank 0 the manifest first."""
+    patterns = [f"{MANIFEST}*"] if rank == 0 else []
+    with contextlib.suppress(OSError):
+        for pattern in [*patterns, part_name(rank).replace("json", "*")]:
+            for file in path.glob(pattern):
+                file.unlink()

@@ -1,0 +1,76 @@
+"""How every verb reads its words: a file, `key=value` or `--key value`, and the verb's own flags.
+
+Not here: what the keys mean (`config/load.py`). argparse reads the flags; dotted options are turned
+into overrides first, because argparse cannot know them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cordee.config.load import Loaded, load
+from cordee.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Words:
+    """A command line in parts: flags (argparse), a TOML file, overrides and other words."""
+
+    flags: argparse.Namespace
+    file: str | None
+    overrides: tuple[str, ...]
+    rest: tuple[str, ...]
+
+    def load(self) -> Loaded:
+        """The run that the file and the overrides describe."""
+        return load(self.file, self.overrides)
+
+
+def parser(verb: str, summary: str, example: str, words: str = "") -> argparse.ArgumentParser:
+    """A parser whose --help shows what the verb does, its words and an example."""
+    made = argparse.ArgumentParser(
+        prog=f"cordee {verb}",
+        usage=f"cordee {verb} {words}".strip(),
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+def read(made: argparse.ArgumentParser, argv: Sequence[str], *, rest: int = 0) -> Words:
+    """Parses `argv`; at most `rest` words may be neither a file nor an override."""
+    flags = made.parse_args(_dotted_as_overrides(argv))
+    overrides = tuple(word for word in flags.words if "=" in word)
+    files = [w for w in flags.words if "=" not in w and w.endswith(".toml")]
+    others = [w for w in flags.words if "=" not in w and not w.endswith(".toml")]
+    if len(files) > 1 or len(others) > rest:
+        extra = files[1:] if len(files) > 1 else others[rest:]
+        raise ConfigError(
+            "there is a word too many",
+            values={"word": extra[0], "command": made.prog},
+            fix=f"{made.usage}, with overrides as key=value",
+        )
+    return Words(flags, files[0] if files else None, overrides, tuple(others))
+
+
+def say(text: str) -> None:
+    """A line for the person, on standard error, so that --json has standard output alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _dotted_as_overrides(argv: Sequence[str]) -> list[str]:
+    """`--a.b v` and `--a.b=v` become `a.b=v`; everything else stays."""
+    turned: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0]
+        if word.startswith("--") and "." in name:
+            turned.append(word[2:] if "=" in word else f"{word[2:]}={next(words, '')}")
+        else:
+            turned.append(word)
+    return turned

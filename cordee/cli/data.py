@@ -1,0 +1,51 @@
+"""`cordee data`: prepare text as shards once, look at a dataset, check every byte of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cordee.cli.arguments import parser, read
+from cordee.data.prepare import inspect, prepare, verify
+from cordee.errors import ConfigError
+
+
+def run(argv: list[str]) -> int:
+    """See --help."""
+    made = parser(
+        "data",
+        "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards.\n"
+        "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.",
+        'cordee data prepare "docs/**/*.md" shards --held-out 0.05\n'
+        "  cordee data inspect shards\n"
+        "  cordee train data.path=shards",
+        "prepare SOURCE FOLDER | inspect FOLDER | verify FOLDER [--json]",
+    )
+    made.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
+    made.add_argument("--seed", type=int, default=0, help="chooses what is held out")
+    made.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+    words = read(made, argv, rest=3)
+    match words.rest:
+        case ("prepare", source, folder):
+            flags = words.flags
+            info = prepare(source, Path(folder), flags.held_out, flags.seed, flags.tokens or None)
+            known: dict[str, Any] = inspect(info.folder)
+        case ("inspect", folder):
+            known = inspect(Path(folder))
+        case ("verify", folder):
+            known = verify(Path(folder))
+        case _:
+            raise ConfigError(
+                "data prepares, inspects or verifies",
+                values={"words": list(words.rest)},
+                fix="cordee data prepare SOURCE FOLDER",
+            )
+    if words.flags.json:
+        print(json.dumps(known))
+    else:
+        width = max(map(len, known))
+        for key, value in known.items():
+            print(f"{key:<{width}}  {value}")
+    return 0

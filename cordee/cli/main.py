@@ -1,0 +1,73 @@
+"""The `cordee` command: verbs, help and exit codes. A verb imports only its own file.
+
+Exit codes: 0 done, 1 failed, 2 the command or its input is wrong (nothing was started or written).
+A run that was asked to leave by a signal ends with 128 + its number, as a shell says it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cordee import __version__
+from cordee.errors import ConfigError, CordeeError
+
+VERBS = {
+    "train": "train, or go on with a run: cordee train [CONFIG.toml] [key=value ...]",
+    "plan": "legal layouts of these devices, ranked by memory and time, with reasons",
+    "lr": "find a learning rate by experiment: a band, a table, a picture",
+    "report": "one HTML page of a run: loss, gradients, speed, events",
+    "sample": "let a trained model write",
+    "data": "prepare, inspect or verify a dataset",
+    "export": "weights of a run as one safetensors file",
+    "fingerprint": "SHA-256 of the weights of a run or checkpoint",
+    "config": "explain a key, or show the resolved run",
+    "doctor": "check this machine: environment, exchange, restart",
+}
+
+HELP = """cordee: trains models on whatever devices there are; the same descent on all of them
+
+usage: cordee VERB [CONFIG.toml] [key=value ...] [--json]
+
+{verbs}
+
+first run   cordee train                      (2 CPU cores, no download, under 2 minutes)
+any key     cordee config explain optim.lr    (or a whole section: optim)
+a verb      cordee train --help
+exit codes  0 done · 1 failed · 2 wrong command or input, nothing started"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(HELP.format(verbs="\n".join(f"  {v:<{width}}  {t}" for v, t in VERBS.items())))
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"cordee {__version__}")
+        return 0
+    try:
+        return _verb(words[0], words[1:])
+    except CordeeError as error:
+        print(f"error: {error.sentence()}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _verb(name: str, rest: list[str]) -> int:
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        raise ConfigError(
+            "there is no such verb",
+            values={"verb": name},
+            fix=f"cordee {near[0]}" if near else "cordee --help",
+        )
+    module = importlib.import_module(f"cordee.cli.{name}")
+    code: int = module.run(rest)
+    return code

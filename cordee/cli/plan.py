@@ -1,0 +1,129 @@
+"""`cordee plan`: what a run will cost, which layout is best, and why not the others.
+
+Paper: it starts no process and imports no torch. The table goes to standard output, as does the one
+JSON object of --json.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from cordee.cli.arguments import Words, parser, read, say
+from cordee.config.check import check
+from cordee.config.presets import model_presets
+from cordee.config.run import ModelSettings, Run
+from cordee.errors import ConfigError
+from cordee.layout.tensors import parameters
+from cordee.plan.cluster import Cluster, local_cluster, read_cluster
+from cordee.plan.plan import Plan, devices_of, finished, make_plan, without_axes
+from cordee.plan.report import assumed, count_text, plan_text
+from cordee.plan.search import Ranking, search
+
+
+def run(argv: list[str]) -> int:
+    """See --help."""
+    made = parser(
+        "plan",
+        "Which layouts these devices can run, what a step of each costs in time, memory and\n"
+        "bytes, and why the others are out. Starts nothing.",
+        "cordee plan small batch.microbatches=16\n"
+        "  cordee plan xl run.precision=bf16 --cluster eight-h100.toml\n"
+        "  cordee plan --models",
+        "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
+        " [--models] [--json] [--save FILE]",
+    )
+    made.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
+    made.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
+    made.add_argument("--vocabulary", type=int, default=256, metavar="N", help="tokens, 256: bytes")
+    made.add_argument("--models", action="store_true", help="list the presets")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+    made.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
+    words = read(made, argv, rest=1)
+    if words.flags.models:
+        print(_models(_at_least("--vocabulary", words.flags.vocabulary, 2), words.flags.json))
+        return 0
+    wanted = _run_of(words)
+    check(wanted)
+    vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
+    top = _at_least("--top", words.flags.top, 1)
+    cluster = read_cluster(words.flags.cluster) if words.flags.cluster else local_cluster()
+    plan = make_plan(wanted, cluster, vocabulary)
+    devices = devices_of(wanted, cluster)
+    ranking = search(without_axes(wanted), devices, vocabulary)
+    if words.flags.save:
+        _save(Path(words.flags.save), plan)
+    if words.flags.json:
+        print(json.dumps(_as_json(wanted, devices, plan, ranking, top)))
+    else:
+        print(plan_text(wanted, devices, plan, ranking, top))
+    return 0
+
+
+def _run_of(words: Words) -> Run:
+    """The run that file and overrides describe; a bare word stands for model.preset=WORD."""
+    if not words.rest:
+        return words.load().run
+    name, presets = words.rest[0], list(model_presets())
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
+        raise ConfigError(
+            "there is no such preset",
+            values={"word": name, "presets": presets},
+            fix=f"did you mean {near[0]}?" if near else "cordee plan --models",
+        )
+    return replace(words, overrides=(f"model.preset={name}", *words.overrides)).load().run
+
+
+def _models(vocabulary: int, as_json: bool) -> str:
+    """The presets with their parameter counts."""
+    presets = model_presets()
+    if as_json:
+        return json.dumps({n: {**asdict(m), "parameters": parameters(m, vocabulary)}
+                           for n, m in presets.items()})  # fmt: skip
+    lines = [_model_line(name, m, parameters(m, vocabulary)) for name, m in presets.items()]
+    return "\n".join([f"{'preset':<8}{'parameters':>22}   shape", *lines])
+
+
+def _model_line(name: str, model: ModelSettings, count: int) -> str:
+    shape = f"{model.layers} layers x width {model.width}, {model.heads} heads, {model.mlp}"
+    return f"{name:<8}{count:>14,} {count_text(count):>7}   {shape}"
+
+
+def _as_json(
+    run: Run, cluster: Cluster, plan: Plan, ranking: Ranking, top: int
+) -> dict[str, object]:
+    ranked = [finished(run, cluster, c, "").to_dict() for c in ranking.ranked[:top]]
+    for row in ranked:
+        del row["why"], row["splits"]
+    return {
+        "picked": plan.to_dict(),
+        "ranked": ranked,
+        "rejected": [asdict(r) for r in ranking.rejected],
+        "assumed": {
+            **asdict(cluster),
+            **{f"{k} (words)": v for k, v in assumed(run, cluster).items()},
+        },
+    }
+
+
+def _at_least(flag: str, value: int, least: int) -> int:
+    if value < least:
+        raise ConfigError(
+            f"{flag} is at least {least}", values={flag: value}, fix=f"{flag} {least}"
+        )
+    return value
+
+
+def _save(path: Path, plan: Plan) -> None:
+    try:
+        path.write_text(plan.to_json() + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"the plan cannot be written: {error.strerror}",
+            values={"--save": str(path)},
+            fix="a path in a folder that exists",
+        ) from error
+    say(f"plan written to {path}")

@@ -1,0 +1,70 @@
+"""`cordee sample`: a trained model writes."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from cordee.cli.arguments import parser, read
+from cordee.cli.places import run_of
+from cordee.config.run import Run
+from cordee.data.source import read_info
+from cordee.errors import ConfigError
+
+
+def run(argv: list[str]) -> int:
+    """See --help."""
+    made = parser(
+        "sample",
+        "Prints text that the run's newest weights write after a prompt.",
+        'cordee sample runs/tiny --prompt "class Node:" --tokens 400 --temperature 0.7',
+        "RUN [--prompt TEXT] [--tokens N] [--temperature T] [--seed N] [--json]",
+    )
+    made.add_argument("--prompt", default="def ", help="text to go on from")
+    made.add_argument("--tokens", type=int, default=300, help="how many tokens to write")
+    made.add_argument("--temperature", type=float, default=0.8, help="0 is always the likeliest")
+    made.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+    words = read(made, argv, rest=1)
+    if not words.rest:
+        raise ConfigError("of which run?", fix="cordee sample runs/tiny")
+    if words.flags.tokens < 1 or words.flags.temperature < 0 or not words.flags.prompt:
+        raise ConfigError(
+            "a sample needs a prompt, at least one token and a temperature of 0 or more",
+            values={n: getattr(words.flags, n) for n in ("prompt", "tokens", "temperature")},
+            fix="--tokens 300 --temperature 0.8",
+        )
+    folder, wanted = run_of(words.rest[0])
+    place = folder / "data"
+    info = read_info(place if place.exists() else Path(wanted.data.path))
+    if info.tokenizer != "bytes":
+        raise ConfigError(
+            "the run's tokens are no text",
+            values={"data.path": wanted.data.path, "tokenizer": info.tokenizer},
+            fix="a run on text, such as data.path=builtin:stdlib",
+        )
+    text, step = _write(words.rest[0], wanted, info.vocabulary, words.flags)
+    if words.flags.json:
+        print(json.dumps({"prompt": words.flags.prompt, "text": text, "step": step}))
+    else:
+        print(text)
+    return 0
+
+
+def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[str, int]:
+    """Builds the model, loads it and lets it write: (text, step of the weights)."""
+    import torch
+
+    from cordee.cli.weights import open_weights, weights
+    from cordee.model.transformer import Transformer
+    from cordee.sample import generate, to_text
+
+    found = open_weights(word)
+    model = Transformer(wanted.model, vocabulary)
+    model.load_state_dict(weights(found))
+    prompt = torch.tensor(list(flags.prompt.encode()), dtype=torch.int64)
+    made = generate(
+        model, prompt, flags.tokens, wanted.data.sequence, flags.temperature, flags.seed
+    )
+    return to_text(made), found.step

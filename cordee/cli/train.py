@@ -1,0 +1,58 @@
+"""`cordee train`: a caller of `cordee.train(run)`, nothing more.
+
+The process that only launches ranks never imports torch, so the first loss comes sooner.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cordee.begin import get_ready, launch_ranks
+from cordee.cli.arguments import parser, read, say
+from cordee.dist.start import launched
+from cordee.metrics.sinks import read_lines
+
+
+def run(argv: list[str]) -> int:
+    """See --help."""
+    made = parser(
+        "train",
+        "Trains; the same command again goes on where the run stands.\n"
+        "Without arguments: a byte model on the text of this Python's standard library.",
+        "cordee train model.preset=small optim.lr=0.01 run.steps=2000 run.dir=runs/mine\n"
+        "  cordee train run.exact=true run.steps=60 launch.processes=4 batch.microbatches=12\n"
+        "  torchrun --nproc-per-node 2 -m cordee train run.steps=100\n\n"
+        "keys: cordee config explain run | model | data | batch | optim | clip | layout | ...",
+        "[CONFIG.toml] [key=value | --key value ...] [--json]",
+    )
+    made.add_argument("--json", action="store_true", help="one JSON object at the end")
+    words = read(made, argv)
+    loaded = words.load()
+    ready = get_ready(loaded.run)
+    folder = Path(ready.run.run.dir)
+    first = launched().rank == 0
+    if ready.standing.finished is None:
+        if first and not ready.told.by_launcher:
+            say(f"data    {ready.run.data.path}")
+        if ready.launches:
+            code = launch_ranks(ready.run, ready.plan)
+        else:
+            from cordee.train import train  # here torch comes in
+
+            code = train(loaded.run).exit_code
+    else:
+        say(f"the run in {folder} is finished; for another one: cordee train run.dir=...")
+        code = 0
+    if first and not ready.told.store:
+        _tell(folder, code, words.flags.json)
+    return code
+
+
+def _tell(folder: Path, code: int, as_json: bool) -> None:
+    """The result on standard output, when it is asked for."""
+    if not as_json:
+        return
+    events = read_lines(folder / "events.jsonl")
+    last = events[-1] if events else {}
+    print(json.dumps({"run": str(folder), "exit_code": code, **last}))

@@ -1,0 +1,39 @@
+"""What the verbs that read weights share: opening the checkpoint that a word means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
+from cordee.cli.arguments import say
+from cordee.cli.places import checkpoint_folder
+from cordee.errors import CheckpointError
+
+PREFIX = "model/"
+
+
+def open_weights(word: str) -> Checkpoint:
+    """The named checkpoint, or the newest one of a run that verifies."""
+    folder = checkpoint_folder(word)
+    if folder.name.startswith("step-"):
+        return open_checkpoint(folder)
+    found = newest(folder, _tell) if folder.is_dir() else None
+    if found is None:
+        raise CheckpointError(
+            "the run has no complete checkpoint yet",
+            values={"run": word},
+            fix="cordee train run.dir=... until its first checkpoint (checkpoint.every steps)",
+        )
+    return found
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All parameters of a checkpoint, whole, by name."""
+    names = [n.removeprefix(PREFIX) for n in checkpoint.names() if n.startswith(PREFIX)]
+    return {name: checkpoint.read(PREFIX + name) for name in sorted(names)}
+
+
+def _tell(path: Path, reason: str) -> None:
+    say(f"checkpoint {path.name} is rejected: {reason}")

@@ -1,0 +1,1 @@
+"""What the user wrote: knobs, presets and how they are read. Paper: imports no torch."""

@@ -1,0 +1,170 @@
+"""What can be refused on paper: values that cannot be obeyed, alone or together.
+
+Not here: anything that needs the data or the devices (data/prepare.py, plan/plan.py). Each check
+names the values and the nearest fix; nothing has been started or written when one fails.
+"""
+
+from __future__ import annotations
+
+from cordee.config.run import Run
+from cordee.errors import ConfigError
+
+DEFAULT_MINUTES = 1.4
+"""Length of a run for which no limit is given."""
+
+MOST_PROCESSES_PER_CORE = 8
+"""More CPU ranks than this per core is a mistake, not a test."""
+
+
+def check(run: Run) -> None:
+    """Raises ConfigError for the first value or combination that cannot be obeyed."""
+    _check_ranges(run)
+    _check_model(run)
+    _check_run(run)
+    _check_fault(run)
+
+
+def check_processes(processes: int, cores: int) -> None:
+    """Refuses a number of CPU processes that makes no sense on `cores` cores."""
+    most = MOST_PROCESSES_PER_CORE * cores
+    if processes > most:
+        raise ConfigError(
+            "more processes than make sense on this machine",
+            values={"launch.processes": processes, "cores": cores, "most": most},
+            fix=f"launch.processes={cores}",
+        )
+
+
+def _check_ranges(run: Run) -> None:
+    at_least = {
+        "model.layers": (run.model.layers, 1), "model.width": (run.model.width, 2),
+        "model.heads": (run.model.heads, 1), "model.ffn": (run.model.ffn, 0),
+        "model.logit_cap": (run.model.logit_cap, 0),
+        "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
+        "data.tokens": (run.data.tokens, 0),
+        "batch.microbatch": (run.batch.microbatch, 1),
+        "batch.microbatches": (run.batch.microbatches, 1),
+        "run.steps": (run.run.steps, 0), "run.tokens": (run.run.tokens, 0),
+        "run.minutes": (run.run.minutes, 0), "run.seed": (run.run.seed, 0),
+        "optim.weight_decay": (run.optim.weight_decay, 0),
+        "optim.adam_lr": (run.optim.adam_lr, 0), "optim.eps": (run.optim.eps, 0),
+        "clip.limit": (run.clip.limit, 0), "checkpoint.every": (run.checkpoint.every, 0),
+        "checkpoint.keep": (run.checkpoint.keep, 1), "guard.in_a_row": (run.guard.in_a_row, 1),
+        "evaluate.every": (run.evaluate.every, 0), "evaluate.tokens": (run.evaluate.tokens, 0),
+        "evaluate.sample": (run.evaluate.sample, 0),
+        "evaluate.layers_every": (run.evaluate.layers_every, 0),
+        "launch.timeout_s": (run.launch.timeout_s, 1),
+    }  # fmt: skip
+    if run.launch.processes != "auto":
+        at_least["launch.processes"] = (int(run.launch.processes), 1)
+    if run.launch.threads != "auto":
+        at_least["launch.threads"] = (int(run.launch.threads), 1)
+    if run.optim.lr != "auto":
+        at_least["optim.lr"] = (float(run.optim.lr), 0)
+    for key, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(
+                f"{key} is at least {least}", values={key: value}, fix=f"{key}={least}"
+            )
+    parts = {
+        "model.dropout": run.model.dropout, "data.held_out": run.data.held_out,
+        "optim.momentum": run.optim.momentum, "optim.beta1": run.optim.beta1,
+        "optim.beta2": run.optim.beta2,
+    }  # fmt: skip
+    for key, value in parts.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key} lies in [0, 1)", values={key: value}, fix=f"{key}=0.1")
+    for key, value in {"warmup": run.optim.warmup, "decay": run.optim.decay}.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(
+                f"optim.{key} is a part of the run, in [0, 1]",
+                values={f"optim.{key}": value},
+                fix=f"optim.{key}=0.1",
+            )
+
+
+def _check_model(run: Run) -> None:
+    width, heads = run.model.width, run.model.heads
+    if width % heads or (width // heads) % 2:
+        near = max(1, round(width / (2 * heads))) * 2 * heads
+        raise ConfigError(
+            "model.width must be an even multiple of model.heads",
+            values={"model.width": width, "model.heads": heads},
+            fix=f"model.width={near}",
+        )
+
+
+def _check_run(run: Run) -> None:
+    if run.run.precision == "fp16":
+        raise ConfigError(
+            "fp16 needs loss scaling, which this version does not have",
+            values={"run.precision": "fp16"},
+            fix="run.precision=bf16",
+        )
+    if run.sync.every != 1:
+        raise ConfigError(
+            "this version agrees every step",
+            values={"sync.every": run.sync.every},
+            fix="sync.every=1",
+        )
+    if run.data.placement == "replicate" and run.layout.shard not in (1, "auto"):
+        raise ConfigError(
+            "replicated work is compared between whole islands of one",
+            values={"data.placement": "replicate", "layout.shard": run.layout.shard},
+            fix="layout.shard=1",
+        )
+    if run.optim.name == "adafactor" and run.layout.shard not in (1, "auto"):
+        raise ConfigError(
+            "adafactor keeps statistics of whole rows and columns, which shards do not have",
+            values={"optim.name": "adafactor", "layout.shard": run.layout.shard},
+            fix="optim.name=adamw",
+        )
+    if run.run.exact:
+        _check_exact(run)
+
+
+def _check_exact(run: Run) -> None:
+    if run.run.minutes and not (run.run.steps or run.run.tokens):
+        raise ConfigError(
+            "run.exact cannot follow a clock",
+            values={"run.exact": True, "run.minutes": run.run.minutes},
+            fix="run.steps=500",
+        )
+    if run.run.minutes:
+        raise ConfigError(
+            "run.exact cannot follow a clock: the schedule would depend on the machine's speed",
+            values={"run.exact": True, "run.minutes": run.run.minutes},
+            fix="run.minutes=0",
+        )
+    if run.sync.protocol == "allreduce":
+        raise ConfigError(
+            "the fused all-reduce adds in an order that depends on the number of islands",
+            values={"run.exact": True, "sync.protocol": "allreduce"},
+            fix="sync.protocol=exchange",
+        )
+    if run.sync.codec != "identity":
+        raise ConfigError(
+            "a rounding codec rounds sums that depend on the number of islands",
+            values={"run.exact": True, "sync.codec": run.sync.codec},
+            fix="sync.codec=identity",
+        )
+
+
+def _check_fault(run: Run) -> None:
+    if run.fault.kill and not _is_drill(run.fault.kill.partition(":")[2]):
+        raise ConfigError(
+            "a kill is written point:step:rank",
+            values={"fault.kill": run.fault.kill},
+            fix="fault.kill=step.agree:12:0",
+        )
+    if run.fault.poison and not _is_drill(run.fault.poison.replace("-", ":", 1), 3):
+        raise ConfigError(
+            "poison is written step:rank or step-step:rank",
+            values={"fault.poison": run.fault.poison},
+            fix="fault.poison=12:0",
+        )
+
+
+def _is_drill(text: str, most: int = 2) -> bool:
+    parts = text.split(":")
+    return 2 <= len(parts) <= most and all(part.isdigit() for part in parts)

@@ -1,0 +1,262 @@
+"""Every knob of a run: a tree of frozen dataclasses, a sentence under each field.
+
+Not here: reading files and command lines (`load.py`), presets (`presets.py`), or any default that
+depends on devices (the plan fills what is "auto"). Traded away: one long file, so that the planner
+needs no other and every knob is found in one place. Units are in the names; 0 means "no limit" or
+"off" where the sentence says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Auto = int | Literal["auto"]
+AutoFloat = float | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    seed: int = 0
+    """The one seed: initial parameters, order of samples and dropout are functions of it."""
+    steps: int = 0
+    """Stop after this many optimiser steps; 0 means no limit by steps."""
+    tokens: int = 0
+    """Stop once this many training tokens were used; 0 means no limit by tokens."""
+    minutes: float = 0.0
+    """Stop after this many minutes of training; 0 means no limit by time (1.4 when no limit is
+    given at all). The learning-rate schedule follows the limit that is nearest."""
+    dir: str = ""
+    """Folder of the run (default runs/<name>): metrics, events, checkpoints, report."""
+    name: str = ""
+    """Name of the run; the default is the model preset's name."""
+    exact: bool = False
+    """Same bits on any number of processes: canonical order of summation, one thread per rank."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; parameters, gradients and sums stay fp32."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command again goes on from the newest complete checkpoint; never: refuse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    preset: str = "tiny"
+    """A named size (see `cordee plan --models`); the other model keys override parts of it."""
+    layers: int = 4
+    """Number of transformer blocks."""
+    width: int = 192
+    """Width of the residual stream; a multiple of model.heads."""
+    heads: int = 6
+    """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
+    ffn: int = 0
+    """Hidden width of the MLP; 0 means 4 x width (relu2) or 8/3 x width rounded up to 32 (gated)."""
+    mlp: Literal["relu2", "gated"] = "relu2"
+    """relu2: squared ReLU (So et al. 2021); gated: SwiGLU (Shazeer 2020)."""
+    dropout: float = 0.0
+    """Dropout on attention and MLP outputs; random numbers depend on (seed, step, microbatch)."""
+    qk_norm: bool = True
+    """Normalise queries and keys to unit root mean square (tames exploding attention logits)."""
+    tied: bool = False
+    """Use the embedding's matrix as the output head as well."""
+    rope_base: float = 10000.0
+    """Base of the rotary position frequencies (Su et al. 2021)."""
+    logit_cap: float = 15.0
+    """Soft cap on logits, cap x tanh(logits / cap); 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialSettings:
+    matrices: Literal[
+        "xavier", "xavier_normal", "kaiming", "kaiming_normal", "orthogonal", "truncated_normal",
+        "normal", "zero",
+    ] = "xavier"  # fmt: skip
+    """How weight matrices start (see the table in model/initial.py)."""
+    residual: Literal["same", "depth_scaled", "zero"] = "zero"
+    """Matrices that write into the residual stream: as the others, divided by sqrt(2 x layers), or
+    zero (each block starts as the identity)."""
+    embedding_std: float = 0.5
+    """Standard deviation of the embedding."""
+    head: Literal["same", "truncated_normal", "zero"] = "zero"
+    """How the output head starts; zero means uniform predictions, first loss = ln(vocabulary)."""
+    std: float = 0.02
+    """Standard deviation for normal and truncated_normal (cut at 2 standard deviations)."""
+    gain: float = 1.0
+    """Factor on every matrix drawn by matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    path: str = "builtin:stdlib"
+    """builtin:stdlib, builtin:markov, a prepared folder, or files, folders and globs of text
+    separated by commas."""
+    sequence: int = 256
+    """Tokens a training sequence has."""
+    held_out: float = 0.1
+    """Fraction held out for evaluation: whole files when there are ten or more, else each tail."""
+    placement: Literal["partition", "replicate"] = "partition"
+    """partition: each island computes its microbatches; replicate: every island computes all of
+    them and the islands compare digests instead of adding (a check on the hardware)."""
+    tokens: int = 0
+    """Size of a synthetic source in tokens; 0 means its default. No effect on text."""
+    prefetch: int = 0
+    """1: a background thread reads the next step ahead (cold files, GPUs); 0 reads in line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    microbatch: int = 4
+    """Sequences in a microbatch, the atom of work."""
+    microbatches: int = 4
+    """M: microbatches in a step, whatever the number of devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    name: Literal["sgd", "momentum", "adam", "adamw", "muon", "adafactor"] = "muon"
+    """The update rule; muon uses adamw for embedding, head and vectors."""
+    lr: AutoFloat = "auto"
+    """Peak learning rate; auto is the rule's own default (`cordee lr` finds one by experiment)."""
+    adam_lr: float = 0.004
+    """Peak learning rate of the adamw part of muon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (adamw, muon, adafactor) or L2 penalty (sgd, momentum, adam); on
+    matrices only."""
+    momentum: float = 0.95
+    """Momentum of momentum and muon."""
+    beta1: float = 0.9
+    """Decay of the first moment (adam family)."""
+    beta2: float = 0.95
+    """Decay of the second moment (adam family)."""
+    eps: float = 1e-8
+    """Added to the denominator (adam family)."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "wsd"
+    """Learning rate over the run: wsd is warm-up, stable, then linear decay."""
+    warmup: float = 0.02
+    """Part of the run, from its start, over which the rate rises linearly from 0."""
+    decay: float = 0.6
+    """wsd: part of the run, at its end, over which the rate falls."""
+    final: float = 0.0
+    """Learning rate at the end as a part of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterLimit:
+    value: float = 0.0
+    """After each update, clamp every element to [-value, value]; 0 turns it off."""
+    norm: float = 0.0
+    """After each update, scale each tensor down to this Euclidean norm; 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    kind: Literal["norm", "value", "agc", "normalise", "none"] = "norm"
+    """Gradients: scale to a global norm, clamp elements, adaptive per unit (AGC, Brock et al.
+    2021), always scale to norm 1, or leave."""
+    limit: float = 1.0
+    """Largest norm (norm), element (value), or ratio of gradient to parameter norm (agc: 0.01)."""
+    matrices: ParameterLimit = field(default_factory=ParameterLimit)
+    """Limits on weight matrices."""
+    embeddings: ParameterLimit = field(default_factory=ParameterLimit)
+    """Limits on the embedding and the head."""
+    vectors: ParameterLimit = field(default_factory=ParameterLimit)
+    """Limits on vectors (gains of norms, biases)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutSettings:
+    islands: Auto = "auto"
+    """Copies of the model; auto is processes / product of the other axes."""
+    shard: Auto = "auto"
+    """Ranks of an island over which parameters and optimiser are sharded (FSDP2)."""
+    tensor: Auto = "auto"
+    """Ranks that split each matrix."""
+    pipeline: Auto = "auto"
+    """Stages of layers."""
+    context: Auto = "auto"
+    """Ranks that split a sequence."""
+    expert: Auto = "auto"
+    """Ranks that split the experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncSettings:
+    protocol: Literal["auto", "exchange", "allreduce"] = "auto"
+    """How islands agree on gradients: the exchange in canonical order, or the library's fused
+    all-reduce (faster, bits depend on the number of islands; refused by run.exact)."""
+    codec: Literal["identity", "bf16"] = "identity"
+    """How gradients are written on the wire; bf16 halves the bytes and rounds."""
+    every: int = 1
+    """Islands agree every so many steps; only 1 in this version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    processes: Auto = "auto"
+    """Ranks started on this machine; auto is what the plan ranks first."""
+    threads: Auto = "auto"
+    """CPU threads of a rank; auto shares the cores, 1 under run.exact."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks compute; auto is cuda when there is one."""
+    timeout_s: float = 300.0
+    """A collective that waits longer than this has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    every: int = 200
+    """Steps between checkpoints; 0 means only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    in_a_row: int = 5
+    """Steps dropped in a row for a non-finite loss or gradient after which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    every: int = 0
+    """Steps between evaluations on held-out data; 0 means only at the end."""
+    tokens: int = 262144
+    """Held-out tokens an evaluation uses at most."""
+    sample: int = 240
+    """Tokens of text sampled at the end; 0 means none."""
+    layers_every: int = 10
+    """Steps between records of the gradient norm per layer; 0 means never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultSettings:
+    kill: str = ""
+    """Drill: `point:step:rank` at which that rank kills itself (points: step.start,
+    step.backward, step.agree, step.commit, save.stage, save.write, save.part, save.manifest,
+    save.rename, save.delete)."""
+    poison: str = ""
+    """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    initial: InitialSettings = field(default_factory=InitialSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    sync: SyncSettings = field(default_factory=SyncSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    fault: FaultSettings = field(default_factory=FaultSettings)
+
+
+FREE_ON_RESUME = (
+    "run.dir", "run.name", "run.resume", "data.prefetch", "layout.", "sync.protocol", "launch.",
+    "checkpoint.", "evaluate.", "fault.",
+)  # fmt: skip
+"""Keys (or sections) that may differ when a run resumes: they change its speed, not its descent."""

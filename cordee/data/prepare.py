@@ -1,0 +1,399 @@
+"""From files, folders, globs or a builtin corpus to a dataset folder that is whole or not there.
+
+Text becomes bytes, and each document is followed by a 0 byte, so files that hold one are left out.
+Not here: subword tokenisers, and reading the folder back (`source`). Traded away: one pass. Sources
+are read twice, first to count and refuse, then to write, so nothing is written before all is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from cordee.data.builtin import (
+    MARKOV,
+    MARKOV_SYMBOLS,
+    MARKOV_TOKENS,
+    Corpus,
+    Document,
+    find_corpus,
+    markov_tokens,
+    probe_corpus,
+)
+from cordee.data.order import Order, mixing
+from cordee.data.source import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    SUM_BLOCK_BYTES,
+    DatasetInfo,
+    Shard,
+    Split,
+    changed_sources,
+    check_shard,
+    fingerprint_of,
+    is_dataset,
+    map_shard,
+    open_dataset,
+    read_info,
+    sync,
+    write_sums,
+)
+from cordee.errors import DataError
+
+SHARD_BYTES = 256 << 20
+# From this many documents on, whole ones are held out; below, the tail of each.
+WHOLE_DOCUMENTS = 10
+END_OF_DOCUMENT = 0
+_READ_BYTES = 16 << 20
+
+
+def prepare(
+    path_spec: str,
+    folder: Path,
+    held_out: float,
+    seed: int,
+    tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> DatasetInfo:
+    """Make the dataset `folder` from `path_spec`, or nothing: it is renamed into place when whole.
+
+    `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
+    dataset already is returned as it is. `held_out` is the fraction kept from training: whole
+    documents by keyed hash from 10 documents on, else the tail of each. `tokens` is the length of
+    the Markov train split, and of no other source. DataError for whatever cannot be read or done.
+    """
+    if not 0.0 <= held_out < 1.0:
+        raise DataError(
+            "the held-out fraction is not in [0, 1)",
+            values={"data.held_out": held_out},
+            fix="data.held_out=0.1",
+        )
+    if tokens is not None and (path_spec != MARKOV or tokens < 1):
+        raise DataError(
+            "the number of tokens can be set for builtin:markov only, to 1 or more",
+            values={"data.path": path_spec, "tokens": tokens},
+            fix=f"leave it out, or data.path={MARKOV}",
+        )
+    if is_dataset(Path(path_spec)):
+        return read_info(Path(path_spec))
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            "the dataset would replace something that is there",
+            values={"folder": str(folder)},
+            fix=f"use it: data.path={folder}" if is_dataset(folder) else "name a new folder",
+        )
+    split = {"held_out": held_out, "seed": seed}
+    if path_spec == MARKOV:
+        train_tokens = MARKOV_TOKENS if tokens is None else tokens
+        kept_tokens = round(train_tokens * held_out / (1.0 - held_out))
+        chain, entropy_bits = markov_tokens(seed, train_tokens + kept_tokens)
+        with _making(folder) as place:
+            content = _write_chain(place, (chain[:train_tokens], chain[train_tokens:]), shard_bytes)
+            _write_manifest(place, {**content, **split, "entropy_bits": entropy_bits})
+    else:
+        corpus = find_corpus(path_spec)
+        cuts = _cuts(corpus.documents, held_out, seed)
+        with _making(folder) as place:
+            content = _write_text(place, corpus, cuts, shard_bytes)
+            _write_manifest(place, {**content, **split, "entropy_bits": None})
+    return read_info(folder)
+
+
+def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[int]:
+    """For each document how many of its first bytes train; the rest is held out."""
+    if held_out == 0.0:
+        return [document.bytes for document in documents]
+    if len(documents) < WHOLE_DOCUMENTS:
+        return [document.bytes - int(document.bytes * held_out) for document in documents]
+    key = seed % (1 << 64)
+    numbers = sorted(
+        range(len(documents)),
+        key=lambda n: (xxhash.xxh3_64_intdigest(os.fsencode(documents[n].name), seed=key), n),
+    )
+    wanted = held_out * sum(document.bytes for document in documents)
+    chosen: list[int] = []
+    kept = 0
+    for number in numbers[:-1]:
+        # One huge document must not turn a tenth into a half: it stays in training.
+        if kept < wanted and kept + documents[number].bytes <= 1.5 * wanted:
+            chosen.append(number)
+            kept += documents[number].bytes
+    if not chosen:
+        chosen = [min(numbers, key=lambda n: documents[n].bytes)]
+    aside = set(chosen)
+    return [0 if n in aside else document.bytes for n, document in enumerate(documents)]
+
+
+def _write_text(place: Path, corpus: Corpus, cuts: list[int], shard_bytes: int) -> dict[str, Any]:
+    writers = {split: _ShardWriter(place, split, shard_bytes) for split in SPLITS}
+    for document, cut in zip(corpus.documents, cuts, strict=True):
+        _write_document(document, cut, writers)
+    sources = [
+        {"path": str(d.path.absolute()), "bytes": d.bytes, "mtime_ns": d.mtime_ns}
+        for d in corpus.documents
+    ]
+    return {
+        "name": corpus.name,
+        "vocabulary": 256,
+        "tokenizer": "bytes",
+        "end_of_document": END_OF_DOCUMENT,
+        "sources": sources,
+        "skipped": corpus.skipped,
+        "splits": {split: asdict(writer.close()) for split, writer in writers.items()},
+    }
+
+
+def _write_document(document: Document, cut: int, writers: dict[str, _ShardWriter]) -> None:
+    end = np.array([END_OF_DOCUMENT], dtype=np.uint8)
+    with open(document.path, "rb") as file:
+        for split, size in zip(SPLITS, (cut, document.bytes - cut), strict=True):
+            left = size
+            while left and (piece := file.read(min(left, _READ_BYTES))) and b"\0" not in piece:
+                writers[split].add(np.frombuffer(piece, dtype=np.uint8))
+                left -= len(piece)
+            if left:
+                raise DataError(
+                    "a source changed while it was being read",
+                    values={"file": str(document.path), "bytes_expected": document.bytes},
+                    fix="prepare again when nothing writes to it",
+                )
+            if size:
+                writers[split].add(end)
+                writers[split].end_document()
+
+
+def _write_chain(
+    place: Path, parts: tuple[NDArray[np.uint8], ...], shard_bytes: int
+) -> dict[str, Any]:
+    splits = {}
+    for split, part in zip(SPLITS, parts, strict=True):
+        writer = _ShardWriter(place, split, shard_bytes)
+        if part.size:
+            writer.add(part)
+            writer.end_document()
+        splits[split] = asdict(writer.close())
+    return {
+        "name": "markov",
+        "vocabulary": MARKOV_SYMBOLS,
+        "tokenizer": "markov",
+        "end_of_document": None,
+        "sources": [],
+        "skipped": {},
+        "splits": splits,
+    }
+
+
+class _ShardWriter:
+    """Cuts a stream of byte tokens into shards; each is hashed from the disk and synced."""
+
+    def __init__(self, place: Path, split: str, shard_bytes: int) -> None:
+        self._place = place
+        self._split = split
+        # Memory is taken as it fills, so a small corpus does not cost a whole shard.
+        self._tokens = np.empty(shard_bytes, dtype=np.uint8)
+        self._filled = 0
+        self._ends: list[int] = []
+        self._shards: list[Shard] = []
+
+    def add(self, tokens: NDArray[np.uint8]) -> None:
+        while tokens.size:
+            # Full shards are written only now, so that a document's end falls into its own shard.
+            if self._filled == self._tokens.size:
+                self._write()
+            taken = min(tokens.size, self._tokens.size - self._filled)
+            self._tokens[self._filled : self._filled + taken] = tokens[:taken]
+            self._filled += taken
+            tokens = tokens[taken:]
+
+    def end_document(self) -> None:
+        self._ends.append(self._filled)
+
+    def close(self) -> Split:
+        if self._filled:
+            self._write()
+        return Split(tuple(self._shards), sum(shard.tokens for shard in self._shards))
+
+    def _write(self) -> None:
+        path = self._place / f"{self._split}-{len(self._shards):05d}.safetensors"
+        ends = np.array(self._ends, dtype=np.uint64)
+        save_file({"tokens": self._tokens[: self._filled], "doc_ends": ends}, path)
+        whole = write_sums(path)
+        size = os.stat(path).st_size
+        self._shards.append(Shard(path.name, self._filled, len(self._ends), size, whole))
+        self._filled = 0
+        self._ends = []
+
+
+def _write_manifest(place: Path, content: dict[str, Any]) -> None:
+    # A token is a byte, the one that ends a document included: bits per byte are bits per token.
+    content = {"format": FORMAT, "dtype": "uint8", "bytes_per_token": 1.0, **content}
+    content["fingerprint"] = fingerprint_of(content)
+    (place / MANIFEST).write_text(json.dumps(content, indent=1), encoding="ascii")
+    sync(place / MANIFEST)
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write in; renamed to `folder` at the end, else removed.
+
+    What a killed process of this machine left behind is removed first.
+    """
+    parent = folder.absolute().parent
+    prefix = f".{folder.name}.{socket.gethostname()}."
+    place = parent / f"{prefix}{os.getpid()}.partial"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f"{prefix.replace('[', '[[]')}*.partial"):
+            if not _is_running(left.name[len(prefix) : -len(".partial")]):
+                shutil.rmtree(left)
+        place.mkdir()
+        yield place
+        sync(place)
+        os.rename(place, folder)
+        sync(parent)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the dataset cannot be written: {error}",
+            values={"folder": str(folder)},
+            fix="a folder that can be written, on a disk with room",
+        ) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether the maker of a partial folder lives. With our own number it is a forerunner's:
+    numbers come round again, above all in containers."""
+    try:
+        number = int(process)
+        os.kill(number, 0)
+    except (ValueError, PermissionError):
+        return True
+    except ProcessLookupError:
+        return False
+    return number != os.getpid()
+
+
+def resolve(path_spec: str) -> None:
+    """Raise what `prepare` would raise about its sources, without reading them all through."""
+    if is_dataset(Path(path_spec)):
+        read_info(Path(path_spec))
+    elif path_spec != MARKOV:
+        probe_corpus(path_spec)
+
+
+def check_length(info: DatasetInfo, sequence: int) -> None:
+    """DataError unless every split that was asked for holds one row of `sequence` tokens."""
+    asked = [split for split in SPLITS if split == "train" or info.held_out > 0]
+    fits = min(info.splits[split].tokens for split in asked) - 1
+    for split in asked:
+        tokens = info.splits[split].tokens
+        if tokens < sequence + 1:
+            more = "more text" if split == "train" else "more text, or data.held_out=0"
+            raise DataError(
+                f"the {split} split is shorter than one row of data.sequence + 1 tokens",
+                values={
+                    "data.sequence": sequence,
+                    "tokens": tokens,
+                    "data.held_out": info.held_out,
+                },
+                fix=f"data.sequence={fits}" if fits >= 1 else more,
+            )
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read all of a dataset against its checksums and its own rules; counts of what was read.
+
+    DataError for the first fault, with the number of shards that have one.
+    """
+    info = read_info(folder)
+    shards = [shard for split in SPLITS for shard in info.splits[split].shards]
+    faults = []
+    for shard in shards:
+        try:
+            check_shard(info.folder / shard.file, shard)
+            _check_content(info, shard)
+        except DataError as fault:
+            faults.append(fault)
+    if faults:
+        values = {**faults[0].values, "damaged_shards": len(faults), "shards": len(shards)}
+        raise DataError(faults[0].what, values=values, fix=faults[0].fix)
+    return {
+        "shards": len(shards),
+        "blocks": sum(-(-shard.bytes // SUM_BLOCK_BYTES) for shard in shards),
+        "bytes": sum(shard.bytes for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "fingerprint": info.fingerprint,
+    }
+
+
+def _check_content(info: DatasetInfo, shard: Shard) -> None:
+    """What checksums cannot see: a shard that was wrong when it was written."""
+    mapped = map_shard(info.folder / shard.file)
+    tokens, ends = mapped["tokens"], mapped["doc_ends"].astype(np.int64)
+    if ends.size != shard.documents or (np.diff(ends) <= 0).any():
+        wrong = "its document ends are not in order or not as many as its documents"
+    elif ends.size and not 0 < ends[0] <= ends[-1] <= tokens.size:
+        wrong = "its document ends lie outside its tokens"
+    elif tokens.size != shard.tokens or (tokens.size and tokens.max() >= info.vocabulary):
+        wrong = "its tokens are not as many, or not in the vocabulary"
+    elif info.end_of_document is not None and (tokens[ends - 1] != info.end_of_document).any():
+        wrong = "a document does not end with the token that ends documents"
+    else:
+        return
+    raise DataError(
+        f"a shard breaks the rules of its format: {wrong}",
+        values={"file": str(info.folder / shard.file)},
+        fix="prepare the dataset again, into a new folder",
+    )
+
+
+def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
+    """What a person wants to know of a dataset: counts, its first document, how the order mixes."""
+    info = read_info(folder)
+    source = open_dataset(folder, "train", verify=False)
+    start = source.slice(0, min(source.tokens, 200))
+    first = start.tobytes().split(b"\0")[0].decode("utf-8", "replace")
+    rows = source.rows(sequence)
+    return {
+        "name": info.name,
+        "fingerprint": info.fingerprint,
+        "tokenizer": info.tokenizer,
+        "vocabulary": info.vocabulary,
+        "dtype": info.dtype,
+        "bytes_per_token": info.bytes_per_token,
+        "entropy_bits": info.entropy_bits,
+        "end_of_document": info.end_of_document,
+        "splits": {
+            name: {
+                "tokens": split.tokens,
+                "documents": sum(shard.documents for shard in split.shards),
+                "shards": len(split.shards),
+                "bytes": sum(shard.bytes for shard in split.shards),
+                "rows": max(0, (split.tokens - 1) // sequence),
+            }
+            for name, split in info.splits.items()
+        },
+        "sequence": sequence,
+        "sources": len(info.sources),
+        "changed_sources": changed_sources(info),
+        "skipped": dict(info.skipped),
+        "first_document": first if info.tokenizer == "bytes" else start[:32].tolist(),
+        "mixing": asdict(mixing(Order(info.seed, rows, 1, 1))) if rows else None,
+    }

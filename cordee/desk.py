@@ -1,0 +1,278 @@
+"""The run's desk: its clock and limits, its records, its screen, and the wish to leave.
+
+Not here: anything that changes a parameter. Rank 0 writes; the other ranks hold a desk that keeps
+quiet, so the loop never asks who it is. Decisions that all ranks must share (when to stop, which
+learning rate) follow from the step number and from rank 0's clock in the last tally, never from
+this process's own clock.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cordee.build import RunState
+from cordee.checkpoint.keep import Keeper
+from cordee.checkpoint.state import Progress
+from cordee.dist.exchange import gather_rows
+from cordee.dist.tally import Tally, Wishes
+from cordee.evaluate import HeldOut
+from cordee.fault.guard import Say, Verdict, name_culprits
+from cordee.metrics.meter import Meter
+from cordee.metrics.screen import Screen
+from cordee.metrics.sinks import JsonLines, keep_lines, now
+from cordee.optim.clip import layer_norms
+from cordee.parallel.shard import local
+from cordee.plan.report import compare
+
+
+class Asked(Protocol):
+    """Whether a signal asked this process to leave (train.leaving)."""
+
+    number: int | None
+
+
+class Outcome(Protocol):
+    """What the desk records of a step (train.Outcome)."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    verdict: Verdict
+    layers: dict[str, float] | None
+
+
+class Desk:
+    """See the file's header."""
+
+    def __init__(self, state: RunState, asked: Asked) -> None:
+        first = state.world.first
+        folder = state.folder
+        self.asked = asked
+        self.leave = False
+        self.screen = Screen(silent=not first)
+        self.meter = Meter(state.world.device, state.plan.predicted.flops, None)
+        self.keeper = Keeper(state.saver, first, state.run.checkpoint.every, self._of_keeper)
+        self._first = first
+        self._rank = state.world
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._layers = JsonLines(folder / "layers.jsonl")
+        self._events = JsonLines(folder / "events.jsonl")
+        self._began = time.monotonic()
+        self._before_s = 0.0
+        self._sent = 0
+        self._comm_s = 0.0
+        self._changed: set[str] = set()
+        self._complained = ""
+
+    # ---- clock and limits ----
+
+    def clock_s(self) -> float:
+        """Training time of this run so far, earlier starts included, by this rank's clock."""
+        return self._before_s + time.monotonic() - self._began
+
+    def wishes(self) -> Wishes:
+        """What this rank says in the tally."""
+        return Wishes(self.asked.number is not None, self.keeper.status, self.clock_s())
+
+    def done(self, state: RunState) -> float:
+        """Part of the run that is behind, by the limit that is nearest; 1 or more is the end."""
+        limits, at = state.run.run, state.progress
+        parts = [0.0]
+        if limits.steps:
+            parts.append(at.step / limits.steps)
+        if limits.tokens:
+            parts.append(at.tokens / limits.tokens)
+        if limits.minutes:
+            parts.append(at.elapsed_s / (60 * limits.minutes))
+        return max(parts)
+
+    def advance(self, state: RunState, tally: Tally, verdict: Verdict) -> Progress:
+        """The progress after a step; also notes whether anybody wants to leave."""
+        at = state.progress
+        self.leave = tally.leave
+        return replace(
+            at,
+            step=at.step + 1,
+            tokens=at.tokens + state.step_tokens,
+            elapsed_s=tally.clock_s,
+            skipped=at.skipped + (verdict.say is not Say.COMMIT),
+            in_a_row=state.guard.in_a_row,
+        )
+
+    # ---- records ----
+
+    def cut(self, state: RunState) -> None:
+        """Drops records of steps after the one from which the run goes on; starts the clock."""
+        step = state.progress.step
+        self._before_s = state.progress.elapsed_s
+        self._began = time.monotonic()
+        if self._first:
+            for sink in (self._metrics, self._layers):
+                kept = keep_lines(sink.path, lambda record: int(record["step"]) <= step)
+                if sink is self._metrics and kept < step:
+                    self.event("metrics_lost", step, {"rows": kept, "steps": step})
+
+    def event(self, name: str, step: int, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends to events.jsonl (rank 0) and returns the record."""
+        record = {"time": now(), "event": name, "step": step, **known}
+        if self._first:
+            self._events.write(record)
+        return record
+
+    def record(self, state: RunState, outcome: Outcome) -> None:
+        """The step's row, its layers, its events, and the screen."""
+        at = state.progress
+        sent, seconds = state.sync.bytes_sent, state.sync.seconds
+        skipped = outcome.verdict.say is not Say.COMMIT
+        row = {
+            "step": at.step,
+            "loss": _finite(outcome.loss),
+            "bits_per_byte": _finite(outcome.loss / math.log(2) / state.data.bytes_per_token),
+            "grad_norm": _finite(outcome.grad_norm),
+            "lr": outcome.lr,
+            "tokens": at.tokens,
+            **self.meter.row(state.step_tokens, sent - self._sent),
+            "islands": state.plan.layout.island,
+            "quorum": at.generation,
+            "skipped": skipped,
+            "elapsed_s": round(at.elapsed_s, 3),
+        }
+        self._sent, self._comm_s = sent, seconds
+        if skipped:
+            self._tell_skipped(state, outcome)
+        if not self._first:
+            return
+        self._metrics.write(row)
+        if outcome.layers is not None:
+            self._layers.write({"step": at.step, "grad_norm": outcome.layers})
+        self.screen.step(row, min(1.0, self.done(state)), self._left_s(state))
+        self._complain()
+
+    def layers(
+        self, state: RunState, gradients: Sequence[Tensor], step: int
+    ) -> dict[str, float] | None:
+        """Gradient norm per layer, when a record of it is due."""
+        every = state.run.evaluate.layers_every
+        if not every or (step - 1) % every:
+            return None
+        norms = layer_norms(zip(state.parameters, gradients, strict=True))
+        if state.mesh.shards is not None:
+            squares = torch.tensor([norm**2 for norm in norms.values()], dtype=torch.float64)
+            rows = gather_rows(squares, state.mesh.shards, state.plan.layout.shard)
+            norms = dict(zip(norms, rows.sum(0).sqrt().tolist(), strict=True))
+        return {name: _finite(norm) or 0.0 for name, norm in norms.items()}
+
+    def culprits(self, state: RunState) -> list[str]:
+        """Names of parameters whose agreed gradient is not finite (on this rank)."""
+        return name_culprits(
+            (name, local(p.grad)) for name, p in state.parameters.items() if p.grad is not None
+        )
+
+    def evaluated(self, state: RunState, scored: HeldOut | None) -> None:
+        """An evaluation in between."""
+        if scored is None:
+            return
+        known = {
+            "held_out_loss": scored.loss,
+            "held_out_bits_per_byte": scored.bits_per_byte,
+            "tokens": scored.tokens,
+        }
+        self.event("evaluated", state.progress.step, known)
+        self.screen.say(
+            f"step {state.progress.step:>5}  held out: {scored.bits_per_byte:.4f} bits per byte"
+        )
+
+    def rejected(self, path: Path, reason: str) -> None:
+        """A checkpoint that does not verify."""
+        self.event("checkpoint_rejected", 0, {"path": path.name, "cause": reason})
+        self.screen.say(f"checkpoint {path.name} is rejected: {reason}")
+
+    def data_changed(self, step: int, files: Sequence[str]) -> None:
+        """Source files that are not what they were; said once each."""
+        new = [name for name in files if name not in self._changed]
+        self._changed.update(new)
+        if new:
+            known = {"files": new, "done": "training goes on with the snapshot in the run's folder"}
+            self.event("data_changed", step, known)
+            self.screen.say(f"data changed on disk: {', '.join(new[:3])}; the snapshot is used")
+
+    def drain(self, state: RunState, again: Any) -> bool:
+        """Ends saves in flight; True when the newest one is complete."""
+
+        def ask(status: int) -> list[int]:
+            row = torch.tensor([status], dtype=torch.int64)
+            return gather_rows(row, state.mesh.workers, state.world.size)[:, 0].tolist()
+
+        return self.keeper.drain(ask, again)
+
+    def tell_end(self, state: RunState, finished: Mapping[str, Any]) -> None:
+        """The last lines on the screen: held-out loss, sample, plan check, what next."""
+        self.screen.close()
+        bits = finished["held_out_bits_per_byte"]
+        if finished["sample"]:
+            self.screen.say("sample\n" + _indented(finished["sample"]))
+        self.screen.say(compare(state.plan, self.meter.measured()))
+        if bits is not None:
+            self.screen.say(f"held out   {bits:.4f} bits per byte")
+        self.screen.say(f"weights    {finished['weights_sha256']}")
+        folder = state.run.run.dir
+        self.screen.say(f"run        {folder}  ({finished['steps']} steps)")
+        self.screen.say(
+            f"next       cordee report {folder} · cordee sample {folder} · cordee lr"
+            " · cordee train run.minutes=5 run.dir=..."
+        )
+
+    def close(self) -> None:
+        """Gives the terminal back and writes what still waits."""
+        self.screen.close()
+        if self._first:
+            for sink in (self._metrics, self._layers, self._events):
+                sink.sync()
+
+    def _of_keeper(self, event: str, step: int, known: Mapping[str, Any]) -> None:
+        self.event(event, step, known)
+        if event == "checkpoint_failed":
+            self.screen.say(f"CHECKPOINT FAILED after step {step}: {known['cause']}; will retry")
+        elif self._first:
+            self._metrics.sync()
+
+    def _tell_skipped(self, state: RunState, outcome: Outcome) -> None:
+        step, who = state.progress.step, self._rank
+        known = {
+            "cause": outcome.verdict.cause,
+            "in": self.culprits(state),
+            "in_a_row": state.guard.in_a_row,
+            "done": "no parameter was touched",
+            "pid": who.pid,
+            "rank": who.rank,
+            "host": who.host,
+        }
+        self.event("step_skipped", step, known)
+        self.screen.say(f"step {step} skipped: {outcome.verdict.cause}")
+
+    def _left_s(self, state: RunState) -> float:
+        done = self.done(state)
+        return self.clock_s() / done * (1 - done) if done > 0 else 0.0
+
+    def _complain(self) -> None:
+        """A disk that refuses records is said once, and again when the reason changes."""
+        failure = self._metrics.failure or self._events.failure
+        if failure and failure != self._complained:
+            self.screen.say(f"CANNOT WRITE {failure}; records wait in memory, training goes on")
+        self._complained = failure
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  | " + line for line in text.splitlines())

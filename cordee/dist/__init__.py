@@ -1,0 +1,1 @@
+"""The only door to processes: start, launch, mesh, exchange."""

@@ -1,0 +1,125 @@
+"""The one primitive of every sum between ranks, and the count of its bytes.
+
+encode -> exchange -> decode and add in canonical order -> encode -> gather -> decode. Each member
+owns one slice of the flat vector; it receives everybody's part of that slice, adds in the order of
+the tree over microbatches (layout/split.py) and sends the sum back. Any number of members therefore
+adds the same numbers in the same order. Messages travel as one all-to-all and one all-gather: two
+rounds whatever the number of members, 2 n (W-1)/W elements each when ranges are aligned.
+Traded away: the library's ring, which is faster for large plain sums and has an order of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.layout.split import Node, canonical_subtrees, fold
+
+
+class Codec(Protocol):
+    """How a tensor is written on the wire: a payload of one dtype, `element_bytes` an element."""
+
+    dtype: torch.dtype
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        """fp32 -> payload of the same number of elements."""
+        ...
+
+    def decode(self, payload: Tensor) -> Tensor:
+        """payload -> fp32."""
+        ...
+
+
+# torch renamed its flat all-gather; both names are the same collective.
+gather_flat: Callable[..., object] = getattr(
+    dist, "all_gather_single", None
+) or dist.all_gather_into_tensor
+
+
+class Exchange:
+    """Sums flat vectors over the members of a group, in canonical order.
+
+    `ranges[i]` are the microbatches that member i computes; together they are range(total).
+    `group` None stands for one member. `bytes_sent` and `seconds` count this rank's traffic.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranges: Sequence[range],
+        codec: Codec,
+    ) -> None:
+        self.group = group
+        self.size = len(ranges)
+        self.codec = codec
+        self.total = max(part.stop for part in ranges)
+        self.nodes = [canonical_subtrees(part, self.total) for part in ranges]
+        self.bytes_sent = 0
+        self.seconds = 0.0
+
+    def add(self, partial: Sequence[tuple[Node, Tensor]]) -> Tensor:
+        """The sum over all members of their canonical subtrees, the same on every member.
+
+        `partial` holds this member's (node, flat fp32 vector of n elements) in order; the vectors
+        may be overwritten. Returns a flat fp32 vector of n elements.
+        """
+        if self.size == 1:
+            return fold((0, self.total), dict(partial), Tensor.add_)
+        began = time.perf_counter()
+        n = partial[0][1].numel()
+        chunk = -(-n // self.size)
+        sent = self._encode_slices([vector for _, vector in partial], chunk)
+        received = sent.new_empty(sum(map(len, self.nodes)) * chunk)
+        dist.all_to_all_single(
+            received,
+            sent,
+            [len(nodes) * chunk for nodes in self.nodes],
+            [len(partial) * chunk] * self.size,
+            group=self.group,
+        )
+        slice_sum = self._add_slice(received.view(-1, chunk))
+        gathered = sent.new_empty(self.size * chunk)
+        gather_flat(gathered, self.codec.encode(slice_sum), group=self.group)
+        total = self.codec.decode(gathered)[:n]
+        others = self.size - 1
+        self.bytes_sent += (len(partial) + 1) * others * chunk * sent.element_size()
+        self.seconds += time.perf_counter() - began
+        return total
+
+    def _encode_slices(self, vectors: Sequence[Tensor], chunk: int) -> Tensor:
+        """Payload laid out by receiver: for each member, its slice of each of our vectors."""
+        n = vectors[0].numel()
+        sent = torch.zeros(
+            self.size, len(vectors), chunk, dtype=self.codec.dtype, device=vectors[0].device
+        )
+        for index, vector in enumerate(vectors):
+            payload = self.codec.encode(vector)
+            whole = n // chunk
+            sent[:whole, index] = payload[: whole * chunk].view(whole, chunk)
+            if n > whole * chunk:
+                sent[whole, index, : n - whole * chunk] = payload[whole * chunk :]
+        return sent.view(-1)
+
+    def _add_slice(self, received: Tensor) -> Tensor:
+        """Decodes everybody's subtrees of our slice and adds them in canonical order."""
+        leaves: dict[Node, Tensor] = {}
+        row = 0
+        for nodes in self.nodes:
+            for node in nodes:
+                leaves[node] = self.codec.decode(received[row])
+                row += 1
+        return fold((0, self.total), leaves, Tensor.add_)
+
+
+def gather_rows(row: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
+    """Everybody's small vector, stacked by member: shape (k,) -> (size, k)."""
+    if size == 1:
+        return row[None]
+    rows = row.new_empty(size * row.numel())
+    gather_flat(rows, row, group=group)
+    return rows.view(size, -1)

@@ -1,0 +1,165 @@
+"""How a process becomes a rank: reads the environment, joins the others, leaves cleanly.
+
+The only reader of environment variables in the house. A launcher's variables (torchrun and
+Kubernetes, Slurm, Open MPI, Ray, or our own `launch.py`) are taken as they are; without any, the
+process is rank 0 of 1. Not here: starting other processes. Traded away: a rendezvous of our own;
+our launcher uses a file store, so no port can be in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from cordee.errors import ConfigError, RunError
+
+RANK_NAMES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+"""Where launchers write rank, world size and local rank, in the order in which they are asked."""
+
+STORE = "CORDEE_STORE"
+PARENT = "CORDEE_PARENT"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher told this process. `store` is a file of our own launcher, else empty."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    store: str = ""
+    by_launcher: bool = False
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `device` is a torch device string, "cpu" or "cuda:0"."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: str
+    host: str
+    pid: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def launched(environment: Mapping[str, str] | None = None) -> Launched:
+    """Reads the launcher's variables; ConfigError when they contradict each other."""
+    env = os.environ if environment is None else environment
+    for rank_name, size_name, local_name in RANK_NAMES:
+        if rank_name not in env or size_name not in env:
+            continue
+        try:
+            rank, size = int(env[rank_name]), int(env[size_name])
+            local = int(env.get(local_name, rank))
+        except ValueError as error:
+            raise ConfigError(
+                "the launcher's variables are not numbers",
+                values={name: env.get(name) for name in (rank_name, size_name, local_name)},
+                fix=f"unset {rank_name}, or set it to a rank",
+            ) from error
+        if not 0 <= rank < size:
+            raise ConfigError(
+                "the launcher's rank lies outside its world",
+                values={rank_name: rank, size_name: size},
+                fix=f"{rank_name}=0 with {size_name}=1",
+            )
+        # Slurm sets these for a single interactive shell too: a world of one is no launcher.
+        if size > 1 or rank_name == "RANK":
+            return Launched(rank, size, local, env.get(STORE, ""), True)
+    return Launched()
+
+
+def follow_parent() -> None:
+    """Dies with the process that launched this one (Linux), so that no orphan trains on."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before we asked
+        os._exit(1)
+
+
+def rank_environment(rank: int, size: int, store: str, threads: int) -> dict[str, str]:
+    """The environment of a rank that our own launcher starts."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        STORE: store,
+        PARENT: str(os.getpid()),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+
+
+@contextmanager
+def world(told: Launched, device: str, threads: int, timeout_s: float) -> Iterator[World]:
+    """Joins the process group, pins threads, and leaves the group at the end, whatever happened.
+
+    `device` is "cpu" or "cuda". Raises RunError when the others cannot be reached.
+    """
+    import torch  # late: errors above must not cost an import of torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    random.seed(0)
+    torch.manual_seed(0)
+    place = "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(told.local_rank)
+        place = f"cuda:{told.local_rank}"
+    if told.size > 1 or told.by_launcher:
+        _join(told, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s)
+    try:
+        yield World(told.rank, told.size, told.local_rank, place, socket.gethostname(), os.getpid())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(told: Launched, backend: str, timeout_s: float) -> None:
+    import torch.distributed as dist
+
+    method = f"file://{told.store}" if told.store else "env://"
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=method,
+            rank=told.rank,
+            world_size=told.size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistError, ValueError, OSError, RuntimeError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        busy = "in use" in str(error) or "EADDRINUSE" in str(error)
+        if busy:
+            raise ConfigError(
+                "the rendezvous port is in use by another process",
+                values={"MASTER_ADDR:MASTER_PORT": address, "rank": told.rank},
+                fix="set MASTER_PORT to a free port (0 lets torchrun choose with --standalone)",
+            ) from error
+        raise RunError(
+            "the ranks could not find each other",
+            values={"rank": told.rank, "world": told.size, "at": told.store or address},
+            fix="start every rank with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
+        ) from error

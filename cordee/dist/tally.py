@@ -1,0 +1,58 @@
+"""One small vector from every rank in every step: losses, wishes and the state of its save.
+
+It is how ranks decide together without further messages: who wants to leave, whether a save is
+complete everywhere, and whose clock counts (rank 0's). Eight bytes a number, three numbers a rank
+beside its losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cordee.dist.exchange import gather_rows
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What all ranks said in a step. `losses` are in microbatch order, each in nats (summed)."""
+
+    losses: tuple[float, ...]
+    leave: bool
+    saving: tuple[int, ...]
+    clock_s: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What this rank says: leave after this step, the state of its save, its clock."""
+
+    leave: bool = False
+    saving: int = 0
+    clock_s: float = 0.0
+
+
+def gather_tally(
+    losses: Sequence[float],
+    wishes: Wishes,
+    ranges: Sequence[range],
+    group: dist.ProcessGroup | None,
+) -> Tally:
+    """`ranges[i]` are rank i's microbatches; equal ranges on all ranks mean replicated work."""
+    most = max(map(len, ranges))
+    row = torch.zeros(3 + most, dtype=torch.float64)
+    row[0], row[1], row[2] = float(wishes.leave), wishes.saving, wishes.clock_s
+    row[3 : 3 + len(losses)] = torch.tensor(losses, dtype=torch.float64)
+    rows = gather_rows(row, group, len(ranges)).tolist()
+    known: dict[int, float] = {}
+    for part, said in zip(ranges, rows, strict=True):
+        known.update(zip(part, said[3:], strict=False))
+    return Tally(
+        losses=tuple(known[index] for index in sorted(known)),
+        leave=any(said[0] for said in rows),
+        saving=tuple(int(said[1]) for said in rows),
+        clock_s=rows[0][2],
+    )

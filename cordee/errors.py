@@ -1,0 +1,60 @@
+"""The errors of the house. Each says what happened, with which values, and the nearest fix.
+
+Not here: faults that training survives (those are values, see `fault/`). Traded away: error codes;
+the sentence is the interface, and the exit code follows from the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class CordeeError(Exception):
+    """Base of all errors meant for the user: `what`, the `values` involved, the nearest `fix`.
+
+    `exit_code` is 2 when the command or its input is wrong (nothing was started or written),
+    1 when a run that had started failed.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, values: Mapping[str, object] | None = None, fix: str | None = None
+    ) -> None:
+        self.what = what
+        self.values = dict(values or {})
+        self.fix = fix
+        super().__init__(self.sentence())
+
+    def sentence(self) -> str:
+        """The error as shown: what, one line of values, one line with the nearest fix."""
+        lines = [self.what]
+        if self.values:
+            lines.append("  values: " + ", ".join(f"{k}={v!r}" for k, v in self.values.items()))
+        if self.fix:
+            lines.append("  nearest fix: " + self.fix)
+        return "\n".join(lines)
+
+
+class ConfigError(CordeeError):
+    """A key, a value or a combination of them that cannot be obeyed."""
+
+    exit_code = 2
+
+
+class LayoutError(ConfigError):
+    """Degrees that do not divide what they cut."""
+
+
+class DataError(CordeeError):
+    """Input that is missing, empty, too short or not what its checksums say."""
+
+    exit_code = 2
+
+
+class CheckpointError(CordeeError):
+    """A checkpoint that cannot be written, read or verified."""
+
+
+class RunError(CordeeError):
+    """A run that had started and cannot go on; the cause comes first."""

@@ -1,0 +1,1 @@
+"""What goes wrong: the guard's verdict on a step, and drills that provoke faults."""

@@ -1,0 +1,70 @@
+"""The verdict on a step before it touches a parameter: commit, skip or stop.
+
+Every rank judges the same numbers (the agreed loss and gradient norm), so every rank says the same.
+A skipped step did not happen for parameters and optimiser; its samples are used up and the
+metrics say so. Not here: loss spikes and rewinding. Traded away: one read of the norm per step on a
+GPU, so that nothing non-finite is ever committed.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Say(enum.Enum):
+    """What is done with a step."""
+
+    COMMIT = "commit"
+    SKIP = "skip"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard says, and why in one clause (empty when all is well)."""
+
+    say: Say
+    cause: str = ""
+
+
+class Guard:
+    """Judges steps; `in_a_row` counts dropped ones and is part of what survives a restart."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+
+    def judge(self, losses: Iterable[float], grad_norm: float) -> Verdict:
+        """`losses` are the mean losses of all microbatches in order, `grad_norm` the global one."""
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            cause = f"the loss of microbatch {_some(bad)} is not finite"
+        elif not math.isfinite(grad_norm):
+            cause = "the gradient is not finite"
+        else:
+            self.in_a_row = 0
+            return Verdict(Say.COMMIT)
+        self.in_a_row += 1
+        return Verdict(Say.STOP if self.in_a_row >= self.limit else Say.SKIP, cause)
+
+
+def name_culprits(named: Iterable[tuple[str, Tensor]], most: int = 3) -> list[str]:
+    """Names of gradients that hold a non-finite element, the first `most` of them."""
+    found = []
+    for name, gradient in named:
+        if not bool(torch.isfinite(gradient).all()):
+            found.append(name)
+            if len(found) == most:
+                break
+    return found
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:3]))
+    return shown if len(numbers) <= 3 else f"{shown} and {len(numbers) - 3} more"

@@ -1,0 +1,1 @@
+"""Who holds what: axes, splits and the table of tensors. Paper: imports no torch."""

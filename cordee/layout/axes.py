@@ -1,0 +1,175 @@
+"""Degrees of the axes: rank <-> coordinates, islands, groups, and why a layout is illegal.
+
+Not here: what a tensor's slice is (`tensors.py`) or what a layout costs (`plan/`). An island is a
+set of ranks that holds one copy of the model; ranks of one island are neighbours in rank order, so
+that fast links stay inside. Traded away: arbitrary rank orders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cordee.config.run import Auto, LayoutSettings
+from cordee.errors import LayoutError
+
+AXES = ("island", "pipeline", "context", "expert", "shard", "tensor")
+"""Mesh axes, outermost first: ranks that differ in the last axis are next to each other."""
+
+INSIDE = AXES[1:]
+"""Axes inside an island."""
+
+BUILT = ("island", "shard")
+"""Axes this version can run; the others are in the tables and are refused with that reason."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degree of every axis. `size` ranks in all; each method is O(axes) but `groups`."""
+
+    island: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees in the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.degrees)
+
+    @property
+    def island_size(self) -> int:
+        """Ranks of one island."""
+        return self.size // self.island
+
+    @property
+    def workers(self) -> int:
+        """Groups of ranks that compute different microbatches: island x shard."""
+        return self.island * self.shard
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of `rank` on each axis."""
+        if not 0 <= rank < self.size:
+            raise LayoutError(
+                "no such rank", values={"rank": rank, "ranks": self.size}, fix="0 <= rank < ranks"
+            )
+        position = {}
+        for axis in reversed(AXES):
+            rank, position[axis] = divmod(rank, getattr(self, axis))
+        return {axis: position[axis] for axis in AXES}
+
+    def rank(self, coordinates: Mapping[str, int]) -> int:
+        """The rank at these coordinates; axes that are not named are 0."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * getattr(self, axis) + coordinates.get(axis, 0)
+        return rank
+
+    def worker(self, rank: int) -> int:
+        """Which share of the microbatches `rank` computes: island-major, then shard."""
+        at = self.coordinates(rank)
+        return at["island"] * self.shard + at["shard"]
+
+    def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
+        """The groups of ranks that differ only in `axis`, each in order of that axis."""
+        degree = getattr(self, axis)
+        for rank in range(self.size):
+            at = self.coordinates(rank)
+            if at[axis] == 0:
+                yield tuple(self.rank({**at, axis: i}) for i in range(degree))
+
+    def describe(self) -> str:
+        """As a person writes it: `2 islands x shard 2`, `one process`."""
+        inside = [f"{axis} {getattr(self, axis)}" for axis in INSIDE if getattr(self, axis) > 1]
+        if self.size == 1:
+            return "one process"
+        noun = "island" if self.island == 1 else "islands"
+        return " x ".join([f"{self.island} {noun}", *inside])
+
+
+def settle(wanted: LayoutSettings, processes: Auto) -> Layout:
+    """Fills every "auto": axes are 1, islands = processes / product of the axes.
+
+    `processes` may be "auto" when islands are given or everything is 1. Raises LayoutError when the
+    degrees do not divide the processes, naming the nearest that do.
+    """
+    inside = {axis: _degree(getattr(wanted, axis), f"layout.{axis}") for axis in INSIDE}
+    product = math.prod(inside.values())
+    if wanted.islands == "auto":
+        total = product if processes == "auto" else int(processes)
+        if total % product:
+            near = max(1, round(total / product)) * product
+            raise LayoutError(
+                "the axes do not divide the processes",
+                values={"launch.processes": total, **_given(inside), "product": product},
+                fix=f"launch.processes={near}",
+            )
+        islands = total // product
+    else:
+        islands = _degree(wanted.islands, "layout.islands")
+        if processes != "auto" and islands * product != processes:
+            raise LayoutError(
+                "the layout does not fill the processes",
+                values={
+                    "launch.processes": processes,
+                    "layout.islands": islands,
+                    **_given(inside),
+                },
+                fix=f"launch.processes={islands * product}, or leave layout.islands out",
+            )
+    return Layout(island=islands, **inside)
+
+
+def problems(layout: Layout, microbatches: int) -> list[tuple[str, str]]:
+    """Why this layout cannot run: (reason, nearest fix) pairs; empty when it can.
+
+    `microbatches` is M, the fixed list of work of a step.
+    """
+    found = []
+    for axis in AXES:
+        if axis not in BUILT and getattr(layout, axis) > 1:
+            found.append(
+                (
+                    f"layout.{axis}={getattr(layout, axis)}: this version runs the axes"
+                    " islands and shard",
+                    f"layout.{axis}=1",
+                )
+            )
+    if microbatches < layout.workers:
+        found.append(
+            (
+                f"{microbatches} microbatches cannot give work to {layout.workers} ranks"
+                f" ({layout.island} islands x shard {layout.shard})",
+                f"batch.microbatches={layout.workers}, or at most {microbatches} processes",
+            )
+        )
+    elif layout.shard > 1 and microbatches % layout.workers:
+        near = -(-microbatches // layout.workers) * layout.workers
+        found.append(
+            (
+                f"{microbatches} microbatches do not divide over {layout.workers} ranks, and"
+                " the ranks of a sharded island must compute equally many",
+                f"batch.microbatches={near}",
+            )
+        )
+    return found
+
+
+def _degree(value: Auto, key: str) -> int:
+    if value == "auto":
+        return 1
+    if int(value) < 1:
+        raise LayoutError("a degree is at least 1", values={key: value}, fix=f"{key}=1")
+    return int(value)
+
+
+def _given(inside: Mapping[str, int]) -> dict[str, int]:
+    return {f"layout.{axis}": degree for axis, degree in inside.items() if degree > 1}

@@ -1,0 +1,111 @@
+"""Microbatches to workers, and the canonical tree over microbatch index.
+
+Not here: who talks to whom. The tree is the house's order of summation: a range of microbatches is
+split at the largest power of two below its length, so the sum of a step does not depend on how many
+islands computed it. A worker with the contiguous range [a, b) sends the sums of the canonical
+subtrees of its range, at most 2 x log2(M) of them, one when the range is aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+Node = tuple[int, int]
+"""A subtree: the range [start, stop) of microbatches under it."""
+
+
+def split_evenly(count: int, parts: int) -> list[range]:
+    """`count` items as `parts` contiguous ranges whose lengths differ by at most one."""
+    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+def shard_rows(count: int, shards: int, index: int) -> range:
+    """Rows of dim 0 that shard `index` holds, as FSDP2 cuts: equal chunks, the last ones short."""
+    chunk = -(-count // shards)
+    start = min(index * chunk, count)
+    return range(start, min(start + chunk, count))
+
+
+def children(node: Node) -> tuple[Node, Node]:
+    """The two subtrees of a range of length >= 2, split at the largest power of two below it."""
+    start, stop = node
+    middle = start + (1 << ((stop - start - 1).bit_length() - 1))
+    return (start, middle), (middle, stop)
+
+
+def canonical_subtrees(part: range, total: int) -> list[Node]:
+    """The fewest subtrees of the tree over [0, total) that make up `part`, in order."""
+    found: list[Node] = []
+
+    def visit(node: Node) -> None:
+        start, stop = node
+        if stop <= part.start or part.stop <= start:
+            return
+        if part.start <= start and stop <= part.stop:
+            found.append(node)
+            return
+        for child in children(node):
+            visit(child)
+
+    if total > 0:
+        visit((0, total))
+    return found
+
+
+def fold(node: Node, leaves: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
+    """The sum of `node` from the subtrees in `leaves`, added in canonical order.
+
+    `leaves` must hold canonical subtrees that cover `node` exactly (KeyError otherwise, for a
+    single microbatch that nobody has).
+    """
+    if node in leaves:
+        return leaves[node]
+    if node[1] - node[0] == 1:
+        raise KeyError(node)
+    left, right = children(node)
+    return add(fold(left, leaves, add), fold(right, leaves, add))
+
+
+class TreeSum:
+    """Sums leaves that arrive in order into canonical subtrees, holding O(log M) partial sums.
+
+    `add(a, b)` may reuse `a`'s memory. The slow, obvious version is `fold` over all leaves.
+    """
+
+    def __init__(self, part: range, total: int) -> None:
+        self._wanted = canonical_subtrees(part, total)
+
+    def feed(
+        self,
+        partial: list[tuple[Node, T]],
+        index: int,
+        leaf: T,
+        add: Callable[[T, T], T],
+    ) -> None:
+        """Takes microbatch `index` (in order) into `partial`, merging every finished subtree."""
+        partial.append(((index, index + 1), leaf))
+        top = self._top(index)
+        while len(partial) > 1:
+            (left, a), (right, b) = partial[-2], partial[-1]
+            whole = (left[0], right[1])
+            if not self._is_node(whole, (left, right), top):
+                return
+            partial[-2:] = [(whole, add(a, b))]
+
+    def _top(self, index: int) -> Node:
+        return next(node for node in self._wanted if node[0] <= index < node[1])
+
+    @staticmethod
+    def _is_node(whole: Node, parts: Sequence[Node], top: Node) -> bool:
+        """Whether `whole` is a node under `top` whose children are exactly `parts`."""
+        node = top
+        while node[1] - node[0] > 1:
+            if node == whole:
+                return children(node) == tuple(parts)
+            left, right = children(node)
+            node = left if whole[1] <= left[1] else right
+            if whole[0] < node[0]:
+                return False
+        return False

@@ -1,0 +1,97 @@
+"""What a step cost: time by phase, bytes, memory, and the rates that follow.
+
+Not here: where it is written (`sinks.py`). Memory is this rank's peak above what the process held
+before the model was built, so that it can be held against the plan; on CUDA it is the allocator's
+peak. Traded away: device timers; phases are told apart by the host's clock.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+class Meter:
+    """Times phases of a step and remembers what the plan's check needs."""
+
+    def __init__(self, device: str, flops_per_step: float, peak_flops: float | None) -> None:
+        self._device = torch.device(device)
+        self._flops = flops_per_step
+        self._peak = peak_flops
+        self._began = resident_bytes()
+        self._phases: dict[str, float] = {}
+        self._step_began = time.perf_counter()
+        self._steps_s: list[float] = []
+        self.bytes_sent = 0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._phases = {}
+        self._step_began = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to phase `name` ("data", "comm", ...)."""
+        began = time.perf_counter()
+        yield
+        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds time that somebody else took."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
+
+    def row(self, tokens: int, bytes_sent: int) -> dict[str, Any]:
+        """The step's costs: the part of a metrics row that this file knows."""
+        step_s = time.perf_counter() - self._step_began
+        self._steps_s.append(step_s)
+        self.bytes_sent = bytes_sent
+        return {
+            "tokens_per_s": round(tokens / step_s, 1),
+            "step_s": round(step_s, 6),
+            "data_s": round(self._phases.get("data", 0.0), 6),
+            "comm_s": round(self._phases.get("comm", 0.0), 6),
+            "bytes_sent": bytes_sent,
+            "memory_bytes": self.memory_bytes(),
+            "mfu": self._mfu(step_s),
+        }
+
+    def memory_bytes(self) -> int:
+        """Peak memory of this rank above the start's."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return max(0, peak_bytes() - self._began)
+
+    def measured(self) -> dict[str, float]:
+        """What is held against the plan: median step, bytes of a step, memory."""
+        steps = self._steps_s[len(self._steps_s) // 10 :] or [math.nan]
+        return {
+            "step_s": median(steps),
+            "bytes_sent": float(self.bytes_sent),
+            "memory_bytes": float(self.memory_bytes()),
+        }
+
+    def _mfu(self, step_s: float) -> float | None:
+        return round(self._flops / step_s / self._peak, 4) if self._peak else None
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

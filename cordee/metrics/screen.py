@@ -1,0 +1,91 @@
+"""What a person sees while a run runs: a bar on a terminal, plain lines anywhere else.
+
+Everything goes to standard error; standard output belongs to --json. Not here: files. Ranks other
+than 0 get a silent screen, so the loop never asks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+LINE_EVERY_S = 5.0
+
+
+class Screen:
+    """Lines and, on a terminal, a bar. `silent` shows nothing."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self._silent = silent
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._last_line = 0.0
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
+        """The state after a step: `done` in [0, 1], `left_s` seconds to go."""
+        if self._silent:
+            return
+        text = describe(row, left_s)
+        if self._console.is_terminal:
+            if self._bar is None:
+                self._bar = _make_bar(self._console)
+                self._bar.start()
+                self._task = self._bar.add_task("", total=1.0, text=text)
+            self._bar.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_S or row["step"] <= 1 or done >= 1:
+            self._last_line = now
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away; its last state stays on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(row: Mapping[str, Any], left_s: float) -> str:
+    """A metrics row as one line."""
+    mark = "  SKIPPED" if row.get("skipped") else ""
+    return (
+        f"step {row['step']:>5}  loss {_number(row['loss'])}"
+        f"  bpb {_number(row['bits_per_byte'])}  gnorm {_number(row['grad_norm'])}"
+        f"  lr {row['lr']:.2e}  {row['tokens_per_s'] / 1000:.1f}k tok/s"
+        f"  {_clock(left_s)} left{mark}"
+    )
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        refresh_per_second=8,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "  nan" if value is None else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes}:{rest:02d}"

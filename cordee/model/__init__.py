@@ -1,0 +1,1 @@
+"""The byte-level transformer and how it starts. Metal: imports torch, never torch.distributed."""

@@ -1,0 +1,173 @@
+"""How parameters start: one table of schemes, and one generator per parameter.
+
+Every parameter is drawn whole, in fp32 on the CPU, from a generator seeded by a hash of (seed,
+name). So the numbers depend neither on the layout nor on the order or the device, and a rank that
+holds some rows draws the whole and keeps its own. Traded away: speed of drawing (20 ns an element,
+once). Not here: how a shard is written (`initialise` takes the writer from whoever made it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cordee.config.run import InitialSettings
+from cordee.errors import ConfigError
+
+RESIDUAL = ("attention.out.weight", "mlp.down.weight")
+"""Ends of the names of the matrices that write into the residual stream."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a scheme may look at: the generator, inputs and outputs of a unit, the set `std`."""
+
+    generator: torch.Generator
+    fan_in: int
+    fan_out: int
+    std: float
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to fill a matrix in place, its formula in words and its source."""
+
+    formula: str
+    source: str
+    fill: Callable[[Tensor, Draw], object]
+
+
+def _uniform(variance: Callable[[Draw], float]) -> Callable[[Tensor, Draw], object]:
+    def fill(tensor: Tensor, draw: Draw) -> None:
+        bound = math.sqrt(3.0 * variance(draw))
+        tensor.uniform_(-bound, bound, generator=draw.generator)
+
+    return fill
+
+
+def _normal(variance: Callable[[Draw], float]) -> Callable[[Tensor, Draw], object]:
+    def fill(tensor: Tensor, draw: Draw) -> None:
+        tensor.normal_(0.0, math.sqrt(variance(draw)), generator=draw.generator)
+
+    return fill
+
+
+def _xavier(draw: Draw) -> float:
+    return 2.0 / (draw.fan_in + draw.fan_out)
+
+
+def _kaiming(draw: Draw) -> float:
+    return 2.0 / draw.fan_in
+
+
+def _orthogonal(tensor: Tensor, draw: Draw) -> None:
+    rows, columns = tensor.shape[0], tensor[0].numel()
+    tall = torch.empty(max(rows, columns), min(rows, columns))
+    q, r = torch.linalg.qr(tall.normal_(generator=draw.generator))
+    q *= r.diagonal().sign()  # without it q is not uniform over orthogonal matrices
+    tensor.copy_((q if rows >= columns else q.T).reshape(tensor.shape))
+
+
+def _truncated_normal(tensor: Tensor, draw: Draw) -> None:
+    bound = 2.0 * draw.std
+    nn.init.trunc_normal_(tensor, 0.0, draw.std, -bound, bound, generator=draw.generator)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "xavier": Scheme(
+        "uniform, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _uniform(_xavier)
+    ),
+    "xavier_normal": Scheme(
+        "normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _normal(_xavier)
+    ),
+    "kaiming": Scheme("uniform, variance 2 / inputs", "He et al. 2015", _uniform(_kaiming)),
+    "kaiming_normal": Scheme("normal, variance 2 / inputs", "He et al. 2015", _normal(_kaiming)),
+    "orthogonal": Scheme(
+        "orthonormal rows or columns, from a QR of normal numbers",
+        "Saxe et al. 2014; Mezzadri 2007",
+        _orthogonal,
+    ),
+    "truncated_normal": Scheme(
+        "normal of deviation std, redrawn inside 2 std", "Devlin et al. 2019", _truncated_normal
+    ),
+    "normal": Scheme("normal of deviation std", "Radford et al. 2019", _normal(lambda d: d.std**2)),
+    "zero": Scheme("all zero", "Zhang et al. 2019 (Fixup)", lambda tensor, draw: tensor.zero_()),
+}
+"""initial.matrices -> formula, source, code; initial.gain multiplies the result."""
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """64 bits from (seed, name), the same on every machine and version of Python."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def initial_tensor(
+    name: str, shape: Sequence[int], settings: InitialSettings, seed: int, layers: int
+) -> Tensor:
+    """The whole initial tensor of parameter `name`, fp32 on the CPU.
+
+    Gains of norms start at 1 and other vectors at 0, the embedding is normal with embedding_std,
+    the head and the matrices follow their settings. `shape` is [outputs, inputs, ...] as in
+    nn.Linear; `layers` is the number of blocks (for depth_scaled).
+    """
+    tensor = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    if tensor.ndim < 2:
+        return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+    generator = torch.Generator(device="cpu").manual_seed(tensor_seed(seed, name))
+    if name == "embed.weight":
+        return tensor.normal_(0.0, settings.embedding_std, generator=generator)
+    kind, gain = _scheme_of(name, settings, layers)
+    if kind not in SCHEMES:
+        raise ConfigError(
+            "no such way to start a matrix",
+            values={"initial.matrices": kind},
+            fix="initial.matrices=" + next(iter(SCHEMES)),
+        )
+    area = math.prod(shape[2:])
+    draw = Draw(generator, shape[1] * area, shape[0] * area, settings.std)
+    with torch.no_grad():
+        SCHEMES[kind].fill(tensor, draw)
+        return tensor.mul_(gain)
+
+
+def initialise(
+    model: nn.Module,
+    settings: InitialSettings,
+    seed: int,
+    layers: int,
+    write: Callable[[nn.Parameter, Tensor], object] | None = None,
+) -> None:
+    """Fills every parameter of `model` from (seed, name) and makes its tables anew.
+
+    `write(parameter, whole)` stores the whole tensor [parameter.shape, fp32, CPU] in a parameter
+    that holds only its part of it; without it the parameter holds all of it.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = initial_tensor(name, parameter.shape, settings, seed, layers)
+            if write is None:
+                parameter.copy_(whole)
+            else:
+                write(parameter, whole)
+    for module in model.modules():
+        forget = getattr(module, "forget_turns", None)
+        if forget is not None:
+            forget()
+
+
+def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, float]:
+    """Scheme and factor of a matrix by its name."""
+    if name == "head.weight" and settings.head != "same":
+        return settings.head, 1.0
+    if name.endswith(RESIDUAL):
+        if settings.residual == "zero":
+            return "zero", 1.0
+        if settings.residual == "depth_scaled":
+            return settings.matrices, settings.gain / math.sqrt(2.0 * layers)
+    return settings.matrices, settings.gain

@@ -1,0 +1,233 @@
+"""Who is updated by what: groups of parameters, and one object over their optimisers.
+
+Not here: update rules (torch.optim's, and `muon.py`), the schedule's shape, files. State exists
+from the start, not from the first step, so that saving and loading have one case. Traded away:
+param groups of the user's own; a rule has one rate, and weight decay is on matrices only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cordee.config.presets import DEFAULT_LR
+from cordee.config.run import OptimSettings
+from cordee.errors import CheckpointError, ConfigError
+from cordee.layout.tensors import TABLE
+from cordee.optim.muon import Gather, Muon, product_dtype
+
+GROUPS = ("matrices", "embeddings", "vectors")
+"""Kinds of parameters; ClipSettings has limits for each."""
+
+Named = list[tuple[str, nn.Parameter]]
+
+_PATTERNS = [
+    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TABLE
+]
+_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
+
+
+def group_of(name: str, ndim: int) -> str:
+    """Group of a parameter: the table's for the house's own names; else vectors below 2 dims,
+    embeddings by name (embed..., wte, wpe, head), and matrices."""
+    for pattern, group in _PATTERNS:
+        if pattern.fullmatch(name):
+            return group
+    if ndim < 2:
+        return "vectors"
+    return "embeddings" if _EMBEDDING.search(name) else "matrices"
+
+
+def split_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Named]:
+    """Parameters by group, in the order they came; all three keys are always there."""
+    groups: dict[str, Named] = {group: [] for group in GROUPS}
+    for name, parameter in named_parameters:
+        groups[group_of(name, parameter.ndim)].append((name, parameter))
+    return groups
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """A torch param group and its peak learning rate."""
+
+    group: dict[str, Any]
+    peak: float
+
+
+class Optimizers:
+    """One or two torch optimizers as one: step, rates, state by name. Made by `make_optimizer`."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[str, nn.Parameter]) -> None:
+        """`names` maps 'group/name' to the parameter; rates so far become the peaks."""
+        self.parts = parts
+        self._names = names
+        self._rates = [_Rate(g, float(g["lr"])) for part in parts for g in part.param_groups]
+        self._state: dict[str, dict[str, Tensor]] = {}
+        part_of = {p: part for part in parts for g in part.param_groups for p in g["params"]}
+        for key, parameter in names.items():
+            part = part_of[parameter]
+            part.state[parameter].update(_fresh_state(part, parameter))
+            self._state[key] = part.state[parameter]
+
+    @property
+    def peak_lr(self) -> float:
+        """The rule's peak learning rate (with muon: that of the matrices)."""
+        return self._rates[0].peak
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes this rank sent to share work, since the start."""
+        return sum(getattr(part, "sent_bytes", 0) for part in self.parts)
+
+    def step(self) -> None:
+        """Updates every parameter that has a gradient (collective when muon shares its work)."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients (or fills them with zeros)."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def set_lr(self, factor: float) -> None:
+        """Every group's rate becomes factor x its peak."""
+        for rate in self._rates:
+            rate.group["lr"] = rate.peak * factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by name ('matrices/blocks.0.mlp.up.weight/momentum_buffer'): live local tensors.
+
+        A tensor that has as many dims as its parameter is cut like it; a 0-d one is the same on
+        every rank. The keys are the same before and after the first step.
+        """
+        return {f"{key}/{kind}": tensor for key, kind, tensor in self._each()}
+
+    def load(self, read: Callable[[str], Tensor | None]) -> None:
+        """Fills the state from `read(key)`, a tensor of the local shape; None means as new."""
+        with torch.no_grad():
+            for key, kind, tensor in self._each():
+                stored = read(f"{key}/{kind}")
+                if stored is None:
+                    tensor.zero_()
+                elif stored.shape != tensor.shape:
+                    raise CheckpointError(
+                        "optimiser state of another shape",
+                        values={"tensor": f"{key}/{kind}", "stored": tuple(stored.shape),
+                                "wanted": tuple(tensor.shape)},
+                        fix="load a checkpoint of the same model and optim.name",
+                    )  # fmt: skip
+                else:
+                    tensor.copy_(stored)
+
+    def _each(self) -> Iterator[tuple[str, str, Tensor]]:
+        for key, state in self._state.items():
+            for kind, tensor in state.items():
+                yield key, kind, tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def make_optimizer(
+    settings: OptimSettings,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    fused: bool,
+    gather: Gather | None = None,
+    muon_dtype: torch.dtype | None = None,
+) -> Optimizers:
+    """The optimiser that `settings` names, over parameters that may be whole or DTensors.
+
+    fused: use the library's fused kernels where they exist. Their last bits depend on where a
+    tensor is cut; without them (exact) every element is computed alike. `gather`: ranks with the
+    same parameters, which muon deals its matrices to; `muon_dtype`: what it multiplies in (None
+    is what the device is quick at).
+    """
+    groups = split_groups(named_parameters)
+    names = {f"{group}/{name}": p for group, named in groups.items() for name, p in named}
+    lr = float(DEFAULT_LR[settings.name] if settings.lr == "auto" else settings.lr)
+    if settings.name != "muon":
+        return Optimizers([_library(settings, groups, lr, fused)], names)
+    parts: list[torch.optim.Optimizer] = []
+    matrices = [p for _, p in groups["matrices"]]
+    if matrices:
+        momentum, decay = settings.momentum, settings.weight_decay
+        dtype = muon_dtype or product_dtype(matrices[0].device)
+        parts.append(
+            Muon(matrices, lr, momentum=momentum, weight_decay=decay, dtype=dtype,
+                 gather=gather)
+        )  # fmt: skip
+    if groups["embeddings"] or groups["vectors"]:
+        rest = {**groups, "matrices": []}
+        parts.append(_adam(torch.optim.AdamW, settings, rest, settings.adam_lr, fused))
+    return Optimizers(parts, names)
+
+
+def _library(
+    settings: OptimSettings, groups: dict[str, Named], lr: float, fused: bool
+) -> torch.optim.Optimizer:
+    match settings.name:
+        case "sgd" | "momentum":
+            momentum = settings.momentum if settings.name == "momentum" else 0.0
+            return torch.optim.SGD(
+                _decayed(groups, settings), lr, momentum=momentum, **_kernels(fused)
+            )
+        case "adam":
+            return _adam(torch.optim.Adam, settings, groups, lr, fused)
+        case "adamw":
+            return _adam(torch.optim.AdamW, settings, groups, lr, fused)
+        case "adafactor":
+            return torch.optim.Adafactor(_decayed(groups, settings), lr)
+    raise ConfigError(
+        "no such update rule", values={"optim.name": settings.name}, fix="optim.name=muon"
+    )
+
+
+def _adam(
+    rule: type[torch.optim.Adam], settings: OptimSettings, groups: dict[str, Named], lr: float,
+    fused: bool,
+) -> torch.optim.Optimizer:  # fmt: skip
+    betas = (settings.beta1, settings.beta2)
+    return rule(_decayed(groups, settings), lr, betas, settings.eps, **_kernels(fused))
+
+
+def _kernels(fused: bool) -> dict[str, Any]:
+    """foreach when not fused: the same bits as one tensor at a time, and a tenth of the calls
+    (which matters for DTensors)."""
+    return {"fused": True} if fused else {"foreach": True}
+
+
+def _decayed(groups: dict[str, Named], settings: OptimSettings) -> list[dict[str, Any]]:
+    """Torch param groups: matrices with weight decay, the rest without."""
+    matrices = [p for _, p in groups["matrices"]]
+    rest = [p for group in GROUPS[1:] for _, p in groups[group]]
+    split = ((matrices, settings.weight_decay), (rest, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in split if params]
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """State as the optimizer would make it at its first step, all zero."""
+    group = optimizer.param_groups[0]
+    step = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+    with torch.no_grad():
+        if isinstance(optimizer, Muon):
+            whole = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            return {"momentum_buffer": torch.zeros_like(whole)}
+        if isinstance(optimizer, torch.optim.SGD):
+            return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}
+        if isinstance(optimizer, torch.optim.Adafactor):
+            if parameter.ndim < 2:
+                return {"step": step, "variance": torch.zeros_like(parameter)}
+            row, column = (
+                torch.zeros_like(parameter[..., :1]),
+                torch.zeros_like(parameter[..., :1, :]),
+            )
+            return {"step": step, "row_var": row, "col_var": column}
+        return {
+            "step": step,
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }

@@ -1,0 +1,1 @@
+"""What a run will cost on given devices, and which layout is best. Paper: imports no torch."""

@@ -1,0 +1,301 @@
+"""The devices and links that a plan is made for: read from this machine or from a TOML file.
+
+Not here: measuring them (a probe does that and writes the TOML). Traded away: figures of the CPU
+itself. A core's peak is its clock times what its instruction set can do, and its bandwidth is a
+nominal value; both are stated as assumed in the plan and replaced by a file when it matters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cordee.config.load import read_toml
+from cordee.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """`hosts` equal machines. What is per device is per core where `device` is cpu."""
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    devices: int = 0
+    """Accelerators of one host; 0 where `device` is cpu."""
+    cores: int
+    """CPU cores of one host that this program may use."""
+    hosts: int = 1
+    memory_bytes: int
+    """Memory of one accelerator, or of one host, shared by its ranks, where `device` is cpu."""
+    flops_fp32: float
+    """Peak dense floating-point operations per second of one accelerator or one core, fp32."""
+    flops_bf16: float
+    """The same in bf16 with fp32 sums."""
+    bf16_share: float = 0.0
+    """Share of the bf16 peak that large products reach; 0: what is usual for such devices."""
+    memory_bytes_per_s: float
+    """Bandwidth of the memory as one accelerator or one core sees it."""
+    link_bytes_per_s: float
+    """What one rank sends to a rank of its host, one way."""
+    link_s: float
+    """Latency of one message between two ranks of a host, library included."""
+    network_bytes_per_s: float = 1.25e9
+    """What one rank sends to another host, one way (10 Gbit/s unless told)."""
+    network_s: float = 100e-6
+    """Latency of one message between hosts."""
+
+    @property
+    def slots(self) -> int:
+        """Accelerators in all, or cores in all where `device` is cpu."""
+        return (self.devices if self.device == "cuda" else self.cores) * self.hosts
+
+    def flops(self, precision: str) -> float:
+        """Peak of one accelerator or core in fp32 or bf16, operations per second."""
+        return self.flops_fp32 if precision == "fp32" else self.flops_bf16
+
+
+CPU_LINK_BYTES_PER_S = 1.3e9
+CPU_LINK_S = 120e-6
+"""Gloo between two processes of one machine: all-reduce and exchange of 0.5 to 43 MB, measured."""
+CPU_MEMORY_BYTES_PER_S = 20e9
+CPU_TURBO = 1.25
+"""Turbo clock over the clock that /proc/cpuinfo shows, where the kernel does not tell it."""
+
+_GPU = {
+    "A100": (80e9, 19.5e12, 312e12, 0.70, 2.04e12, 300e9, 25e9),
+    "H100": (80e9, 67e12, 989e12, 0.57, 3.35e12, 450e9, 50e9),
+    "H200": (141e9, 67e12, 989e12, 0.57, 4.8e12, 450e9, 50e9),
+    "B200": (180e9, 75e12, 2250e12, 0.48, 7.7e12, 900e9, 50e9),
+}
+"""Memory, fp32 and dense bf16 peak, share of it that training reaches, HBM bandwidth, NVLink one
+way, one NIC. NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (half of
+the bf16 figures given "with sparsity", half of the NVLink figures, which count both ways); NICs of
+200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares: costs.py."""
+
+
+def named_devices() -> tuple[str, ...]:
+    """Accelerators that a cluster file may name as `kind`."""
+    return tuple(_GPU)
+
+
+def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
+    """`hosts` machines with `devices` accelerators each, from the table; ConfigError if unknown."""
+    if kind not in _GPU:
+        raise _unlike("there is no such device in the table", "kind", kind, list(_GPU))
+    memory, fp32, bf16, share, bandwidth, link, network = _GPU[kind]
+    return Cluster(
+        device="cuda",
+        name=f"{devices} {kind}",
+        devices=devices,
+        cores=cores,
+        hosts=hosts,
+        memory_bytes=int(memory),
+        flops_fp32=fp32,
+        flops_bf16=bf16,
+        bf16_share=share,
+        memory_bytes_per_s=bandwidth,
+        link_bytes_per_s=link,
+        link_s=15e-6,
+        network_bytes_per_s=network,
+        network_s=25e-6,
+    )
+
+
+def local_cluster() -> Cluster:
+    """This machine, from /proc, /sys, /dev and the process's CPU mask: microseconds, no torch.
+
+    Several hosts are for the launcher to say: `replace(local_cluster(), hosts=4)`. A device that
+    the table does not know is planned as an A100, and the name says so.
+    """
+    cores = _cores()
+    found = [p for p in glob.glob("/dev/nvidia[0-9]*") if p[len("/dev/nvidia") :].isdigit()]
+    if found:
+        told = _gpu_name()
+        kind = next((k for k in _GPU if k in told), None)
+        made = gpu_cluster(kind or "A100", len(found), cores=cores)
+        return made if kind else replace(made, name=f"{len(found)} {told or 'GPU'} (as A100)")
+    info = _read("/proc/cpuinfo")
+    fp32, bf16 = _core_flops(info)
+    told = _field(info, "model name") or "CPU"
+    return Cluster(
+        device="cpu",
+        name=f"{told}, {cores} core{'s' if cores > 1 else ''}",
+        cores=cores,
+        memory_bytes=_memory_bytes(),
+        flops_fp32=fp32,
+        flops_bf16=bf16,
+        memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
+        link_bytes_per_s=CPU_LINK_BYTES_PER_S,
+        link_s=CPU_LINK_S,
+    )
+
+
+def cpu_only(cluster: Cluster) -> Cluster:
+    """The same hosts without their accelerators (launch.device=cpu); the memory is this host's."""
+    if cluster.device == "cpu":
+        return cluster
+    fp32, bf16 = _core_flops(_read("/proc/cpuinfo"))
+    return replace(
+        cluster,
+        device="cpu",
+        name=f"{cluster.cores} cores of {cluster.name}",
+        devices=0,
+        memory_bytes=_memory_bytes(),
+        flops_fp32=fp32,
+        flops_bf16=bf16,
+        bf16_share=0.0,
+        memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
+        link_bytes_per_s=CPU_LINK_BYTES_PER_S,
+        link_s=CPU_LINK_S,
+    )
+
+
+def read_cluster(path: str | Path) -> Cluster:
+    """A cluster from TOML: the fields of `Cluster`, or `kind` and `devices` and what differs.
+
+    `kind = "H100"` takes the table's figures, `kind = "local"` this machine's; every other key then
+    replaces one. Raises ConfigError for an unknown key, a wrong type, or a missing field.
+    """
+    given = dict(read_toml(Path(path)))
+    kinds = {f.name: f.type for f in fields(Cluster)}
+    for key in given:
+        if key not in kinds and key != "kind":
+            raise _unlike("a cluster has no such key", "key", key, [*kinds, "kind"], str(path))
+    kind = given.pop("kind", None)
+    values = {key: _typed(key, value, str(kinds[key]), path) for key, value in given.items()}
+    if kind is None:
+        base: dict[str, Any] = {}
+    elif kind == "local":
+        base = asdict(local_cluster())
+    else:
+        devices, hosts = int(values.get("devices", 1)), int(values.get("hosts", 1))
+        base = asdict(gpu_cluster(str(kind), devices, hosts=hosts))
+    made = {**base, **values}
+    needed = [name for name in kinds if name not in made and not _has_default(name)]
+    if needed:
+        raise ConfigError(
+            "the cluster lacks a field",
+            values={"file": str(path), "missing": needed},
+            fix=f'kind = "local" or kind = "H100" gives every field; else add {needed[0]}',
+        )
+    return _sensible(Cluster(**made), path)
+
+
+def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
+    if cluster.device not in ("cpu", "cuda"):
+        raise _unlike("no such kind of device", "device", cluster.device, ["cpu", "cuda"])
+    free = ("devices", "bf16_share")
+    for key, value in asdict(cluster).items():
+        if isinstance(value, int | float) and key not in free and value <= 0:
+            raise ConfigError(
+                f"{key} is above 0", values={"file": str(path), key: value}, fix=f"{key} = 1"
+            )
+    if cluster.device == "cuda" and cluster.devices < 1:
+        raise ConfigError(
+            "a cuda cluster has devices",
+            values={"file": str(path), "devices": cluster.devices},
+            fix="devices = 8",
+        )
+    return cluster
+
+
+def _typed(key: str, value: Any, kind: str, path: str | Path) -> Any:
+    """`value` as the field wants it: text, a whole number, or any number."""
+    text = "str" in kind or "Literal" in kind
+    right = isinstance(value, str) if text else isinstance(value, int | float)
+    if not text and isinstance(value, bool):
+        right = False
+    if kind == "int" and isinstance(value, float) and not value.is_integer():
+        right = False
+    if not right:
+        told = "text" if text else "a whole number" if kind == "int" else "a number"
+        raise ConfigError(
+            f"{key} has the wrong type: it is {told}",
+            values={"file": str(path), key: value},
+            fix=f'{key} = "{value}"' if text else f"{key} = 8",
+        )
+    return value if text else int(value) if kind == "int" else float(value)
+
+
+def _has_default(name: str) -> bool:
+    return hasattr(Cluster, name)
+
+
+def _unlike(what: str, key: str, value: str, known: list[str], file: str = "") -> ConfigError:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+    values: Mapping[str, object] = {key: value} | ({"file": file} if file else {})
+    fix = f"did you mean {near[0]}?" if near else "one of " + ", ".join(known)
+    return ConfigError(what, values=values, fix=fix)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> str:
+    match = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else ""
+
+
+def _cores() -> int:
+    """Cores in the CPU mask, or fewer where a control group grants less time."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _memory_bytes() -> int:
+    """Memory of the machine, or the control group's limit where that is lower."""
+    total = _field(_read("/proc/meminfo"), "MemTotal").split(" ")[0]
+    found = int(total) * 1024 if total.isdigit() else 8 * 2**30
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return min(found, int(limit)) if limit.isdigit() else found
+
+
+def _gpu_name() -> str:
+    for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
+        if name := _field(_read(path), "Model"):
+            return name
+    return ""
+
+
+def _core_flops(info: str) -> tuple[float, float]:
+    """Peak of one core in fp32 and bf16 from its flags: lanes x 2 (multiply and add) x 2 units.
+
+    AMD's family 25 (Zen 3 and 4) runs 512-bit instructions in two halves. bf16 without its own
+    instructions is widened to fp32 and gains nothing. Two hardware threads of a core share it.
+    """
+    flags = set((_field(info, "flags") or _field(info, "Features")).split())
+    halves = "AMD" in _field(info, "vendor_id") and _field(info, "cpu family") == "25"
+    if "avx512f" in flags and not halves:
+        per_cycle = 64
+    elif "fma" in flags or "avx512f" in flags:
+        per_cycle = 32
+    else:
+        per_cycle = 16  # two 128-bit units, as on most 64-bit Arm cores
+    gain = 8.0 if "amx_bf16" in flags else 2.0 if flags & {"avx512_bf16", "bf16"} else 1.0
+    whole, seen = _field(info, "cpu cores"), _field(info, "siblings")
+    part = int(whole) / int(seen) if whole.isdigit() and seen.isdigit() and int(seen) else 1.0
+    peak = per_cycle * _clock_hz(info) * min(1.0, part or 1.0)
+    return peak, gain * peak
+
+
+def _clock_hz(info: str) -> float:
+    told = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
+    if told.isdigit():
+        return float(told) * 1e3
+    shown = re.search(r"^cpu MHz\s*:\s*([\d.]+)", info, re.MULTILINE)
+    return float(shown.group(1)) * 1e6 * CPU_TURBO if shown else 2.5e9

@@ -1,0 +1,281 @@
+"""Arithmetic of a step and the time it takes: closed formulas and a few constants per kind.
+
+Not here: messages (`network.py`) and bytes held (`memory.py`). Traded away: efficiency by exact
+shape, which needs a measured profile. A kind (device, precision) has a dozen constants; time is
+the sum of four streams (matrix products, attention, element passes, fixed cost of a layer).
+
+How the CPU's constants were obtained: a script timed forward + backward of the built-in model with
+2-8 blocks (width 64-768, sequence 64-1024, microbatch 1-16, vocabulary 256 and 8192, 1 and 2
+threads, fp32 and bf16 autocast: 168 rows, each the minimum of 4-60 calls on idle cores) on two
+Zen 4 cores with torch 2.13; non-negative least squares on relative errors gave the columns of
+`KINDS`. Mean error of that fit: fp32 3.5 % (1 thread) and 8 % (2 threads), bf16 4.5 % and 6 %;
+eight rows in ten lie between 0.94 and 1.23 of the prediction. CUDA's: A100 and H100 rows with FSDP
+and no recomputation of a published table (72 rows, 125 M - 13 B parameters, 8-512 devices) are met
+with 6 % mean error, 0.93 to 1.35; other software moves them more. `low` and `high` are wider than
+both, for other machines: a kind is not a measured device. Whole steps of 13 short runs on the
+first machine (1-2 ranks, all protocols, shards, 0.1-11 M parameters) took 0.88 to 1.10 of the plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cordee.config.run import Run
+from cordee.layout.axes import Layout
+from cordee.layout.tensors import TensorSpec, ffn_width
+from cordee.plan.cluster import Cluster
+
+MUON_ITERATIONS = 5
+"""Newton-Schulz iterations of an orthogonalisation (Jordan 2024)."""
+MUON_SHARE = 0.88
+"""Share of the bf16 peak that they reach on a CPU (192 to 768 wide: 0.76 to 0.98)."""
+
+CONTENTION = 0.03
+"""All cores of a host busy with ranks: each is this much slower (measured: -5 to 3 %)."""
+OVERSUBSCRIBED = 1.2
+"""More threads than cores lose this much beside the time they share (2 cores, 3 and 4 ranks)."""
+
+CHUNK = 128
+CHUNKED_UP_TO = 1024
+"""CPU attention keeps its probabilities up to this length, by chunks of queries (attention.py)."""
+
+FRESH_BYTES = 32 << 20
+FRESH_S_PER_BYTE = 0.5e-9
+"""CPU buffers above glibc's largest mmap threshold are mapped anew each time: page faults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Constants of one (device, precision). Shares are of the cluster's nominal figures."""
+
+    matrix: float
+    """Share of peak that large matrix products reach."""
+    rows: float = 0.0
+    """Rows of a microbatch at which a product reaches half of that."""
+    attention: float
+    """Speed of causal attention, forward and backward, as a share of the products'."""
+    bandwidth: float
+    """Share of nominal bandwidth that element passes reach."""
+    per_logit: float
+    per_weight: float
+    per_probability: float = 0.0
+    """Element passes of a microbatch, forward and backward: over logits (cap, softmax, loss), over
+    weights (casts, adding up gradients), over attention's probabilities where they are kept."""
+    layer_s: float
+    """Fixed time of a layer and microbatch, forward and backward (dispatch of its operations)."""
+    serial_matrix: float = 0.0
+    serial_passes: float = 0.0
+    """t threads are t / (1 + serial x (t - 1)) as fast as one."""
+    low: float
+    high: float
+    """The step takes between low x and high x what is predicted."""
+
+
+STEP_S = 2e-3
+"""Fixed time of a step: data, tally, records."""
+
+KINDS: Mapping[tuple[str, str], Kind] = {
+    ("cpu", "fp32"): Kind(
+        matrix=0.99, attention=0.74, bandwidth=0.193, per_logit=11, per_weight=2.0,
+        per_probability=3.0, layer_s=1.0e-3, serial_matrix=0.075, serial_passes=0.2,
+        low=0.85, high=1.35,
+    ),
+    ("cpu", "bf16"): Kind(
+        matrix=0.92, attention=0.71, bandwidth=0.54, per_logit=23, per_weight=2.0,
+        per_probability=5.7, layer_s=2.4e-3, serial_matrix=0.075, serial_passes=0.2,
+        low=0.85, high=1.45,
+    ),
+    ("cuda", "fp32"): Kind(
+        matrix=0.75, rows=250, attention=0.38, bandwidth=0.7, per_logit=12, per_weight=3,
+        layer_s=1.5e-3, low=0.65, high=1.7,
+    ),
+    ("cuda", "bf16"): Kind(
+        matrix=0.57, rows=690, attention=0.38, bandwidth=0.7, per_logit=12, per_weight=3,
+        layer_s=2.1e-3, low=0.7, high=1.6,
+    ),
+}  # fmt: skip
+"""See the file's header; cuda fp32 is a guess between the two."""
+
+UPDATE_BYTES: Mapping[str, int] = {
+    "sgd": 6, "momentum": 15, "adam": 14, "adamw": 14, "muon": 30, "adafactor": 80,
+}  # fmt: skip
+"""Traffic of an update per parameter, in bytes at nominal CPU bandwidth, fused kernels."""
+UNFUSED_BYTES: Mapping[str, int] = {**UPDATE_BYTES, "adam": 76, "adamw": 76}
+"""The same without fused kernels, as run.exact needs it."""
+CLIP_BYTES = 12
+"""Norm and scaling of a gradient, per parameter."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One microbatch, forward and backward: operations, and elements that passes go over."""
+
+    tokens: int
+    layers: int
+    matrix_flops: float
+    attention_flops: float
+    block_elements: float
+    logits: int
+    weights: int
+    probabilities: float
+    flops: float
+    """Operations of the model as MFU counts them: only what the result needs."""
+
+
+def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
+    """Counts one microbatch of `run`.
+
+    6 operations per weight and token (forward 2, backward 4), and 12 x keys x width per token and
+    layer for attention, where a causal query needs half of the sequence as keys (Chowdhery et al.
+    2022, appendix B, count all of it); a CPU multiplies a little more (`keys_per_query`). The
+    embedding's look-up is free; a tied head is not.
+    """
+    model, tokens = run.model, run.batch.microbatch * run.data.sequence
+    width, ffn, layers = model.width, ffn_width(model), model.layers
+    gated = model.mlp == "gated"
+    block = 4 * width * width + (3 if gated else 2) * width * ffn
+    weights = layers * block + vocabulary * width
+    keys = keys_per_query(run.data.sequence, device)
+    # Over the stream and the hidden layer, forward and backward; their sum is fitted.
+    elements = (36 if model.dropout else 24) * width + (7 if gated else 4) * ffn
+    matrix_flops, per_key = 6.0 * tokens * weights, 12.0 * tokens * layers * width
+    return Work(
+        tokens=tokens,
+        layers=layers,
+        matrix_flops=matrix_flops,
+        attention_flops=per_key * keys,
+        block_elements=float(tokens) * layers * elements,
+        logits=tokens * vocabulary,
+        weights=weights,
+        probabilities=float(tokens) * layers * model.heads * keys,
+        flops=matrix_flops + per_key * run.data.sequence / 2,
+    )
+
+
+def keys_per_query(length: int, device: str) -> float:
+    """Keys that a causal query meets on average: half, and half a chunk where chunks are whole.
+
+    Up to CHUNKED_UP_TO positions, CPU attention takes chunks of queries against the keys up to the
+    chunk's end and keeps the probabilities (model/attention.py).
+    """
+    if device != "cpu" or length > CHUNKED_UP_TO:
+        return length / 2
+    starts = range(0, length, CHUNK)
+    met = sum(min(length, s + CHUNK) * (min(length, s + CHUNK) - s) for s in starts)
+    return met / length
+
+
+def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> dict[str, float]:
+    """Seconds of one microbatch on one rank with the machine to itself, by stream."""
+    kind = KINDS[cluster.device, precision]
+    element_bytes = 4 if precision == "fp32" or cluster.device == "cpu" else 2
+    speed = matrix_share(cluster, precision) * cluster.flops(precision)
+    speed *= work.tokens / (work.tokens + kind.rows)
+    speed /= _slowdown(kind.serial_matrix, threads, cluster)
+    passes = (
+        work.block_elements
+        + kind.per_logit * work.logits
+        + kind.per_weight * work.weights
+        + kind.per_probability * work.probabilities
+    )
+    bandwidth = kind.bandwidth * cluster.memory_bytes_per_s
+    bandwidth /= _slowdown(kind.serial_passes, threads, cluster)
+    return {
+        "matrices": work.matrix_flops / speed,
+        "attention": work.attention_flops / (kind.attention * speed),
+        "elementwise": passes * element_bytes / bandwidth,
+        "dispatch": kind.layer_s * work.layers,
+    }
+
+
+def matrix_share(cluster: Cluster, precision: str) -> float:
+    """Share of peak that large matrix products reach on these devices."""
+    told = cluster.bf16_share if precision == "bf16" else 0.0
+    return told or KINDS[cluster.device, precision].matrix
+
+
+def update_s(
+    run: Run, specs: Sequence[TensorSpec], cluster: Cluster, threads: int, layout: Layout
+) -> float:
+    """Seconds of clip and update on the rank with most work."""
+    kind = KINDS[cluster.device, run.run.precision]
+    bytes_of = UNFUSED_BYTES if run.run.exact else UPDATE_BYTES
+    name = run.optim.name
+    traffic = 0.0
+    for spec in specs:
+        rule = "adamw" if name == "muon" and spec.group != "matrices" else name
+        traffic += spec.elements * (bytes_of[rule] + CLIP_BYTES) / layout.shard
+    slow = _slowdown(kind.serial_passes, threads, cluster)
+    seconds = traffic / cluster.memory_bytes_per_s * slow
+    if name != "muon":
+        return seconds
+    flops, _ = dealt(specs, sharers(run, layout))
+    share = MUON_SHARE if cluster.device == "cpu" else matrix_share(cluster, "bf16")
+    speed = share * cluster.flops("bf16")
+    return seconds + flops / speed * _slowdown(kind.serial_matrix, threads, cluster)
+
+
+def sharers(run: Run, layout: Layout) -> int:
+    """Ranks over which Muon deals its matrices: the island's, or all that hold whole copies."""
+    if layout.shard > 1:
+        return layout.shard
+    return 1 if run.data.placement == "replicate" else layout.size
+
+
+def dealt(specs: Sequence[TensorSpec], ranks: int) -> tuple[float, int]:
+    """Muon's matrices dealt dearest first to the least loaded (optim/muon.py, `deal`).
+
+    Returns the most (operations, elements) that one rank gets.
+    """
+    shapes = [spec.shape for spec in specs if spec.group == "matrices"]
+    heap = [(0.0, rank, 0) for rank in range(min(ranks, len(shapes)))]
+    for shape in sorted(shapes, key=newton_schulz_flops, reverse=True):
+        flops, rank, elements = heap[0]
+        added = (flops + newton_schulz_flops(shape), rank, elements + math.prod(shape))
+        heapq.heapreplace(heap, added)
+    return max(load[0] for load in heap), max(load[2] for load in heap)
+
+
+def newton_schulz_flops(shape: tuple[int, ...]) -> float:
+    """Operations of Muon's orthogonalisation: 5 times X Xt, its square and a product with X."""
+    short, long = min(shape), max(shape)
+    return MUON_ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
+
+
+def contention(cluster: Cluster, processes_per_host: int, threads: int) -> float:
+    """How much slower each rank of a CPU host is beside its neighbours; 1 for accelerators."""
+    if cluster.device != "cpu":
+        return 1.0
+    busy = processes_per_host * threads
+    shared = CONTENTION * min(1.0, (processes_per_host - 1) / max(1, cluster.cores - 1))
+    crowded = OVERSUBSCRIBED * busy / cluster.cores if busy > cluster.cores else 1.0
+    return (1 + shared) * crowded
+
+
+def interval(
+    cluster: Cluster, precision: str, processes_per_host: int, threads: int
+) -> tuple[float, float]:
+    """(low, high) factors of a predicted step; CPU ranks with several threads suffer most from
+    other programs, and ranks that share cores from each other."""
+    kind = KINDS[cluster.device, precision]
+    if cluster.device != "cpu":
+        return kind.low, kind.high
+    crowded = processes_per_host * threads > cluster.cores
+    return kind.low, kind.high * (1.15 if threads > 1 else 1.0) * (1.3 if crowded else 1.0)
+
+
+def fresh_s(cluster: Cluster, buffer_bytes: float, buffers: int) -> float:
+    """Time to map `buffers` new CPU buffers of `buffer_bytes` each."""
+    if cluster.device != "cpu" or buffer_bytes < FRESH_BYTES:
+        return 0.0
+    return buffers * buffer_bytes * FRESH_S_PER_BYTE
+
+
+def _slowdown(serial: float, threads: int, cluster: Cluster) -> float:
+    """Time with `threads` over time with one."""
+    if cluster.device != "cpu":
+        return 1.0
+    return (1 + serial * (threads - 1)) / threads

@@ -1,0 +1,286 @@
+"""The plan: layout, split of the batch, protocol and what a step should cost; `make_plan`.
+
+A plan is a file: printed by `cordee plan`, written as plan.json by `cordee train`, obeyed by it and
+held against reality at its end. Not here: measuring, or changing what the user wrote; what cannot
+be obeyed is refused with the nearest layout that can.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from cordee.config.check import check_processes
+from cordee.config.run import LayoutSettings, Run
+from cordee.errors import ConfigError, LayoutError
+from cordee.layout.axes import AXES, INSIDE, Layout, settle
+from cordee.layout.tensors import tensors
+from cordee.plan.cluster import Cluster, cpu_only
+from cordee.plan.network import splits
+from cordee.plan.search import (
+    Candidate,
+    Prediction,
+    choose_threads,
+    layout_problems,
+    predict,
+    ranks_per_host,
+    search,
+    too_big,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the runtime needs to know before it starts. `splits` are [start, stop) of each
+    worker's microbatches, in the order of `Layout.worker`."""
+
+    layout: Layout
+    processes: int
+    threads: int
+    device: Literal["cpu", "cuda"]
+    protocol: Literal["exchange", "allreduce", "none"]
+    codec: str
+    splits: tuple[tuple[int, int], ...]
+    predicted: Prediction
+    why: str
+    note: str = ""
+
+    def to_json(self) -> str:
+        """The plan as one JSON object; `from_json` gives an equal plan back."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        layout = {axis: getattr(self.layout, axis) for axis in AXES}
+        return {**asdict(self), "layout": layout, "splits": [list(part) for part in self.splits]}
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote; ConfigError for anything else."""
+        try:
+            told = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _bad_plan("it is not JSON", str(error)) from error
+        values = _exactly(told, cls, "plan")
+        values["layout"] = Layout(**_exactly(values["layout"], Layout, "layout"))
+        values["predicted"] = Prediction(**_exactly(values["predicted"], Prediction, "predicted"))
+        pairs = values["splits"]
+        if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
+            raise _bad_plan("splits are pairs of whole numbers", str(pairs)[:80])
+        values["splits"] = tuple((start, stop) for start, stop in pairs)
+        return cls(**values)
+
+
+def make_plan(
+    run: Run, cluster: Cluster, vocabulary: int = 256, processes: int | None = None
+) -> Plan:
+    """The plan of `run` on `cluster`: the user's layout if there is one, else the best.
+
+    `processes` is what a launcher has started; else launch.processes; else the search chooses.
+    Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
+    """
+    cluster = devices_of(run, cluster)
+    asked = processes
+    if asked is None and run.launch.processes != "auto":
+        asked = int(run.launch.processes)
+    if asked is not None or axes_given(run):
+        layout = settle(run.layout, asked if asked is not None else "auto")
+        _refuse(run, layout, cluster)
+        candidate = predict(run, cluster, layout, tuple(tensors(run.model, vocabulary)))
+        reason = too_big(candidate, cluster)
+        if reason is not None and not axes_given(run):
+            candidate, reason = _sharded(run, cluster, vocabulary, layout), None
+        if reason is not None:
+            raise _does_not_fit(run, cluster, vocabulary, layout, reason)
+        why = _why_asked(run, processes, layout, candidate)
+    else:
+        ranking = search(run, cluster, vocabulary)
+        usable = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
+        if not usable:
+            raise _nothing_fits(run, cluster, vocabulary)
+        candidate = usable[0]
+        why = why_first(usable)
+    return finished(run, cluster, candidate, why)
+
+
+def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan:
+    """A candidate as the plan that the runtime obeys."""
+    return Plan(
+        layout=candidate.layout,
+        processes=candidate.layout.size,
+        threads=candidate.threads,
+        device=cluster.device,
+        protocol=typing.cast(Any, candidate.wire.protocol),
+        codec=candidate.wire.codec,
+        splits=tuple((part.start, part.stop) for part in splits(run, candidate.layout)),
+        predicted=candidate.predicted,
+        why=why,
+        note=_note(run, cluster, candidate),
+    )
+
+
+def devices_of(run: Run, cluster: Cluster) -> Cluster:
+    """The cluster as the run wants it (launch.device); LayoutError when there is no such device."""
+    if run.launch.device == "cuda" and cluster.device != "cuda":
+        raise LayoutError(
+            "there is no cuda device",
+            values={"launch.device": "cuda", "devices": cluster.name},
+            fix="launch.device=cpu",
+        )
+    return cpu_only(cluster) if run.launch.device == "cpu" else cluster
+
+
+def axes_given(run: Run) -> bool:
+    """Whether the user wrote any degree."""
+    return any(getattr(run.layout, axis) != "auto" for axis in (*INSIDE, "islands"))
+
+
+def why_first(ranked: list[Candidate]) -> str:
+    """One sentence: why the first of the ranked is the pick."""
+    first = ranked[0]
+    if len(ranked) == 1:
+        return f"{first.layout.describe()}: the only layout that is legal and fits"
+    second = ranked[1]
+    gain = second.predicted.step_s / first.predicted.step_s - 1
+    return (
+        f"{_with_threads(first)} is predicted fastest of {len(ranked)} that are legal and fit;"
+        f" {_with_threads(second)} would take {gain:.0%} longer"
+    )
+
+
+def _with_threads(made: Candidate) -> str:
+    return f"{made.layout.describe()} x {made.threads} thread{'s' if made.threads > 1 else ''}"
+
+
+def _refuse(run: Run, layout: Layout, cluster: Cluster) -> None:
+    """Raises for a layout that cannot run here, whatever it costs."""
+    found = layout_problems(run, layout)
+    if found:
+        reason, fix = found[0]
+        values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
+        raise LayoutError(reason, values=values, fix=fix)
+    if cluster.device == "cpu":
+        check_processes(layout.size, cluster.slots)
+    elif layout.size > cluster.slots:
+        raise LayoutError(
+            "there are more processes than devices",
+            values={"processes": layout.size, "devices": cluster.slots},
+            fix=f"launch.processes={cluster.slots}",
+        )
+
+
+def _sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> Candidate:
+    """With the number of ranks given and whole copies too large: the best layout that shards."""
+    ranking = search(run, cluster, vocabulary, islands.size)
+    if not ranking.ranked:
+        raise _nothing_fits(run, cluster, vocabulary, islands)
+    return ranking.ranked[0]
+
+
+def _does_not_fit(
+    run: Run, cluster: Cluster, vocabulary: int, layout: Layout, reason: str
+) -> LayoutError:
+    ranked = search(without_axes(run), cluster, vocabulary).ranked
+    others = [c for c in ranked if c.layout.size <= cluster.slots]
+    if not others:
+        return _nothing_fits(run, cluster, vocabulary, layout)
+    near = min(others, key=lambda c: (abs(c.layout.size - layout.size), c.predicted.step_s)).layout
+    processes = f"launch.processes={near.size}"
+    return LayoutError(
+        f"{layout.describe()} does not fit: it {reason}",
+        values={"layout": layout.describe(), "devices": cluster.name},
+        fix=f"layout.islands={near.island} layout.shard={near.shard} ({processes})",
+    )
+
+
+def _nothing_fits(
+    run: Run, cluster: Cluster, vocabulary: int, layout: Layout | None = None
+) -> LayoutError:
+    """No layout of these devices works: name the tightest one and what would help most."""
+    specs = tuple(tensors(run.model, vocabulary))
+    shown = layout or Layout()
+    made = predict(run, cluster, shown, specs)
+    items = made.predicted.memory_items
+    largest = max(items, key=lambda name: items[name])
+    if "activations" in largest and run.batch.microbatch > 1:
+        fix = "batch.microbatch=1, with batch.microbatches so many times more"
+    elif cluster.device == "cuda":
+        fix = f"more devices to shard over (cordee plan layout.shard={2 * cluster.slots})"
+    else:
+        fix = "a smaller model.preset, or a machine with more memory"
+    return LayoutError(
+        "no layout of these devices is legal and fits",
+        values={
+            "devices": cluster.name,
+            shown.describe(): too_big(made, cluster) or "fits, but is not what was asked for",
+        },
+        fix=fix,
+    )
+
+
+def without_axes(run: Run) -> Run:
+    """The run without degrees and ranks of its own: all layouts are its neighbours."""
+    return replace(run, layout=LayoutSettings(), launch=replace(run.launch, processes="auto"))
+
+
+def _why_asked(run: Run, processes: int | None, layout: Layout, made: Candidate) -> str:
+    if made.layout != layout:
+        return f"{layout.describe()} does not fit; {made.layout.describe()} is the best that does"
+    if processes is not None:
+        return f"{made.layout.describe()}: {processes} processes were started by the caller"
+    if axes_given(run):
+        return f"{made.layout.describe()}, as the run gives it"
+    return f"{made.layout.describe()}, because launch.processes={run.launch.processes}"
+
+
+def _note(run: Run, cluster: Cluster, made: Candidate) -> str:
+    """What a person should know beside the figures; empty when nothing."""
+    found = []
+    busy = ranks_per_host(made.layout, cluster) * choose_threads(run, made.layout, cluster)
+    if cluster.device == "cpu" and busy > cluster.cores:
+        found.append(f"{busy} threads share {cluster.cores} cores: for tests, not for speed")
+    parts = {len(part) for part in splits(run, made.layout)}
+    if len(parts) > 1:
+        found.append(f"ranks compute {min(parts)} or {max(parts)} microbatches; some wait")
+    if "as A100" in cluster.name:
+        found.append("the accelerator is not in the table: give --cluster FILE for its figures")
+    return "; ".join(found)
+
+
+def _exactly(told: object, cls: type, what: str) -> dict[str, Any]:
+    """`told` as the fields of `cls`, no more, no fewer, each of the plain type it should have."""
+    names = {f.name: str(f.type) for f in fields(cls)}
+    if not isinstance(told, dict):
+        raise _bad_plan(f"{what} is a table", str(told)[:80])
+    for name in [*(n for n in told if n not in names), *(n for n in names if n not in told)]:
+        known = "unknown" if name in told else "missing"
+        raise _bad_plan(f"{what} has a key that is {known}", name)
+    for name, value in told.items():
+        if not _is_kind(value, names[name]):
+            raise _bad_plan(f"{what}.{name} has the wrong type: it is {names[name]}", repr(value))
+    return dict(told)
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "str":
+        return isinstance(value, str)
+    if kind.startswith("Literal"):
+        return isinstance(value, str) and repr(value) in kind
+    if kind.startswith("Mapping"):
+        return isinstance(value, Mapping)
+    return isinstance(value, list) if kind.startswith("tuple") else True
+
+
+def _bad_plan(what: str, told: str) -> ConfigError:
+    return ConfigError(
+        f"this is not a plan of this version: {what}",
+        values={"found": told},
+        fix="cordee plan ... --save FILE writes one",
+    )

@@ -1,0 +1,228 @@
+"""The plan as a table that a person trusts, and predicted held against measured.
+
+Text only, no colours: it is read in terminals, logs and diffs. Not here: any number of its own;
+every figure comes from the search or the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from cordee.config.run import Run
+from cordee.layout.axes import Layout
+from cordee.plan.cluster import Cluster
+from cordee.plan.costs import KINDS
+from cordee.plan.memory import FITS
+from cordee.plan.plan import Plan
+from cordee.plan.search import MIB, Prediction, Ranking
+
+HEADINGS = (
+    "", "layout", "ranks x threads", "ms/step", "low - high", "tokens/s", "MiB/rank", "MiB sent",
+    "",
+)  # fmt: skip
+
+MOST_REJECTED = 16
+"""Lines of layouts that are out."""
+
+BAR = 24
+"""Characters of the longest bar."""
+
+
+def plan_text(run: Run, cluster: Cluster, plan: Plan, ranking: Ranking, top: int = 8) -> str:
+    """The whole page: job, ranked layouts, what was dropped, memory, time, assumptions."""
+    parts = [
+        _job(run, cluster, plan),
+        ranked_table(plan, ranking, top),
+        _rejected(ranking),
+        _memory(plan),
+        _time(plan),
+        _sent(plan),
+        _assumptions(run, cluster),
+        "\n".join(f"why   {part.strip()}" for part in plan.why.split(";"))
+        + "".join(f"\nnote  {part.strip()}" for part in plan.note.split(";") if part),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def ranked_table(plan: Plan, ranking: Ranking, top: int) -> str:
+    """The best `top` layouts, and the pick's row wherever it stands."""
+    rows: list[tuple[str, ...]] = [HEADINGS]
+    hidden, picked = 0, False
+    for place, made in enumerate(ranking.ranked, 1):
+        mine = (made.layout, made.threads) == (plan.layout, plan.threads)
+        picked |= mine
+        if place > top and not mine:
+            hidden += 1
+        else:
+            rows.append(_row(str(place), made.layout, made.threads, made.predicted, mine))
+    if not picked:
+        rows.append(_row("-", plan.layout, plan.threads, plan.predicted, True))
+    text = _columns(rows, left=(1, 8))
+    return text + (f"\nand {hidden} slower (--top {len(ranking.ranked)})" if hidden else "")
+
+
+def compare(plan: Plan, measured: Mapping[str, float]) -> str:
+    """Predicted against measured at the end of a run.
+
+    `measured`: step_s (median), bytes_sent (gradient bytes of a step, rank 0), memory_bytes (peak
+    above the process before the model was built). Keys that are missing are left out.
+    """
+    told = plan.predicted
+    rows = [("plan against run", "predicted", "measured", "ratio", "")]
+    if math.isfinite(step_s := measured.get("step_s", math.nan)) and step_s > 0:
+        inside = told.low_s <= step_s <= told.high_s
+        said = "within" if inside else "outside"
+        span = f"{said} {seconds_text(told.low_s)} - {seconds_text(told.high_s)}"
+        times = seconds_text(told.step_s), seconds_text(step_s)
+        rows.append(("  step", *times, f"{step_s / told.step_s:.2f}", span))
+    for name, key, predicted in (
+        ("  gradients sent", "bytes_sent", told.bytes_sent),
+        ("  memory of a rank", "memory_bytes", told.memory_bytes),
+    ):
+        value = measured.get(key, math.nan)
+        if math.isfinite(value) and (value or predicted):
+            ratio = f"{value / predicted:.2f}" if predicted else "-"
+            exact = "to the byte" if value == predicted else ""
+            rows.append((name, _mib(predicted) + " MiB", _mib(value) + " MiB", ratio, exact))
+    return _columns(rows, left=(0, 4))
+
+
+def assumed(run: Run, cluster: Cluster) -> dict[str, str]:
+    """What the figures rest on, in words."""
+    kind = KINDS[cluster.device, run.run.precision]
+    unit = "core" if cluster.device == "cpu" else "device"
+    told = {
+        "devices": _devices(cluster),
+        "peak": f"{cluster.flops(run.run.precision) / 1e9:,.0f} GFLOP/s a {unit}"
+        f" ({run.run.precision}), of which matrix products reach {kind.matrix:.0%}",
+        "memory bandwidth": f"{cluster.memory_bytes_per_s / 1e9:,.0f} GB/s a {unit}",
+        "link": f"{cluster.link_bytes_per_s / 1e9:,.2f} GB/s,"
+        f" {cluster.link_s * 1e6:.0f} us between ranks of a host",
+        "interval": f"{kind.low:.2f} to {kind.high:.2f} x the prediction"
+        " (more with several CPU threads, or ranks that share cores)",
+        "constants": "of this kind of device (plan/costs.py), not measured on it",
+        "memory": f"a plan may fill {FITS:.0%} of the {'host' if unit == 'core' else 'device'}",
+    }
+    if cluster.hosts > 1:
+        told["network"] = (
+            f"{cluster.network_bytes_per_s / 1e9:,.2f} GB/s a rank,"
+            f" {cluster.network_s * 1e6:.0f} us between hosts"
+        )
+    return told
+
+
+def seconds_text(seconds: float) -> str:
+    """A time with three digits and its unit."""
+    if seconds <= 0:
+        return "0 s"
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    value = seconds * factor
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
+def count_text(count: float) -> str:
+    """A number of parameters: 131 k, 1.87 M, 1.21 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
+    return str(int(count))
+
+
+def _assumptions(run: Run, cluster: Cluster) -> str:
+    told = assumed(run, cluster)
+    return "assumed\n" + _columns([(f"  {k}", v) for k, v in told.items()], left=(0, 1))
+
+
+def _job(run: Run, cluster: Cluster, plan: Plan) -> str:
+    batch, model = run.batch, run.model
+    exact = ", exact" if run.run.exact else ""
+    return (
+        f"model    {model.preset}: {count_text(plan.predicted.parameters)} parameters,"
+        f" {model.layers} layers x width {model.width}, {model.heads} heads\n"
+        f"step     {batch.microbatches} microbatches x {batch.microbatch} sequences x"
+        f" {run.data.sequence} tokens, {run.optim.name}, {run.run.precision}{exact}\n"
+        f"devices  {_devices(cluster)}"
+    )
+
+
+def _devices(cluster: Cluster) -> str:
+    what = "a host" if cluster.device == "cpu" else "each"
+    hosts = f"{cluster.hosts} hosts of " if cluster.hosts > 1 else ""
+    return f"{hosts}{cluster.name}, {cluster.memory_bytes / 2**30:.1f} GiB {what}"
+
+
+def _row(place: str, layout: Layout, threads: int, told: Prediction, mine: bool) -> tuple[str, ...]:
+    return (
+        place,
+        layout.describe(),
+        f"{layout.size} x {threads}",
+        f"{told.step_s * 1e3:,.1f}",
+        f"{told.low_s * 1e3:,.0f} - {told.high_s * 1e3:,.0f}",
+        f"{told.tokens_per_s:,.0f}",
+        _mib(told.memory_bytes),
+        _mib(told.all_bytes_sent),
+        "<- pick" if mine else "",
+    )
+
+
+def _rejected(ranking: Ranking) -> str:
+    if not ranking.rejected:
+        return ""
+    rows = [(f"  {r.layout}", r.reason) for r in ranking.rejected]
+    # Layouts that are too large come one by one; the axes that are not run come last.
+    shown = rows if len(rows) <= MOST_REJECTED else [*rows[: MOST_REJECTED - 4], *rows[-4:]]
+    hidden = len(rows) - len(shown)
+    more = f"\n  and {hidden} more (--json)" if hidden else ""
+    return "not these\n" + _columns(shown, left=(0, 1)) + more
+
+
+def _memory(plan: Plan) -> str:
+    told = plan.predicted
+    rows = [*told.memory_items.items(), ("in all", told.memory_bytes)]
+    lines = _bars([(name, size, _mib(size)) for name, size in rows], total="in all")
+    process = f"  and {_mib(told.overhead_bytes)} MiB for the process itself"
+    return "memory of the fullest rank at the worst moment, MiB\n" + lines + "\n" + process
+
+
+def _time(plan: Plan) -> str:
+    told = plan.predicted
+    rows = [*told.time_items.items(), ("in all", told.step_s)]
+    shown = [(name, s, f"{s * 1e3:,.1f}") for name, s in rows if s > 0]
+    return "time of a step, ms\n" + _bars(shown, total="in all")
+
+
+def _sent(plan: Plan) -> str:
+    items = plan.predicted.bytes_items
+    if not items:
+        return "sent in a step: nothing"
+    lines = [(f"  {name}", f"{size:,}") for name, size in items.items()]
+    how = plan.protocol if plan.codec == "identity" else f"{plan.protocol}, {plan.codec}"
+    return f"sent by the busiest rank in a step, bytes ({how})\n" + _columns(lines, left=(0,))
+
+
+def _bars(rows: Sequence[tuple[str, float, str]], total: str) -> str:
+    most = max((value for name, value, _ in rows if name != total), default=0) or 1
+    cells = []
+    for name, value, text in rows:
+        bar = "" if name == total else "#" * max(1, round(BAR * value / most))
+        cells.append((f"  {name}", text, bar))
+    return _columns(cells, left=(0, 2))
+
+
+def _columns(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
+    """Rows as aligned columns, two spaces apart; the columns in `left` start at their left edge."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}"

@@ -1,0 +1,1 @@
+"""Between islands: when they speak and how it is written."""

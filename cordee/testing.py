@@ -1,0 +1,102 @@
+"""Runs a function on several ranks of this machine: gloo, a file store, a deadline.
+
+For tests, examples and notebooks. The function and its arguments travel by name and value to fresh
+processes, so the function must live at the top of a module. The first rank to fail ends the others,
+and its traceback is what is raised.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from cordee.dist.start import PARENT, Launched, World, follow_parent
+from cordee.dist.start import world as join
+from cordee.errors import RunError
+
+
+def launch(
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks: int,
+    threads: int = 1,
+    deadline_s: float = 300.0,
+) -> list[Any]:
+    """`function(world, *arguments)` on `ranks` processes; returns what each returned, by rank.
+
+    Raises RunError with the first failing rank's traceback, or when the deadline passes.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="cordee-") as folder:
+        pairs = [context.Pipe(duplex=False) for _ in range(ranks)]
+        processes = []
+        os.environ[PARENT] = str(os.getpid())
+        for rank, (_, sender) in enumerate(pairs):
+            told = Launched(rank, ranks, rank, str(Path(folder) / "store"), True)
+            job = (told, threads, deadline_s, sender, function, arguments)
+            processes.append(context.Process(target=_rank, args=job, daemon=True))
+        try:
+            for process in processes:
+                process.start()
+            for _, sender in pairs:
+                sender.close()
+            return _collect([receiver for receiver, _ in pairs], deadline_s)
+        finally:
+            os.environ.pop(PARENT, None)
+            for process in processes:
+                process.join(1.0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _rank(
+    told: Launched,
+    threads: int,
+    deadline_s: float,
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    follow_parent()
+    try:
+        with join(told, "cpu", threads, deadline_s) as here:
+            sender.send((True, function(here, *arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + deadline_s
+    left = dict(zip(receivers, range(len(receivers)), strict=True))
+    while left:
+        ready = wait(list(left), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RunError(
+                "ranks did not end before the deadline",
+                values={"ranks": sorted(left.values()), "deadline_s": deadline_s},
+                fix="a longer deadline_s, or look for a collective that not all ranks reach",
+            )
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = left.pop(receiver)
+            try:
+                good, value = receiver.recv()
+            except EOFError:
+                good, value = False, "it died without a word"
+            if not good:
+                raise RunError(f"rank {rank} failed first:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in sorted(results)]
+
+
+__all__ = ["World", "launch"]

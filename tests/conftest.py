@@ -1,0 +1,78 @@
+"""What tests share: a small run that trains in a second, and the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=4",
+    "data.path=builtin:markov",
+    "data.tokens=60000",
+    "data.sequence=32",
+    "batch.microbatch=2",
+    "batch.microbatches=12",
+    "evaluate.tokens=2048",
+    "launch.threads=1",
+)
+"""A model and a source small enough to train 60 steps in about a second."""
+
+
+def cordee(
+    *words: str, folder: Path | None = None, deadline_s: float = 180.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command, as a user's shell would start it."""
+    return subprocess.run(
+        [sys.executable, "-m", "cordee", *words],
+        cwd=folder,
+        env={**clean_environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=deadline_s,
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without a launcher's variables, with the package importable anywhere."""
+    root = str(Path(__file__).resolve().parent.parent)
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "PYTHONPATH": root}
+
+
+def train(
+    directory: Path, *words: str, deadline_s: float = 180.0
+) -> subprocess.CompletedProcess[str]:
+    """`cordee train` of the small run in `directory`; must succeed."""
+    done = cordee("train", *SMALL, f"run.dir={directory}", *words, deadline_s=deadline_s)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def rows(directory: Path) -> list[dict[str, object]]:
+    """The run's metrics rows."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(directory: Path) -> list[dict[str, object]]:
+    """The run's events."""
+    return [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+
+
+def digest(directory: Path) -> str:
+    """weights_sha256 of a finished run."""
+    last = events(directory)[-1]
+    assert last["event"] == "finished", last
+    return str(last["weights_sha256"])
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A folder for one run."""
+    return tmp_path / "run"

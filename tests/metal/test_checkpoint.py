@@ -1,0 +1,395 @@
+"""Checkpoints: every byte comes back from any split, and every damaged byte is found and named.
+
+Kills, full disks and pruning are in `test_checkpoint_faults.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from cordee.checkpoint.format import (
+    CHUNK_BYTES,
+    DTYPES,
+    JSON_LIMIT_BYTES,
+    MANIFEST,
+    Piece,
+    SaveStatus,
+    digest,
+    seal,
+)
+from cordee.checkpoint.load import complete, newest, open_checkpoint
+from cordee.checkpoint.save import CommitReport, Saver
+from cordee.errors import CheckpointError
+
+torch.set_num_threads(1)
+
+
+def quiet(name: str, step: int) -> None:
+    """No fault."""
+
+
+def no_rejects(path: Path, reason: str) -> None:
+    raise AssertionError(f"{path}: {reason}")
+
+
+def piece(name: str, tensor: torch.Tensor, rows: int | None = None, start: int = 0) -> Piece:
+    """A piece; the whole tensor unless `rows` says how many the tensor has in all."""
+    shape = tuple(tensor.shape) if rows is None else (rows, *tensor.shape[1:])
+    return Piece(name=name, tensor=tensor, global_shape=shape, row_start=start)
+
+
+def split(name: str, tensor: torch.Tensor, cuts: Sequence[int]) -> list[Piece]:
+    """Rows cut at `cuts`, a piece for each writer (empty ones too)."""
+    bounds = [0, *sorted(cuts), tensor.shape[0]]
+    return [piece(name, tensor[a:b], tensor.shape[0], a) for a, b in itertools.pairwise(bounds)]
+
+
+def savers(folder: Path, world: int) -> list[Saver]:
+    return [Saver(folder, rank, world, 2, quiet) for rank in range(world)]
+
+
+def save(
+    team: list[Saver],
+    step: int,
+    pieces: Sequence[Sequence[Piece]],
+    generation: int = 0,
+    **meta: object,
+) -> CommitReport | None:
+    """What the caller of a real run does, in one process."""
+    for saver, own in zip(team, pieces, strict=True):
+        saver.begin(step, generation, own, meta)
+    report = None
+    if all(saver.join(20) is SaveStatus.WRITTEN for saver in team):
+        report = team[0].commit()
+    return report
+
+
+def finish(team: list[Saver]) -> None:
+    for saver in reversed(team):
+        saver.finish()
+
+
+def fill(folder: Path, steps: Sequence[int]) -> None:
+    team = savers(folder, 2)
+    for step in steps:
+        halves = split("w", torch.full((50, 10), float(step)), [20])
+        assert save(team, step, [[halves[0], piece("s", torch.tensor(step))], [halves[1]]])
+        finish(team)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, NaN or not."""
+    flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
+
+
+def noise(dtype: torch.dtype, shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Any bits at all, which for floats includes NaN and infinities."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    random_bytes = torch.frombuffer(
+        bytearray(random.Random(seed).randbytes(count + 1)), dtype=torch.uint8
+    )
+    raw = random_bytes[:count].clone()
+    return (raw & 1 if dtype is torch.bool else raw).view(dtype).view(tuple(shape))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_split_comes_back_as_any_slice(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    world = data.draw(st.integers(1, 4))
+    own: list[list[Piece]] = [[] for _ in range(world)]
+    tensors = {}
+    for number in range(data.draw(st.integers(1, 4))):
+        dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+        shape = data.draw(st.lists(st.integers(0, 7), max_size=3))
+        name, tensor = f"layers.{number}.w", noise(DTYPES[dtype], shape, number)
+        tensors[name] = tensor
+        if not shape:
+            own[number % world].append(piece(name, tensor))
+            continue
+        cuts = data.draw(st.lists(st.integers(0, shape[0]), min_size=world - 1, max_size=world - 1))
+        for rank, part in enumerate(split(name, tensor, cuts)):
+            own[rank].append(part)
+    folder = tmp_path_factory.mktemp("split") / "checkpoints"
+    team = savers(folder, world)
+    assert save(team, 7, own, 2, loss=0.1, order=[1, 2]), team[0].failure
+    finish(team)
+    checkpoint = newest(folder, no_rejects)
+    assert checkpoint is not None and (checkpoint.step, checkpoint.generation) == (7, 2)
+    assert checkpoint.meta == {"loss": 0.1, "order": [1, 2]}
+    assert checkpoint.names() == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert same(checkpoint.read(name), tensor)
+        if tensor.ndim:
+            start = data.draw(st.integers(0, tensor.shape[0]))
+            stop = data.draw(st.integers(start, tensor.shape[0]))
+            assert same(checkpoint.read(name, start, stop), tensor[start:stop])
+
+
+def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
+    tensors = {f"t.{code}": noise(dtype, (5, 3), 1) for code, dtype in DTYPES.items()}
+    tensors["é strided"] = torch.arange(24.0).view(4, 6).t()[::2]
+    tensors["scalar"] = torch.tensor(1.5, dtype=torch.bfloat16, requires_grad=True)
+    own = [piece(name, tensor) for name, tensor in tensors.items()]
+    halves = split("half", torch.arange(10), [4])
+    team = savers(tmp_path / "c", 3)
+    report = save(team, 1, [[*own, halves[0]], [halves[1]], []])
+    assert report is not None and report.bytes > 0 and report.warning is None
+    names = {f"rank-0000{rank}.safetensors" for rank in range(3)}
+    assert {p.name for p in report.path.iterdir()} == {MANIFEST, *names}
+    with safe_open(report.path / "rank-00000.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {*tensors, "half#0"}
+        for name, tensor in tensors.items():
+            assert same(file.get_tensor(name), tensor.detach()), name
+    with safe_open(report.path / "rank-00001.safetensors", framework="pt") as file:
+        assert file.get_tensor("half#4").tolist() == [4, 5, 6, 7, 8, 9]
+    with safe_open(report.path / "rank-00002.safetensors", framework="pt") as file:
+        assert list(file.keys()) == []
+
+
+def test_training_may_change_tensors_once_begin_returns(tmp_path: Path) -> None:
+    go = threading.Event()
+
+    def wait(name: str, step: int) -> None:
+        if name == "save.write":
+            go.wait(10)
+
+    saver = Saver(tmp_path / "c", 0, 1, 1, wait)
+    weights = torch.arange(3_000_000.0).view(3, -1)
+    before = weights.clone()
+    saver.begin(1, 0, [piece("w", weights)], {})
+    assert saver.poll() is SaveStatus.WRITING
+    weights.mul_(-1)
+    with pytest.raises(CheckpointError, match="in flight"):
+        saver.begin(2, 0, [piece("w", weights)], {})
+    go.set()
+    assert saver.join(10) is SaveStatus.WRITTEN and saver.commit()
+    saver.finish()
+    staging = saver._staging.data_ptr()
+    saver.begin(2, 0, [piece("w", weights)], {})
+    assert saver.join(10) is SaveStatus.WRITTEN
+    assert saver._staging.data_ptr() == staging
+    first = newest(tmp_path / "c", no_rejects)
+    assert first is not None and first.step == 1 and same(first.read("w"), before)
+
+
+def test_hashing_lets_training_run() -> None:
+    data = memoryview(bytearray(64 << 20))
+    thread = threading.Thread(target=digest, args=([data],))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        turns += 1
+    assert turns > 100
+
+
+def test_a_slice_reads_only_its_bytes(tmp_path: Path) -> None:
+    tensor = torch.randn(4096, 256)
+    team = savers(tmp_path / "c", 4)
+    report = save(team, 1, [[p] for p in split("w", tensor, [1024, 2048, 3072])])
+    assert report is not None
+    checkpoint = open_checkpoint(report.path, verify=False)
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read_bytes()
+    parts = [checkpoint.read("w", a, b) for a, b in ((0, 1365), (1365, 2731), (2731, 4096))]
+    assert read_bytes() - before < 1.01 * tensor.nbytes
+    assert same(torch.cat(parts), tensor)
+
+
+def test_two_hundred_damages_are_found_and_named(tmp_path: Path) -> None:
+    folder, rng = tmp_path / "c", random.Random(20)
+    fill(folder, [10, 20])
+    path = complete(folder)[0]
+    for _ in range(200):
+        file = rng.choice(sorted(path.iterdir()))
+        good = file.read_bytes()
+        bad, at = bytearray(good), rng.randrange(len(good))
+        if rng.random() < 0.15:
+            bad = bad[:at] if rng.random() < 0.7 else bad + b"\n"
+        else:
+            bad[at] ^= 1 << rng.randrange(8)
+        file.write_bytes(bad)
+        found: dict[Path, str] = {}
+        checkpoint = newest(folder, found.__setitem__)
+        assert checkpoint is not None and checkpoint.step == 10
+        assert list(found) == [path] and file.name in found[path], found
+        file.write_bytes(good)
+    assert open_checkpoint(path).step == 20
+
+
+def test_damage_in_a_big_file_names_bytes_and_tensor(tmp_path: Path) -> None:
+    team = savers(tmp_path / "c", 1)
+    own = [piece(name, torch.ones(5, 1 << 20)) for name in ("a", "b", "c")]
+    report = save(team, 1, [own])
+    assert report is not None
+    with open(report.path / "rank-00000.safetensors", "r+b") as file:
+        file.seek(5 * CHUNK_BYTES + 5)
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"rank-00000.*bytes 41943040 to 50331648.*\(b, c\)"):
+        open_checkpoint(report.path)
+    checkpoint = open_checkpoint(report.path, verify=False)
+    (report.path / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has changed"):
+        checkpoint.read("a")
+    (report.path / "rank-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank-00000.*No such file"):
+        open_checkpoint(report.path)
+
+
+def test_a_header_that_contradicts_the_manifest_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "c", [1])
+    path = complete(tmp_path / "c")[0]
+    file = path / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))  # checksums made anew:
+    chunks = [digest([memoryview(file.read_bytes())])]
+    manifest = path / MANIFEST
+    manifest.write_bytes(first_file(chunks=chunks)(manifest.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"rank-00000.*header"):
+        open_checkpoint(path, verify=False)
+
+
+def reseal(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    """A manifest changed by someone who can also compute its SHA-256."""
+
+    def apply(raw: bytes) -> bytes:
+        body = json.loads(raw)["body"]
+        change(body)
+        return seal(body)
+
+    return apply
+
+
+def first_piece(**values: object) -> Callable[[bytes], bytes]:
+    return reseal(lambda body: body["files"][0]["pieces"][0].update(values))
+
+
+def first_file(**values: object) -> Callable[[bytes], bytes]:
+    return reseal(lambda body: body["files"][0].update(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda raw: b"", "Expecting value"),
+        (lambda raw: b"\x80\x04K\x01.", "ascii"),
+        (lambda raw: b"[" * 1_000_000, "nested too deeply"),
+        (lambda raw: b" " * (JSON_LIMIT_BYTES + 1), "longer than"),
+        (lambda raw: raw.replace(b'"step":1', b'"step":2'), "SHA-256"),
+        (lambda raw: raw + b"\n", "canonical"),
+        (lambda raw: raw.replace(b'"sha256":"', b'"sha256":"0'), "SHA-256"),
+        (lambda raw: raw.replace(b"point-1", b"point-2"), "format"),
+        (lambda raw: raw.replace(b'"step":1', b'"step":NaN'), "not of type|JSON"),
+        (reseal(lambda body: body.update(extra=1)), "exactly"),
+        (reseal(lambda body: body.update(step=True)), "type int"),
+        (reseal(lambda body: body.update(step=3)), "not of this folder"),
+        (reseal(lambda body: body["files"].clear()), "no files"),
+        (reseal(lambda body: body["files"].append(body["files"][0])), "listed twice"),
+        (reseal(lambda body: body["files"].pop()), "missing"),
+        (first_file(file="../rank-00000.safetensors"), "plain file name"),
+        (first_file(file="/etc/passwd"), "plain file name"),
+        (first_file(file="rank-00009.safetensors"), "No such file"),
+        (first_file(bytes=10), "contradict"),
+        (first_file(chunks=[]), "contradict"),
+        (first_file(chunks=["0" * 32]), "not what was written"),
+        (first_file(chunks=[0]), "hex digits"),
+        (first_piece(shape=[1 << 70, 10]), "impossible shape"),
+        (first_piece(shape=[-50, -10]), "impossible shape"),
+        (first_piece(shape=[1] * 100), "impossible shape"),
+        (first_piece(shape=[50, 1 << 40]), "contradict"),
+        (first_piece(shape=[50.0, 10]), "whole numbers"),
+        (first_piece(shape=[49, 10]), "differ"),
+        (first_piece(dtype="F16"), "order|contradict"),
+        (first_piece(dtype="I32"), "differ"),
+        (first_piece(dtype="OBJECT"), "dtype"),
+        (first_piece(name="v"), "missing|header"),
+        (first_piece(name="a\nb"), "cannot be a tensor's name"),
+        (first_piece(row_start=1), "missing or held twice"),
+        (first_piece(row_start=-1), "outside"),
+        (first_piece(rows=51), "outside"),
+    ],
+)
+def test_a_malicious_manifest_is_refused(
+    tmp_path: Path, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    team = savers(tmp_path, 2)
+    halves = split("w", torch.ones(50, 10), [20])
+    report = save(team, 1, [[halves[0]], [halves[1]]])
+    assert report is not None
+    manifest = report.path / MANIFEST
+    manifest.write_bytes(change(manifest.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"(?i)(manifest.json|rank-0000).*({reason})"):
+        open_checkpoint(report.path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "rank-00000.safetensors"])
+def test_links_and_pipes_are_not_followed(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "c", [1])
+    file = complete(tmp_path / "c")[0] / name
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=name):
+        open_checkpoint(file.parent)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=f"{name}.*regular file"):
+        open_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("own", "meta", "reason"),
+    [
+        ([piece("w", torch.ones(2)), piece("w", torch.ones(2))], {}, "twice"),
+        ([piece("w", torch.ones(2)), piece("w", torch.ones(2).half())], {}, "one key"),
+        ([piece("w", torch.ones(2, dtype=torch.complex64))], {}, "complex64"),
+        ([piece("w", torch.ones(2, device="meta"))], {}, "meta"),
+        ([piece("w", torch.ones(2), 5, 4)], {}, "outside"),
+        ([piece("w#1", torch.ones(2))], {}, "name"),
+        ([Piece(name="w", tensor=torch.ones(2), global_shape=(2, 2), row_start=0)], {}, "rows of"),
+        ([], {1: "a"}, "not text"),
+        ([], {"loss": float("nan")}, "JSON"),
+        ([], {"tensor": torch.ones(1)}, "JSON"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_at_once(
+    tmp_path: Path, own: list[Piece], meta: dict[str, Any], reason: str
+) -> None:
+    saver = Saver(tmp_path / "c", 0, 1, 1, quiet)
+    with pytest.raises(CheckpointError, match=reason):
+        saver.begin(1, 0, own, meta)
+    assert saver.poll() is SaveStatus.IDLE and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ([split("w", torch.ones(4), [2])[:1], []], "rows 2 to 4 are missing"),
+        ([split("w", torch.ones(4), [])] * 2, "held twice"),
+        ([split("w", torch.ones(4), [2])[:1], split("w", torch.ones(4).half(), [2])[1:]], "differ"),
+    ],
+)
+def test_pieces_that_do_not_tile_are_not_committed(
+    tmp_path: Path, own: list[list[Piece]], reason: str
+) -> None:
+    team = savers(tmp_path / "c", 2)
+    assert save(team, 1, own) is None and reason in str(team[0].failure)
+    finish(team)
+    assert not complete(tmp_path / "c")

@@ -1,0 +1,380 @@
+"""The model against its table and its obvious formulas; initial values against their statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cordee.config.presets import model_presets
+from cordee.config.run import InitialSettings, ModelSettings
+from cordee.errors import ConfigError, DataError
+from cordee.layout.tensors import ffn_width, tensors
+from cordee.model.attention import (
+    causal_attention,
+    chunked_attention,
+    rms_norm,
+    rotary_turns,
+    rotate,
+)
+from cordee.model.initial import SCHEMES, initial_tensor, initialise, tensor_seed
+from cordee.model.transformer import Transformer, hidden_width, soft_cap, squared_relu
+from cordee.sample import generate, to_text
+
+CPU = torch.device("cpu")
+SMALL = ModelSettings(layers=2, width=32, heads=4)
+LIVELY = InitialSettings(residual="same", head="same")
+"""Initial values under which every parameter has a gradient."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def made(settings: ModelSettings = SMALL, initial: InitialSettings = LIVELY) -> Transformer:
+    model = Transformer(settings, 256)
+    initialise(model, initial, 0, settings.layers)
+    return model
+
+
+def some_tokens(rows: int = 2, length: int = 33) -> Tensor:
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def value(model: Transformer, tokens: Tensor) -> float:
+    return model.loss(tokens).item()
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp", ["relu2", "gated"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_the_table(mlp: str, tied: bool) -> None:
+    for preset in model_presets().values():
+        settings = replace(preset, mlp=mlp, tied=tied)
+        with torch.device("meta"):
+            model = Transformer(settings, 256)
+        built = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        assert built == [(spec.name, spec.shape) for spec in tensors(settings, 256)]
+        assert hidden_width(settings) == ffn_width(settings)
+        assert not dict(model.state_dict()).keys() - {name for name, _ in built}
+
+
+def test_hidden_width_is_obeyed() -> None:
+    assert hidden_width(replace(SMALL, ffn=48)) == 48
+    assert Transformer(replace(SMALL, ffn=48), 16).blocks[0].mlp.up.weight.shape == (48, 32)
+
+
+# ---- fast against obvious ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 32), (3, 4, 2, 8)])
+def test_norm_is_the_formula(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True)
+    obvious = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain
+    torch.testing.assert_close(rms_norm(x, gain, torch.float64), obvious)
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, torch.float64), (x, gain))
+    assert torch.autograd.gradcheck(lambda a: rms_norm(a, None, torch.float64), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_agrees_with_the_library(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 7, 64).to(dtype).requires_grad_()
+    gain = torch.randn(64, requires_grad=True)
+    grad = torch.randn(2, 7, 64).to(dtype)
+    ours = torch.autograd.grad(rms_norm(x, gain, dtype), (x, gain), grad)
+    theirs = F.rms_norm(x.float(), (64,), gain, 1e-6)
+    expected = torch.autograd.grad(theirs, (x, gain), grad.float())
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), **near)
+
+
+def test_a_bf16_gain_is_computed_with_in_fp32() -> None:
+    x, grad = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(4, 16).bfloat16()
+    gain = torch.randn(16).bfloat16().requires_grad_()
+    ours = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16), (x, gain), grad)
+    wide = [t.detach().double().requires_grad_() for t in (x, gain)]
+    exact = torch.autograd.grad(rms_norm(*wide, torch.float64), wide, grad.double())
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-6)
+
+
+def test_a_norm_of_zeros_is_finite() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    rms_norm(x, torch.ones(8), torch.float32).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_squared_relu_is_the_formula() -> None:
+    x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(squared_relu(x), F.relu(x).square())
+    assert torch.autograd.gradcheck(squared_relu, (x,))
+
+
+def test_rotation_turns_pairs() -> None:
+    x_BTHE = torch.randn(2, 6, 3, 8)
+    turned = rotate(x_BTHE, rotary_turns(6, 8, 10000.0, CPU))
+    for position in range(6):
+        for pair in range(4):
+            angle = position * 10000.0 ** (-2 * pair / 8)
+            turn = torch.tensor(
+                [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+            )
+            where = slice(2 * pair, 2 * pair + 2)
+            expected = x_BTHE[:, position, :, where] @ turn.T
+            torch.testing.assert_close(turned[:, position, :, where], expected)
+
+
+@pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
+def test_chunked_attention_is_causal_attention(length: int) -> None:
+    q, k, v = (torch.randn(2, length, 3, 8, requires_grad=True) for _ in range(3))
+    grad = torch.randn(2, length, 3, 8)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    obvious = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    fast = chunked_attention(q, k, v)
+    torch.testing.assert_close(fast, obvious, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(obvious, (q, k, v), grad)
+    for a, b in zip(torch.autograd.grad(fast, (q, k, v), grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_long_sequences_agree_too() -> None:
+    q, k, v = (torch.randn(1, 1100, 1, 8) for _ in range(3))
+    torch.testing.assert_close(
+        causal_attention(q, k, v), chunked_attention(q, k, v), rtol=1e-4, atol=1e-5
+    )
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+def test_positions_do_not_see_the_future() -> None:
+    model, tokens = made(), some_tokens(1, 200)
+    changed = tokens.clone()
+    changed[0, 150] = (changed[0, 150] + 1) % 256
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :150], after[:, :150])
+    assert (before[:, 150:] - after[:, 150:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SMALL, replace(SMALL, mlp="gated", tied=True), replace(SMALL, qk_norm=False, logit_cap=0.0)],
+)
+def test_loss_is_summed_cross_entropy_and_reaches_every_parameter(settings: ModelSettings) -> None:
+    model, tokens = made(settings), some_tokens()
+    loss = model.loss(tokens)
+    logits_BTV = model(tokens[:, :-1])
+    assert logits_BTV.dtype == torch.float32 and logits_BTV.shape == (2, 32, 256)
+    picked = logits_BTV.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    torch.testing.assert_close(loss, -picked.sum())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    tokens = some_tokens()
+    loss = made(SMALL, InitialSettings()).loss(tokens).detach()
+    assert float(loss) / tokens[:, 1:].numel() == pytest.approx(math.log(256), rel=1e-5)
+
+
+def test_targets_of_minus_100_do_not_count() -> None:
+    model, tokens = made(), some_tokens()
+    targets = tokens[:, 1:].clone()
+    targets[:, 16:] = -100
+    expected = model(tokens[:, :16], tokens[:, 1:17])
+    torch.testing.assert_close(model(tokens[:, :-1], targets), expected)
+
+
+def test_soft_cap_bounds_logits_and_zero_leaves_them() -> None:
+    logits = torch.linspace(-100, 100, 11)
+    assert soft_cap(logits, 15.0).abs().max() <= 15.0
+    assert soft_cap(logits, 0.0) is logits
+    torch.testing.assert_close(soft_cap(logits / 1000, 15.0), logits / 1000, rtol=1e-3, atol=1e-6)
+
+
+def test_bf16_autocast_is_near_fp32_and_leaves_fp32_gradients() -> None:
+    model, tokens = made(), some_tokens()
+    plain = model.loss(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=2e-3)
+    assert loss.item() != plain.item()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_dropout_follows_the_seed_and_the_mode() -> None:
+    model, tokens = made(replace(SMALL, dropout=0.2)), some_tokens()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(value(model, tokens))
+    assert losses[0] == losses[1] != losses[2]
+    model.eval()
+    assert value(model, tokens) == value(made(), tokens)
+
+
+def test_backward_keeps_nothing_twice() -> None:
+    """What autograd keeps, in units of tokens x width: the list in the comment, and no more."""
+    settings, rows, length = replace(SMALL, layers=1, width=64), 2, 64
+    model, tokens = made(settings), some_tokens(rows, length + 1)
+    model.loss(tokens)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(tokens)
+    assert loss.requires_grad
+    unit = rows * length * 64 * 4
+    # Norms 3 x (unit, output); q and k normed 2; q, k, v 3; attention's output 1; MLP 4 + 4.
+    streams = 20 * unit
+    probabilities = rows * 4 * length * length * 4
+    logits = 2 * rows * length * 256 * 4
+    assert sum(kept.values()) <= 1.05 * (streams + probabilities + logits)
+
+
+def test_meta_construction_ends_where_plain_construction_does() -> None:
+    tokens = some_tokens()
+    with torch.device("meta"):
+        model = Transformer(SMALL, 256)
+        model(tokens.to("meta"))
+    model.to_empty(device="cpu")
+    initialise(model, LIVELY, 0, SMALL.layers)
+    assert value(model, tokens) == value(made(), tokens)
+
+
+def test_training_works_after_inference_made_the_tables() -> None:
+    model, tokens = made(), some_tokens()
+    with torch.inference_mode():
+        model(tokens)
+    model.loss(tokens).backward()
+    longer = some_tokens(1, 65)
+    assert value(model, longer) == value(made(), longer)
+
+
+# ---- initial values ------------------------------------------------------------------------------
+
+VARIANCE = {
+    "xavier": 2 / (400 + 300), "xavier_normal": 2 / (400 + 300), "kaiming": 2 / 300,
+    "kaiming_normal": 2 / 300, "normal": 0.03**2, "orthogonal": 1 / 400,
+}  # fmt: skip
+FOURTH = {"xavier": 9 / 5, "kaiming": 9 / 5}
+"""Fourth moment over squared variance: 9/5 is uniform, 3 is normal."""
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_schemes_have_their_statistics(scheme: str) -> None:
+    settings = InitialSettings(matrices=scheme, std=0.03, gain=1.0)
+    tensor = initial_tensor("blocks.0.mlp.up.weight", (400, 300), settings, 7, 2)
+    assert tensor.shape == (400, 300) and tensor.dtype == torch.float32
+    assert SCHEMES[scheme].formula and SCHEMES[scheme].source
+    if scheme == "zero":
+        assert tensor.abs().sum() == 0
+        return
+    assert float(tensor.mean()) == pytest.approx(0.0, abs=3 * float(tensor.std()) / 346)
+    if scheme == "truncated_normal":
+        assert tensor.abs().max() <= 0.06
+        assert float(tensor.std()) == pytest.approx(0.03 * 0.8796, rel=0.02)
+        return
+    variance = float(tensor.square().mean())
+    assert variance == pytest.approx(VARIANCE[scheme], rel=0.02)
+    fourth = float(tensor.pow(4).mean()) / variance**2
+    assert fourth == pytest.approx(FOURTH.get(scheme, 3.0), rel=0.03)
+    if scheme == "orthogonal":
+        torch.testing.assert_close(tensor.T @ tensor, torch.eye(300), rtol=0, atol=1e-5)
+    doubled = initial_tensor(
+        "blocks.0.mlp.up.weight", (400, 300), replace(settings, gain=2.0), 7, 2
+    )
+    torch.testing.assert_close(doubled, 2 * tensor)
+
+
+def test_numbers_depend_on_seed_and_name_alone() -> None:
+    shape, settings = (16, 16), InitialSettings(residual="same")
+    a = initial_tensor("blocks.0.mlp.up.weight", shape, settings, 0, 4)
+    torch.manual_seed(99)
+    assert torch.equal(a, initial_tensor("blocks.0.mlp.up.weight", shape, settings, 0, 4))
+    assert not torch.equal(a, initial_tensor("blocks.1.mlp.up.weight", shape, settings, 0, 4))
+    assert not torch.equal(a, initial_tensor("blocks.0.mlp.up.weight", shape, settings, 1, 4))
+    assert tensor_seed(0, "embed.weight") == 1845875384748339236
+
+
+def test_residual_head_and_embedding_follow_their_settings() -> None:
+    def at(name: str, **changes: object) -> Tensor:
+        settings = replace(InitialSettings(), **changes)  # type: ignore[arg-type]
+        return initial_tensor(name, (64, 64), settings, 0, 8)
+
+    for name in ("blocks.3.attention.out.weight", "blocks.3.mlp.down.weight"):
+        assert at(name).abs().sum() == 0
+        scaled, same = at(name, residual="depth_scaled"), at(name, residual="same")
+        torch.testing.assert_close(scaled, same / 4)
+    assert at("head.weight").abs().sum() == 0
+    assert float(at("head.weight", head="same").std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(at("head.weight", head="truncated_normal").std()) < 0.02
+    assert float(at("embed.weight", embedding_std=0.5).std()) == pytest.approx(0.5, rel=0.05)
+    assert at("blocks.0.mlp.up.weight").abs().sum() > 0
+    for name, value in (("norm.weight", 1.0), ("blocks.1.mlp_norm.weight", 1.0), ("a.bias", 0.0)):
+        vector = initial_tensor(name, (8,), InitialSettings(), 0, 8)
+        assert vector.tolist() == [value] * 8
+
+
+def test_a_scheme_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        initial_tensor("a.weight", (2, 2), InitialSettings(matrices="glorot"), 0, 1)  # type: ignore[arg-type]
+
+
+def test_a_shard_can_be_written_from_its_rows() -> None:
+    whole, part = made(), Transformer(SMALL, 256)
+    rows = {name: p[1:3].clone() for name, p in whole.named_parameters()}
+    found: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in part.named_parameters()}
+    initialise(part, LIVELY, 0, 2, write=lambda p, t: found.update({names[id(p)]: t[1:3]}))
+    assert all(torch.equal(found[name], rows[name]) for name in rows)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def test_samples_follow_the_seed() -> None:
+    model, prompt = made(), torch.tensor([100, 101])
+    model.train()
+    one = generate(model, prompt, 30, 16, 1.0, 3)
+    assert one.shape == (32,) and one[:2].tolist() == [100, 101] and model.training
+    assert torch.equal(one, generate(model, prompt, 30, 16, 1.0, 3))
+    assert not torch.equal(one, generate(model, prompt, 30, 16, 1.0, 4))
+
+
+def test_greedy_samples_take_the_most_likely_token_of_the_window() -> None:
+    model, prompt = made(), torch.arange(5)
+    text = generate(model, prompt, 8, 4, 0.0, 0)
+    for end in range(5, 13):
+        with torch.no_grad():
+            logits_V = model(text[None, end - 4 : end])[0, -1]
+        assert int(text[end]) == int(logits_V.argmax())
+
+
+def test_text_shows_what_is_not_text() -> None:
+    assert to_text(torch.tensor([104, 105, 0, 0xC3, 0xA9, 0xFF])) == "hi\n\n\u00e9\ufffd"
+    with pytest.raises(DataError):
+        to_text(torch.tensor([256]))
+    with pytest.raises(DataError):
+        generate(made(), torch.tensor([], dtype=torch.int64), 1, 4, 1.0, 0)

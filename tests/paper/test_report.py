@@ -1,0 +1,397 @@
+"""The report of a run: what it reads, what it concludes, and that the page stands alone.
+
+Real folders as runs leave them: finished, killed in the middle of a line, resumed, half empty.
+Not here: how the page looks; that is judged by eye.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import socket
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cordee.cli.report import run
+from cordee.config.load import dump, load
+from cordee.errors import ConfigError
+from cordee.metrics.charts import (
+    Chart,
+    Line,
+    extremes,
+    figure,
+    log_labels,
+    log_ticks,
+    means,
+    number,
+    smooth,
+    tick_labels,
+    ticks,
+)
+from cordee.metrics.page import page
+from cordee.metrics.report import amount, read_run, seconds, summarise
+
+VOID = {"meta", "link", "br", "rect", "line", "circle", "path"}
+
+
+def row(step: int, **changed: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl of a run that goes well."""
+    loss = 1.4 + 4.1 * math.exp(-step / 40) + 0.02 * math.sin(7 * step)
+    return {
+        "step": step, "loss": loss, "bits_per_byte": loss / math.log(2), "grad_norm": 0.5,
+        "lr": 0.01, "tokens": 4096 * step, "tokens_per_s": 40960.0, "step_s": 0.1, "data_s": 0.002,
+        "comm_s": 0.01, "bytes_sent": 7_600_000, "memory_bytes": 200_000_000, "mfu": None,
+        "islands": 2, "quorum": 1, "skipped": False, "elapsed_s": 0.1 * step,
+    } | changed  # fmt: skip
+
+
+def event(name: str, step: int = 0, **known: Any) -> dict[str, Any]:
+    return {"time": f"2026-11-14T10:{step % 60:02}:00+00:00", "event": name, "step": step, **known}
+
+
+FINISHED = event(
+    "finished", 300, weights_sha256="ab" * 32, held_out_bits_per_byte=2.25, held_out_loss=1.56,
+    sample="def <script>alert(1)</script>",
+)  # fmt: skip
+
+
+def lay(
+    folder: Path,
+    rows: list[dict[str, Any]] | None = None,
+    events: list[dict[str, Any]] | None = None,
+    layers: list[dict[str, Any]] | None = None,
+) -> Path:
+    """Writes a run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {
+        "metrics": [row(s) for s in range(1, 301)] if rows is None else rows,
+        "events": [event("started"), FINISHED] if events is None else events,
+        "layers": layers or [],
+    }
+    for name, lines in records.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "run.toml").write_text(dump(load(None, ["optim.lr=0.015", "run.steps=300"]).run))
+    plan = {"predicted": {"step_s": 0.09, "bytes_sent": 7_600_000, "memory_bytes": 210_000_000}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+def by_layer(blocks: dict[str, float], grow: str = "") -> list[dict[str, Any]]:
+    """Layer records over 300 steps; the layer `grow` grows a hundredfold."""
+    return [
+        {
+            "step": s,
+            "grad_norm": {
+                name: norm * (10 ** (2 * s / 300) if name == grow else 1)
+                for name, norm in {"embed": 0.2, **blocks, "norm": 0.01, "head": 0.4}.items()
+            },
+        }
+        for s in range(1, 301, 10)
+    ]
+
+
+def verdict(folder: Path) -> str:
+    return summarise(read_run(folder)).verdict
+
+
+class Checker(HTMLParser):
+    """Every tag is closed in order, and nothing points outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.figures = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = {name for name, _ in attrs}
+        assert not names & {"src", "href", "onclick"}, (tag, attrs)
+        assert tag not in ("link", "iframe", "img", "base")
+        self.figures += tag == "figure"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = lay(tmp_path / "runs" / "a", layers=by_layer({"blocks.0": 0.1, "blocks.1": 0.1}))
+    assert run([str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Finished: 300 steps" in shown.err
+    text = (folder / "report.html").read_text()
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == [] and checker.figures == 9
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", text)
+    assert "prefers-color-scheme:dark" in text
+    assert "&lt;script&gt;alert" in text and "<script>alert" not in text
+    for words in ("Loss", "Bits per byte", "Learning rate", "Gradient norm of each layer"):
+        assert f"<h3>{words}" in text
+    assert "planned" in text and "1.11" in text, "0.1 s measured of 0.09 s planned"
+    assert "optim.lr" in text and "0.015" in text
+    assert [p.name for p in folder.iterdir() if "part" in p.name] == []
+
+
+def test_json_is_the_one_thing_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lay(tmp_path / "a")
+    target = tmp_path / "mail.html"
+    assert run([str(folder), "--json", "--output", str(target)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["state"] == "finished" and told["steps"] == 300 and told["last_step"] == 300
+    assert told["last_loss"] == pytest.approx(row(300)["loss"])
+    assert told["held_out_bits_per_byte"] == 2.25 and told["weights_sha256"] == "ab" * 32
+    assert told["skipped"] == 0 and "fell" in told["verdict"]
+    assert told["medians"]["step_s"] == 0.1 and told["medians"]["mfu"] is None
+    assert told["report"] == str(target) and target.exists()
+    assert not (folder / "report.html").exists()
+
+
+def test_verb_runs_without_torch_and_numpy(tmp_path: Path) -> None:
+    folder = lay(tmp_path / "a")
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None;"
+        " from cordee.cli.report import run; sys.exit(run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "finished"
+
+
+def test_missing_run_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path / "runs" / "tiny")
+    lay(tmp_path / "runs" / "muon-small")
+    monkeypatch.chdir(tmp_path)
+    for word, near in (("runs/tiiny", "tiny"), ("muon-smal", "muon-small")):
+        with pytest.raises(ConfigError) as caught:
+            run([word])
+        assert caught.value.exit_code == 2
+        assert caught.value.fix == f"cordee report {Path('runs') / near}"
+        assert not Path(word).exists()
+    with pytest.raises(ConfigError, match="holds no run"):
+        run(["runs"])
+    with pytest.raises(ConfigError, match="which run"):
+        run([])
+    with pytest.raises(ConfigError):
+        run(["runs/tiny", "optim.lr=1"])
+    assert run(["tiny"]) == 0 and Path("runs/tiny/report.html").exists()
+
+
+def test_page_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    folder = lay(tmp_path / "a")
+    for wrong in (tmp_path / "no" / "such" / "x.html", folder):
+        with pytest.raises(ConfigError):
+            run([str(folder), "--output", str(wrong)])
+
+
+def test_torn_line_and_strange_values_are_met(tmp_path: Path) -> None:
+    folder = lay(tmp_path / "a", events=[event("started")])
+    with open(folder / "metrics.jsonl", "a") as stream:
+        stream.write('[1, 2]\n"text"\n{"no": "step"}\n{"step": 301, "loss": NaN}\n')
+        stream.write('{"step": 302, "loss": "high", "grad_norm": Infinity}\n{"step": 303, "los')
+    (folder / "events.jsonl").write_text('{"event": 3}\n{"half": \n')
+    records = read_run(folder)
+    assert records.steps[-1] == 302 and records.columns["loss"][-2:] == [None, None]
+    summary = summarise(records)
+    assert summary.last_loss == pytest.approx(row(300)["loss"])
+    assert "<figure" in page(records, summary)
+
+
+@pytest.mark.parametrize("left", [(), ("metrics.jsonl",), ("events.jsonl",), ("run.toml",)])
+def test_any_file_may_be_missing(tmp_path: Path, left: tuple[str, ...]) -> None:
+    folder = lay(tmp_path / "a")
+    for name in ("metrics.jsonl", "events.jsonl", "layers.jsonl", "run.toml", "plan.json"):
+        if name not in left:
+            (folder / name).unlink()
+    records = read_run(folder)
+    checker = Checker()
+    checker.feed(page(records, summarise(records)))
+    assert checker.open == []
+
+
+def test_any_key_may_be_missing(tmp_path: Path) -> None:
+    for key in row(1):
+        if key != "step":
+            rows = [{k: v for k, v in row(s).items() if k != key} for s in range(1, 50)]
+            records = read_run(lay(tmp_path / key, rows=rows))
+            assert "</html>" in page(records, summarise(records))
+    records = read_run(lay(tmp_path / "bare", rows=[{"step": s} for s in range(1, 50)]))
+    assert "</html>" in page(records, summarise(records))
+
+
+def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
+    """Steps 1-50, back to 20, on to 30: the records of 31-50 belong to no parameters."""
+    rows = [row(s) for s in range(1, 51)] + [row(s, loss=9.0) for s in range(21, 31)]
+    records = read_run(lay(tmp_path / "a", rows=rows))
+    assert records.steps == list(range(1, 31))
+    assert records.columns["loss"][20:] == [9.0] * 10
+    assert all(len(column) == 30 for column in records.columns.values())
+
+
+def test_state_is_read_off_the_last_events_and_the_process(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        begun = event("started", pid=child.pid, host=host)
+        folder = lay(tmp_path / "a", events=[begun])
+        assert summarise(read_run(folder)).state == "running"
+    finally:
+        child.kill()
+        child.wait()
+    assert summarise(read_run(folder)).state == "stopped"
+    assert "without a last word" in verdict(folder)
+    elsewhere = lay(tmp_path / "b", events=[event("started", pid=1, host="another")])
+    assert summarise(read_run(elsewhere)).state == "running"
+    assert summarise(read_run(elsewhere), now=time.time() + 3600).state == "stopped"
+    lay(folder, events=[begun, event("interrupted", 300, signal="SIGTERM")])
+    assert "Interrupted (SIGTERM)" in verdict(folder)
+    lay(folder, events=[begun, event("stopped", 300, cause="not finite")])
+    assert "Stopped (not finite)" in verdict(folder)
+    lay(folder, events=[begun, event("interrupted", 200), event("resumed", 200), FINISHED])
+    assert summarise(read_run(folder)).state == "finished"
+
+
+def test_good_run_has_nothing_against_it(tmp_path: Path) -> None:
+    layers = by_layer({"blocks.0": 0.1, "blocks.1": 0.05})
+    summary = summarise(read_run(lay(tmp_path / "a", layers=layers)))
+    assert {remark.kind for remark in summary.remarks} == {"good"}
+    assert "Nothing speaks against it" in summary.verdict
+    assert any("88% compute, 10% communication, 2% waiting" in r.text for r in summary.remarks)
+
+
+def test_verdict_names_what_is_wrong(tmp_path: Path) -> None:
+    flat = [row(s, loss=5.5 + 0.01 * math.sin(s)) for s in range(1, 301)]
+    assert "did not fall" in verdict(lay(tmp_path / "flat", rows=flat))
+    rose = [row(s, loss=2 + abs(s - 150) / 100) for s in range(1, 301)]
+    assert "rose again" in verdict(lay(tmp_path / "rose", rows=rose))
+    slow = [row(s, data_s=0.05) for s in range(1, 301)]
+    assert "Reading is too slow" in verdict(lay(tmp_path / "slow", rows=slow))
+    bad = [row(s, skipped=s in (7, 9), loss=None if s in (7, 9) else 2.0) for s in range(1, 301)]
+    events = [event("step_skipped", 9, cause="the loss is not finite"), FINISHED]
+    told = verdict(lay(tmp_path / "skipped", rows=bad, events=events))
+    assert "2 steps were skipped (last: 9)" in told and "the loss is not finite" in told
+    over = [event("evaluated", s, held_out_loss=1.5 + abs(s - 100) / 500) for s in (50, 100, 200)]
+    events = [*over, event("evaluated", 250, held_out_loss=1.8), FINISHED | {"held_out_loss": 1.9}]
+    assert "best at step 100" in verdict(lay(tmp_path / "over", events=events))
+
+
+def test_gradients_that_explode_or_vanish_name_the_layer(tmp_path: Path) -> None:
+    even = {f"blocks.{i}": 0.1 for i in range(6)}
+    told = verdict(lay(tmp_path / "grow", layers=by_layer(even, grow="blocks.4")))
+    assert "Exploding gradients: the norm of blocks.4" in told
+    fading = by_layer(even | {"blocks.0": 1e-5})
+    told = verdict(lay(tmp_path / "fade", layers=fading))
+    assert re.search(r"Vanishing gradients: .* 10,000 times that of blocks\.0", told)
+    told = verdict(lay(tmp_path / "tower", layers=by_layer(even | {"blocks.0": 500.0})))
+    assert "Exploding gradients: the norm of blocks.0 is 5,000 times" in told
+    told = verdict(lay(tmp_path / "dead", layers=by_layer(even | {"blocks.2": 0.0})))
+    assert "No gradient reaches blocks.2" in told
+    lost = by_layer(even)
+    for record in lost:
+        record["grad_norm"]["blocks.3"] = None
+    assert "blocks.3 is not finite" in verdict(lay(tmp_path / "lost", layers=lost))
+
+
+def test_entropy_is_drawn_as_the_floor(tmp_path: Path) -> None:
+    events = [event("started", entropy_bits=2.0), FINISHED]
+    records = read_run(lay(tmp_path / "a", events=events))
+    text = page(records, summarise(records))
+    assert "entropy of the data <b>1.386</b>" in text, "2 bits in nats"
+    assert "entropy of the data <b>2</b>" in text
+
+
+def test_long_run_of_a_deep_model_stays_small(tmp_path: Path) -> None:
+    deep = {f"blocks.{i}": 0.1 for i in range(96)}
+    folder = lay(tmp_path / "a", rows=[row(s) for s in range(1, 20_001)])
+    lines = [json.dumps({"step": s, "grad_norm": deep}) for s in range(1, 20_001, 10)]
+    (folder / "layers.jsonl").write_text("\n".join(lines))
+    records = read_run(folder)
+    assert len(page(records, summarise(records)).encode()) < 1_600_000
+
+
+def test_figure_without_values_is_left_out() -> None:
+    assert figure(Chart(title="nothing")) == ""
+    assert figure(Chart(title="nulls", lines=[Line(label="a", x=[1, 2], y=[None, None])])) == ""
+    zeros = [Line(label="a", x=[1, 2], y=[0.0, 0.0])]
+    assert figure(Chart(title="zeros", lines=zeros, scale="log", both=False)) == ""
+    assert 'data-scale="linear"' in figure(Chart(title="zeros", lines=zeros, scale="log"))
+
+
+def test_gap_breaks_a_line_and_points_stay_inside() -> None:
+    y = [1.0, 2.0, None, 4.0, 3.0]
+    drawn = figure(Chart(title="t", lines=[Line(label="a", x=range(5), y=y)], both=False))
+    path = re.search(r' d="([^"]+)"', drawn)
+    assert path and path[1].count("M") == 2
+    places = [int(n) for n in re.findall(r"\d+", path[1])]
+    assert len(places) == 8 and min(places) >= 0 and max(places) <= 1000
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
+def test_ticks_are_few_even_and_inside(low: float, width: float, count: int) -> None:
+    high = low + width
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        return
+    at = ticks(low, high, count)
+    slack = 1e-6 * (high - low)
+    assert all(low - slack <= t <= high + slack for t in at)
+    assert len(at) <= 2 * count + 2 and at == sorted(at)
+    assert len(tick_labels(at)) == len(at)
+
+
+@given(st.floats(-12, 12), st.floats(0.05, 20))
+def test_log_ticks_are_few_and_inside(power: float, decades: float) -> None:
+    low, high = 10**power, 10 ** (power + decades)
+    at = log_ticks(low, high)
+    assert 1 <= len(at) <= 12 and at == sorted(at)
+    assert all(low * 0.99 <= t <= high * 1.01 for t in at)
+    assert len(set(log_labels(at))) == len(at)
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=300), st.integers(2, 50))
+def test_fewer_points_keep_the_extremes(y: list[float | None], points: int) -> None:
+    x = list(range(len(y)))
+    few_x, few_y = extremes(x, y, points)
+    assert len(few_x) == len(few_y) <= max(points, 2) and few_x == sorted(few_x)
+    seen = [v for v in y if v is not None]
+    kept = [v for v in few_y if v is not None]
+    assert (min(kept), max(kept)) == (min(seen), max(seen)) if seen else not kept
+    assert all(y[int(i)] == v for i, v in zip(few_x, few_y, strict=True))
+    mean_x, mean_y = means(x, y, points)
+    assert len(mean_x) == len(mean_y) <= max(points, 2)
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=200), st.integers(1, 30), st.booleans())
+def test_smoothing_stays_between_the_extremes(y: list[float], widest: int, log: bool) -> None:
+    x, out = smooth(list(range(len(y))), y, 50, widest=widest, log=log)
+    assert len(x) == len(out) <= 51 and x[0] == 0 and x[-1] == len(y) - 1
+    assert all(v is not None and min(y) * 0.999 <= v <= max(y) * 1.001 for v in out)
+    assert out[0] == pytest.approx(y[0]), "the first step is left alone"
+
+
+def test_numbers_as_a_person_writes_them() -> None:
+    assert [number(v) for v in (0, 1.5, 1234.5, 0.00002, 3e9)] == [
+        "0", "1.5", "1,234", "2e-5", "3e9",
+    ]  # fmt: skip
+    assert tick_labels([0.0, 0.005, 0.01]) == ["0.000", "0.005", "0.010"]
+    assert tick_labels([0.0, 2.5, 5.0]) == ["0.0", "2.5", "5.0"]
+    assert tick_labels([0.0, 20_000.0]) == ["0", "20,000"]
+    assert log_labels([1e-6, 1e-3, 1.0]) == ["10⁻⁶", "10⁻³", "1"]
+    assert [seconds(v) for v in (0, 0.0981, 84.2, 150, 10_500)] == [
+        "0 s", "98.1 ms", "84.2 s", "2 min 30 s", "2 h 55 min",
+    ]  # fmt: skip
+    assert [amount(v, "B") for v in (12, 7.6e6, 2.1e9)] == ["12 B", "7.6 MB", "2.1 GB"]
