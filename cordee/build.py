@@ -6,7 +6,7 @@ are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ from cordee.fault.inject import Drill, make_drill
 from cordee.layout.split import shard_rows
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
-from cordee.optim.groups import Optimizers, make_optimizer
+from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather
 from cordee.parallel.apply import apply
 from cordee.parallel.engine import Engine, Microbatches, Work
 from cordee.parallel.shard import local, whole_rows
 from cordee.plan.plan import Plan
 from cordee.sync.codecs import make_codec
-from cordee.sync.protocol import Alone, AllReduce, ByExchange, Compared, Sync
+from cordee.sync.protocol import AllReduce, Alone, ByExchange, Compared, Sync
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,18 @@ class RunState:
     def total_squares(self) -> Callable[[Tensor], Tensor] | None:
         """Adds vectors of squared norms over the shards of this island."""
         return None if self.mesh.shards is None else self._total_squares
+
+    @property
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Parameters as optimiser and limits treat them: matrices, embeddings, vectors."""
+        return split_groups(self.parameters.items())
+
+    def named_gradients(
+        self, gradients: Sequence[Tensor]
+    ) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """(name, parameter, this rank's part of its gradient), in parameter order."""
+        pairs = zip(self.parameters.items(), gradients, strict=True)
+        return [(name, parameter, gradient) for (name, parameter), gradient in pairs]
 
     def _total_squares(self, part: Tensor) -> Tensor:
         return gather_rows(part, self.mesh.shards, self.plan.layout.shard).sum(0)

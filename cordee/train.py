@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record
+from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record, settle
 from cordee.build import Parts, RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
 from cordee.checkpoint.state import Progress, describe, pieces, progress_of, reader
+from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.data.loader import held_out
 from cordee.data.source import changed_sources
 from cordee.desk import Desk
 from cordee.dist.exchange import gather_rows
-from cordee.dist.start import follow_parent, world
+from cordee.dist.start import Launched, follow_parent, world
 from cordee.dist.tally import Tally, gather_tally
 from cordee.errors import CheckpointError, DataError, RunError
 from cordee.evaluate import HeldOut, evaluate
@@ -44,6 +45,8 @@ from cordee.metrics.sinks import read_lines
 from cordee.optim.clip import clip_gradients, global_norm, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.shard import local
+from cordee.plan.cluster import local_cluster
+from cordee.plan.plan import make_plan
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -359,3 +362,37 @@ def leaving() -> Iterator[Asked]:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+# ---- for the search of a learning rate -----------------------------------------------------------
+
+
+def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
+    """Training loss before each update, in this process, with the learning rate of each step.
+
+    Parameters, order of samples and dropout follow `seed`. Ends early after a loss or gradient that
+    is not finite (the last value then is infinity). Writes nothing but the run's data.
+    """
+    values = {
+        "run.seed": seed, "layout.islands": "auto", "layout.shard": "auto",
+        "run.steps": max(1, len(lr_of_step)), "run.minutes": 0.0, "run.tokens": 0,
+    }  # fmt: skip
+    run = settle(override(run, values))
+    data = lay_out_data(run)
+    plan = make_plan(run, local_cluster(), data.vocabulary, 1)
+    losses: list[float] = []
+    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s) as here:
+        state = build(run, plan, here, data, Parts())
+        for number, rate in enumerate(lr_of_step):
+            state.optimizer.set_lr(rate / state.optimizer.peak_lr)
+            sums, partial = state.engine.forward_backward(number)
+            loss = math.fsum(map(float, sums)) / state.step_tokens
+            gradients = state.engine.place(state.sync.agree(partial))
+            norm = global_norm(gradients, state.by_rows)
+            if not (math.isfinite(loss) and math.isfinite(float(norm))):
+                losses.append(math.inf)
+                break
+            losses.append(loss)
+            clip_gradients(state.named_gradients(gradients), run.clip, norm)
+            state.optimizer.step()
+    return losses
