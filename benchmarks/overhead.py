@@ -82,7 +82,7 @@ class ByHand:
         )
         self.tokens = open_dataset(Path(run.run.dir) / "data", "train").slice(0, 4_000_000)
         self.random = np.random.default_rng(world.rank)
-        self.log = open(Path(run.run.dir) / f"by-hand-{world.rank}.jsonl", "a")
+        self.log = open(Path(run.run.dir) / f"by-hand-{world.rank}.jsonl", "a")  # noqa: SIM115
         self.number = 0
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:

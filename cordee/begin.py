@@ -1,4 +1,4 @@
-"""Everything that happens before a rank exists: settle, check, look at the folder, lay out the data.
+"""All that happens before a rank exists: settle, check, look at the folder, lay out the data.
 
 Paper but for numpy: the launching process needs no torch. Whatever is wrong with the command or its
 input is found here, before anything is started or written. Not here: the run itself (`train.py`).

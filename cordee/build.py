@@ -7,7 +7,7 @@ are taken as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class RunState:
     saver: Saver
     ranges: list[range]
     held_out: TokenSource | None
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def folder(self) -> Path:
@@ -133,8 +133,8 @@ class RunState:
         ]
         assert self.mesh.shards is not None
         gathered = whole_rows(part, [sum(counts) for counts in per_tensor], self.mesh.shards)
-        by_shard = gathered.split([sum(counts) for counts in per_tensor])
-        cut = [vector.split(c) for vector, c in zip(by_shard, per_tensor, strict=True)]
+        by_shard = torch.split(gathered, [sum(counts) for counts in per_tensor])
+        cut = [torch.split(vector, c) for vector, c in zip(by_shard, per_tensor, strict=True)]
         return torch.cat([cut[s][t] for t in range(len(cut[0])) for s in range(shards)])
 
 
@@ -218,6 +218,10 @@ def make_sync(run: Run, plan: Plan, mesh: Mesh, ranges: list[range], canonical: 
 def make_rule(run: Run, mesh: Mesh, parameters: dict[str, nn.Parameter]) -> Optimizers:
     """The update rule. Fused kernels round differently at the edge of a shard: not when exact."""
     shared = None
+    # bfloat16 would turn a last-bit difference of a sum into one of 2^-8: not what fp32 promises.
+    dtype = torch.float32 if run.run.precision == "fp32" else None
     if mesh.workers is not None and run.data.placement == "partition":
         shared = Gather(group=mesh.workers, rank=mesh.rank, size=mesh.layout.size)
-    return make_optimizer(run.optim, parameters.items(), fused=not run.run.exact, gather=shared)
+    return make_optimizer(
+        run.optim, parameters.items(), fused=not run.run.exact, gather=shared, muon_dtype=dtype
+    )

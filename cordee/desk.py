@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,13 +39,16 @@ class Asked(Protocol):
     number: int | None
 
 
-class Outcome(Protocol):
-    """What the desk records of a step (train.Outcome)."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a step was: mean loss in nats before the update, global gradient norm before clipping,
+    learning rate, verdict, what all ranks said, gradient norm by layer (or None)."""
 
     loss: float
     grad_norm: float
     lr: float
     verdict: Verdict
+    tally: Tally
     layers: dict[str, float] | None
 
 

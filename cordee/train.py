@@ -34,13 +34,13 @@ from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.data.loader import held_out
 from cordee.data.source import changed_sources
-from cordee.desk import Desk
+from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.start import Launched, follow_parent, world
-from cordee.dist.tally import Tally, gather_tally
+from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, DataError, RunError
 from cordee.evaluate import HeldOut, evaluate
-from cordee.fault.guard import Say, Verdict
+from cordee.fault.guard import Say
 from cordee.metrics.sinks import read_lines
 from cordee.optim.clip import clip_gradients, global_norm, limit_parameters
 from cordee.optim.schedule import factor
@@ -214,19 +214,6 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.progress = desk.advance(state, tally, verdict)
     loss = math.fsum(mean_losses) / len(mean_losses)
     return Outcome(loss, float(norm), scale * state.optimizer.peak_lr, verdict, tally, layers)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step was: mean loss in nats before the update, global gradient norm before clipping,
-    learning rate, verdict, what all ranks said, gradient norm by layer (or None)."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    verdict: Verdict
-    tally: Tally
-    layers: dict[str, float] | None
 
 
 def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:

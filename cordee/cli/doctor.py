@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     """See --help."""
     made = parser(
         "doctor",
-        "Checks this machine: versions, cores, memory, disk, a two-rank exchange, a killed restart.",
+        "Checks this machine: versions, cores, memory, disk, an exchange, a killed restart.",
         "cordee doctor --json",
         "[--json]",
     )
@@ -93,7 +93,7 @@ def _environment() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     cluster = local_cluster()
     memory = cluster.memory_bytes / 2**30
-    yield Finding("ok", f"{cluster.cores} cores, {memory:.1f} GiB of memory ({cluster.kind})")
+    yield Finding("ok", f"{cluster.cores} cores, {memory:.1f} GiB of memory ({cluster.name})")
     load = os.getloadavg()[0]
     if load > cluster.cores:
         yield Finding(

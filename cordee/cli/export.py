@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     words = read(made, argv, rest=1)
     if not words.rest:
         raise ConfigError("which run?", fix="cordee export runs/tiny")
-    folder, wanted = run_of(words.rest[0])
+    _, wanted = run_of(words.rest[0])
     output = Path(words.flags.output or run_folder(words.rest[0]) / "model.safetensors")
     if not output.parent.is_dir():
         raise ConfigError(

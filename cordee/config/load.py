@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import tomllib
 import types
 import typing
@@ -215,7 +216,7 @@ def _docs_of(cls: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(schema))
     docs: dict[str, str] = {}
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
-    for statement, follower in zip(body, body[1:], strict=False):
+    for statement, follower in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

@@ -49,7 +49,7 @@ class ModelSettings:
     heads: int = 6
     """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
     ffn: int = 0
-    """Hidden width of the MLP; 0 means 4 x width (relu2) or 8/3 x width rounded up to 32 (gated)."""
+    """Hidden width of the MLP; 0: 4 x width (relu2), 8/3 x width rounded up to 32 (gated)."""
     mlp: Literal["relu2", "gated"] = "relu2"
     """relu2: squared ReLU (So et al. 2021); gated: SwiGLU (Shazeer 2020)."""
     dropout: float = 0.0

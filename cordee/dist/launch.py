@@ -86,7 +86,7 @@ def _watch(ranks: list[_Rank]) -> int:
             selector.register(rank.descriptor, selectors.EVENT_READ, rank)
         while left:
             for key, _ in selector.select():
-                rank: _Rank = key.data
+                rank = key.data
                 selector.unregister(rank.descriptor)
                 code = rank.process.wait()
                 del left[rank.number]

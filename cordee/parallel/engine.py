@@ -100,7 +100,8 @@ class Engine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.work.autocast):
             loss = self.model(tokens[:, :-1], tokens[:, 1:])
         (loss / self.work.tokens).backward()
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     def _take(self) -> list[Tensor]:
         """This microbatch's whole gradients, taken off the parameters."""

@@ -26,14 +26,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], canoni
     """
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
-    for module in fsdp_modules(model):
+    for unit in fsdp_modules(model):
         # Losses are divided by the global token count, so sums must not be divided again; gloo
         # has no pre-multiplied sum either.
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
         if canonical:
-            module.set_requires_gradient_sync(False)
-            module.set_reshard_after_backward(False)
+            unit.set_requires_gradient_sync(False)
+            unit.set_reshard_after_backward(False)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
