@@ -87,17 +87,19 @@ def lay_out_data(run: Run) -> DatasetInfo:
     sequence; then nothing stays behind.
     """
     folder = Path(run.run.dir)
-    existed = folder.exists()
     place = folder / DATA_FOLDER
-    if is_dataset(place):
-        info = read_info(place)
-    else:
-        spec, tokens = run.data.path, run.data.tokens or None
-        info = prepare(spec, place, run.data.held_out, run.run.seed, tokens)
     try:
+        if is_dataset(place):
+            info = read_info(place)
+        else:
+            spec, tokens = run.data.path, run.data.tokens or None
+            info = prepare(spec, place, run.data.held_out, run.run.seed, tokens)
         check_length(info, run.data.sequence)
     except DataError:
-        shutil.rmtree(place if existed else folder, ignore_errors=True)
+        if not (folder / RUN_FILE).exists():
+            shutil.rmtree(place, ignore_errors=True)
+            if {entry.name for entry in folder.glob("*")} <= {LOCK_FILE}:
+                shutil.rmtree(folder, ignore_errors=True)
         raise
     return info
 

@@ -1,0 +1,94 @@
+"""What is wrong before the start: exit code 2, the values, the nearest fix, nothing written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, cordee, train
+
+CASES = {
+    "unknown key": (("optim.lrr=0.1",), "did you mean optim.lr"),
+    "unknown verb value": (("optim.name=mumon",), "optim.name=muon"),
+    "wrong type": (("run.steps=ten",), "run.steps"),
+    "missing data": (("data.path=nowhere.txt",), "nowhere.txt"),
+    "unknown builtin": (("data.path=builtin:markow",), "builtin:markov"),
+    "short data": (("data.tokens=20",), "data.sequence"),
+    "few microbatches": (("batch.microbatches=2", "launch.processes=4"), "batch.microbatches"),
+    "does not divide": (("layout.shard=2", "launch.processes=3"), "launch.processes"),
+    "unequal shards": (
+        ("layout.shard=2", "launch.processes=2", "batch.microbatches=5"),
+        "batch.microbatches",
+    ),
+    "unbuilt axis": (("layout.tensor=2", "launch.processes=2"), "layout.tensor"),
+    "many processes": (("launch.processes=5000", "batch.microbatches=5000"), "launch.processes"),
+    "width": (("model.width=65",), "model.width"),
+    "exact by the clock": (("run.exact=true", "run.minutes=1"), "run.minutes"),
+    "fp16": (("run.precision=fp16",), "bf16"),
+    "missing file": (("nowhere.toml",), "nowhere.toml"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    words, expected = CASES[name]
+    folder = tmp_path / "run"
+    done = cordee("train", *SMALL, f"run.dir={folder}", *words, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "nearest fix" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
+
+
+def test_malformed_toml(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[run\nsteps = 3")
+    done = cordee("train", "bad.toml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "TOML" in done.stderr
+    assert os.listdir(tmp_path) == ["bad.toml"]
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    done = cordee("train", "data.path=empty.txt", folder=tmp_path)
+    assert done.returncode == 2
+    assert os.listdir(tmp_path) == ["empty.txt"]
+
+
+def test_folder_of_another_run(run_dir: Path) -> None:
+    train(run_dir, "run.steps=3")
+    done = cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "optim.lr=0.5")
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr and "0.5" in done.stderr
+    never = cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "run.resume=never")
+    assert never.returncode == 2
+
+
+def test_port_in_use_is_said(run_dir: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        done = cordee(
+            "train", *SMALL, f"run.dir={run_dir}", "run.steps=3",
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(busy.getsockname()[1]),
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-1500:]
+    assert "in use" in done.stderr
+
+
+def test_changed_data_is_said_and_harmless(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
+    words = [w for w in SMALL if not w.startswith("data.") or "sequence" in w]
+    run = ("train", *words, f"data.path={text}", f"run.dir={tmp_path / 'run'}", "run.steps=12")
+    killed = cordee(*run, "checkpoint.every=4", "fault.kill=step.start:10:0")
+    assert killed.returncode != 0
+    text.write_text("another text")
+    done = cordee(*run, "checkpoint.every=4")
+    assert done.returncode == 0, done.stderr
+    assert "data_changed" in (tmp_path / "run" / "events.jsonl").read_text()

@@ -1,0 +1,157 @@
+"""The promise, on real processes: the same bits on any ranks, after any kill, and fp32 curves."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
+
+EXACT = ("run.exact=true", "run.steps=60", "evaluate.sample=0")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the undisturbed run on one process."""
+    folder = tmp_path_factory.mktemp("clean") / "run"
+    train(folder, *EXACT, "launch.processes=1")
+    return digest(folder)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("launch.processes=2",), ("launch.processes=3",), ("launch.processes=4",),
+        ("launch.processes=2", "layout.shard=2"), ("launch.processes=4", "layout.shard=2"),
+    ],
+    ids=lambda words: " ".join(words),
+)  # fmt: skip
+def test_same_bits_on_any_ranks(layout: tuple[str, ...], clean: str, run_dir: Path) -> None:
+    train(run_dir, *EXACT, *layout)
+    assert digest(run_dir) == clean
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 61))
+
+
+def test_same_bits_with_dropout(tmp_path: Path) -> None:
+    digests = set()
+    for processes in (1, 3):
+        folder = tmp_path / str(processes)
+        train(folder, *EXACT, "model.dropout=0.1", f"launch.processes={processes}")
+        digests.add(digest(folder))
+    assert len(digests) == 1
+
+
+POINTS = (
+    "step.start:33:0", "step.backward:33:1", "step.agree:33:1", "step.commit:33:0",
+    "save.stage:20:0", "save.write:20:1", "save.part:30:0", "save.manifest:30:0",
+    "save.rename:40:0", "save.delete:40:0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_a_point_ends_in_the_same_bits(point: str, clean: str, run_dir: Path) -> None:
+    words = ("train", *SMALL, *EXACT, f"run.dir={run_dir}", "checkpoint.every=10")
+    killed = cordee(*words, "launch.processes=2", f"fault.kill={point}")
+    assert killed.returncode == 1
+    again = random.Random(point).choice((1, 2, 3))
+    assert cordee(*words, f"launch.processes={again}").returncode == 0
+    assert digest(run_dir) == clean
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment(seed: int, clean: str, run_dir: Path) -> None:
+    chance = random.Random(seed)
+    words = [
+        sys.executable, "-m", "cordee", "train", *SMALL, *EXACT, f"run.dir={run_dir}",
+        "checkpoint.every=5",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*words, f"launch.processes={chance.choice((1, 2))}"],
+        env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    time.sleep(chance.uniform(1.5, 7.0))
+    process.send_signal(signal.SIGKILL)  # its ranks die with it
+    process.wait()
+    time.sleep(0.3)
+    done = cordee(*words[3:], f"launch.processes={chance.choice((1, 2, 3))}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert digest(run_dir) == clean
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 61))
+
+
+def test_fp32_curves_agree_without_exact(tmp_path: Path) -> None:
+    curves = []
+    for processes in (1, 4):
+        folder = tmp_path / str(processes)
+        train(folder, "run.steps=60", "run.precision=fp32", f"launch.processes={processes}")
+        curves.append([float(str(row["loss"])) for row in rows(folder)])
+    assert max(abs(a / b - 1) for a, b in zip(*curves, strict=True)) < 1e-5
+
+
+def test_corrupted_checkpoint_falls_back(clean: str, run_dir: Path) -> None:
+    words = ("train", *SMALL, *EXACT, f"run.dir={run_dir}", "checkpoint.every=10")
+    cordee(*words, "fault.kill=step.start:35:0")
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    file = next(newest.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert cordee(*words).returncode == 0
+    assert digest(run_dir) == clean
+    assert any(event["event"] == "checkpoint_rejected" for event in events(run_dir))
+
+
+def test_ctrl_c_saves_and_leaves_then_resumes(clean: str, run_dir: Path) -> None:
+    words = ("train", *SMALL, *EXACT, f"run.dir={run_dir}", "launch.processes=2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cordee", *words], env=clean_environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_rows(run_dir)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert events(run_dir)[-1]["event"] == "interrupted"
+    assert events(run_dir)[-1]["saved"] is True
+    assert cordee(*words).returncode == 0
+    assert digest(run_dir) == clean
+
+
+def wait_for_rows(folder: Path, deadline_s: float = 60.0) -> None:
+    """Until the run has made a step."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.stat().st_size:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no step was made")
+
+
+def test_non_finite_gradient_never_reaches_parameters(run_dir: Path) -> None:
+    train(run_dir, "run.steps=20", "launch.processes=2", "fault.poison=7:1")
+    skipped = [event for event in events(run_dir) if event["event"] == "step_skipped"]
+    assert [event["step"] for event in skipped] == [7]
+    assert all(row["loss"] is not None for row in rows(run_dir))
+
+
+def test_non_finite_in_a_row_stops_with_the_cause(run_dir: Path) -> None:
+    words = ("train", *SMALL, f"run.dir={run_dir}", "run.steps=40", "fault.poison=7-30:0")
+    done = cordee(*words, "launch.processes=1")
+    assert done.returncode == 1
+    assert "gradient" in done.stderr
+    assert events(run_dir)[-1]["event"] == "stopped"
+
+
+def test_same_command_on_a_finished_run_changes_nothing(run_dir: Path) -> None:
+    train(run_dir, "run.steps=5")
+    before = (run_dir / "events.jsonl").read_bytes()
+    train(run_dir, "run.steps=5")
+    assert (run_dir / "events.jsonl").read_bytes() == before
