@@ -24,7 +24,7 @@ class RunSettings:
     tokens: int = 0
     """Stop once this many training tokens were used; 0 means no limit by tokens."""
     minutes: float = 0.0
-    """Stop after this many minutes of training; 0 means no limit by time (1.4 when no limit is
+    """Stop after this many minutes of training; 0 means no limit by time (1.6 when no limit is
     given at all). The learning-rate schedule follows the limit that is nearest."""
     dir: str = ""
     """Folder of the run (default runs/<name>): metrics, events, checkpoints, report."""
@@ -32,7 +32,7 @@ class RunSettings:
     """Name of the run; the default is the model preset's name."""
     exact: bool = False
     """Same bits on any number of processes: canonical order of summation, one thread per rank."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; parameters, gradients and sums stay fp32."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command again goes on from the newest complete checkpoint; never: refuse."""
@@ -104,7 +104,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    microbatch: int = 4
+    microbatch: int = 2
     """Sequences in a microbatch, the atom of work."""
     microbatches: int = 4
     """M: microbatches in a step, whatever the number of devices."""

@@ -64,7 +64,7 @@ def test_presets_have_these_many_parameters(preset: str, count: int) -> None:
 
 
 def test_operations_by_hand() -> None:
-    run = run_of("model.preset=tiny")
+    run = run_of("model.preset=tiny", "batch.microbatch=4")
     work = microbatch_work(run, 256, "cuda")
     tokens, w, layers, length = 4 * 256, 192, 4, 256
     assert work.tokens == tokens

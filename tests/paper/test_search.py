@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from cordee.cli.arguments import parser, read
 from cordee.cli.lr import conclusion, peak, table, use, write
+from cordee.config.presets import DEFAULT_LR
 from cordee.errors import ConfigError
 from cordee.optim.compare import Candidate, excess, first_where, roughness, scale_of, standard_error
 from cordee.optim.search import Finding, SearchSettings, Sweep, find_lr, warmed
@@ -337,7 +338,7 @@ def test_command_that_uses_it_keeps_the_users_words() -> None:
     assert command == f"cordee train model.preset=small optim.name=adamw optim.lr={rate}"
     assert command in conclusion(found, command)
     words = read(parser("lr", "", ""), [])
-    assert peak(words.load().run) == 0.02
+    assert peak(words.load().run) == DEFAULT_LR["muon"]
     assert (use(found, words.load().run, words) or "").startswith(
         f"cordee train optim.lr={rate} optim.adam_lr=0.00"
     )
