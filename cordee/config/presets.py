@@ -15,7 +15,7 @@ DEFAULT_LR: Mapping[str, float] = {
     "momentum": 0.05,
     "adam": 0.002,
     "adamw": 0.002,
-    "muon": 0.035,
+    "muon": 0.015,
     "adafactor": 0.01,
 }
 """Peak learning rate per update rule, for the byte models of 1-3 M parameters (docs/tuning.md)."""
