@@ -47,7 +47,8 @@ def settings(folder: str, ranks: int, exact: bool = False) -> Run:
     return override(
         Run(),
         {
-            "run.dir": folder, "run.steps": 100_000, "run.precision": "fp32", "optim.name": "adamw", "optim.lr": 1e-3,
+            "run.dir": folder, "run.steps": 100_000,
+            "run.precision": "fp32", "optim.name": "adamw", "optim.lr": 1e-3,
             "optim.schedule": "constant", "launch.processes": ranks, "run.exact": exact,
             "launch.threads": max(1, (os.cpu_count() or 1) // ranks) if not exact else 1,
             "checkpoint.every": 0,
