@@ -24,7 +24,7 @@ from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
 from cordee.dist.start import Launched, launched
 from cordee.errors import ConfigError, DataError
-from cordee.metrics.sinks import read_lines
+from cordee.metrics.sinks import last_event
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
 
@@ -36,9 +36,8 @@ LOCK_FILE = "lock"
 
 @dataclass(frozen=True)
 class Standing:
-    """What a run's folder says: new, to be resumed, or finished (then `finished` is its event)."""
+    """What a run's folder says: `finished` is the last event of a run that is at its end."""
 
-    resumes: bool
     finished: dict[str, Any] | None
 
 
@@ -59,7 +58,7 @@ def look(run: Run) -> Standing:
     kept = folder / RUN_FILE
     if not kept.exists():
         _refuse_foreign(folder)
-        return Standing(False, None)
+        return Standing(None)
     other = load(str(kept)).run
     changed = differences(other, run)
     if changed:
@@ -75,9 +74,8 @@ def look(run: Run) -> Standing:
             values={"run.dir": str(folder)},
             fix=f"run.dir={_free_name(folder)}, or run.resume=auto",
         )
-    events = read_lines(folder / "events.jsonl")
-    last = events[-1] if events else {}
-    return Standing(True, last if last.get("event") == "finished" else None)
+    last = last_event(folder)
+    return Standing(last if last.get("event") == "finished" else None)
 
 
 def lay_out_data(run: Run) -> DatasetInfo:

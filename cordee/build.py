@@ -60,6 +60,7 @@ class RunState:
     data: DatasetInfo
     model: nn.Module
     parameters: dict[str, nn.Parameter]
+    groups: dict[str, list[tuple[str, nn.Parameter]]]
     engine: Engine
     sync: Sync
     optimizer: Optimizers
@@ -78,8 +79,7 @@ class RunState:
     @property
     def step_tokens(self) -> int:
         """Training tokens of one step, over all ranks."""
-        run = self.run
-        return run.batch.microbatches * run.batch.microbatch * run.data.sequence
+        return self.engine.work.tokens
 
     @property
     def canonical(self) -> bool:
@@ -109,11 +109,6 @@ class RunState:
     def total_squares(self) -> Callable[[Tensor], Tensor] | None:
         """Adds vectors of squared norms over the shards of this island."""
         return None if self.mesh.shards is None else self._total_squares
-
-    @property
-    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters as optimiser and limits treat them: matrices, embeddings, vectors."""
-        return split_groups(self.parameters.items())
 
     def named_gradients(
         self, gradients: Sequence[Tensor]
@@ -166,6 +161,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         data=data,
         model=model,
         parameters=parameters,
+        groups=split_groups(parameters.items()),
         engine=Engine(model, loader, mesh, work),
         sync=make_sync(run, plan, mesh, ranges, canonical),
         optimizer=make_rule(run, mesh, parameters),

@@ -71,7 +71,6 @@ class Desk:
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
-        self._comm_s = 0.0
         self._changed: set[str] = set()
         self._complained = ""
 
@@ -133,7 +132,7 @@ class Desk:
     def record(self, state: RunState, outcome: Outcome) -> None:
         """The step's row, its layers, its events, and the screen."""
         at = state.progress
-        sent, seconds = state.sync.bytes_sent, state.sync.seconds
+        sent = state.sync.bytes_sent
         skipped = outcome.verdict.say is not Say.COMMIT
         row = {
             "step": at.step,
@@ -148,7 +147,7 @@ class Desk:
             "skipped": skipped,
             "elapsed_s": round(at.elapsed_s, 3),
         }
-        self._sent, self._comm_s = sent, seconds
+        self._sent = sent
         if skipped:
             self._tell_skipped(state, outcome)
         if not self._first:
@@ -166,11 +165,8 @@ class Desk:
         every = state.run.evaluate.layers_every
         if not every or (step - 1) % every:
             return None
-        norms = layer_norms(zip(state.parameters, gradients, strict=True))
-        if state.mesh.shards is not None:
-            squares = torch.tensor([norm**2 for norm in norms.values()], dtype=torch.float64)
-            rows = gather_rows(squares, state.mesh.shards, state.plan.layout.shard)
-            norms = dict(zip(norms, rows.sum(0).sqrt().tolist(), strict=True))
+        named = zip(state.parameters, gradients, strict=True)
+        norms = layer_norms(named, state.total_squares)
         return {name: _finite(norm) or 0.0 for name, norm in norms.items()}
 
     def culprits(self, state: RunState) -> list[str]:

@@ -41,7 +41,7 @@ from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, DataError, RunError
 from cordee.evaluate import HeldOut, evaluate
 from cordee.fault.guard import Say
-from cordee.metrics.sinks import read_lines
+from cordee.metrics.sinks import last_event, read_lines
 from cordee.optim.clip import clip_gradients, global_norm, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.shard import local
@@ -77,7 +77,7 @@ def train(run: Run, parts: Parts | None = None) -> Report:
         return Report(ready.run.run.dir, 0, ready.standing.finished)
     if ready.launches:
         code = launch_ranks(ready.run, ready.plan)
-        last = (read_lines(Path(ready.run.run.dir) / "events.jsonl") or [{}])[-1]
+        last = last_event(Path(ready.run.run.dir))
         return Report(ready.run.run.dir, code, last if last.get("event") == "finished" else None)
     return descend(ready, parts or Parts())
 
@@ -221,9 +221,7 @@ def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:
     number = state.progress.step
     names = desk.culprits(state)
     values = {"steps in a row": state.guard.limit, "cause": outcome.verdict.cause, "in": names}
-    desk.drain(state, lambda: save(state, desk))
-    save(state, desk)
-    desk.drain(state, lambda: save(state, desk))
+    save_last(state, desk)
     desk.event("stopped", number, values)
     raise RunError(
         f"{state.guard.limit} steps in a row were dropped; no parameter was touched by them",
@@ -247,6 +245,15 @@ def save(state: RunState, desk: Desk) -> None:
     desk.keeper.begin(state.progress.step, state.progress.generation, mine, meta)
 
 
+def save_last(state: RunState, desk: Desk) -> bool:
+    """Ends the save in flight and saves this moment, unless it is saved; whether it succeeded."""
+    saved = desk.drain(state, lambda: save(state, desk))
+    if desk.keeper.saved_step != state.progress.step:
+        save(state, desk)
+        saved = desk.drain(state, lambda: save(state, desk))
+    return saved
+
+
 def measure(state: RunState) -> HeldOut | None:
     """Held-out loss of the parameters as they are; None when nothing is held out."""
     run = state.run
@@ -268,10 +275,7 @@ def measure(state: RunState) -> HeldOut | None:
 def finish(state: RunState, desk: Desk) -> Report:
     """The last checkpoint, then (unless asked to leave) evaluation, sample, digest and report."""
     number = state.progress.step
-    saved = desk.drain(state, lambda: save(state, desk))
-    if desk.keeper.saved_step != number:
-        save(state, desk)
-        saved = desk.drain(state, lambda: save(state, desk))
+    saved = save_last(state, desk)
     if desk.leave:
         desk.event("interrupted", number, {"signal": asked_by(desk), "saved": saved})
         desk.screen.say(f"left after step {number}; the same command goes on from there")

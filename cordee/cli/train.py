@@ -1,4 +1,4 @@
-"""`cordee train`: a caller of `cordee.train(run)`, nothing more.
+"""`cordee train`: what `cordee.train(run)` does, in the same steps, and the result as JSON.
 
 The process that only launches ranks never imports torch, so the first loss comes sooner.
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 
 from cordee.begin import get_ready, launch_ranks
 from cordee.cli.arguments import parser, read, say
-from cordee.dist.start import launched
-from cordee.metrics.sinks import read_lines
+from cordee.metrics.sinks import last_event
 
 
 def run(argv: list[str]) -> int:
@@ -28,19 +27,19 @@ def run(argv: list[str]) -> int:
     )
     made.add_argument("--json", action="store_true", help="one JSON object at the end")
     words = read(made, argv)
-    loaded = words.load()
-    ready = get_ready(loaded.run)
+    ready = get_ready(words.load().run)
     folder = Path(ready.run.run.dir)
-    first = launched().rank == 0
+    first = ready.told.rank == 0
     if ready.standing.finished is None:
         if first and not ready.told.by_launcher:
             say(f"data    {ready.run.data.path}")
         if ready.launches:
             code = launch_ranks(ready.run, ready.plan)
         else:
-            from cordee.train import train  # here torch comes in
+            from cordee.build import Parts  # here torch comes in
+            from cordee.train import descend
 
-            code = train(loaded.run).exit_code
+            code = descend(ready, Parts()).exit_code
     else:
         say(f"the run in {folder} is finished; for another one: cordee train run.dir=...")
         code = 0
@@ -53,6 +52,4 @@ def _tell(folder: Path, code: int, as_json: bool) -> None:
     """The result on standard output, when it is asked for."""
     if not as_json:
         return
-    events = read_lines(folder / "events.jsonl")
-    last = events[-1] if events else {}
-    print(json.dumps({"run": str(folder), "exit_code": code, **last}))
+    print(json.dumps({"run": str(folder), "exit_code": code, **last_event(folder)}))

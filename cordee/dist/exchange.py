@@ -21,6 +21,10 @@ from torch import Tensor
 from cordee.layout.split import Node, canonical_subtrees, fold
 
 
+Partial = list[tuple[Node, list[Tensor]]]
+"""Sums of gradients: (range of microbatches, a tensor for each parameter) in order."""
+
+
 class Codec(Protocol):
     """How a tensor is written on the wire: a payload of one dtype, `element_bytes` an element."""
 

@@ -73,6 +73,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_event(folder: Path) -> dict[str, Any]:
+    """The newest record of a run folder's events.jsonl; empty when there is none."""
+    events = read_lines(folder / "events.jsonl")
+    return events[-1] if events else {}
+
+
 def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
     """Rewrites a file with the records that `keep` says, atomically; returns how many stayed."""
     if not path.exists():

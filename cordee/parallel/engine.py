@@ -16,12 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cordee.dist.exchange import Partial
 from cordee.dist.mesh import Mesh
 from cordee.layout.split import TreeSum, shard_rows
 from cordee.parallel import shard
-
-Partial = list[tuple[tuple[int, int], list[Tensor]]]
-"""Sums of gradients: (range of microbatches, a tensor for each parameter) in order."""
 
 
 class Microbatches(Protocol):

@@ -17,12 +17,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from cordee.dist.exchange import Codec, Exchange, gather_rows
+from cordee.dist.exchange import Codec, Exchange, Partial, gather_rows
 from cordee.errors import RunError
-from cordee.layout.split import Node
-
-Partial = list[tuple[Node, list[Tensor]]]
-"""Sums of gradients: (range of microbatches, a tensor for each parameter) in order."""
 
 
 class Sync(Protocol):
