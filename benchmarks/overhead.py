@@ -33,11 +33,12 @@ from cordee.build import Parts, RunState, build, make_model
 from cordee.data.source import open_dataset
 from cordee.desk import Desk
 from cordee.dist.start import World
+from cordee.fault.leave import Asked
 from cordee.metrics.meter import peak_bytes, resident_bytes
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.testing import launch
-from cordee.train import Asked, step
+from cordee.train import step
 
 STEPS_A_BLOCK = 6
 

@@ -1,5 +1,5 @@
 """`python -m cordee` is the `cordee` command."""
 
-from cordee.cli.main import main
+from cordee.cli.main import program
 
-raise SystemExit(main())
+program()

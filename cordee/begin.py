@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,8 @@ def get_ready(run: Run, processes: int | None = None) -> Ready:
     standing = look(run)
     told = launched()
     wanted = _processes(run, told, processes)
-    plan = make_plan(run, local_cluster(), vocabulary_of(run), wanted)
+    cluster = replace(local_cluster(), hosts=told.hosts)
+    plan = make_plan(run, cluster, vocabulary_of(run), wanted)
     if standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
         resolve(run.data.path)
     launches = plan.processes > 1 and not told.by_launcher and standing.finished is None

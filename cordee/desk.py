@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,13 @@ from cordee.dist.exchange import gather_rows
 from cordee.dist.tally import Tally, Wishes
 from cordee.evaluate import HeldOut
 from cordee.fault.guard import Say, Verdict, name_culprits
+from cordee.fault.leave import Asked
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
 from cordee.metrics.sinks import JsonLines, keep_lines, now
 from cordee.optim.clip import layer_norms
 from cordee.parallel.shard import local
 from cordee.plan.report import compare
-
-
-class Asked(Protocol):
-    """Whether a signal asked this process to leave (train.leaving)."""
-
-    number: int | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,8 @@ class Desk:
         self.asked = asked
         self.leave = False
         self.screen = Screen(silent=not first)
-        self.meter = Meter(state.world.device, state.plan.predicted.flops, None)
+        told = state.plan.predicted
+        self.meter = Meter(state.world.device, told.flops, told.peak_flops)
         self.keeper = Keeper(state.saver, first, state.run.checkpoint.every, self._of_keeper)
         self._first = first
         self._rank = state.world
@@ -211,6 +207,19 @@ class Desk:
             return gather_rows(row, state.mesh.workers, state.world.size)[:, 0].tolist()
 
         return self.keeper.drain(ask, again)
+
+    def tell_start(self, state: RunState, came_from: str | None) -> None:
+        """The lines before the first step: what is trained, on which layout and why, from where."""
+        plan, batch, run = state.plan, state.run.batch, state.run
+        millions = plan.predicted.parameters / 1e6
+        self.screen.say(
+            f"model   {run.model.preset}: {millions:.2f} M parameters; {batch.microbatches}"
+            f" microbatches x {batch.microbatch} x {run.data.sequence} tokens a step,"
+            f" {run.optim.name}, {run.run.precision}"
+        )
+        self.screen.say(f"layout  {plan.why}")
+        if came_from is not None:
+            self.screen.say(f"resumed after step {state.progress.step} from {came_from}")
 
     def tell_end(self, state: RunState, finished: Mapping[str, Any]) -> None:
         """The last lines on the screen: held-out loss, sample, plan check, what next."""

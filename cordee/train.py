@@ -14,39 +14,34 @@ scheduled anywhere else: when to evaluate, save, log and leave is decided in `wa
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record, settle
+from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record
 from cordee.build import Parts, RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
-from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
-from cordee.checkpoint.state import Progress, describe, pieces, progress_of, reader
-from cordee.config.load import override
+from cordee.checkpoint.state import describe, pieces
 from cordee.config.run import Run
 from cordee.data.loader import held_out
 from cordee.data.source import changed_sources
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
-from cordee.dist.start import Launched, follow_parent, world
+from cordee.dist.start import follow_parent, world
 from cordee.dist.tally import gather_tally
-from cordee.errors import CheckpointError, DataError, RunError
+from cordee.errors import CheckpointError, RunError
 from cordee.evaluate import HeldOut, evaluate
 from cordee.fault.guard import Say
-from cordee.metrics.sinks import last_event, read_lines
+from cordee.fault.leave import leaving
+from cordee.metrics.sinks import last_event
 from cordee.optim.clip import clip_gradients, global_norm, limit_parameters
 from cordee.optim.schedule import factor
-from cordee.parallel.shard import local
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
+from cordee.resume import restore
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -92,10 +87,12 @@ def descend(ready: Ready, parts: Parts) -> Report:
         leaving() as asked,
         world(told, plan.device, plan.threads, run.launch.timeout_s) as here,
     ):
-        if told.local_rank == 0:
-            lay_out_data(run)
-        if told.size > 1:
-            torch.distributed.barrier()
+        # One process writes the snapshot; then one of each host, should hosts share no disk.
+        for turn in (here.first, told.local_rank == 0):
+            if turn:
+                lay_out_data(run)
+            if told.size > 1:
+                torch.distributed.barrier()
         state = build(run, plan, here, lay_out_data(run), parts)
         if here.first:
             record(run, plan)
@@ -106,59 +103,6 @@ def descend(ready: Ready, parts: Parts) -> Report:
             return finish(state, desk)
         finally:
             desk.close()
-
-
-def restore(state: RunState, desk: Desk) -> None:
-    """Loads the newest complete checkpoint, if there is one, and says how the run begins."""
-    found, generation = choose_checkpoint(state, desk)
-    began = {
-        "layout": state.plan.layout.describe(), "ranks": state.world.size, "why": state.plan.why,
-        "generation": generation, "entropy_bits": state.data.entropy_bits,
-        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
-    }  # fmt: skip
-    if found is None:
-        state.progress = Progress(generation=generation)
-        desk.cut(state)
-        desk.event("started", 0, began)
-        return
-    if found.meta.get("data") != state.data.fingerprint:
-        raise DataError(
-            "the checkpoint was made with other data",
-            values={"there": found.meta.get("data"), "here": state.data.fingerprint},
-            fix="give the data back its old content, or train in another run.dir",
-        )
-    shapes = {name: tuple(p.shape) for name, p in state.parameters.items()}
-    mine = reader(found.read, found.shape, shapes, state.plan.layout, state.world.rank)
-    with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            local(parameter).copy_(mine(f"model/{name}"))
-    known = set(found.names())
-    state.optimizer.load(lambda k: mine(f"optim/{k}") if f"optim/{k}" in known else None)
-    state.sync.restore(found.meta["sync"])
-    state.progress = replace(progress_of(found.meta), generation=generation)
-    state.guard.in_a_row = state.progress.in_a_row
-    desk.cut(state)
-    desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
-
-
-def choose_checkpoint(state: RunState, desk: Desk) -> tuple[Checkpoint | None, int]:
-    """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation)."""
-    folder = state.folder / "checkpoints"
-    found: Checkpoint | None = None
-    generation = 1
-    if state.world.first:
-        found = newest(folder, desk.rejected)
-        numbers = [int(p.name.rpartition(".g")[2]) for p in folder.glob("step-*.g*")]
-        starts = [e.get("generation", 0) for e in read_lines(state.folder / "events.jsonl")]
-        generation = max([0, *numbers, *starts]) + 1
-    row = torch.tensor(
-        [generation, found.step if found else -1, found.generation if found else -1],
-        dtype=torch.int64,
-    )
-    generation, step, old = gather_rows(row, state.mesh.workers, state.world.size)[0].tolist()
-    if step < 0 or state.world.first:
-        return found, generation
-    return open_checkpoint(folder / f"step-{step:08d}.g{old}"), generation
 
 
 # ---- iterate -------------------------------------------------------------------------------------
@@ -193,6 +137,7 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
 
+    desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
         tally = gather_tally(
             [float(loss) for loss in losses], desk.wishes(), state.ranges, state.mesh.workers
@@ -277,9 +222,9 @@ def finish(state: RunState, desk: Desk) -> Report:
     number = state.progress.step
     saved = save_last(state, desk)
     if desk.leave:
-        desk.event("interrupted", number, {"signal": asked_by(desk), "saved": saved})
+        desk.event("interrupted", number, {"signal": desk.asked.by, "saved": saved})
         desk.screen.say(f"left after step {number}; the same command goes on from there")
-        return Report(state.run.run.dir, 128 + (desk.asked.number or signal.SIGINT))
+        return Report(state.run.run.dir, desk.asked.exit_code)
     scored = measure(state)
     digest = weights_sha256(state.parameters, lambda name: whole(state.parameters[name]))
     text = sample(state)
@@ -316,74 +261,3 @@ def sample(state: RunState) -> str | None:
     prompt = torch.tensor(list(SAMPLE_PROMPT.encode()), device=state.world.device)
     made = generate(state.model, prompt, run.evaluate.sample, run.data.sequence, 0.8, run.run.seed)
     return to_text(made)
-
-
-# ---- leaving -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Asked:
-    """Whether a signal asked us to leave, and which."""
-
-    number: int | None = None
-
-
-def asked_by(desk: Desk) -> str:
-    """The signal's name, or "another rank"."""
-    number = desk.asked.number
-    return signal.Signals(number).name if number else "another rank"
-
-
-@contextmanager
-def leaving() -> Iterator[Asked]:
-    """Turns the first SIGINT or SIGTERM into a wish; the second one ends the process at once."""
-    asked = Asked()
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        asked.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    try:
-        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        before = {}
-    try:
-        yield asked
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
-
-
-# ---- for the search of a learning rate -----------------------------------------------------------
-
-
-def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
-    """Training loss before each update, in this process, with the learning rate of each step.
-
-    Parameters, order of samples and dropout follow `seed`. Ends early after a loss or gradient that
-    is not finite (the last value then is infinity). Writes nothing but the run's data.
-    """
-    values = {
-        "run.seed": seed, "layout.islands": "auto", "layout.shard": "auto",
-        "run.steps": max(1, len(lr_of_step)), "run.minutes": 0.0, "run.tokens": 0,
-    }  # fmt: skip
-    run = settle(override(run, values))
-    data = lay_out_data(run)
-    plan = make_plan(run, local_cluster(), data.vocabulary, 1)
-    losses: list[float] = []
-    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s) as here:
-        state = build(run, plan, here, data, Parts())
-        for number, rate in enumerate(lr_of_step):
-            state.optimizer.set_lr(rate / state.optimizer.peak_lr)
-            sums, partial = state.engine.forward_backward(number)
-            loss = math.fsum(map(float, sums)) / state.step_tokens
-            gradients = state.engine.place(state.sync.agree(partial))
-            norm = global_norm(gradients, state.by_rows)
-            if not (math.isfinite(loss) and math.isfinite(float(norm))):
-                losses.append(math.inf)
-                break
-            losses.append(loss)
-            clip_gradients(state.named_gradients(gradients), run.clip, norm)
-            state.optimizer.step()
-    return losses

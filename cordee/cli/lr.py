@@ -1,6 +1,6 @@
 """`cordee lr`: a learning rate by experiment on this run's own data and model, as a band.
 
-Not here: the experiment (`optim/search.py`) and training (`train.losses_at`). It sets nothing: it
+Not here: the experiment (`optim/search.py`) and training (`trial.losses_at`). It sets nothing: it
 prints a table and the command that uses the rate, and it ends with 1 when the experiment cannot
 tell. All parts of the update rule are scaled together, so muon's command names both its rates.
 """
@@ -173,7 +173,7 @@ def plot(found: Finding) -> Plot:
 
 def _sweep(run: Run, budget: int, tell: Callable[[str], None]) -> Sweep:
     """Training runs of this run's model and data; tells every so often how many steps are done."""
-    from cordee.train import losses_at
+    from cordee.trial import losses_at
 
     done, told_at = 0, time.monotonic()
 

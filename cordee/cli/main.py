@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cordee import __version__
 from cordee.errors import ConfigError, CordeeError
@@ -58,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def program() -> NoReturn:
+    """The process: runs the verb and leaves with its exit code."""
+    code = main()
+    if "torch.distributed" in sys.modules:
+        # All is written and joined by now. The interpreter's own way out would unwind the worker
+        # threads of gloo and FSDP2, which now and then aborts a rank whose work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _verb(name: str, rest: list[str]) -> int:

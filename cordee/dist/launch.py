@@ -44,8 +44,10 @@ def launch(command: Sequence[str], processes: int, threads: int) -> int:
     """
     folder = Path(tempfile.mkdtemp(prefix="cordee-"))
     ranks: list[_Rank] = []
+    passed_on: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        passed_on.append(number)
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)
@@ -54,7 +56,7 @@ def launch(command: Sequence[str], processes: int, threads: int) -> int:
     try:
         for number in range(processes):
             ranks.append(_start(command, number, processes, threads, folder))
-        return _watch(ranks)
+        return _watch(ranks, passed_on)
     finally:
         _end(ranks, 0.0)
         for number, action in before.items():
@@ -78,19 +80,25 @@ def _start(
     return _Rank(number, process, words, os.pidfd_open(process.pid))
 
 
-def _watch(ranks: list[_Rank]) -> int:
-    """Waits for all ranks; the first that fails decides the exit code."""
+def _watch(ranks: list[_Rank], passed_on: Sequence[int]) -> int:
+    """Waits for all ranks; the first that fails decides the exit code.
+
+    A rank that died of a signal which we passed on did what it was told: 128 + its number.
+    """
     left = {rank.number: rank for rank in ranks}
     with selectors.DefaultSelector() as selector:
         for rank in ranks:
             selector.register(rank.descriptor, selectors.EVENT_READ, rank)
         while left:
             for key, _ in selector.select():
-                rank = key.data
+                rank: _Rank = key.data
                 selector.unregister(rank.descriptor)
                 code = rank.process.wait()
                 del left[rank.number]
                 if code != 0:
+                    if -code in passed_on:
+                        _end(list(left.values()), 0.0)
+                        return 128 - code
                     _end(list(left.values()), GRACE_S)
                     _tell(rank, code)
                     return code if code > 0 else 1

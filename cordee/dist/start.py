@@ -28,19 +28,26 @@ RANK_NAMES = (
 )
 """Where launchers write rank, world size and local rank, in the order in which they are asked."""
 
+HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""Where they write how many ranks this host has; Slurm writes the number of hosts instead."""
+
+HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+
 STORE = "CORDEE_STORE"
 PARENT = "CORDEE_PARENT"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher told this process. `store` is a file of our own launcher, else empty."""
+    """What a launcher told this process. `store` is a file of our own launcher, else empty; `hosts`
+    is 1 unless it says otherwise."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: str = ""
     by_launcher: bool = False
+    hosts: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
         try:
             rank, size = int(env[rank_name]), int(env[size_name])
             local = int(env.get(local_name, rank))
+            hosts = _hosts(env, rank_name, size)
         except ValueError as error:
             raise ConfigError(
                 "the launcher's variables are not numbers",
@@ -83,8 +91,17 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
             )
         # Slurm sets these for a single interactive shell too: a world of one is no launcher.
         if size > 1 or rank_name == "RANK":
-            return Launched(rank, size, local, env.get(STORE, ""), True)
+            return Launched(rank, size, local, env.get(STORE, ""), True, hosts)
     return Launched()
+
+
+def _hosts(env: Mapping[str, str], rank_name: str, size: int) -> int:
+    """How many hosts the ranks of this world are on, as far as the launcher tells."""
+    if rank_name.startswith("SLURM"):
+        told = next((int(env[name]) for name in HOSTS if name in env), 1)
+        return max(1, min(told, size))
+    of_host = next((int(env[name]) for name in HOST_RANKS if name in env), size)
+    return -(-size // max(1, of_host))
 
 
 def follow_parent() -> None:

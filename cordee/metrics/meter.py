@@ -23,7 +23,7 @@ import torch
 class Meter:
     """Times phases of a step and remembers what the plan's check needs."""
 
-    def __init__(self, device: str, flops_per_step: float, peak_flops: float | None) -> None:
+    def __init__(self, device: str, flops_per_step: float, peak_flops: float) -> None:
         self._device = torch.device(device)
         self._flops = flops_per_step
         self._peak = peak_flops

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class JsonLines:
         self.path = path
         self.failure = ""
         self._waiting: list[str] = []
+        self._mended = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (kept in memory while the disk refuses, the newest 100,000)."""
@@ -35,13 +37,18 @@ class JsonLines:
         """Writes what waits; False when the disk refuses."""
         data = "".join(self._waiting).encode()
         try:
-            with open(self.path, "ab") as stream:
-                start = stream.tell()
+            # Unbuffered: a buffer would be written again by close, after the cut.
+            with open(self.path, "a+b", buffering=0) as stream:
+                if not self._mended:
+                    _cut_half_line(stream)
+                    self._mended = True
+                start = stream.seek(0, os.SEEK_END)
                 try:
-                    stream.write(data)
-                    stream.flush()
+                    written = 0
+                    while written < len(data):
+                        written += stream.write(data[written:]) or 0
                 except OSError:
-                    os.ftruncate(stream.fileno(), start)  # no half lines
+                    os.ftruncate(stream.fileno(), start)
                     raise
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
@@ -52,9 +59,28 @@ class JsonLines:
 
     def sync(self) -> None:
         """Makes what was written survive a power cut, as far as the disk allows."""
-        if self.flush() and self.path.exists():
+        if not self.flush() or not self.path.exists():
+            return
+        try:
             with open(self.path, "ab") as stream:
                 os.fsync(stream.fileno())
+        except OSError as error:
+            self.failure = f"{self.path.name}: {error.strerror}"
+
+
+def _cut_half_line(stream: FileIO) -> None:
+    """Drops what stands after the last line end: a writer was killed in the middle of a line."""
+    end = stop = stream.seek(0, os.SEEK_END)
+    while stop > 0:
+        start = max(0, stop - 4096)
+        stream.seek(start)
+        newline = stream.read(stop - start).rfind(b"\n")
+        if newline >= 0 or start == 0:
+            whole = start + newline + 1
+            if whole < end:
+                os.ftruncate(stream.fileno(), whole)
+            return
+        stop = start
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

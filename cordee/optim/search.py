@@ -1,7 +1,7 @@
 """The learning rate by experiment: noise floor, range test, successive halving, a band.
 
 PAPER: an algorithm over a callable that trains, so that it can be tested on objectives whose answer
-is known. Not here: training (`train.losses_at`), tables and plots (`cli/lr.py`). It sets nothing;
+is known. Not here: training (`trial.losses_at`), tables and plots (`cli/lr.py`). It sets nothing;
 where the experiment cannot tell, it says so and names the reason. Traded away: the long horizon. A
 search of a minute sees short runs, and short runs forgive a high rate a little more than long ones
 do; hence the suggestion is the middle of the band and never above the best rate tried.

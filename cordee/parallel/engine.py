@@ -9,6 +9,7 @@ gives this interface a second member).
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,6 +60,8 @@ class Engine:
         self.parameters: Sequence[nn.Parameter] = list(model.parameters())
         self.device = next(model.parameters()).device
         self._tree = TreeSum(work.part, work.total)
+        self.data_s = 0.0
+        """Time of the last step that was spent on getting its tokens."""
 
     def forward_backward(self, step: int) -> tuple[list[Tensor], Partial]:
         """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums)."""
@@ -66,7 +69,9 @@ class Engine:
         self._clear(self.parameters)
         losses: list[Tensor] = []
         partial: Partial = []
+        began = time.perf_counter()
         self.loader.begin(step, self.work.part)
+        self.data_s = time.perf_counter() - began
         for index in self.work.part:
             if self.sharded and not self.work.canonical:
                 shard.last_microbatch(self.model, index == self.work.part.stop - 1)
@@ -92,7 +97,9 @@ class Engine:
         return mine
 
     def _microbatch(self, step: int, index: int) -> Tensor:
+        began = time.perf_counter()
         tokens = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
+        self.data_s += time.perf_counter() - began
         if self.work.dropout:
             torch.manual_seed(dropout_seed(self.work.seed, step, index))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.work.autocast):

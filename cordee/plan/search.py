@@ -54,7 +54,9 @@ class Prediction:
     memory_items: Mapping[str, int]
     time_items: Mapping[str, float]
     flops: float
-    """Operations of the model in a step, over all ranks (what MFU divides by)."""
+    """Operations of the model in a step, over all ranks (what MFU counts)."""
+    peak_flops: float
+    """Peak of all devices together, operations per second (what MFU divides by)."""
     parameters: int
 
     @property
@@ -235,6 +237,8 @@ def predict(run: Run, cluster: Cluster, layout: Layout, specs: Sequence[TensorSp
         memory_items=memory.items,
         time_items=times,
         flops=run.batch.microbatches * work.flops,
+        peak_flops=cluster.flops(precision)
+        * min(layout.size * (threads if cluster.device == "cpu" else 1), cluster.slots),
         parameters=sum(spec.elements for spec in specs),
     )
     return Candidate(layout, threads, wire, predicted)

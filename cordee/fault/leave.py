@@ -1,0 +1,50 @@
+"""The wish to leave: the first SIGINT or SIGTERM is kept as one, the second ends the process.
+
+Not here: what is done about the wish (`desk.py` notes it in the tally, `train.py` acts on it).
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Asked:
+    """Whether a signal asked this process to leave, and which."""
+
+    number: int | None = None
+
+    @property
+    def by(self) -> str:
+        """The signal's name, or "another rank"."""
+        return signal.Signals(self.number).name if self.number else "another rank"
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as a shell says it; SIGINT's when another rank was asked."""
+        return 128 + (self.number or signal.SIGINT)
+
+
+@contextmanager
+def leaving() -> Iterator[Asked]:
+    """Turns the first SIGINT or SIGTERM into a wish; the second one ends the process at once."""
+    asked = Asked()
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        asked.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    try:
+        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's business
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)

@@ -1,0 +1,56 @@
+"""What launchers say in the environment, and what this program makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cordee.dist.start import Launched, launched
+from cordee.errors import ConfigError
+
+TOLD = {
+    "torchrun": (
+        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+        Launched(5, 8, 1, "", True, 2),
+    ),
+    "slurm": (
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"},
+        Launched(3, 4, 1, "", True, 2),
+    ),
+    "open mpi": (
+        {
+            "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "6",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+        Launched(2, 6, 0, "", True, 3),
+    ),
+    "ours": (
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CORDEE_STORE": "/tmp/x/store"},
+        Launched(1, 2, 1, "/tmp/x/store", True, 1),
+    ),
+    "a shell inside a Slurm allocation": (
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},
+        Launched(),
+    ),
+    "nobody": ({"PATH": "/bin"}, Launched()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_launcher_is_taken_as_it_is(name: str) -> None:
+    environment, expected = TOLD[name]
+    assert launched(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "two", "WORLD_SIZE": "4"},
+        {"RANK": "4", "WORLD_SIZE": "4"},
+        {"RANK": "-1", "WORLD_SIZE": "4"},
+        {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "some"},
+    ],
+)
+def test_contradictions_are_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launched(environment)
+    assert "RANK" in caught.value.sentence()

@@ -1,0 +1,65 @@
+"""Records that survive a disk that refuses and a writer that is killed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cordee.metrics.sinks import JsonLines, keep_lines, last_event, read_lines
+
+
+@contextmanager
+def files_no_longer_than(size_bytes: int) -> Iterator[None]:
+    """The kernel refuses writes beyond it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_no_record_is_lost_or_halved_while_the_disk_refuses(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "rows.jsonl")
+    for step in range(200):
+        if step == 50:
+            with files_no_longer_than(1000):
+                for inside in range(50, 150):
+                    sink.write({"step": inside, "text": "x" * 30})
+                assert sink.failure.startswith("rows.jsonl")
+                # What stands in the file is whole, to the byte.
+                lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+                assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+                sink.sync()
+        if not 50 <= step < 150:
+            sink.write({"step": step, "text": "x" * 30})
+    assert sink.failure == ""
+    assert [row["step"] for row in read_lines(tmp_path / "rows.jsonl")] == list(range(200))
+
+
+def test_a_line_that_was_cut_by_a_kill_goes_before_the_next_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for half in ('{"event": "half', '{"event": "' + "long" * 5000):
+        path.write_text('{"event": "one"}\n' + half)
+        JsonLines(path).write({"event": "two"})
+        assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == [
+            "one", "two",
+        ]  # fmt: skip
+    path.write_text('{"event"')
+    JsonLines(path).write({"event": "three"})
+    assert last_event(tmp_path) == {"event": "three"}
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_what_is_kept_is_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(9)) + '{"st')
+    assert keep_lines(path, lambda row: row["step"] < 4) == 4
+    assert path.read_text().count("\n") == 4
+    assert keep_lines(tmp_path / "missing.jsonl", lambda row: True) == 0
