@@ -44,7 +44,8 @@ def parser(verb: str, summary: str, example: str, words: str = "") -> argparse.A
 
 def read(made: argparse.ArgumentParser, argv: Sequence[str], *, rest: int = 0) -> Words:
     """Parses `argv`; at most `rest` words may be neither a file nor an override."""
-    flags = made.parse_args(_dotted_as_overrides(argv))
+    # Intermixed: words may stand before and after a flag.
+    flags = made.parse_intermixed_args(_dotted_as_overrides(argv))
     overrides = tuple(word for word in flags.words if "=" in word)
     files = [w for w in flags.words if "=" not in w and w.endswith(".toml")]
     others = [w for w in flags.words if "=" not in w and not w.endswith(".toml")]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import run_folder, run_of
+from cordee.cli.places import run_of
 from cordee.config.load import flatten
 from cordee.errors import ConfigError
 
@@ -24,10 +24,8 @@ def run(argv: list[str]) -> int:
     made.add_argument("--output", default="", help="where to write")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1)
-    if not words.rest:
-        raise ConfigError("which run?", fix="cordee export runs/tiny")
-    _, wanted = run_of(words.rest[0])
-    output = Path(words.flags.output or run_folder(words.rest[0]) / "model.safetensors")
+    folder, wanted = run_of("export", words.rest[0] if words.rest else None)
+    output = Path(words.flags.output or folder / "model.safetensors")
     if not output.parent.is_dir():
         raise ConfigError(
             "the output's folder does not exist",
@@ -38,7 +36,7 @@ def run(argv: list[str]) -> int:
 
     from cordee.cli.weights import open_weights, weights
 
-    found = open_weights(words.rest[0])
+    found = open_weights("export", str(folder))
     settings = {k: str(v) for k, v in flatten(wanted).items() if k.startswith("model.")}
     beside = output.with_name(output.name + ".part")
     save_file(weights(found), beside, metadata={**settings, "step": str(found.step)})

@@ -6,7 +6,6 @@ import json
 
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.cli.arguments import parser, read
-from cordee.errors import ConfigError
 
 
 def run(argv: list[str]) -> int:
@@ -19,11 +18,9 @@ def run(argv: list[str]) -> int:
     )
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1)
-    if not words.rest:
-        raise ConfigError("of which run?", fix="cordee fingerprint runs/tiny")
     from cordee.cli.weights import PREFIX, open_weights
 
-    found = open_weights(words.rest[0])
+    found = open_weights("fingerprint", words.rest[0] if words.rest else None)
     names = [n.removeprefix(PREFIX) for n in found.names() if n.startswith(PREFIX)]
     digest = weights_sha256(names, lambda name: found.read(PREFIX + name))
     if words.flags.json:

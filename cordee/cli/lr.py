@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import Words, parser, read, say
+from cordee.cli.places import write_whole
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import Run
 from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
@@ -136,9 +136,7 @@ def write(found: Finding, folder: Path, step_tokens: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(found, step_tokens), indent=1, allow_nan=False) + "\n"
     for name, data in (("lr.json", text.encode()), ("lr.png", draw(plot(found)))):
-        part = folder / f".{name}.{os.getpid()}.part"
-        part.write_bytes(data)
-        os.replace(part, folder / name)
+        write_whole(folder / name, data)
 
 
 def plot(found: Finding) -> Plot:

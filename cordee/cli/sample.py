@@ -27,15 +27,14 @@ def run(argv: list[str]) -> int:
     made.add_argument("--seed", type=int, default=0, help="another seed, another text")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1)
-    if not words.rest:
-        raise ConfigError("of which run?", fix="cordee sample runs/tiny")
     if words.flags.tokens < 1 or words.flags.temperature < 0 or not words.flags.prompt:
         raise ConfigError(
             "a sample needs a prompt, at least one token and a temperature of 0 or more",
             values={n: getattr(words.flags, n) for n in ("prompt", "tokens", "temperature")},
             fix="--tokens 300 --temperature 0.8",
         )
-    folder, wanted = run_of(words.rest[0])
+    word = words.rest[0] if words.rest else None
+    folder, wanted = run_of("sample", word)
     place = folder / "data"
     info = read_info(place if place.exists() else Path(wanted.data.path))
     if info.tokenizer != "bytes":
@@ -44,7 +43,7 @@ def run(argv: list[str]) -> int:
             values={"data.path": wanted.data.path, "tokenizer": info.tokenizer},
             fix="a run on text, such as data.path=builtin:stdlib",
         )
-    text, step = _write(words.rest[0], wanted, info.vocabulary, words.flags)
+    text, step = _write(str(folder), wanted, info.vocabulary, words.flags)
     if words.flags.json:
         print(json.dumps({"prompt": words.flags.prompt, "text": text, "step": step}))
     else:
@@ -60,7 +59,7 @@ def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[s
     from cordee.model.transformer import Transformer
     from cordee.sample import generate, to_text
 
-    found = open_weights(word)
+    found = open_weights("sample", word)
     model = Transformer(wanted.model, vocabulary)
     model.load_state_dict(weights(found))
     prompt = torch.tensor(list(flags.prompt.encode()), dtype=torch.int64)

@@ -14,16 +14,16 @@ from cordee.errors import CheckpointError
 PREFIX = "model/"
 
 
-def open_weights(word: str) -> Checkpoint:
+def open_weights(verb: str, word: str | None) -> Checkpoint:
     """The named checkpoint, or the newest one of a run that verifies."""
-    folder = checkpoint_folder(word)
+    folder = checkpoint_folder(verb, word)
     if folder.name.startswith("step-"):
         return open_checkpoint(folder)
     found = newest(folder, _tell) if folder.is_dir() else None
     if found is None:
         raise CheckpointError(
             "the run has no complete checkpoint yet",
-            values={"run": word},
+            values={"run": word or ""},
             fix="cordee train run.dir=... until its first checkpoint (checkpoint.every steps)",
         )
     return found

@@ -87,8 +87,8 @@ def _watch(ranks: list[_Rank], passed_on: Sequence[int]) -> int:
     """
     left = {rank.number: rank for rank in ranks}
     with selectors.DefaultSelector() as selector:
-        for rank in ranks:
-            selector.register(rank.descriptor, selectors.EVENT_READ, rank)
+        for one in ranks:
+            selector.register(one.descriptor, selectors.EVENT_READ, one)
         while left:
             for key, _ in selector.select():
                 rank: _Rank = key.data
