@@ -136,7 +136,7 @@ def launch_ranks(run: Run, plan: Plan) -> int:
     """Starts the plan's ranks of this very run on this machine; their exit code."""
     words = [f"{key}={value}" for key, value in _overrides(run).items()]
     command = ["-m", "cordee", "train", *words]
-    return launch(command, plan.processes, plan.threads)
+    return launch(command, plan.processes, plan.threads, plan.to_json())
 
 
 def _overrides(run: Run) -> dict[str, str]:
@@ -194,8 +194,11 @@ def get_ready(run: Run, processes: int | None = None) -> Ready:
     standing = look(run)
     told = launched()
     wanted = _processes(run, told, processes)
-    cluster = replace(local_cluster(), hosts=told.hosts)
-    plan = make_plan(run, cluster, vocabulary_of(run), wanted)
+    if told.plan:
+        plan = Plan.from_json(told.plan)
+    else:
+        cluster = replace(local_cluster(), hosts=told.hosts)
+        plan = make_plan(run, cluster, vocabulary_of(run), wanted)
     if standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
         resolve(run.data.path)
     launches = plan.processes > 1 and not told.by_launcher and standing.finished is None

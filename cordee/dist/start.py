@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from cordee.errors import ConfigError, RunError
 
@@ -34,6 +35,8 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 STORE = "CORDEE_STORE"
+PLAN = "plan.json"
+"""The launching process's plan, beside the store."""
 PARENT = "CORDEE_PARENT"
 
 
@@ -48,6 +51,12 @@ class Launched:
     store: str = ""
     by_launcher: bool = False
     hosts: int = 1
+
+    @property
+    def plan(self) -> str:
+        """The plan that our own launcher made (JSON); empty when there is none."""
+        path = Path(self.store).with_name(PLAN) if self.store else None
+        return path.read_text() if path is not None and path.exists() else ""
 
 
 @dataclass(frozen=True)

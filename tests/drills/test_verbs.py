@@ -176,7 +176,7 @@ def test_help_has_an_example(verb: str) -> None:
 
 
 def test_the_digest_can_be_made_by_others(home: Path) -> None:
-    """Name, dtype, shape and little-endian fp32 bytes, in name order: from the exported file alone."""
+    """Name, dtype, shape, little-endian fp32 bytes, in name order: from the exported file."""
     told = asked(home, "export", "small", "--output", "for-digest.safetensors")
     digest = hashlib.sha256()
     with safe_open(home / str(told["file"]), framework="np") as file:
