@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def launch(
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="cordee-") as folder:
-        pairs = [context.Pipe(duplex=False) for _ in range(ranks)]
+        pairs = [context.Pipe() for _ in range(ranks)]
         processes = []
         os.environ[PARENT] = str(os.getpid())
         for rank, (_, sender) in enumerate(pairs):
@@ -69,6 +70,9 @@ def _rank(
     try:
         with join(told, "cpu", threads, deadline_s) as here:
             sender.send((True, function(here, *arguments)))
+            # A tensor travels as a handle that this process serves: stay until it was fetched.
+            with suppress(EOFError):
+                sender.recv()
     except BaseException:
         sender.send((False, traceback.format_exc()))
         raise SystemExit(1) from None
@@ -91,6 +95,8 @@ def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:
             rank = left.pop(receiver)
             try:
                 good, value = receiver.recv()
+                if good:
+                    receiver.send(None)
             except EOFError:
                 good, value = False, "it died without a word"
             if not good:
