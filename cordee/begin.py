@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.config.check import DEFAULT_MINUTES, check
-from cordee.config.load import differences, dump, flatten, load, override
+from cordee.config.load import RUN_FILE, differences, dump, flatten, load, override
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.prepare import check_length, prepare, resolve
@@ -28,7 +28,6 @@ from cordee.metrics.sinks import last_event
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
 
-RUN_FILE = "run.toml"
 PLAN_FILE = "plan.json"
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"

@@ -9,8 +9,7 @@ import difflib
 import os
 from pathlib import Path
 
-from cordee.begin import RUN_FILE
-from cordee.config.load import load
+from cordee.config.load import RUN_FILE, load
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 

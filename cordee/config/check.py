@@ -9,7 +9,7 @@ from __future__ import annotations
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
-DEFAULT_MINUTES = 1.6
+DEFAULT_MINUTES = 1.5
 """Length of a run for which no limit is given."""
 
 MOST_PROCESSES_PER_CORE = 8

@@ -24,6 +24,9 @@ from cordee.config.presets import model_presets
 from cordee.config.run import FREE_ON_RESUME, ModelSettings, Run
 from cordee.errors import ConfigError
 
+RUN_FILE = "run.toml"
+"""A run's resolved settings, in its folder."""
+
 
 @dataclass(frozen=True)
 class Loaded:

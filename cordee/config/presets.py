@@ -25,7 +25,7 @@ def model_presets() -> dict[str, ModelSettings]:
     """All presets by name; parameter counts with the byte vocabulary of 256."""
     return {
         "micro": ModelSettings(preset="micro", layers=2, width=64, heads=4),  # 0.13 M
-        "tiny": ModelSettings(preset="tiny", layers=4, width=192, heads=6),  # 1.9 M
+        "tiny": ModelSettings(preset="tiny", layers=5, width=128, heads=4),  # 1.05 M
         "small": ModelSettings(preset="small", layers=6, width=384, heads=6),  # 10.8 M
         "medium": ModelSettings(preset="medium", layers=12, width=768, heads=12),  # 85 M
         "large": ModelSettings(preset="large", layers=24, width=1024, heads=16),  # 303 M

@@ -24,7 +24,7 @@ class RunSettings:
     tokens: int = 0
     """Stop once this many training tokens were used; 0 means no limit by tokens."""
     minutes: float = 0.0
-    """Stop after this many minutes of training; 0 means no limit by time (1.6 when no limit is
+    """Stop after this many minutes of training; 0 means no limit by time (1.5 when no limit is
     given at all). The learning-rate schedule follows the limit that is nearest."""
     dir: str = ""
     """Folder of the run (default runs/<name>): metrics, events, checkpoints, report."""
@@ -42,11 +42,11 @@ class RunSettings:
 class ModelSettings:
     preset: str = "tiny"
     """A named size (see `cordee plan --models`); the other model keys override parts of it."""
-    layers: int = 4
+    layers: int = 5
     """Number of transformer blocks."""
-    width: int = 192
+    width: int = 128
     """Width of the residual stream; a multiple of model.heads."""
-    heads: int = 6
+    heads: int = 4
     """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
     ffn: int = 0
     """Hidden width of the MLP; 0: 4 x width (relu2), 8/3 x width rounded up to 32 (gated)."""
@@ -116,7 +116,7 @@ class OptimSettings:
     """The update rule; muon uses adamw for embedding, head and vectors."""
     lr: AutoFloat = "auto"
     """Peak learning rate; auto is the rule's own default (`cordee lr` finds one by experiment)."""
-    adam_lr: float = 0.004
+    adam_lr: float = 0.02
     """Peak learning rate of the adamw part of muon."""
     weight_decay: float = 0.0
     """Decoupled weight decay (adamw, muon, adafactor) or L2 penalty (sgd, momentum, adam); on

@@ -54,7 +54,7 @@ def specs_of(run: Run, vocabulary: int = 256) -> tuple[TensorSpec, ...]:
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("micro", 131_392), ("tiny", 1_869_504), ("small", 10_818_432), ("medium", 85_347_072)],
+    [("micro", 131_392), ("tiny", 1_049_984), ("small", 10_818_432), ("medium", 85_347_072)],
 )
 def test_presets_have_these_many_parameters(preset: str, count: int) -> None:
     model = model_presets()[preset]
@@ -66,7 +66,7 @@ def test_presets_have_these_many_parameters(preset: str, count: int) -> None:
 def test_operations_by_hand() -> None:
     run = run_of("model.preset=tiny", "batch.microbatch=4")
     work = microbatch_work(run, 256, "cuda")
-    tokens, w, layers, length = 4 * 256, 192, 4, 256
+    tokens, w, layers, length = 4 * 256, 128, 5, 256
     assert work.tokens == tokens
     assert work.matrix_flops == 6 * tokens * (layers * 12 * w * w + 256 * w)
     assert work.flops - work.matrix_flops == 6 * tokens * layers * length * w
@@ -74,7 +74,7 @@ def test_operations_by_hand() -> None:
     assert newton_schulz_flops((2, 3)) == 5 * (4 * 2 * 2 * 3 + 2 * 2**3)
     plan = make_plan(run, CPU)
     assert plan.predicted.flops == 4 * work.flops
-    assert plan.predicted.parameters == 1_869_504
+    assert plan.predicted.parameters == 1_049_984
 
 
 @given(st.integers(1, 1500))

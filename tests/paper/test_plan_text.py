@@ -183,7 +183,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "<- pick" in capsys.readouterr().out
     assert plan_command(["--models"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in model_presets()) and "1,869,504" in listed
+    assert all(name in listed for name in model_presets()) and "1,049,984" in listed
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_command_that_uses_it_keeps_the_users_words() -> None:
     words = read(parser("lr", "", ""), [])
     assert peak(words.load().run) == DEFAULT_LR["muon"]
     assert (use(found, words.load().run, words) or "").startswith(
-        f"cordee train optim.lr={rate} optim.adam_lr=0.00"
+        f"cordee train optim.lr={rate} optim.adam_lr=0.02"
     )
     refused, _ = search(lambda rates, seed: [math.nan])
     assert use(refused, words.load().run, words) is None
