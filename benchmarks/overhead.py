@@ -1,6 +1,6 @@
 """Cordée's loop against a hand-written PyTorch loop, interleaved in the same processes.
 
-    python benchmarks/overhead.py [--json] [--blocks N]
+    python benchmarks/overhead.py [--json] [--blocks N] [--precision fp32]
 
 Both sides have the same model, batch, precision, threads and update rule (AdamW, fused), read the
 same tokens, clip by global norm and write a line a step. Blocks of steps alternate; the ratio is
@@ -43,13 +43,13 @@ from cordee.train import step
 STEPS_A_BLOCK = 6
 
 
-def settings(folder: str, ranks: int, exact: bool = False) -> Run:
+def settings(folder: str, ranks: int, precision: str, exact: bool = False) -> Run:
     """The run that both sides train: the default model and batch with AdamW."""
     return override(
         Run(),
         {
             "run.dir": folder, "run.steps": 100_000,
-            "run.precision": "fp32", "optim.name": "adamw", "optim.lr": 1e-3,
+            "run.precision": precision, "optim.name": "adamw", "optim.lr": 1e-3,
             "optim.schedule": "constant", "launch.processes": ranks, "run.exact": exact,
             "launch.threads": max(1, (os.cpu_count() or 1) // ranks) if not exact else 1,
             "checkpoint.every": 0,
@@ -108,7 +108,8 @@ class ByHand:
                 last = index == mine - 1
                 if self.world.size > 1:
                     self.model.require_backward_grad_sync = last
-                loss = self.model(x, y) / tokens
+                with torch.autocast("cpu", torch.bfloat16, enabled=run.run.precision == "bf16"):
+                    loss = self.model(x, y) / tokens
                 loss.backward()
                 total += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -127,12 +128,12 @@ class ByHand:
             self.log.flush()
 
 
-def race(world: World, folder: str, blocks: int, against: str) -> list[float]:
+def race(world: World, folder: str, blocks: int, against: str, precision: str) -> list[float]:
     """Alternates blocks of both sides; the ratio (other side / Cordée) of each block, on rank 0."""
-    run = settings(folder, world.size)
+    run = settings(folder, world.size, precision)
     if against == "exact":
         torch.set_num_threads(1)
-        sides = [Ours(settings(folder, world.size, exact=True), world), Ours(run, world)]
+        sides = [Ours(settings(folder, world.size, precision, exact=True), world), Ours(run, world)]
     else:
         sides = [Ours(run, world), ByHand(run, world)]
     for side in sides:
@@ -150,9 +151,9 @@ def race(world: World, folder: str, blocks: int, against: str) -> list[float]:
     return ratios
 
 
-def memory_of(side: str, folder: str) -> None:
+def memory_of(side: str, folder: str, precision: str) -> None:
     """Child process: peak bytes that training on one side adds."""
-    run = settings(folder, 1)
+    run = settings(folder, 1, precision)
     torch.set_num_threads(run.launch.threads)
     world = World(0, 1, 0, "cpu", "", 0)
     before = resident_bytes()
@@ -160,11 +161,14 @@ def memory_of(side: str, folder: str) -> None:
     print(json.dumps({"bytes": peak_bytes() - before}))
 
 
-def memory(folder: str) -> float:
+def memory(folder: str, precision: str) -> float:
     """Cordée's peak over the hand-written peak, each in its own process."""
     peaks = {}
     for side in ("ours", "by_hand"):
-        command = [sys.executable, __file__, "--memory-of", side, "--folder", folder]
+        command = [
+            sys.executable, __file__, "--memory-of", side, "--folder", folder,
+            "--precision", precision,
+        ]  # fmt: skip
         runs = [
             json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             for _ in range(3)
@@ -178,14 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cordée's loop against one written by hand")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--memory-of", default="")
     parser.add_argument("--folder", default="")
     asked = parser.parse_args()
     if asked.memory_of:
-        memory_of(asked.memory_of, asked.folder)
+        memory_of(asked.memory_of, asked.folder, asked.precision)
         return
     with tempfile.TemporaryDirectory() as folder:
-        ready = get_ready(settings(folder, 1))
+        ready = get_ready(settings(folder, 1, asked.precision))
         lay_out_data(ready.run)
         cores = os.cpu_count() or 1
         found = {}
@@ -196,13 +201,20 @@ def main() -> None:
         ):
             threads = max(1, cores // ranks)
             ratios = launch(
-                race, folder, asked.blocks, against, ranks=ranks, threads=threads, deadline_s=900
+                race,
+                folder,
+                asked.blocks,
+                against,
+                asked.precision,
+                ranks=ranks,
+                threads=threads,
+                deadline_s=900,
             )[0]
             found[name] = median(ratios)
             spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
             print(f"{name:<14} {found[name]:.3f}   blocks {spread}", flush=True)
         found["exact_cost"] = 1 / found.pop("exact") - 1
-        found["memory"] = memory(folder)
+        found["memory"] = memory(folder, asked.precision)
         print(f"exact_cost     {found['exact_cost']:+.3f}   memory {found['memory']:.3f}")
     rounded = {k: round(v, 4) for k, v in found.items() if math.isfinite(v)}
     if asked.json:

@@ -46,7 +46,7 @@ class SearchSettings:
 
     centre: float
     """Middle of the range test: the update rule's own default rate."""
-    steps: int = 640
+    steps: int = 560
     """Budget: optimiser steps of all runs together. An extension may add a third."""
     seeds: int = 2
     """Seeds of every candidate, at least 2; the range test uses at least 3."""
