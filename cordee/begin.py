@@ -114,8 +114,16 @@ def record(run: Run, plan: Plan) -> None:
 def locked(run: Run) -> Iterator[None]:
     """Holds the run's folder; ConfigError when another process has it. Freed by any death."""
     folder = Path(run.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_FILE, "a+") as stream:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder cannot be written: {error.strerror}",
+            values={"run.dir": str(folder)},
+            fix="run.dir=... in a place that you may write to, on a disk with room",
+        ) from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

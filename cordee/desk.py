@@ -229,7 +229,9 @@ class Desk:
             self.screen.say("sample\n" + _indented(finished["sample"]))
         self.screen.say(compare(state.plan, self.meter.measured()))
         if bits is not None:
-            self.screen.say(f"held out   {bits:.4f} bits per byte")
+            entropy = state.data.entropy_bits
+            known = "" if entropy is None else f"  (the source's entropy is {entropy:.4f})"
+            self.screen.say(f"held out   {bits:.4f} bits per byte{known}")
         self.screen.say(f"weights    {finished['weights_sha256']}")
         folder = state.run.run.dir
         self.screen.say(f"run        {folder}  ({finished['steps']} steps)")

@@ -91,7 +91,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             fix="mend that line; text values need quotes",
         ) from error
     except OSError as error:
-        near = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        near = [p.name for p in path.parent.glob("*.toml") if p.is_file() and p != path]
         guess = difflib.get_close_matches(path.name, near, n=1)
         raise ConfigError(
             f"the file cannot be read: {error.strerror}",

@@ -16,6 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 LINE_EVERY_S = 5.0
 
+WIDE = 116
+"""Columns from which the bar has room beside a whole line."""
+
 
 class Screen:
     """Lines and, on a terminal, a bar. `silent` shows nothing."""
@@ -41,10 +44,11 @@ class Screen:
         """The state after a step: `done` in [0, 1], `left_s` seconds to go."""
         if self._silent:
             return
-        text = describe(row, left_s)
         if self._console.is_terminal:
+            narrow = self._console.width < WIDE
+            text = brief(row, left_s) if narrow else describe(row, left_s)
             if self._bar is None:
-                self._bar = _make_bar(self._console)
+                self._bar = _make_bar(self._console, 8 if narrow else 24)
                 self._bar.start()
                 self._task = self._bar.add_task("", total=1.0, text=text)
             self._bar.update(self._task, completed=done, text=text)
@@ -52,7 +56,7 @@ class Screen:
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY_S or row["step"] <= 1 or done >= 1:
             self._last_line = now
-            print(text, file=sys.stderr, flush=True)
+            print(describe(row, left_s), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Takes the bar away; its last state stays on the screen."""
@@ -72,9 +76,19 @@ def describe(row: Mapping[str, Any], left_s: float) -> str:
     )
 
 
-def _make_bar(console: Console) -> Progress:
+def brief(row: Mapping[str, Any], left_s: float) -> str:
+    """The same within 63 columns, for a terminal of 80."""
+    mark = " SKIPPED" if row.get("skipped") else ""
+    return (
+        f"{row['step']} loss {_number(row['loss'])} bpb {_number(row['bits_per_byte'])}"
+        f" gnorm {_number(row['grad_norm'])} lr {row['lr']:.1e}"
+        f" {row['tokens_per_s'] / 1000:.1f}k/s {_clock(left_s)}{mark}"
+    )
+
+
+def _make_bar(console: Console, width: int) -> Progress:
     return Progress(
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=width),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[text]}"),
         console=console,

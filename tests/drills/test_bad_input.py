@@ -52,6 +52,28 @@ def test_malformed_toml(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["bad.toml"]
 
 
+def test_unreadable_toml(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    done = cordee("train", "folder.toml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place", ["/proc/no/run", "taken", "/dev/null/run"])
+def test_a_run_folder_that_cannot_be_written(place: str, processes: int, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = cordee(
+        "train", *SMALL, f"run.dir={place}", f"launch.processes={processes}", folder=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "nearest fix" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["taken"]
+
+
 def test_empty_data(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     done = cordee("train", "data.path=empty.txt", folder=tmp_path)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cordee.metrics.screen import brief, describe
 from cordee.metrics.sinks import JsonLines, keep_lines, last_event, read_lines
 
 
@@ -63,3 +64,13 @@ def test_what_is_kept_is_kept_whole(tmp_path: Path) -> None:
     assert keep_lines(path, lambda row: row["step"] < 4) == 4
     assert path.read_text().count("\n") == 4
     assert keep_lines(tmp_path / "missing.jsonl", lambda row: True) == 0
+
+
+def test_a_line_has_room_beside_a_bar_of_8_in_80_columns() -> None:
+    row = {
+        "step": 12345, "loss": 2.2346, "bits_per_byte": 3.2239, "grad_norm": None, "lr": 4.2e-4,
+        "tokens_per_s": 47_900.0, "skipped": False,
+    }  # fmt: skip
+    assert brief(row, 3605.4) == ("12345 loss 2.235 bpb 3.224 gnorm   nan lr 4.2e-04 47.9k/s 60:05")
+    assert 8 + len(" 100% ") + len(brief(row, 3605.4)) <= 80
+    assert describe({**row, "skipped": True}, 0.0).endswith("0:00 left  SKIPPED")
