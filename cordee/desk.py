@@ -67,6 +67,7 @@ class Desk:
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
+        self._shared_s = 0.0
         self._changed: set[str] = set()
         self._complained = ""
 
@@ -128,7 +129,8 @@ class Desk:
     def record(self, state: RunState, outcome: Outcome) -> None:
         """The step's row, its layers, its events, and the screen."""
         at = state.progress
-        sent = state.sync.bytes_sent
+        sent, shared_s = state.sync.bytes_sent, state.optimizer.shared_s
+        self.meter.add("comm", shared_s - self._shared_s)
         skipped = outcome.verdict.say is not Say.COMMIT
         row = {
             "step": at.step,
@@ -143,7 +145,7 @@ class Desk:
             "skipped": skipped,
             "elapsed_s": round(at.elapsed_s, 3),
         }
-        self._sent = sent
+        self._sent, self._shared_s = sent, shared_s
         if skipped:
             self._tell_skipped(state, outcome)
         if not self._first:

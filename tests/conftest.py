@@ -76,3 +76,13 @@ def digest(directory: Path) -> str:
 def run_dir(tmp_path: Path) -> Path:
     """A folder for one run."""
     return tmp_path / "run"
+
+
+ROOMS = ("paper", "test_house_rules.py", "metal", "gpu", "drills")
+"""Fast tests first: what fails in a second should not wait for what takes minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by room; the order inside a room stays."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: ROOMS.index(item.path.relative_to(here).parts[0]))

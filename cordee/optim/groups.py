@@ -85,6 +85,11 @@ class Optimizers:
         """Bytes this rank sent to share work, since the start."""
         return sum(getattr(part, "sent_bytes", 0) for part in self.parts)
 
+    @property
+    def shared_s(self) -> float:
+        """Seconds this rank spent in exchanging shared work, since the start."""
+        return float(sum(getattr(part, "shared_s", 0.0) for part in self.parts))
+
     def step(self) -> None:
         """Updates every parameter that has a gradient (collective when muon shares its work)."""
         for part in self.parts:

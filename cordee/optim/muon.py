@@ -11,6 +11,7 @@ two equal); it neither shares the work nor takes shards.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,8 @@ class Muon(torch.optim.Optimizer):
     p <- p (1 - lr x weight_decay) - lr sqrt(max(1, rows / columns)) orthogonalise(u).
     With `gather`, whole matrices are dealt over its ranks and the results gathered by one call.
     Parameters that are DTensors cut in dim 0 keep momentum on their own rows and are dealt over the
-    ranks of their mesh; `sent_bytes` counts what this rank handed to the network.
+    ranks of their mesh; `sent_bytes` and `shared_s` count what this rank handed to the network and
+    how long that took, waiting for others included.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         self.gather = gather or ALONE
         self.sent_bytes = 0
+        self.shared_s = 0.0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -216,8 +219,10 @@ class Muon(torch.optim.Optimizer):
         if mine:
             torch.cat([m.flatten() for m in mine], out=flat[: sum(sizes[ranks.rank])])
         everything = flat.new_empty(ranks.size * longest)
+        began = time.perf_counter()
         # As bytes: not every backend knows bf16.
         _all_gather(everything.view(torch.uint8), flat.view(torch.uint8), group=ranks.group)
+        self.shared_s += time.perf_counter() - began
         self.sent_bytes += flat.nbytes * (ranks.size - 1)
         by_rank = zip(torch.split(everything, longest), sizes, strict=True)
         pieces = [list(torch.split(b[: sum(s)], s)) if s else [] for b, s in by_rank]
@@ -258,6 +263,7 @@ class Muon(torch.optim.Optimizer):
             return flat
         out = flat.new_empty(sum(received))
         width = flat.element_size()
+        began = time.perf_counter()
         # As bytes: not every backend knows bf16.
         dist.all_to_all_single(
             out.view(torch.uint8),
@@ -266,6 +272,7 @@ class Muon(torch.optim.Optimizer):
             [n * width for n in sent],
             group=ranks.group,
         )
+        self.shared_s += time.perf_counter() - began
         self.sent_bytes += flat.nbytes - sent[ranks.rank] * width
         return out
 
