@@ -1,8 +1,8 @@
 """THE RUN, read top to bottom: distributed gradient descent, theta <- theta - eta * grad F(theta).
 
     initialise            config/  layout/  plan/  model/initial.py      `train`, `descend`
-    distribute the data   data/order.py  data/loader.py                  `build.build`
-    distribute the model  parallel/apply.py                              `build.build`
+    distribute the data   data/order.py  data/loader.py                  `descend`, `build`
+    distribute the model  parallel/apply.py                              `build`
     update                optim/                                         `step`
     communicate           dist/exchange.py  sync/                        `step`
     iterate               below                                          `walk`
@@ -87,12 +87,15 @@ def descend(ready: Ready, parts: Parts) -> Report:
         leaving() as asked,
         world(told, plan.device, plan.threads, run.launch.timeout_s) as here,
     ):
-        # One process writes the snapshot; then one of each host, should hosts share no disk.
+        # Distribute the data: one process writes the snapshot; then one of each host, should hosts
+        # share no disk. Which rows are whose follows from the order and the plan's splits alone.
         for turn in (here.first, told.local_rank == 0):
             if turn:
                 lay_out_data(run)
             if told.size > 1:
                 torch.distributed.barrier()
+        # Distribute the model: replicated over islands, sharded inside them; then the state of the
+        # newest checkpoint, cut for this layout.
         state = build(run, plan, here, lay_out_data(run), parts)
         if here.first:
             record(run, plan)
@@ -133,10 +136,12 @@ def step(state: RunState, desk: Desk) -> Outcome:
     scale = factor(state.run.optim, desk.done(state), state.progress.step)
     state.optimizer.set_lr(scale)
 
+    # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     losses, partial = state.engine.forward_backward(number - 1)
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
 
+    # Communicate: what everybody lost and wants, and the gradient of the whole step.
     desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
         tally = gather_tally(
@@ -146,6 +151,7 @@ def step(state: RunState, desk: Desk) -> Outcome:
     del partial
     state.drill.point("step.agree", number)
 
+    # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
     norm = global_norm(gradients, state.by_rows, state.whole_rows)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
     verdict = state.guard.judge(mean_losses, float(norm))

@@ -106,57 +106,79 @@ def test_no_room_at_the_end_fails_loudly_and_the_same_command_ends_it(
     assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
 
 
-REMOUNT = """
+MOUNT = """
 set -e
 mount -t tmpfs -o size=64m none "$1"
 shift
 "$@"
 """
 
+STORM = """
+import os, subprocess, sys, time
 
-def test_a_tmpfs_without_room_and_a_folder_that_is_gone(clean: str, tmp_path: Path) -> None:
-    """A real ENOSPC on a file system of our own, where the machine lets us mount one."""
+kind, disk, words = sys.argv[1], sys.argv[2], sys.argv[3:]
+run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+folder = disk + "/run"
+rows = folder + "/metrics.jsonl"
+while not (os.path.exists(rows) and open(rows).read().count(chr(10)) >= 12):
+    assert run.poll() is None
+    time.sleep(0.01)
+if kind == "full":
+    filler = open(disk + "/filler", "wb", buffering=0)
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError as error:
+        assert error.errno == 28
+else:  # read-only for everyone who opens a file from now on
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+said, mended = "", False
+for line in run.stderr:
+    said += line
+    if not mended and "CANNOT WRITE" in said and "CHECKPOINT FAILED" in said:
+        mended = True
+        if kind == "full":
+            filler.close()
+            os.remove(disk + "/filler")
+        else:
+            subprocess.run(["umount", folder], check=True)
+print(said)
+print(open(folder + "/metrics.jsonl").read().count(chr(10)))
+print(open(folder + "/events.jsonl").read().splitlines()[-1])
+sys.exit(run.wait())
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")]
+)
+def test_a_disk_that_is_full_or_read_only_for_a_while(
+    kind: str, reason: str, clean: str, tmp_path: Path
+) -> None:
+    """Real errors of a file system of our own, where the machine lets us mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    prefix = ("unshare", "-rm", "sh", "-c", REMOUNT, "sh", str(disk))
-    probe = [*prefix[:5], "sh", str(disk), "true"]
+    prefix = ("unshare", "-rm", "sh", "-c", MOUNT, "sh", str(disk))
     try:
-        may = subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
+        may = subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0
     except OSError:
         may = False
     if not may:
         pytest.skip("this machine lets no one mount a file system (unshare -rm)")
-    script = (
-        "import os, subprocess, sys, time\n"
-        "folder, words = sys.argv[1], sys.argv[2:]\n"
-        "run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)\n"
-        "path = folder + '/run/metrics.jsonl'\n"
-        "while not (os.path.exists(path) and open(path).read().count(chr(10)) >= 12):\n"
-        "    assert run.poll() is None; time.sleep(0.01)\n"
-        "filler = open(folder + '/filler', 'wb', buffering=0)\n"
-        "try:\n"
-        "    while True: filler.write(bytes(4096))\n"
-        "except OSError as error: assert error.errno == 28\n"
-        "said = ''\n"
-        "for line in run.stderr:\n"
-        "    said += line\n"
-        "    if 'CHECKPOINT FAILED' in line and filler:\n"
-        "        filler.close(); os.remove(folder + '/filler'); filler = None\n"
-        "print(said)\n"
-        "print(open(folder + '/run/events.jsonl').read().splitlines()[-1])\n"
-        "sys.exit(run.wait())\n"
-    )
     words = [
         sys.executable, "-m", "cordee", "train", *SMALL, *LONG, "launch.processes=2",
         f"run.dir={disk}/run",
     ]  # fmt: skip
     done = subprocess.run(
-        [*prefix, sys.executable, "-c", script, str(disk), *words],
+        [*prefix, sys.executable, "-c", STORM, kind, str(disk), *words],
         env=clean_environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert "No space left" in done.stdout
-    assert clean in done.stdout.splitlines()[-1]
+    assert reason in done.stdout
+    *_, rows_written, last = done.stdout.splitlines()
+    assert int(rows_written) == STEPS
+    assert clean in last
 
 
 def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(clean: str, run_dir: Path) -> None:
