@@ -24,7 +24,7 @@ from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
 from cordee.dist.start import Launched, launched
 from cordee.errors import ConfigError, DataError
-from cordee.metrics.sinks import last_event
+from cordee.metrics.sinks import last_event, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
 
@@ -106,8 +106,8 @@ def record(run: Run, plan: Plan) -> None:
     folder = Path(run.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RUN_FILE).exists():
-        _write_whole(folder / RUN_FILE, dump(run))
-    _write_whole(folder / PLAN_FILE, plan.to_json() + "\n")
+        write_whole(folder / RUN_FILE, dump(run).encode())
+    write_whole(folder / PLAN_FILE, plan.to_json().encode() + b"\n")
 
 
 @contextmanager
@@ -172,12 +172,6 @@ def _free_name(folder: Path) -> str:
     while folder.with_name(f"{folder.name}-{number}").exists():
         number += 1
     return str(folder.with_name(f"{folder.name}-{number}"))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ are taken as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
-from cordee.config.run import Run
+from cordee.config.run import MemorySettings, Run
 from cordee.data.loader import Loader
 from cordee.data.order import Order
 from cordee.data.source import DatasetInfo, TokenSource, open_dataset
 from cordee.dist.exchange import gather_rows
 from cordee.dist.mesh import Mesh, make_mesh
 from cordee.dist.start import World
+from cordee.errors import ConfigError
 from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.split import shard_rows
 from cordee.model.initial import initialise
+from cordee.model.recompute import Recompute
 from cordee.model.transformer import Transformer
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather
@@ -138,6 +140,12 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
     mesh = make_mesh(plan.layout, world.rank, world.device)
     ranges = [range(start, stop) for start, stop in plan.splits]
     model = parts.model or make_model(run, data.vocabulary)
+    if parts.model is not None and run.memory != MemorySettings():
+        raise ConfigError(
+            "memory.* is for the built-in model",
+            values={"model": type(model).__name__, **asdict(run.memory)},
+            fix="leave memory.* out, and checkpoint inside your module",
+        )
     canonical = run.run.exact or plan.protocol == "exchange"
     model = apply(model, mesh, world.device, canonical)
     parameters = dict(model.named_parameters())
@@ -182,6 +190,8 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
 def make_model(run: Run, vocabulary: int) -> nn.Module:
     """The built-in model, initialised: every number depends on (seed, name) alone."""
     model = Transformer(run.model, vocabulary)
+    model.recompute = Recompute(run.memory.recompute, run.memory.recompute_every)
+    model.loss_chunk = run.memory.loss_chunk
     initialise(model, run.initial, run.run.seed, run.model.layers)
     return model
 

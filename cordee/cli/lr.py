@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import Words, parser, read, say
-from cordee.cli.places import write_whole
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import Run
 from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
 from cordee.metrics.report import amount, seconds
+from cordee.metrics.sinks import write_whole
 from cordee.optim.search import Finding, SearchSettings, Sweep, find_lr
 
 EVERY_S = 10.0

@@ -6,7 +6,6 @@ Not here: what is in them. A run is found while it lives, when it ended and afte
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from cordee.config.load import RUN_FILE, load
@@ -70,13 +69,3 @@ def checkpoint_folder(verb: str, word: str | None) -> Path:
     if word and Path(word).name.startswith("step-") and Path(word).is_dir():
         return Path(word)
     return find_run(verb, word) / "checkpoints"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is seen whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import find_run, write_whole
+from cordee.cli.places import find_run
 from cordee.errors import ConfigError
 from cordee.metrics.page import page
 from cordee.metrics.report import read_run, summarise
+from cordee.metrics.sinks import write_whole
 
 
 def run(argv: Sequence[str]) -> int:

@@ -53,6 +53,8 @@ def _check_ranges(run: Run) -> None:
         "evaluate.every": (run.evaluate.every, 0), "evaluate.tokens": (run.evaluate.tokens, 0),
         "evaluate.sample": (run.evaluate.sample, 0),
         "evaluate.layers_every": (run.evaluate.layers_every, 0),
+        "memory.recompute_every": (run.memory.recompute_every, 1),
+        "memory.loss_chunk": (run.memory.loss_chunk, 0),
         "launch.timeout_s": (run.launch.timeout_s, 1),
     }  # fmt: skip
     if run.launch.processes != "auto":

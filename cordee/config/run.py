@@ -111,6 +111,17 @@ class BatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What a block keeps for its backward: everything, its input and matrix products, or its input
+    alone; the rest is computed again (the same bits, more time)."""
+    recompute_every: int = 1
+    """One of every so many blocks is recomputed; the others keep everything."""
+    loss_chunk: int = 0
+    """Positions whose logits are held at once; 0: those of a whole microbatch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimSettings:
     name: Literal["sgd", "momentum", "adam", "adamw", "muon", "adafactor"] = "muon"
     """The update rule; muon uses adamw for embedding, head and vectors."""
@@ -244,6 +255,7 @@ class Run:
     initial: InitialSettings = field(default_factory=InitialSettings)
     data: DataSettings = field(default_factory=DataSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     clip: ClipSettings = field(default_factory=ClipSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
@@ -257,6 +269,6 @@ class Run:
 
 FREE_ON_RESUME = (
     "run.dir", "run.name", "run.resume", "data.prefetch", "layout.", "sync.protocol", "launch.",
-    "checkpoint.", "evaluate.", "fault.",
+    "checkpoint.", "evaluate.", "fault.", "memory.recompute",
 )  # fmt: skip
 """Keys (or sections) that may differ when a run resumes: they change its speed, not its descent."""

@@ -11,7 +11,6 @@ It is taken where its order is ours: two members with one subtree each, since a 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -50,7 +49,7 @@ class Exchange:
     """Sums flat vectors over the members of a group, in canonical order.
 
     `ranges[i]` are the microbatches that member i computes; together they are range(total).
-    `group` None stands for one member. `bytes_sent` and `seconds` count this rank's traffic.
+    `group` None stands for one member. `bytes_sent` counts this rank's traffic.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class Exchange:
             and all(len(nodes) == 1 for nodes in self.nodes)
         )
         self.bytes_sent = 0
-        self.seconds = 0.0
 
     def add(self, partial: Sequence[tuple[Node, Tensor]]) -> Tensor:
         """The sum over all members of their canonical subtrees, the same on every member.
@@ -80,7 +78,6 @@ class Exchange:
         """
         if self.size == 1:
             return fold((0, self.total), dict(partial), Tensor.add_)
-        began = time.perf_counter()
         vectors = [vector for _, vector in partial]
         n = vectors[0].numel()
         chunk = -(-n // self.size)
@@ -91,7 +88,6 @@ class Exchange:
             total = vectors[0]
         else:
             total = self._add_slices(vectors, chunk)[:n]
-        self.seconds += time.perf_counter() - began
         return total
 
     def _add_slices(self, vectors: Sequence[Tensor], chunk: int) -> Tensor:

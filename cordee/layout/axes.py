@@ -46,11 +46,6 @@ class Layout:
         return math.prod(self.degrees)
 
     @property
-    def island_size(self) -> int:
-        """Ranks of one island."""
-        return self.size // self.island
-
-    @property
     def workers(self) -> int:
         """Groups of ranks that compute different microbatches: island x shard."""
         return self.island * self.shard

@@ -110,14 +110,21 @@ def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
     if not path.exists():
         return 0
     records = [record for record in read_lines(path) if keep(record)]
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(json.dumps(record) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
     return len(records)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is seen whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def now() -> str:

@@ -1,8 +1,8 @@
 """The decoder-only transformer on bytes: embedding, blocks, norm, head, and its summed loss.
 
-Not here: initial values (`initial.py`), dropout's seed (the engine sets it per microbatch), any
-split over ranks. Traded away: a separate loss module. The loss is a mode of `forward`, because
-FSDP2 gathers parameters in hooks around `forward` and nowhere else.
+Not here: initial values (`initial.py`), the loss's arithmetic (`loss.py`), dropout's seed (the
+engine sets it per microbatch), any split over ranks. Traded away: a loss outside of the model. It
+is a mode of `forward`, because FSDP2 gathers parameters in hooks around `forward` and nowhere else.
 
 Shape suffixes: B sequences, T positions, D width, F hidden width of the MLP, V vocabulary.
 """
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from cordee.config.run import ModelSettings
 from cordee.model.attention import Attention, RMSNorm, rotary_turns
+from cordee.model.loss import chunked_loss, loss_sum, soft_cap
+from cordee.model.recompute import Recompute
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -88,7 +90,8 @@ class Transformer(nn.Module):
     """A causal language model over `vocabulary` tokens; parameters as in `layout/tensors.py`.
 
     Nothing is drawn here that counts: call `initialise` after construction (also after
-    construction on the meta device and `to_empty`).
+    construction on the meta device and `to_empty`). `recompute` and `loss_chunk` (positions whose
+    logits are held at once; 0: all) trade time for memory.
     """
 
     turns: Tensor
@@ -97,6 +100,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.vocabulary = vocabulary
+        self.recompute = Recompute()
+        self.loss_chunk = 0
         self.embed = nn.Embedding(vocabulary, settings.width)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.norm = RMSNorm(settings.width)
@@ -107,11 +112,15 @@ class Transformer(nn.Module):
         """int64 [B, T] to logits fp32 [B, T, V]; with targets to their summed loss (nats)."""
         x_BTD = self.embed(tokens_BT)
         turns_TE2 = self._turns(tokens_BT.shape[1], x_BTD.device)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, turns_TE2)
+        for index, block in enumerate(self.blocks):
+            x_BTD = self.recompute(index, block, x_BTD, turns_TE2)
         x_BTD = self.norm(x_BTD)
-        logits = F.linear(x_BTD, self.embed.weight) if self.head is None else self.head(x_BTD)
-        logits_BTV = soft_cap(logits.float(), self.settings.logit_cap)
+        head_VD = self.embed.weight if self.head is None else self.head.weight
+        cap = self.settings.logit_cap
+        if targets_BT is not None and self.loss_chunk:
+            x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+            return chunked_loss(x_ND, head_VD, targets_N, cap, self.loss_chunk)
+        logits_BTV = soft_cap(F.linear(x_BTD, head_VD).float(), cap)
         return logits_BTV if targets_BT is None else loss_sum(logits_BTV, targets_BT)
 
     def loss(self, tokens_BT1: Tensor) -> Tensor:
@@ -141,17 +150,3 @@ def hidden_width(settings: ModelSettings) -> int:
     if settings.ffn:
         return settings.ffn
     return 4 * settings.width if settings.mlp == "relu2" else -(-8 * settings.width // 96) * 32
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap x tanh(logits / cap) (Gemma 2, 2024): keeps logits in (-cap, cap); 0 leaves them.
-
-    Costs 1.5 % of a fp32 step and 2.5 % of a bf16 step; a backward of its own gained nothing.
-    """
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, fp32; targets of -100 do not count."""
-    logits_NV = logits_BTV.flatten(0, 1).float()
-    return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from cordee.dist.exchange import gather_flat
 from cordee.errors import LayoutError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,9 +32,6 @@ STEPS = 5
 
 EPS = 1e-7
 """Least norm by which a matrix is divided."""
-
-# PyTorch 2.13 renamed the call and warns about the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ class Muon(torch.optim.Optimizer):
         everything = flat.new_empty(ranks.size * longest)
         began = time.perf_counter()
         # As bytes: not every backend knows bf16.
-        _all_gather(everything.view(torch.uint8), flat.view(torch.uint8), group=ranks.group)
+        gather_flat(everything.view(torch.uint8), flat.view(torch.uint8), group=ranks.group)
         self.shared_s += time.perf_counter() - began
         self.sent_bytes += flat.nbytes * (ranks.size - 1)
         by_rank = zip(torch.split(everything, longest), sizes, strict=True)

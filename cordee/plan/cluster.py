@@ -79,11 +79,6 @@ the bf16 figures given "with sparsity", half of the NVLink figures, which count 
 200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares: costs.py."""
 
 
-def named_devices() -> tuple[str, ...]:
-    """Accelerators that a cluster file may name as `kind`."""
-    return tuple(_GPU)
-
-
 def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
     """`hosts` machines with `devices` accelerators each, from the table; ConfigError if unknown."""
     if kind not in _GPU:

@@ -114,7 +114,8 @@ class Work:
     """One microbatch, forward and backward: operations, and elements that passes go over."""
 
     tokens: int
-    layers: int
+    layers: float
+    """Blocks, with a third of each that is computed again."""
     matrix_flops: float
     attention_flops: float
     block_elements: float
@@ -142,17 +143,26 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
     # Over the stream and the hidden layer, forward and backward; their sum is fitted.
     elements = (36 if model.dropout else 24) * width + (7 if gated else 4) * ffn
     matrix_flops, per_key = 6.0 * tokens * weights, 12.0 * tokens * layers * width
+    # A second forward of some blocks: a third of forward and backward, products only when full.
+    again = sum(recomputed(run, index) for index in range(layers))
+    twice = 1.0 + again / layers / 3
+    products = 2.0 * tokens * again * block if run.memory.recompute == "full" else 0.0
     return Work(
         tokens=tokens,
-        layers=layers,
-        matrix_flops=matrix_flops,
-        attention_flops=per_key * keys,
-        block_elements=float(tokens) * layers * elements,
+        layers=layers * twice,
+        matrix_flops=matrix_flops + products,
+        attention_flops=per_key * keys * twice,
+        block_elements=float(tokens) * layers * elements * twice,
         logits=tokens * vocabulary,
         weights=weights,
         probabilities=float(tokens) * layers * model.heads * keys,
         flops=matrix_flops + per_key * run.data.sequence / 2,
     )
+
+
+def recomputed(run: Run, index: int) -> bool:
+    """Whether block `index` runs its forward again in the backward (model/recompute.py)."""
+    return run.memory.recompute != "none" and index % run.memory.recompute_every == 0
 
 
 def keys_per_query(length: int, device: str) -> float:

@@ -10,6 +10,7 @@ is one measured formula (`slack_bytes`); CUDA's is left to `FITS`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
 from cordee.layout.tensors import TensorSpec, ffn_width
-from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query
+from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query, recomputed
 
 FP32 = 4
 OVERHEAD_BYTES: Mapping[str, int] = {"cpu": 250 << 20, "cuda": 900 << 20}
@@ -128,17 +129,22 @@ def rank_memory(
     keeps_whole = wire.canonical or layout.shard == 1
     mine = whole if keeps_whole else held["gradients"]
     several = -(-run.batch.microbatches // layout.workers) > 1
-    # A gradient grows while the activations it comes from shrink: the last one is not yet there.
     before = sums.most - 1 if wire.canonical else int(several and keeps_whole)
-    backward = {
-        "gradients": before * mine if keeps_whole else 0,
-        # FSDP2 adds whole gradients up until the last microbatch, which it reduces unit by unit.
-        "gradients to reduce": 0 if keeps_whole else whole if several else _unit(run, specs),
-        "gathered parameters": gathered_bytes(run, specs, layout, wire.canonical),
-        "activations": activation_bytes(run, device),
-        **_top_bytes(run, specs),
-        "bf16 weights": whole // 2 if run.run.precision == "bf16" else 0,
-    }
+    # Gradients of this backward need room of their own, unless earlier ones take them in.
+    grows = mine if not (before and keeps_whole) or wire.canonical else 0
+    moments = [
+        {
+            "gradients": int((before if keeps_whole else 0) * mine + grows * behind),
+            # FSDP2 adds whole gradients up until the last microbatch, then reduces unit by unit.
+            "gradients to reduce": 0 if keeps_whole else whole if several else _unit(run, specs),
+            "gathered parameters": gathered_bytes(run, specs, layout, wire.canonical),
+            "activations": activations,
+            **(_block_bytes(run) if behind else _top_bytes(run, specs)),
+            "bf16 weights": int(whole // 2 * cast_share(run, behind)),
+        }
+        for activations, behind in activation_moments(run, device)
+    ]
+    backward = max(moments, key=lambda items: sum(items.values()))
     summed = {
         "gradients": sums.most * mine,
         "gathered parameters": gathered_bytes(run, specs, layout, wire.canonical),
@@ -169,7 +175,15 @@ def slack_bytes(run: Run, layout: Layout, device: str) -> int:
 
 
 def activation_bytes(run: Run, device: str) -> int:
-    """What autograd keeps of one microbatch's blocks and last norm; freed before the next one.
+    """The most activations held at once (see `activation_moments`)."""
+    return max(held for held, _ in activation_moments(run, device))
+
+
+def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
+    """(bytes autograd holds of one microbatch, part of the backward that is behind) at the loss and
+    at each block that is computed again.
+
+    Without recomputation activations shrink faster than gradients grow, so the loss is the worst.
 
     Per token and block: both block norms keep a unit vector (fp32) and an output; queries and keys
     a unit vector each (fp32); queries, keys, values and the output projection's input one each; the
@@ -184,7 +198,32 @@ def activation_bytes(run: Run, device: str) -> int:
     mlp = (4 if model.mlp == "gated" else 2) * element * ffn_width(model)
     masks = 2 * width * (element if device == "cpu" else 1) if model.dropout else 0
     last = (FP32 + element) * width
-    return int(tokens * (model.layers * (norms + queries + attention + mlp + masks) + last))
+    whole = norms + queries + attention + mlp + masks
+    kept = FP32 * width + (_products_bytes(run, element) if run.memory.recompute != "full" else 0)
+    again = [recomputed(run, index) for index in range(model.layers)]
+    below = [0.0, *itertools.accumulate(kept if block else whole for block in again)]
+    moments = [(int(tokens * (below[-1] + last)), 0.0)]
+    for index in range(model.layers):
+        if again[index]:
+            # Its turn: it holds all that it computes again; what came after it is gone.
+            behind = (model.layers - index) / (model.layers + 1)
+            moments.append((int(tokens * (below[index] + FP32 * width + whole)), behind))
+    return moments
+
+
+def cast_share(run: Run, behind: float) -> float:
+    """Part of the weights whose bf16 copies are held: all at the loss (autocast's cache), later
+    those of blocks that keep them and of the one that is computed again."""
+    again = sum(recomputed(run, index) for index in range(run.model.layers)) if behind else 0
+    return 1.0 - max(0, again - 1) / run.model.layers if run.run.precision == "bf16" else 0.0
+
+
+def _products_bytes(run: Run, element: int) -> int:
+    """What selective recomputation keeps of a block per token: results of matrix products."""
+    model = run.model
+    hidden = (2 if model.mlp == "gated" else 1) * ffn_width(model)
+    # Queries, keys, values, what attention gives, its projection, and the MLP's last product.
+    return element * (6 * model.width + hidden)
 
 
 def gathered_bytes(run: Run, specs: Sequence[TensorSpec], layout: Layout, canonical: bool) -> int:
@@ -211,9 +250,21 @@ def unit_bytes(specs: Sequence[TensorSpec], shards: int) -> tuple[int, int]:
 def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
     """The larger of the logits at the loss and what the last block's backward works with."""
     tokens = run.batch.microbatch * run.data.sequence
-    logits = FP32 * tokens * specs[0].shape[0] * (4 if run.model.logit_cap else 3)
+    vocabulary = specs[0].shape[0]
+    chunk = min(tokens, run.memory.loss_chunk or tokens)
+    logits = FP32 * chunk * vocabulary * (4 if run.model.logit_cap else 3)
+    if run.memory.loss_chunk:
+        # The head's gradient and its last part, and the gradient of the head's input.
+        element = 2 if run.run.precision == "bf16" else FP32
+        logits += run.model.width * (vocabulary * (FP32 + element) + tokens * element)
     working = FP32 * tokens * (ffn_width(run.model) + run.model.width)
-    return {"logits": logits} if logits >= working else {"backward temporaries": working}
+    return {"logits": logits} if logits >= working else _block_bytes(run)
+
+
+def _block_bytes(run: Run) -> dict[str, int]:
+    """What a block's backward works with."""
+    tokens = run.batch.microbatch * run.data.sequence
+    return {"backward temporaries": FP32 * tokens * (ffn_width(run.model) + run.model.width)}
 
 
 def _kept_per_head(run: Run, device: str, element: int) -> float:

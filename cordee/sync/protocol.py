@@ -8,7 +8,6 @@ core for.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,10 +21,9 @@ from cordee.errors import RunError
 
 
 class Sync(Protocol):
-    """One protocol. `bytes_sent` and `seconds` grow over the run; the meter takes differences."""
+    """One protocol. `bytes_sent` grows over the run; the desk takes differences."""
 
     bytes_sent: int
-    seconds: float
 
     def agree(self, partial: Partial) -> list[Tensor]:
         """The gradient of the step, summed over all microbatches of all members."""
@@ -49,7 +47,6 @@ class _Stateless:
 
     def __init__(self) -> None:
         self.bytes_sent = 0
-        self.seconds = 0.0
 
     def settle(self, step: int) -> None:
         """Nothing to do after the commit."""
@@ -80,14 +77,12 @@ class AllReduce(_Stateless):
 
     def agree(self, partial: Partial) -> list[Tensor]:
         """Ring sum; its order, and so its last bits, depend on the number of members."""
-        began = time.perf_counter()
         gradients = partial[0][1]
         flat = flatten(gradients)
         dist.all_reduce(flat, group=self.group)
         share = 2 * (self.size - 1) / self.size
         self.bytes_sent += int(share * flat.numel() * flat.element_size())
         whole = unflatten(flat, gradients)
-        self.seconds += time.perf_counter() - began
         return whole
 
 
@@ -105,11 +100,9 @@ class ByExchange(_Stateless):
         like = partial[0][1]
         if self.exchange.size == 1:
             return like
-        began = time.perf_counter()
         flat = [(node, flatten(tensors)) for node, tensors in partial]
         whole = unflatten(self.exchange.add(flat), like)
         self.bytes_sent = self.exchange.bytes_sent
-        self.seconds += time.perf_counter() - began
         return whole
 
 
@@ -123,7 +116,6 @@ class Compared(_Stateless):
 
     def agree(self, partial: Partial) -> list[Tensor]:
         """Our own gradient; RunError when an island computed another one."""
-        began = time.perf_counter()
         gradients = partial[0][1]
         digest = xxhash.xxh3_64()
         for tensor in gradients:
@@ -131,7 +123,6 @@ class Compared(_Stateless):
         ours = torch.tensor([digest.intdigest() - (1 << 63)], dtype=torch.int64)
         digests = gather_rows(ours, self.group, self.size)[:, 0].tolist()
         self.bytes_sent += 8 * (self.size - 1)
-        self.seconds += time.perf_counter() - began
         if len(set(digests)) > 1:
             common = max(set(digests), key=digests.count)
             odd = [i for i, d in enumerate(digests) if d != common]

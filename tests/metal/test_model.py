@@ -22,7 +22,8 @@ from cordee.model.attention import (
     rotate,
 )
 from cordee.model.initial import SCHEMES, initial_tensor, initialise, tensor_seed
-from cordee.model.transformer import Transformer, hidden_width, soft_cap, squared_relu
+from cordee.model.loss import soft_cap
+from cordee.model.transformer import Transformer, hidden_width, squared_relu
 from cordee.sample import generate, to_text
 
 CPU = torch.device("cpu")

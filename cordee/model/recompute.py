@@ -1,0 +1,59 @@
+"""Activation checkpointing: what a block keeps for its backward, and what it computes again.
+
+none: everything. full: its input alone (Chen et al. 2016). selective: its input and the results of
+matrix products; norms, activations and attention's probabilities are computed again (Korthikanti
+et al. 2022). The same operations on the same numbers give the same bits, dropout included. Not
+here: offload to the host. Traded away: a choice per layer; every n-th block is enough to trade
+time for memory evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}  # fmt: skip
+"""What selective keeps: products that took long to compute and are small beside their inputs' uses.
+Attention's scores (baddbmm) are not among them: they grow with the square of the sequence."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Runs blocks: `kind` is none, selective or full; of every `every` blocks one is recomputed."""
+
+    kind: str = "none"
+    every: int = 1
+
+    def __call__(self, index: int, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`, of block number `index`."""
+        if self.kind == "none" or index % self.every or not torch.is_grad_enabled():
+            return cast(Tensor, block(*inputs))
+        contexts = _selective if self.kind == "selective" else noop_context_fn
+        again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+        return cast(Tensor, again)
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(context: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kept = operation in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

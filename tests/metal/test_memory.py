@@ -1,0 +1,156 @@
+"""Memory levers: the same bits with less kept, the same loss without whole logits, as predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from cordee.config.load import override
+from cordee.config.run import InitialSettings, ModelSettings, Run
+from cordee.layout.axes import Layout
+from cordee.layout.tensors import tensors
+from cordee.model.initial import initialise
+from cordee.model.loss import chunked_loss, head_loss
+from cordee.model.recompute import Recompute
+from cordee.model.transformer import Transformer
+from cordee.plan.memory import Wire, rank_memory
+from tests.conftest import SMALL, cordee, digest, rows, train
+
+KINDS = [("selective", 1), ("full", 1), ("full", 2), ("selective", 3)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def made(settings: ModelSettings, vocabulary: int = 256) -> Transformer:
+    model = Transformer(settings, vocabulary)
+    initialise(model, InitialSettings(residual="same", head="same"), 0, settings.layers)
+    return model
+
+
+def run_once(model: Transformer, tokens: Tensor, bf16: bool) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of one microbatch, dropout seeded."""
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model.loss(tokens)
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("mlp", ["relu2", "gated"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("kind", "every"), KINDS)
+def test_computing_again_gives_the_same_bits(kind: str, every: int, bf16: bool, mlp: str) -> None:
+    model = made(ModelSettings(layers=3, width=32, heads=4, dropout=0.2, mlp=mlp))  # type: ignore[arg-type]
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    loss, grads = run_once(model, tokens, bf16)
+    model.recompute = Recompute(kind, every)
+    again, grads_again = run_once(model, tokens, bf16)
+    assert torch.equal(loss, again)
+    assert len(grads) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_chunked_loss_is_the_loss(chunk: int, cap: float) -> None:
+    made_by = torch.Generator().manual_seed(0)
+    x = torch.randn(65, 24, generator=made_by, requires_grad=True)
+    head = torch.randn(50, 24, generator=made_by, requires_grad=True)
+    targets = torch.randint(0, 50, (65,), generator=made_by)
+    targets[[3, 64]] = -100
+    whole = head_loss(x, head, targets, cap)
+    expected = torch.autograd.grad(whole * 0.25, (x, head))
+    parts = chunked_loss(x, head, targets, cap, chunk)
+    found = torch.autograd.grad(parts * 0.25, (x, head))
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_loss(x, head, targets, cap, chunk), whole)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_in_the_model(tied: bool) -> None:
+    model = made(ModelSettings(layers=2, width=32, heads=4, tied=tied))
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    loss, grads = run_once(model, tokens, bf16=False)
+    model.loss_chunk = 17
+    again, grads_again = run_once(model, tokens, bf16=False)
+    torch.testing.assert_close(again, loss)
+    for a, b in zip(grads_again, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def peak_bytes(run: Run, vocabulary: int) -> int:
+    """Most bytes that forward and backward of one microbatch allocate at once."""
+    model = made(run.model, vocabulary)
+    model.recompute = Recompute(run.memory.recompute, run.memory.recompute_every)
+    model.loss_chunk = run.memory.loss_chunk
+    tokens = torch.randint(0, vocabulary, (run.batch.microbatch, run.data.sequence + 1))
+    run_once(model, tokens, run.run.precision == "bf16")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.run.precision == "bf16"):
+            loss = model.loss(tokens)
+        loss.backward()
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [e for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "every"), [("none", 1), *KINDS[:3]])
+@pytest.mark.parametrize(("vocabulary", "chunk"), [(256, 0), (8192, 0), (8192, 128)])
+def test_peak_is_what_the_plan_says(
+    vocabulary: int, chunk: int, kind: str, every: int, precision: str
+) -> None:
+    run = override(
+        Run(),
+        {
+            "memory.recompute": kind, "memory.recompute_every": every, "memory.loss_chunk": chunk,
+            "run.precision": precision, "batch.microbatches": 1, "batch.microbatch": 4,
+            "model.layers": 6, "model.width": 128, "model.heads": 4,
+        },
+    )  # fmt: skip
+    specs = tuple(tensors(run.model, vocabulary))
+    told = rank_memory(run, specs, Layout(), Wire("none", "identity", False), "cpu")
+    predicted = sum(told.phases["backward"].values())
+    assert 0.9 < peak_bytes(run, vocabulary) / predicted < 1.1
+
+
+def test_a_run_with_less_memory_is_the_same_run(tmp_path: Path) -> None:
+    exact = ("run.exact=true", "run.steps=16", "evaluate.sample=0", "checkpoint.every=4")
+    train(tmp_path / "plain", *exact, "launch.processes=1")
+    killed = cordee(
+        "train", *SMALL, *exact, f"run.dir={tmp_path / 'less'}", "launch.processes=2",
+        "layout.shard=2", "memory.recompute=full", "fault.kill=step.start:10:0",
+    )  # fmt: skip
+    assert killed.returncode == 1
+    # What is recomputed may change when the run goes on: it is no part of the descent.
+    train(tmp_path / "less", *exact, "launch.processes=2", "memory.recompute=selective")
+    assert digest(tmp_path / "less") == digest(tmp_path / "plain")
+
+
+def test_chunks_belong_to_the_descent_and_act(tmp_path: Path) -> None:
+    words = ("run.steps=12", "run.precision=fp32", "launch.processes=1")
+    curves = {}
+    for chunk in (0, 20):
+        train(tmp_path / str(chunk), *words, f"memory.loss_chunk={chunk}")
+        curves[chunk] = [float(str(row["loss"])) for row in rows(tmp_path / str(chunk))]
+    assert max(abs(a / b - 1) for a, b in zip(*curves.values(), strict=True)) < 1e-5
+    other = cordee("train", *SMALL, *words, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}")
+    assert other.returncode == 2
+    assert "memory.loss_chunk" in other.stderr
