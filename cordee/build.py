@@ -83,11 +83,6 @@ class RunState:
         """Training tokens of one step, over all ranks."""
         return self.engine.work.tokens
 
-    @property
-    def canonical(self) -> bool:
-        """Whether sums follow the canonical order."""
-        return self.engine.work.canonical
-
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
         return holdings(self.parameters, self.optimizer.tensors(), local, self.plan.layout.shard)
@@ -100,7 +95,7 @@ class RunState:
     @property
     def by_rows(self) -> bool:
         """Whether the gradient norm is summed by rows: whenever its order must not matter."""
-        return self.canonical or self.mesh.shards is not None
+        return self.engine.work.canonical or self.mesh.shards is not None
 
     @property
     def whole_rows(self) -> Callable[[Tensor], Tensor] | None:

@@ -1,5 +1,3 @@
-"""What happens to gradients after they are agreed: clip, schedule, update. Metal.
+"""Gradients after they are agreed: `schedule`, `clip`, `muon`, `groups` (who is updated by what).
 
-Read in this order: `schedule` (how fast), `muon` (the one update rule of our own), `clip` (what
-gradients and parameters may be), `groups` (who is updated by what).
-"""
+The learning rate by experiment: `compare` (what noise lets one tell), `search` (the experiment)."""

@@ -74,6 +74,10 @@ class Kind:
     """The step takes between low x and high x what is predicted."""
 
 
+SELECTIVE_LAYERS = 2.2
+"""CPU: selective recomputation asks a Python rule at every operation of a block, which costs as
+much as the fixed time of so many blocks (bf16; measured, 5.2 ms a block and microbatch)."""
+
 STEP_S = 2e-3
 """Fixed time of a step: data, tally, records."""
 
@@ -115,7 +119,7 @@ class Work:
 
     tokens: int
     layers: float
-    """Blocks, with a third of each that is computed again."""
+    """Blocks by their fixed cost: a third more for each that is computed again."""
     matrix_flops: float
     attention_flops: float
     block_elements: float
@@ -146,10 +150,11 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
     # A second forward of some blocks: a third of forward and backward, products only when full.
     again = sum(recomputed(run, index) for index in range(layers))
     twice = 1.0 + again / layers / 3
+    selects = again if run.memory.recompute == "selective" and device == "cpu" else 0
     products = 2.0 * tokens * again * block if run.memory.recompute == "full" else 0.0
     return Work(
         tokens=tokens,
-        layers=layers * twice,
+        layers=layers * twice + selects * SELECTIVE_LAYERS,
         matrix_flops=matrix_flops + products,
         attention_flops=per_key * keys * twice,
         block_elements=float(tokens) * layers * elements * twice,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cordee.config.run import Run
+from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
 from cordee.layout.tensors import TensorSpec, ffn_width
@@ -171,7 +171,9 @@ def slack_bytes(run: Run, layout: Layout, device: str) -> int:
     if device != "cpu":
         return 0
     ranks = SLACK_RANKS_BYTES if layout.size > 1 else 0
-    return SLACK_BYTES + ranks + int(SLACK_SHARE * activation_bytes(run, device))
+    # What is computed again is allocated again and scatters the heap as if it had been kept.
+    churn = activation_bytes(replace(run, memory=MemorySettings()), device)
+    return SLACK_BYTES + ranks + int(SLACK_SHARE * churn)
 
 
 def activation_bytes(run: Run, device: str) -> int:

@@ -63,6 +63,25 @@ def test_presets_have_these_many_parameters(preset: str, count: int) -> None:
     assert count == 2 * 256 * w + layers * (12 * w * w + 2 * w) + w
 
 
+def test_recomputation_costs_time_and_saves_memory() -> None:
+    plain = make_plan(run_of("launch.processes=1"), CPU).predicted
+    for kind, every in (("full", 1), ("full", 2), ("selective", 1)):
+        words = (f"memory.recompute={kind}", f"memory.recompute_every={every}")
+        other = make_plan(run_of("launch.processes=1", *words), CPU).predicted
+        assert other.step_s > plain.step_s
+        assert other.memory_bytes < plain.memory_bytes
+        assert other.flops == plain.flops, "what the result needs stays the same"
+    work = microbatch_work(run_of(), 256, "cuda")
+    again = microbatch_work(run_of("memory.recompute=full"), 256, "cuda")
+    head = 6 * 512 * 256 * 128
+    assert again.matrix_flops - head == (work.matrix_flops - head) * 8 / 6
+    whole, chunk = (
+        make_plan(run_of("launch.processes=1", f"memory.loss_chunk={c}"), CPU, 50_000).predicted
+        for c in (0, 64)
+    )
+    assert chunk.memory_items["logits"] < whole.memory_items["logits"] / 2
+
+
 def test_operations_by_hand() -> None:
     run = run_of("model.preset=tiny", "batch.microbatch=4")
     work = microbatch_work(run, 256, "cuda")
