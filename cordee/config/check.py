@@ -38,7 +38,8 @@ def check_processes(processes: int, cores: int) -> None:
 def _check_ranges(run: Run) -> None:
     at_least = {
         "model.layers": (run.model.layers, 1), "model.width": (run.model.width, 2),
-        "model.heads": (run.model.heads, 1), "model.ffn": (run.model.ffn, 0),
+        "model.heads": (run.model.heads, 1), "model.kv_heads": (run.model.kv_heads, 0),
+        "model.ffn": (run.model.ffn, 0),
         "model.logit_cap": (run.model.logit_cap, 0),
         "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
         "data.tokens": (run.data.tokens, 0),
@@ -93,6 +94,14 @@ def _check_model(run: Run) -> None:
             "model.width must be an even multiple of model.heads",
             values={"model.width": width, "model.heads": heads},
             fix=f"model.width={near}",
+        )
+    if run.model.kv_heads and heads % run.model.kv_heads:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        near = min(divisors, key=lambda n: abs(n - run.model.kv_heads))
+        raise ConfigError(
+            "model.kv_heads must divide model.heads",
+            values={"model.kv_heads": run.model.kv_heads, "model.heads": heads},
+            fix=f"model.kv_heads={near}",
         )
 
 

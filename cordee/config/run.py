@@ -48,6 +48,9 @@ class ModelSettings:
     """Width of the residual stream; a multiple of model.heads."""
     heads: int = 4
     """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
+    kv_heads: int = 0
+    """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); a divisor
+    of heads, 0: as many as heads."""
     ffn: int = 0
     """Hidden width of the MLP; 0: 4 x width (relu2), 8/3 x width rounded up to 32 (gated)."""
     mlp: Literal["relu2", "gated"] = "relu2"
@@ -62,6 +65,17 @@ class ModelSettings:
     """Base of the rotary position frequencies (Su et al. 2021)."""
     logit_cap: float = 15.0
     """Soft cap on logits, cap x tanh(logits / cap); 0 turns it off."""
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the MLP: as given, 4 x width, or 8/3 x width rounded up to 32."""
+        usual = 4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 96) * 32
+        return self.ffn or usual
+
+    @property
+    def kv_width(self) -> int:
+        """Width of keys and of values, all their heads together."""
+        return self.width // self.heads * (self.kv_heads or self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ are far apart on disk, which a memory map forgives and a remote store would not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,48 +141,16 @@ def mixing(order: Order, batches: int = 512) -> Mixing:
     return Mixing(float(distinct.mean()), parts * (1.0 - miss), float(straight))
 
 
-def order_slow(seed: int, rows: int, position: int) -> int:
-    """The obvious version of `Order.rows_at`: one position, plain integers; a test compares."""
-    epoch, value = divmod(position, rows)
-    a, b = _sides(rows)
-    stream = _mix_slow(_mix_slow((seed & _MASK) ^ _GOLDEN) ^ epoch)
-    while True:
-        left, right = divmod(value, b)
-        for number in range(ROUNDS):
-            key = _mix_slow((stream + (number + 1) * _GOLDEN) & _MASK)
-            if number % 2 == 0:
-                left = (left + _round_slow(right, key, a)) % a
-            else:
-                right = (right + _round_slow(left, key, b)) % b
-        value = left * b + right
-        if value < rows:
-            return value
-
-
 def _mix_slow(x: int) -> int:
     x = ((x ^ (x >> 30)) * _MIX_A) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_B) & _MASK
     return x ^ (x >> 31)
 
 
-def _round_slow(half: int, key: int, modulus: int) -> int:
-    x = ((half ^ key) * _MIX_A) & _MASK
-    x = ((x ^ (x >> 32)) * _MIX_B) & _MASK
-    return ((x >> 32) * modulus) >> 32
-
-
 def _sides(rows: int) -> tuple[int, int]:
     """a = ceil(sqrt(rows)) and b = ceil(rows / a), so rows <= a*b < rows + a; both <= 2^20."""
-    a = _ceil_sqrt(rows)
+    a = math.isqrt(rows - 1) + 1
     return a, -(-rows // a)
-
-
-def _ceil_sqrt(value: int) -> int:
-    # Integer square root by Newton's method from above: floats are inexact near 2^40.
-    root = 1 << ((value.bit_length() + 1) // 2)
-    while (better := (root + value // root) // 2) < root:
-        root = better
-    return root if root * root == value else root + 1
 
 
 def _mix(x: _U64) -> _U64:

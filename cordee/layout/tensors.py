@@ -29,8 +29,8 @@ TABLE = (
     Row("embed.weight", ("vocabulary", "width"), "embeddings", tensor=0),
     Row("blocks.{layer}.attention_norm.weight", ("width",), "vectors"),
     Row("blocks.{layer}.attention.query.weight", ("width", "width"), "matrices", tensor=0),
-    Row("blocks.{layer}.attention.key.weight", ("width", "width"), "matrices", tensor=0),
-    Row("blocks.{layer}.attention.value.weight", ("width", "width"), "matrices", tensor=0),
+    Row("blocks.{layer}.attention.key.weight", ("kv", "width"), "matrices", tensor=0),
+    Row("blocks.{layer}.attention.value.weight", ("kv", "width"), "matrices", tensor=0),
     Row("blocks.{layer}.attention.out.weight", ("width", "width"), "matrices", tensor=1),
     Row("blocks.{layer}.mlp_norm.weight", ("width",), "vectors"),
     Row("blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0),
@@ -59,16 +59,12 @@ class TensorSpec:
         return shard_rows(self.shape[0], shard, index)
 
 
-def ffn_width(model: ModelSettings) -> int:
-    """Hidden width of the MLP: as given, 4 x width, or 8/3 x width rounded up to 32."""
-    if model.ffn:
-        return model.ffn
-    return 4 * model.width if model.mlp == "relu2" else -(-8 * model.width // 96) * 32
-
-
 def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     """Every parameter of a built-in model, in the order of the model's own parameters."""
-    sizes = {"vocabulary": vocabulary, "width": model.width, "ffn": ffn_width(model)}
+    sizes = {
+        "vocabulary": vocabulary, "width": model.width, "kv": model.kv_width,
+        "ffn": model.hidden_width,
+    }  # fmt: skip
     rows = [row for row in TABLE if _exists(row, model)]
     before = [r for r in rows if "{layer}" not in r.pattern and r.pattern.startswith("embed")]
     block = [r for r in rows if "{layer}" in r.pattern]

@@ -140,11 +140,17 @@ def chunked_attention(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
 
 
 def causal_attention(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
-    """Causal attention of [B, T, H, E] by what is fastest on the device and length."""
+    """Causal attention of [B, T, H, E] by what is fastest on the device and length; keys and
+    values may have fewer heads, each for a group of neighbouring query heads."""
+    group = q_BTHE.shape[2] // k_BTHE.shape[2]
     if q_BTHE.device.type == "cpu" and q_BTHE.shape[1] <= CHUNKED_UP_TO:
+        if group > 1:
+            k_BTHE, v_BTHE = (x.repeat_interleave(group, 2) for x in (k_BTHE, v_BTHE))
         return chunked_attention(q_BTHE, k_BTHE, v_BTHE)
     q_BHTE, k_BHTE, v_BHTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTHE, v_BTHE))
-    out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+    out_BHTE = F.scaled_dot_product_attention(
+        q_BHTE, k_BHTE, v_BHTE, is_causal=True, enable_gqa=group > 1
+    )
     return out_BHTE.transpose(1, 2)
 
 
@@ -161,8 +167,8 @@ class Attention(nn.Module):
         self.head_width = width // settings.heads
         self.qk_norm = settings.qk_norm
         self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, settings.kv_width, bias=False)
+        self.value = nn.Linear(width, settings.kv_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BTD: Tensor, turns_TE2: Tensor) -> Tensor:

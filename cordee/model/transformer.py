@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        width, hidden = settings.width, hidden_width(settings)
+        width, hidden = settings.width, settings.hidden_width
         self.up = nn.Linear(width, hidden, bias=False)
         self.gate = nn.Linear(width, hidden, bias=False) if settings.mlp == "gated" else None
         self.down = nn.Linear(hidden, width, bias=False)
@@ -140,13 +140,3 @@ class Transformer(nn.Module):
             head_width = self.settings.width // self.settings.heads
             self.turns = rotary_turns(length, head_width, self.settings.rope_base, device)
         return self.turns[:length]
-
-
-def hidden_width(settings: ModelSettings) -> int:
-    """Hidden width of the MLP: as given, 4 x width, or 8/3 x width rounded up to 32.
-
-    The paper's twin is `layout.tensors.ffn_width`; a test holds the two equal.
-    """
-    if settings.ffn:
-        return settings.ffn
-    return 4 * settings.width if settings.mlp == "relu2" else -(-8 * settings.width // 96) * 32

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
-from cordee.layout.tensors import TensorSpec, ffn_width
+from cordee.layout.tensors import TensorSpec
 from cordee.plan.cluster import Cluster
 
 MUON_ITERATIONS = 5
@@ -139,9 +139,9 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
     embedding's look-up is free; a tied head is not.
     """
     model, tokens = run.model, run.batch.microbatch * run.data.sequence
-    width, ffn, layers = model.width, ffn_width(model), model.layers
+    width, ffn, layers = model.width, model.hidden_width, model.layers
     gated = model.mlp == "gated"
-    block = 4 * width * width + (3 if gated else 2) * width * ffn
+    block = 2 * width * (width + model.kv_width) + (3 if gated else 2) * width * ffn
     weights = layers * block + vocabulary * width
     keys = keys_per_query(run.data.sequence, device)
     # Over the stream and the hidden layer, forward and backward; their sum is fitted.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
-from cordee.layout.tensors import TensorSpec, ffn_width
+from cordee.layout.tensors import TensorSpec
 from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query, recomputed
 
 FP32 = 4
@@ -195,9 +195,12 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
     element = 2 if run.run.precision == "bf16" else FP32
     width, heads = model.width, model.heads
     norms = 2 * (FP32 + element) * width + 2 * FP32
-    queries = (2 * FP32 * width + 2 * FP32 * heads) if model.qk_norm else 0
-    attention = 4 * element * width + heads * _kept_per_head(run, device, element)
-    mlp = (4 if model.mlp == "gated" else 2) * element * ffn_width(model)
+    keys, kv_heads = model.kv_width, model.kv_heads or heads
+    queries = FP32 * (width + keys + heads + kv_heads) if model.qk_norm else 0
+    # Queries and what attention gives; keys and values, which a CPU repeats for each query head.
+    held = width if device == "cpu" else keys
+    attention = 2 * element * (width + held) + heads * _kept_per_head(run, device, element)
+    mlp = (4 if model.mlp == "gated" else 2) * element * model.hidden_width
     masks = 2 * width * (element if device == "cpu" else 1) if model.dropout else 0
     last = (FP32 + element) * width
     whole = norms + queries + attention + mlp + masks
@@ -223,9 +226,9 @@ def cast_share(run: Run, behind: float) -> float:
 def _products_bytes(run: Run, element: int) -> int:
     """What selective recomputation keeps of a block per token: results of matrix products."""
     model = run.model
-    hidden = (2 if model.mlp == "gated" else 1) * ffn_width(model)
+    hidden = (2 if model.mlp == "gated" else 1) * model.hidden_width
     # Queries, keys, values, what attention gives, its projection, and the MLP's last product.
-    return element * (6 * model.width + hidden)
+    return element * (4 * model.width + 2 * model.kv_width + hidden)
 
 
 def gathered_bytes(run: Run, specs: Sequence[TensorSpec], layout: Layout, canonical: bool) -> int:
@@ -259,14 +262,14 @@ def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
         # The head's gradient and its last part, and the gradient of the head's input.
         element = 2 if run.run.precision == "bf16" else FP32
         logits += run.model.width * (vocabulary * (FP32 + element) + tokens * element)
-    working = FP32 * tokens * (ffn_width(run.model) + run.model.width)
+    working = FP32 * tokens * (run.model.hidden_width + run.model.width)
     return {"logits": logits} if logits >= working else _block_bytes(run)
 
 
 def _block_bytes(run: Run) -> dict[str, int]:
     """What a block's backward works with."""
     tokens = run.batch.microbatch * run.data.sequence
-    return {"backward temporaries": FP32 * tokens * (ffn_width(run.model) + run.model.width)}
+    return {"backward temporaries": FP32 * tokens * (run.model.hidden_width + run.model.width)}
 
 
 def _kept_per_head(run: Run, device: str, element: int) -> float:

@@ -140,7 +140,8 @@ def _job(run: Run, cluster: Cluster, plan: Plan) -> str:
     exact = ", exact" if run.run.exact else ""
     return (
         f"model    {model.preset}: {count_text(plan.predicted.parameters)} parameters,"
-        f" {model.layers} layers x width {model.width}, {model.heads} heads\n"
+        f" {model.layers} layers x width {model.width}, {model.heads} heads"
+        f"{f' ({model.kv_heads} of keys)' if model.kv_heads else ''}\n"
         f"step     {batch.microbatches} microbatches x {batch.microbatch} sequences x"
         f" {run.data.sequence} tokens, {run.optim.name}, {run.run.precision}{exact}\n"
         f"devices  {_devices(cluster)}"

@@ -26,6 +26,7 @@ CASES = {
     "unbuilt axis": (("layout.tensor=2", "launch.processes=2"), "layout.tensor"),
     "many processes": (("launch.processes=5000", "batch.microbatches=5000"), "launch.processes"),
     "width": (("model.width=65",), "model.width"),
+    "shared keys": (("model.kv_heads=3",), "model.kv_heads=2"),
     "exact by the clock": (("run.exact=true", "run.minutes=1"), "run.minutes"),
     "fp16": (("run.precision=fp16",), "bf16"),
     "missing file": (("nowhere.toml",), "nowhere.toml"),

@@ -113,16 +113,18 @@ def peak_bytes(run: Run, vocabulary: int) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("kind", "every"), [("none", 1), *KINDS[:3]])
-@pytest.mark.parametrize(("vocabulary", "chunk"), [(256, 0), (8192, 0), (8192, 128)])
+@pytest.mark.parametrize(
+    ("vocabulary", "chunk", "kv_heads"), [(256, 0, 0), (256, 0, 1), (8192, 0, 0), (8192, 128, 2)]
+)
 def test_peak_is_what_the_plan_says(
-    vocabulary: int, chunk: int, kind: str, every: int, precision: str
+    vocabulary: int, chunk: int, kv_heads: int, kind: str, every: int, precision: str
 ) -> None:
     run = override(
         Run(),
         {
             "memory.recompute": kind, "memory.recompute_every": every, "memory.loss_chunk": chunk,
             "run.precision": precision, "batch.microbatches": 1, "batch.microbatch": 4,
-            "model.layers": 6, "model.width": 128, "model.heads": 4,
+            "model.layers": 6, "model.width": 128, "model.heads": 4, "model.kv_heads": kv_heads,
         },
     )  # fmt: skip
     specs = tuple(tensors(run.model, vocabulary))

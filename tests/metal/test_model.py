@@ -13,7 +13,7 @@ from torch import Tensor
 from cordee.config.presets import model_presets
 from cordee.config.run import InitialSettings, ModelSettings
 from cordee.errors import ConfigError, DataError
-from cordee.layout.tensors import ffn_width, tensors
+from cordee.layout.tensors import tensors
 from cordee.model.attention import (
     causal_attention,
     chunked_attention,
@@ -23,7 +23,7 @@ from cordee.model.attention import (
 )
 from cordee.model.initial import SCHEMES, initial_tensor, initialise, tensor_seed
 from cordee.model.loss import soft_cap
-from cordee.model.transformer import Transformer, hidden_width, squared_relu
+from cordee.model.transformer import Transformer, squared_relu
 from cordee.sample import generate, to_text
 
 CPU = torch.device("cpu")
@@ -57,19 +57,18 @@ def value(model: Transformer, tokens: Tensor) -> float:
 
 @pytest.mark.parametrize("mlp", ["relu2", "gated"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_the_table(mlp: str, tied: bool) -> None:
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_parameters_are_the_table(mlp: str, tied: bool, kv_heads: int) -> None:
     for preset in model_presets().values():
-        settings = replace(preset, mlp=mlp, tied=tied)
+        settings = replace(preset, mlp=mlp, tied=tied, kv_heads=kv_heads)
         with torch.device("meta"):
             model = Transformer(settings, 256)
         built = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         assert built == [(spec.name, spec.shape) for spec in tensors(settings, 256)]
-        assert hidden_width(settings) == ffn_width(settings)
         assert not dict(model.state_dict()).keys() - {name for name, _ in built}
 
 
 def test_hidden_width_is_obeyed() -> None:
-    assert hidden_width(replace(SMALL, ffn=48)) == 48
     assert Transformer(replace(SMALL, ffn=48), 16).blocks[0].mlp.up.weight.shape == (48, 32)
 
 
@@ -147,6 +146,23 @@ def test_chunked_attention_is_causal_attention(length: int) -> None:
     expected = torch.autograd.grad(obvious, (q, k, v), grad)
     for a, b in zip(torch.autograd.grad(fast, (q, k, v), grad), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [130, 1100])
+def test_grouped_queries_are_repeated_keys(length: int) -> None:
+    q = torch.randn(2, length, 6, 8, requires_grad=True)
+    k, v = (torch.randn(2, length, 2, 8, requires_grad=True) for _ in range(2))
+    grad = torch.randn(2, length, 6, 8)
+    # Heads 0-2 share the first key head, 3-5 the second.
+    wide = [x[:, :, [0, 0, 0, 1, 1, 1]] for x in (k, v)]
+    obvious = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, *wide)), is_causal=True
+    ).transpose(1, 2)
+    found = causal_attention(q, k, v)
+    torch.testing.assert_close(found, obvious, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(obvious, (q, k, v), grad)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_long_sequences_agree_too() -> None:
