@@ -22,13 +22,12 @@ from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.prepare import check_length, prepare, resolve
 from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
-from cordee.dist.start import Launched, launched
+from cordee.dist.start import PLAN_FILE, Launched, launched
 from cordee.errors import ConfigError, DataError
 from cordee.metrics.sinks import last_event, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
 
-PLAN_FILE = "plan.json"
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
 
@@ -195,8 +194,8 @@ def get_ready(run: Run, processes: int | None = None) -> Ready:
     standing = look(run)
     told = launched()
     wanted = _processes(run, told, processes)
-    if told.plan:
-        plan = Plan.from_json(told.plan)
+    if made := told.read_plan():
+        plan = Plan.from_json(made)
     else:
         cluster = replace(local_cluster(), hosts=told.hosts)
         plan = make_plan(run, cluster, vocabulary_of(run), wanted)

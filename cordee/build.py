@@ -27,7 +27,6 @@ from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.split import shard_rows
 from cordee.model.initial import initialise
-from cordee.model.recompute import Recompute
 from cordee.model.transformer import Transformer
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather
@@ -49,6 +48,15 @@ class Parts:
 
     model: nn.Module | None = None
     loader: Microbatches | None = None
+
+    def check(self, run: Run) -> None:
+        """ConfigError for what `run` asks of a part that is not the house's own."""
+        if self.model is not None and run.memory != MemorySettings():
+            raise ConfigError(
+                "memory.* is for the built-in model",
+                values={"model": type(self.model).__name__, **asdict(run.memory)},
+                fix="leave memory.* out, and checkpoint inside your module",
+            )
 
 
 @dataclass
@@ -135,12 +143,6 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
     mesh = make_mesh(plan.layout, world.rank, world.device)
     ranges = [range(start, stop) for start, stop in plan.splits]
     model = parts.model or make_model(run, data.vocabulary)
-    if parts.model is not None and run.memory != MemorySettings():
-        raise ConfigError(
-            "memory.* is for the built-in model",
-            values={"model": type(model).__name__, **asdict(run.memory)},
-            fix="leave memory.* out, and checkpoint inside your module",
-        )
     canonical = run.run.exact or plan.protocol == "exchange"
     model = apply(model, mesh, world.device, canonical)
     parameters = dict(model.named_parameters())
@@ -185,8 +187,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
 def make_model(run: Run, vocabulary: int) -> nn.Module:
     """The built-in model, initialised: every number depends on (seed, name) alone."""
     model = Transformer(run.model, vocabulary)
-    model.recompute = Recompute(run.memory.recompute, run.memory.recompute_every)
-    model.loss_chunk = run.memory.loss_chunk
+    model.memory = run.memory
     initialise(model, run.initial, run.run.seed, run.model.layers)
     return model
 

@@ -31,7 +31,7 @@ from cordee.metrics.screen import Screen
 from cordee.metrics.sinks import JsonLines, keep_lines, now
 from cordee.optim.clip import layer_norms
 from cordee.parallel.shard import local
-from cordee.plan.report import compare
+from cordee.plan.report import compare, count_text
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,10 @@ class Desk:
     def tell_start(self, state: RunState, came_from: str | None) -> None:
         """The lines before the first step: what is trained, on which layout and why, from where."""
         plan, batch, run = state.plan, state.run.batch, state.run
-        millions = plan.predicted.parameters / 1e6
         self.screen.say(
-            f"model   {run.model.preset}: {millions:.2f} M parameters; {batch.microbatches}"
-            f" microbatches x {batch.microbatch} x {run.data.sequence} tokens a step,"
-            f" {run.optim.name}, {run.run.precision}"
+            f"model   {run.model.preset}: {count_text(plan.predicted.parameters)} parameters;"
+            f" {batch.microbatches} microbatches x {batch.microbatch} x {run.data.sequence} tokens"
+            f" a step, {run.optim.name}, {run.run.precision}"
         )
         self.screen.say(f"layout  {plan.why}")
         if came_from is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from cordee.build import RunState
+from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
 from cordee.checkpoint.state import Progress, progress_of, reader
 from cordee.desk import Desk
@@ -75,4 +76,4 @@ def choose_checkpoint(state: RunState, desk: Desk) -> tuple[Checkpoint | None, i
     generation, step, old = gather_rows(row, state.mesh.workers, state.world.size)[0].tolist()
     if step < 0 or state.world.first:
         return found, generation
-    return open_checkpoint(folder / f"step-{step:08d}.g{old}", verify=False), generation
+    return open_checkpoint(folder / folder_name(step, old), verify=False), generation

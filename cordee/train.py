@@ -67,6 +67,8 @@ def train(run: Run, parts: Parts | None = None) -> Report:
     cannot travel). Raises CordeeError with exit code 2 before anything is started or written when
     the command or its input is wrong.
     """
+    if parts is not None:
+        parts.check(run)
     ready = get_ready(run, processes=1 if parts is not None else None)
     if ready.standing.finished is not None:
         return Report(ready.run.run.dir, 0, ready.standing.finished)
@@ -88,15 +90,17 @@ def descend(ready: Ready, parts: Parts) -> Report:
         world(told, plan.device, plan.threads, run.launch.timeout_s) as here,
     ):
         # Distribute the data: one process writes the snapshot; then one of each host, should hosts
-        # share no disk. Which rows are whose follows from the order and the plan's splits alone.
-        for turn in (here.first, told.local_rank == 0):
-            if turn:
-                lay_out_data(run)
+        # share no disk; then the others read it. Which rows are whose follows from the order and
+        # the plan's splits alone.
+        mine = 0 if here.first else 1 if told.local_rank == 0 else 2
+        for turn in range(3):
+            if turn == mine:
+                data = lay_out_data(run)
             if told.size > 1:
                 torch.distributed.barrier()
         # Distribute the model: replicated over islands, sharded inside them; then the state of the
         # newest checkpoint, cut for this layout.
-        state = build(run, plan, here, lay_out_data(run), parts)
+        state = build(run, plan, here, data, parts)
         if here.first:
             record(run, plan)
         desk = Desk(state, asked)

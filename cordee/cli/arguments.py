@@ -24,6 +24,11 @@ class Words:
     overrides: tuple[str, ...]
     rest: tuple[str, ...]
 
+    @property
+    def run(self) -> str | None:
+        """The first of the other words: what a verb calls RUN."""
+        return self.rest[0] if self.rest else None
+
     def load(self) -> Loaded:
         """The run that the file and the overrides describe."""
         return load(self.file, self.overrides)

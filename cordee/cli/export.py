@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     made.add_argument("--output", default="", help="where to write")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1)
-    folder, wanted = run_of("export", words.rest[0] if words.rest else None)
+    folder, wanted = run_of("export", words.run)
     output = Path(words.flags.output or folder / "model.safetensors")
     if not output.parent.is_dir():
         raise ConfigError(

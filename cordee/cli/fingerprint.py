@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     words = read(made, argv, rest=1)
     from cordee.cli.weights import PREFIX, open_weights
 
-    found = open_weights("fingerprint", words.rest[0] if words.rest else None)
+    found = open_weights("fingerprint", words.run)
     names = [n.removeprefix(PREFIX) for n in found.names() if n.startswith(PREFIX)]
     digest = weights_sha256(names, lambda name: found.read(PREFIX + name))
     if words.flags.json:

@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
             values={"word": words.file or words.overrides[0]},
             fix="cordee report RUN [--output FILE] [--json]",
         )
-    folder = find_run("report", words.rest[0] if words.rest else None)
+    folder = find_run("report", words.run)
     target = Path(words.flags.output) if words.flags.output else folder / "report.html"
     if not target.parent.is_dir() or target.is_dir():
         raise ConfigError(

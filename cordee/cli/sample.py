@@ -33,8 +33,7 @@ def run(argv: list[str]) -> int:
             values={n: getattr(words.flags, n) for n in ("prompt", "tokens", "temperature")},
             fix="--tokens 300 --temperature 0.8",
         )
-    word = words.rest[0] if words.rest else None
-    folder, wanted = run_of("sample", word)
+    folder, wanted = run_of("sample", words.run)
     place = folder / "data"
     info = read_info(place if place.exists() else Path(wanted.data.path))
     if info.tokenizer != "bytes":

@@ -134,6 +134,10 @@ class MemorySettings:
     loss_chunk: int = 0
     """Positions whose logits are held at once; 0: those of a whole microbatch."""
 
+    def recomputes(self, block: int) -> bool:
+        """Whether block number `block` runs its forward again in the backward."""
+        return self.recompute != "none" and block % self.recompute_every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:

@@ -81,14 +81,12 @@ class Exchange:
         vectors = [vector for _, vector in partial]
         n = vectors[0].numel()
         chunk = -(-n // self.size)
-        others = self.size - 1
-        self.bytes_sent += (len(vectors) + 1) * others * chunk * self.codec.dtype.itemsize
+        messages = (len(vectors) + 1) * (self.size - 1)
+        self.bytes_sent += messages * chunk * self.codec.dtype.itemsize
         if self.commutes:
             dist.all_reduce(vectors[0], group=self.group)
-            total = vectors[0]
-        else:
-            total = self._add_slices(vectors, chunk)[:n]
-        return total
+            return vectors[0]
+        return self._add_slices(vectors, chunk)[:n]
 
     def _add_slices(self, vectors: Sequence[Tensor], chunk: int) -> Tensor:
         """All-to-all of slices, the owner's sum in canonical order, all-gather of the sums."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cordee.dist.start import PLAN, rank_environment
+from cordee.dist.start import PLAN_FILE, rank_environment
 
 GRACE_S = 10.0
 """How long ranks may take to leave after the first one failed."""
@@ -36,16 +36,16 @@ class _Rank:
     descriptor: int
 
 
-def launch(command: Sequence[str], processes: int, threads: int, plan: str = "") -> int:
+def launch(command: Sequence[str], processes: int, threads: int, plan: str) -> int:
     """Runs `command` (arguments after the interpreter) as `processes` ranks; returns exit code.
 
-    `plan` is laid beside the ranks' store (PLAN): what was decided here is not decided again.
+    `plan` is laid beside the ranks' store (PLAN_FILE): what was decided here is not decided again.
 
     Rank 0 keeps the terminal; what the others say on standard error is kept and shown only when
     one of them fails first. SIGINT and SIGTERM are passed on; the second one is passed on too.
     """
     folder = Path(tempfile.mkdtemp(prefix="cordee-"))
-    (folder / PLAN).write_text(plan)
+    (folder / PLAN_FILE).write_text(plan)
     ranks: list[_Rank] = []
     passed_on: list[int] = []
 

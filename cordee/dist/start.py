@@ -35,8 +35,8 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 STORE = "CORDEE_STORE"
-PLAN = "plan.json"
-"""The launching process's plan, beside the store."""
+PLAN_FILE = "plan.json"
+"""The launching process's plan, beside the store; the run's, in its folder."""
 PARENT = "CORDEE_PARENT"
 
 
@@ -52,10 +52,9 @@ class Launched:
     by_launcher: bool = False
     hosts: int = 1
 
-    @property
-    def plan(self) -> str:
+    def read_plan(self) -> str:
         """The plan that our own launcher made (JSON); empty when there is none."""
-        path = Path(self.store).with_name(PLAN) if self.store else None
+        path = Path(self.store).with_name(PLAN_FILE) if self.store else None
         return path.read_text() if path is not None and path.exists() else ""
 
 

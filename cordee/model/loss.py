@@ -25,15 +25,15 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, fp32; targets of -100 do not count."""
-    logits_NV = logits_BTV.flatten(0, -2).float()
-    return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
+def capped_logits(x: Tensor, head_VD: Tensor, cap: float) -> Tensor:
+    """The head's product and the cap: [..., D] to fp32 [..., V]."""
+    return soft_cap(F.linear(x, head_VD).float(), cap)
 
 
-def head_loss(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """The head's product, the cap and the loss, as written."""
-    return loss_sum(soft_cap(F.linear(x_ND, head_VD).float(), cap), targets_N)
+def head_loss(x: Tensor, head_VD: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Summed cross-entropy in nats, fp32, of x [..., D]; targets [...] of -100 do not count."""
+    logits_NV = capped_logits(x, head_VD, cap).flatten(0, -2)
+    return F.cross_entropy(logits_NV, targets.flatten(), reduction="sum")
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -10,7 +10,6 @@ time for memory evenly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
+
+from cordee.config.run import MemorySettings
 
 aten = torch.ops.aten
 KEPT = {
@@ -34,20 +35,13 @@ KEPT = {
 Attention's scores (baddbmm) are not among them: they grow with the square of the sequence."""
 
 
-@dataclass(frozen=True)
-class Recompute:
-    """Runs blocks: `kind` is none, selective or full; of every `every` blocks one is recomputed."""
-
-    kind: str = "none"
-    every: int = 1
-
-    def __call__(self, index: int, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`, of block number `index`."""
-        if self.kind == "none" or index % self.every or not torch.is_grad_enabled():
-            return cast(Tensor, block(*inputs))
-        contexts = _selective if self.kind == "selective" else noop_context_fn
-        again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-        return cast(Tensor, again)
+def run_block(memory: MemorySettings, index: int, block: nn.Module, *inputs: Tensor) -> Tensor:
+    """`block(*inputs)`, of block number `index`, keeping what `memory` says for the backward."""
+    if not (memory.recomputes(index) and torch.is_grad_enabled()):
+        return cast(Tensor, block(*inputs))
+    contexts = _selective if memory.recompute == "selective" else noop_context_fn
+    again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    return cast(Tensor, again)
 
 
 def _selective() -> Any:

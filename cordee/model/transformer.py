@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.config.run import ModelSettings
+from cordee.config.run import MemorySettings, ModelSettings
 from cordee.model.attention import Attention, RMSNorm, rotary_turns
-from cordee.model.loss import chunked_loss, loss_sum, soft_cap
-from cordee.model.recompute import Recompute
+from cordee.model.loss import capped_logits, chunked_loss, head_loss
+from cordee.model.recompute import run_block
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -90,8 +90,7 @@ class Transformer(nn.Module):
     """A causal language model over `vocabulary` tokens; parameters as in `layout/tensors.py`.
 
     Nothing is drawn here that counts: call `initialise` after construction (also after
-    construction on the meta device and `to_empty`). `recompute` and `loss_chunk` (positions whose
-    logits are held at once; 0: all) trade time for memory.
+    construction on the meta device and `to_empty`). `memory` trades time for memory.
     """
 
     turns: Tensor
@@ -100,8 +99,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.vocabulary = vocabulary
-        self.recompute = Recompute()
-        self.loss_chunk = 0
+        self.memory = MemorySettings()
         self.embed = nn.Embedding(vocabulary, settings.width)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.norm = RMSNorm(settings.width)
@@ -113,15 +111,16 @@ class Transformer(nn.Module):
         x_BTD = self.embed(tokens_BT)
         turns_TE2 = self._turns(tokens_BT.shape[1], x_BTD.device)
         for index, block in enumerate(self.blocks):
-            x_BTD = self.recompute(index, block, x_BTD, turns_TE2)
+            x_BTD = run_block(self.memory, index, block, x_BTD, turns_TE2)
         x_BTD = self.norm(x_BTD)
         head_VD = self.embed.weight if self.head is None else self.head.weight
         cap = self.settings.logit_cap
-        if targets_BT is not None and self.loss_chunk:
+        if targets_BT is None:
+            return capped_logits(x_BTD, head_VD, cap)
+        if self.memory.loss_chunk:
             x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-            return chunked_loss(x_ND, head_VD, targets_N, cap, self.loss_chunk)
-        logits_BTV = soft_cap(F.linear(x_BTD, head_VD).float(), cap)
-        return logits_BTV if targets_BT is None else loss_sum(logits_BTV, targets_BT)
+            return chunked_loss(x_ND, head_VD, targets_N, cap, self.memory.loss_chunk)
+        return head_loss(x_BTD, head_VD, targets_BT, cap)
 
     def loss(self, tokens_BT1: Tensor) -> Tensor:
         """Summed loss (nats) of predicting each of tokens [B, T+1] from those before it."""

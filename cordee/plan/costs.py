@@ -148,7 +148,7 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
     elements = (36 if model.dropout else 24) * width + (7 if gated else 4) * ffn
     matrix_flops, per_key = 6.0 * tokens * weights, 12.0 * tokens * layers * width
     # A second forward of some blocks: a third of forward and backward, products only when full.
-    again = sum(recomputed(run, index) for index in range(layers))
+    again = sum(map(run.memory.recomputes, range(layers)))
     twice = 1.0 + again / layers / 3
     selects = again if run.memory.recompute == "selective" and device == "cpu" else 0
     products = 2.0 * tokens * again * block if run.memory.recompute == "full" else 0.0
@@ -163,11 +163,6 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
         probabilities=float(tokens) * layers * model.heads * keys,
         flops=matrix_flops + per_key * run.data.sequence / 2,
     )
-
-
-def recomputed(run: Run, index: int) -> bool:
-    """Whether block `index` runs its forward again in the backward (model/recompute.py)."""
-    return run.memory.recompute != "none" and index % run.memory.recompute_every == 0
 
 
 def keys_per_query(length: int, device: str) -> float:

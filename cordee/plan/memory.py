@@ -18,7 +18,7 @@ from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
 from cordee.layout.tensors import TensorSpec
-from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query, recomputed
+from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query
 
 FP32 = 4
 OVERHEAD_BYTES: Mapping[str, int] = {"cpu": 250 << 20, "cuda": 900 << 20}
@@ -131,13 +131,14 @@ def rank_memory(
     several = -(-run.batch.microbatches // layout.workers) > 1
     before = sums.most - 1 if wire.canonical else int(several and keeps_whole)
     # Gradients of this backward need room of their own, unless earlier ones take them in.
-    grows = mine if not (before and keeps_whole) or wire.canonical else 0
+    grows = mine if wire.canonical or not before else 0
+    gathered = gathered_bytes(run, specs, layout, wire.canonical)
     moments = [
         {
-            "gradients": int((before if keeps_whole else 0) * mine + grows * behind),
+            "gradients": int(before * mine + grows * behind),
             # FSDP2 adds whole gradients up until the last microbatch, then reduces unit by unit.
             "gradients to reduce": 0 if keeps_whole else whole if several else _unit(run, specs),
-            "gathered parameters": gathered_bytes(run, specs, layout, wire.canonical),
+            "gathered parameters": gathered,
             "activations": activations,
             **(_block_bytes(run) if behind else _top_bytes(run, specs)),
             "bf16 weights": int(whole // 2 * cast_share(run, behind)),
@@ -147,7 +148,7 @@ def rank_memory(
     backward = max(moments, key=lambda items: sum(items.values()))
     summed = {
         "gradients": sums.most * mine,
-        "gathered parameters": gathered_bytes(run, specs, layout, wire.canonical),
+        "gathered parameters": gathered,
     }
     agree = {
         "gradients": sums.ends * mine,
@@ -205,7 +206,7 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
     last = (FP32 + element) * width
     whole = norms + queries + attention + mlp + masks
     kept = FP32 * width + (_products_bytes(run, element) if run.memory.recompute != "full" else 0)
-    again = [recomputed(run, index) for index in range(model.layers)]
+    again = [run.memory.recomputes(index) for index in range(model.layers)]
     below = [0.0, *itertools.accumulate(kept if block else whole for block in again)]
     moments = [(int(tokens * (below[-1] + last)), 0.0)]
     for index in range(model.layers):
@@ -219,7 +220,7 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
 def cast_share(run: Run, behind: float) -> float:
     """Part of the weights whose bf16 copies are held: all at the loss (autocast's cache), later
     those of blocks that keep them and of the one that is computed again."""
-    again = sum(recomputed(run, index) for index in range(run.model.layers)) if behind else 0
+    again = sum(map(run.memory.recomputes, range(run.model.layers))) if behind else 0
     return 1.0 - max(0, again - 1) / run.model.layers if run.run.precision == "bf16" else 0.0
 
 
@@ -262,8 +263,8 @@ def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
         # The head's gradient and its last part, and the gradient of the head's input.
         element = 2 if run.run.precision == "bf16" else FP32
         logits += run.model.width * (vocabulary * (FP32 + element) + tokens * element)
-    working = FP32 * tokens * (run.model.hidden_width + run.model.width)
-    return {"logits": logits} if logits >= working else _block_bytes(run)
+    block = _block_bytes(run)
+    return {"logits": logits} if logits >= sum(block.values()) else block
 
 
 def _block_bytes(run: Run) -> dict[str, int]:

@@ -82,8 +82,7 @@ class AllReduce(_Stateless):
         dist.all_reduce(flat, group=self.group)
         share = 2 * (self.size - 1) / self.size
         self.bytes_sent += int(share * flat.numel() * flat.element_size())
-        whole = unflatten(flat, gradients)
-        return whole
+        return unflatten(flat, gradients)
 
 
 class ByExchange(_Stateless):
@@ -101,9 +100,9 @@ class ByExchange(_Stateless):
         if self.exchange.size == 1:
             return like
         flat = [(node, flatten(tensors)) for node, tensors in partial]
-        whole = unflatten(self.exchange.add(flat), like)
+        whole = self.exchange.add(flat)
         self.bytes_sent = self.exchange.bytes_sent
-        return whole
+        return unflatten(whole, like)
 
 
 class Compared(_Stateless):

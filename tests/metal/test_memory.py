@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cordee.build import Parts
 from cordee.config.load import override
-from cordee.config.run import InitialSettings, ModelSettings, Run
+from cordee.config.run import InitialSettings, MemorySettings, ModelSettings, Run
+from cordee.errors import ConfigError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensors
 from cordee.model.initial import initialise
 from cordee.model.loss import chunked_loss, head_loss
-from cordee.model.recompute import Recompute
 from cordee.model.transformer import Transformer
 from cordee.plan.memory import Wire, rank_memory
+from cordee.train import train as cordee_train
 from tests.conftest import SMALL, cordee, digest, rows, train
 
 KINDS = [("selective", 1), ("full", 1), ("full", 2), ("selective", 3)]
@@ -53,7 +55,7 @@ def test_computing_again_gives_the_same_bits(kind: str, every: int, bf16: bool, 
     model = made(ModelSettings(layers=3, width=32, heads=4, dropout=0.2, mlp=mlp))  # type: ignore[arg-type]
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     loss, grads = run_once(model, tokens, bf16)
-    model.recompute = Recompute(kind, every)
+    model.memory = MemorySettings(recompute=kind, recompute_every=every)  # type: ignore[arg-type]
     again, grads_again = run_once(model, tokens, bf16)
     assert torch.equal(loss, again)
     assert len(grads) == len(list(model.parameters()))
@@ -84,7 +86,7 @@ def test_chunks_in_the_model(tied: bool) -> None:
     model = made(ModelSettings(layers=2, width=32, heads=4, tied=tied))
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     loss, grads = run_once(model, tokens, bf16=False)
-    model.loss_chunk = 17
+    model.memory = MemorySettings(loss_chunk=17)
     again, grads_again = run_once(model, tokens, bf16=False)
     torch.testing.assert_close(again, loss)
     for a, b in zip(grads_again, grads, strict=True):
@@ -94,8 +96,7 @@ def test_chunks_in_the_model(tied: bool) -> None:
 def peak_bytes(run: Run, vocabulary: int) -> int:
     """Most bytes that forward and backward of one microbatch allocate at once."""
     model = made(run.model, vocabulary)
-    model.recompute = Recompute(run.memory.recompute, run.memory.recompute_every)
-    model.loss_chunk = run.memory.loss_chunk
+    model.memory = run.memory
     tokens = torch.randint(0, vocabulary, (run.batch.microbatch, run.data.sequence + 1))
     run_once(model, tokens, run.run.precision == "bf16")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -156,3 +157,10 @@ def test_chunks_belong_to_the_descent_and_act(tmp_path: Path) -> None:
     other = cordee("train", *SMALL, *words, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}")
     assert other.returncode == 2
     assert "memory.loss_chunk" in other.stderr
+
+
+def test_levers_are_refused_for_a_model_that_is_brought(run_dir: Path) -> None:
+    run = override(Run(), {"run.dir": str(run_dir), "run.steps": 2, "memory.recompute": "full"})
+    with pytest.raises(ConfigError, match="built-in model"):
+        cordee_train(run, Parts(model=torch.nn.Linear(2, 2)))
+    assert not run_dir.exists()
