@@ -13,8 +13,9 @@ from pathlib import Path
 
 from cordee.cli.arguments import Words, parser, read, say
 from cordee.config.check import check
+from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
-from cordee.config.run import ModelSettings, Run
+from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.layout.tensors import parameters
 from cordee.plan.cluster import Cluster, local_cluster, read_cluster

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cordee.config import run as schema
+from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
-from cordee.config.run import FREE_ON_RESUME, ModelSettings, Run
+from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
 RUN_FILE = "run.toml"
@@ -122,8 +123,9 @@ def convert(key: str, value: Any, kind: Any) -> Any:
                 continue
         raise _wrong_type(key, value, kind)
     if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
+        for allowed in get_args(kind):
+            if not isinstance(value, bool) and value in (allowed, str(allowed)):
+                return allowed
         raise _unknown_value(key, value, [str(v) for v in get_args(kind)])
     converted = _leaf(value, kind)
     if converted is None:
@@ -211,7 +213,7 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " | ".join(type_name(option) for option in get_args(kind))
     if get_origin(kind) is Literal:
-        return " | ".join(f'"{value}"' for value in get_args(kind))
+        return " | ".join(_toml(value) for value in get_args(kind))
     return {int: "int", float: "float", str: "text", bool: "true | false"}.get(kind, str(kind))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cordee.config.run import ModelSettings
+from cordee.config.model import ModelSettings
 
 DEFAULT_LR: Mapping[str, float] = {
     "sgd": 0.5,

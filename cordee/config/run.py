@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cordee.config.model import InitialSettings, ModelSettings
+
 Auto = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
 
@@ -32,70 +34,14 @@ class RunSettings:
     """Name of the run; the default is the model preset's name."""
     exact: bool = False
     """Same bits on any number of processes: canonical order of summation, one thread per rank."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of forward and backward; parameters, gradients and sums stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """Arithmetic of forward and backward; parameters, gradients and sums stay fp32. fp16 scales
+    the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have it) and the rest in
+    bf16."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of every block (slow first step, faster ones after; other last bits)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command again goes on from the newest complete checkpoint; never: refuse."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    preset: str = "tiny"
-    """A named size (see `cordee plan --models`); the other model keys override parts of it."""
-    layers: int = 5
-    """Number of transformer blocks."""
-    width: int = 128
-    """Width of the residual stream; a multiple of model.heads."""
-    heads: int = 4
-    """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
-    kv_heads: int = 0
-    """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); a divisor
-    of heads, 0: as many as heads."""
-    ffn: int = 0
-    """Hidden width of the MLP; 0: 4 x width (relu2), 8/3 x width rounded up to 32 (gated)."""
-    mlp: Literal["relu2", "gated"] = "relu2"
-    """relu2: squared ReLU (So et al. 2021); gated: SwiGLU (Shazeer 2020)."""
-    dropout: float = 0.0
-    """Dropout on attention and MLP outputs; random numbers depend on (seed, step, microbatch)."""
-    qk_norm: bool = True
-    """Normalise queries and keys to unit root mean square (tames exploding attention logits)."""
-    tied: bool = False
-    """Use the embedding's matrix as the output head as well."""
-    rope_base: float = 10000.0
-    """Base of the rotary position frequencies (Su et al. 2021)."""
-    logit_cap: float = 15.0
-    """Soft cap on logits, cap x tanh(logits / cap); 0 turns it off."""
-
-    @property
-    def hidden_width(self) -> int:
-        """Hidden width of the MLP: as given, 4 x width, or 8/3 x width rounded up to 32."""
-        usual = 4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 96) * 32
-        return self.ffn or usual
-
-    @property
-    def kv_width(self) -> int:
-        """Width of keys and of values, all their heads together."""
-        return self.width // self.heads * (self.kv_heads or self.heads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialSettings:
-    matrices: Literal[
-        "xavier", "xavier_normal", "kaiming", "kaiming_normal", "orthogonal", "truncated_normal",
-        "normal", "zero",
-    ] = "xavier"  # fmt: skip
-    """How weight matrices start (see the table in model/initial.py)."""
-    residual: Literal["same", "depth_scaled", "zero"] = "zero"
-    """Matrices that write into the residual stream: as the others, divided by sqrt(2 x layers), or
-    zero (each block starts as the identity)."""
-    embedding_std: float = 0.5
-    """Standard deviation of the embedding."""
-    head: Literal["same", "truncated_normal", "zero"] = "zero"
-    """How the output head starts; zero means uniform predictions, first loss = ln(vocabulary)."""
-    std: float = 0.02
-    """Standard deviation for normal and truncated_normal (cut at 2 standard deviations)."""
-    gain: float = 1.0
-    """Factor on every matrix drawn by matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +79,9 @@ class MemorySettings:
     """One of every so many blocks is recomputed; the others keep everything."""
     loss_chunk: int = 0
     """Positions whose logits are held at once; 0: those of a whole microbatch."""
+    offload: Literal["none", "parameters"] = "none"
+    """parameters: parameters, gradients and optimiser state live in the host's memory, and the
+    update is computed there (accelerators only)."""
 
     def recomputes(self, block: int) -> bool:
         """Whether block number `block` runs its forward again in the backward."""
@@ -205,6 +154,16 @@ class LayoutSettings:
     """Ranks that split a sequence."""
     expert: Auto = "auto"
     """Ranks that split the experts."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of a pipeline's work: all forwards then all backwards, one of each in turn, several
+    stages a rank in turn, or backwards split so that weights fill the gaps (Qi et al. 2023)."""
+    chunks: int = 2
+    """Stages a rank has under interleaved; zero_bubble always has two, the others one."""
+    attention: Literal["gather", "ring"] = "gather"
+    """How a split sequence attends: gather all keys and values, or pass them round (Liu 2023)."""
+    zero: Literal["auto", 1, 2, 3] = "auto"
+    """What shard ranks keep whole between uses: 1 parameters and gradients, 2 parameters, 3 nothing
+    (ZeRO, Rajbhandari et al. 2020). auto: the first that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)

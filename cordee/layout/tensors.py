@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cordee.config.run import ModelSettings
+from cordee.config.model import ModelSettings
 from cordee.layout.split import shard_rows
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.config.run import ModelSettings
+from cordee.config.model import ModelSettings
 
 NORM_EPS = 1e-6
 """Added to the mean square before the root."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cordee.config.run import InitialSettings
+from cordee.config.model import InitialSettings
 from cordee.errors import ConfigError
 
 RESIDUAL = ("attention.out.weight", "mlp.down.weight")

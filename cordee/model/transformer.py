@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.config.run import MemorySettings, ModelSettings
+from cordee.config.model import ModelSettings
+from cordee.config.run import MemorySettings
 from cordee.model.attention import Attention, RMSNorm, rotary_turns
 from cordee.model.loss import capped_logits, chunked_loss, head_loss
 from cordee.model.recompute import run_block

@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cordee.build import Parts
 from cordee.config.load import override
-from cordee.config.run import InitialSettings, MemorySettings, ModelSettings, Run
+from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.run import MemorySettings, Run
 from cordee.errors import ConfigError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensors

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
-from cordee.config.run import InitialSettings, ModelSettings
 from cordee.errors import ConfigError, DataError
 from cordee.layout.tensors import tensors
 from cordee.model.attention import (

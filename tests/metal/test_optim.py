@@ -20,14 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import DEFAULT_LR
-from cordee.config.run import (
-    ClipSettings,
-    InitialSettings,
-    ModelSettings,
-    OptimSettings,
-    ParameterLimit,
-)
+from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
 from cordee.errors import CheckpointError, LayoutError
 from cordee.layout.tensors import tensors
 from cordee.model.initial import initialise
