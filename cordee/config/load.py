@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import sys
 import tomllib
 import types
 import typing
@@ -19,7 +20,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from cordee.config import run as schema
 from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import FREE_ON_RESUME, Run
@@ -200,7 +200,7 @@ def explain(key: str, loaded: Loaded) -> str:
 
 
 def field_doc(key: str) -> str:
-    """The sentence that stands under the key's field in config/run.py."""
+    """The sentence that stands under the key's field in config/run.py or config/model.py."""
     cls: type = Run
     *path, name = key.split(".")
     for part in path:
@@ -218,7 +218,7 @@ def type_name(kind: Any) -> str:
 
 
 def _docs_of(cls: type) -> dict[str, str]:
-    tree = ast.parse(inspect.getsource(schema))
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     docs: dict[str, str] = {}
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
     for statement, follower in itertools.pairwise(body):

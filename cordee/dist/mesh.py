@@ -1,63 +1,113 @@
-"""From a layout to torch's DeviceMesh and the groups that the house uses.
+"""From a layout to torch's process groups: one for every set of axes that the house sums over.
 
-Not here: how a model is cut (`parallel/`). Traded away: axes of degree 1 get no group of their own,
-because a collective of one is the identity.
+A group holds the ranks that differ only in the named axes, in rank order. Only the groups that this
+rank belongs to are made, so 16,384 ranks cost no more than two. Not here: how a model is cut
+(`parallel/`). Traded away: axes of degree 1 get no group, because a collective of one is the
+identity.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from cordee.layout.axes import Layout
+from cordee.layout.axes import AXES, INSIDE, Layout
+
+WORKERS = ("island", "expert", "shard")
+"""Axes whose ranks compute different microbatches."""
+
+SETS = (
+    *((axis,) for axis in AXES),
+    WORKERS,
+    AXES,
+    INSIDE,
+    ("context", "expert"),
+    ("context", "tensor"),
+    ("context", "expert", "tensor"),
+    ("shard", "tensor"),
+    ("expert", "shard", "tensor"),
+    ("context", "expert", "shard", "tensor"),
+    ("island", "context", "expert", "shard", "tensor"),
+)
+"""Sets of axes that get a group."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of one rank; None stands for a group of one.
-
-    `workers` are all ranks (each computes its own microbatches); `islands` the ranks at the same
-    place of every island; `shards` the ranks of this island.
-    """
+    """The groups of one rank. `at` are its coordinates."""
 
     layout: Layout
     rank: int
-    workers: dist.ProcessGroup | None
-    islands: dist.ProcessGroup | None
-    shards: dist.ProcessGroup | None
+    at: Mapping[str, int]
+    groups: Mapping[tuple[str, ...], dist.ProcessGroup]
     shard_mesh: DeviceMesh | None
 
-    @property
-    def island(self) -> int:
-        """Number of this rank's island."""
-        return self.layout.coordinates(self.rank)["island"]
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """Ranks that differ from this one only in `axes`; None stands for this rank alone."""
+        named = tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
+        return self.groups[named] if named else None
 
-    @property
-    def shard(self) -> int:
-        """Place of this rank in its island."""
-        return self.layout.coordinates(self.rank)["shard"]
+    def size(self, *axes: str) -> int:
+        """How many ranks that group has."""
+        found = 1
+        for axis in axes:
+            found *= getattr(self.layout, axis)
+        return found
+
+    def index(self, *axes: str) -> int:
+        """This rank's place in that group."""
+        place = 0
+        for axis in AXES:
+            if axis in axes:
+                place = place * getattr(self.layout, axis) + self.at[axis]
+        return place
 
     @property
     def worker(self) -> int:
         """Which share of the microbatches this rank computes."""
-        return self.layout.worker(self.rank)
+        return self.index(*WORKERS)
 
 
-def make_mesh(layout: Layout, rank: int, device: str) -> Mesh:
-    """Builds the groups; every rank must call it at the same point (torch's rule)."""
-    if layout.size == 1:
-        return Mesh(layout, rank, None, None, None, None)
-    kind = device.split(":")[0]
-    mesh = init_device_mesh(
-        kind, (layout.island, layout.shard), mesh_dim_names=("island", "shard")
-    )
-    return Mesh(
-        layout,
-        rank,
-        dist.group.WORLD,
-        mesh.get_group("island") if layout.island > 1 else None,
-        mesh.get_group("shard") if layout.shard > 1 else None,
-        mesh["shard"] if layout.shard > 1 else None,
-    )
+def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False) -> Mesh:
+    """Builds the groups; every rank must call it at the same point (torch's rule).
+
+    `shard_always`: make the shard mesh also of one rank (FSDP2 is then used for what else it does).
+    """
+    at = layout.coordinates(rank)
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+    for axes in SETS:
+        named = tuple(axis for axis in AXES if axis in axes and getattr(layout, axis) > 1)
+        if not named or named in groups:
+            continue
+        ranks = members(layout, at, named)
+        if ranks not in made:
+            made[ranks] = _group(ranks, layout.size)
+        groups[named] = made[ranks]
+    mesh = None
+    if layout.shard > 1:
+        kind = device.split(":")[0]
+        ranks = list(members(layout, at, ("shard",)))
+        mesh = DeviceMesh.from_group(groups[("shard",)], kind, ranks, mesh_dim_names=("shard",))
+    return Mesh(layout, rank, at, groups, mesh)
+
+
+def members(layout: Layout, at: Mapping[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Ranks that share the coordinates `at` but for `axes`, in rank order."""
+    spans = (range(getattr(layout, axis)) for axis in axes)
+    places = (dict(zip(axes, place, strict=True)) for place in itertools.product(*spans))
+    return tuple(layout.rank({**at, **place}) for place in places)
+
+
+def _group(ranks: tuple[int, ...], world: int) -> dist.ProcessGroup:
+    if len(ranks) == world:
+        whole = dist.group.WORLD
+        assert whole is not None
+        return whole
+    made = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert made is not None
+    return made

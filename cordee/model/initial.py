@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cordee.config.model import InitialSettings
 from cordee.errors import ConfigError
 
-RESIDUAL = ("attention.out.weight", "mlp.down.weight")
+RESIDUAL = ("attention.out.weight", "mlp.down.weight", "moe.down", "moe.shared.down.weight")
 """Ends of the names of the matrices that write into the residual stream."""
 
 
@@ -114,8 +114,13 @@ def initial_tensor(
 
     Gains of norms start at 1 and other vectors at 0, the embedding is normal with embedding_std,
     the head and the matrices follow their settings. `shape` is [outputs, inputs, ...] as in
-    nn.Linear; `layers` is the number of blocks (for depth_scaled).
+    nn.Linear; `layers` is the number of blocks (for depth_scaled). Experts ([experts, outputs,
+    inputs], names with ".moe.") are drawn one by one, each from its own name.
     """
+    if len(shape) == 3 and ".moe." in name:
+        each = (initial_tensor(f"{name}/{e}", shape[1:], settings, seed, layers)
+                for e in range(shape[0]))  # fmt: skip
+        return torch.stack(list(each))
     tensor = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     if tensor.ndim < 2:
         return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
@@ -165,7 +170,7 @@ def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, 
     """Scheme and factor of a matrix by its name."""
     if name == "head.weight" and settings.head != "same":
         return settings.head, 1.0
-    if name.endswith(RESIDUAL):
+    if name.partition("/")[0].endswith(RESIDUAL):
         if settings.residual == "zero":
             return "zero", 1.0
         if settings.residual == "depth_scaled":

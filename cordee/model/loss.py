@@ -30,10 +30,18 @@ def capped_logits(x: Tensor, head_VD: Tensor, cap: float) -> Tensor:
     return soft_cap(F.linear(x, head_VD).float(), cap)
 
 
-def head_loss(x: Tensor, head_VD: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Summed cross-entropy in nats, fp32, of x [..., D]; targets [...] of -100 do not count."""
+def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Summed cross-entropy in nats; targets of -100 do not count."""
+    return F.cross_entropy(logits_NV, targets_N, reduction="sum")
+
+
+def head_loss(
+    x: Tensor, head_VD: Tensor, targets: Tensor, cap: float,
+    summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+) -> Tensor:  # fmt: skip
+    """Summed loss in nats, fp32, of x [..., D]; `summed` takes (logits [N, V], targets [N])."""
     logits_NV = capped_logits(x, head_VD, cap).flatten(0, -2)
-    return F.cross_entropy(logits_NV, targets.flatten(), reduction="sum")
+    return summed(logits_NV, targets.flatten())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -41,8 +49,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int
-    ) -> Tensor:
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int,
+        summed: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         """Returns the summed loss, fp32."""
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
@@ -53,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for place, (x_CD, targets_C) in enumerate(pairs):
             with torch.set_grad_enabled(wanted):
                 x_CD = x_CD.detach().requires_grad_(wanted)
-                part = head_loss(x_CD, head, targets_C, cap)
+                part = head_loss(x_CD, head, targets_C, cap, summed)
                 loss += part.detach()
             if x_grad is not None and head_grad is not None:
                 x_part, head_part = torch.autograd.grad(part, (x_CD, head))
@@ -63,11 +72,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """The gradients that are there already, times that of the loss."""
         x_grad, head_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), head_grad * grad, None, None, None
+        return x_grad * grad.to(x_grad.dtype), head_grad * grad, None, None, None, None
 
 
-chunked_loss: Callable[[Tensor, Tensor, Tensor, float, int], Tensor] = _ChunkedLoss.apply
-"""(x [N, D], head [V, D], targets [N], cap, positions of a chunk) -> summed loss in nats."""
+def chunked_loss(
+    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int,
+    summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+) -> Tensor:  # fmt: skip
+    """`head_loss` with the logits of `chunk` positions at a time."""
+    loss: Tensor = _ChunkedLoss.apply(x_ND, head_VD, targets_N, cap, chunk, summed)
+    return loss

@@ -35,7 +35,7 @@ KEPT = {
 Attention's scores (baddbmm) are not among them: they grow with the square of the sequence."""
 
 
-def run_block(memory: MemorySettings, index: int, block: nn.Module, *inputs: Tensor) -> Tensor:
+def run_block(memory: MemorySettings, index: int, block: nn.Module, *inputs: Any) -> Tensor:
     """`block(*inputs)`, of block number `index`, keeping what `memory` says for the backward."""
     if not (memory.recomputes(index) and torch.is_grad_enabled()):
         return cast(Tensor, block(*inputs))

@@ -1,15 +1,16 @@
 """The decoder-only transformer on bytes: embedding, blocks, norm, head, and its summed loss.
 
-Not here: initial values (`initial.py`), the loss's arithmetic (`loss.py`), dropout's seed (the
-engine sets it per microbatch), any split over ranks. Traded away: a loss outside of the model. It
-is a mode of `forward`, because FSDP2 gathers parameters in hooks around `forward` and nowhere else.
+Not here: initial values (`initial.py`), the loss's arithmetic (`loss.py`), dropout's key (the
+engine gives one per microbatch), any split over ranks (`parallel/` sets the seams). Traded away: a
+loss outside of the model. It is a mode of `forward`, because FSDP2 gathers parameters in hooks
+around `forward` and nowhere else.
 
 Shape suffixes: B sequences, T positions, D width, F hidden width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
 from cordee.model.attention import Attention, RMSNorm, rotary_turns
-from cordee.model.loss import capped_logits, chunked_loss, head_loss
+from cordee.model.loss import capped_logits, chunked_loss, head_loss, summed_cross_entropy
 from cordee.model.recompute import run_block
+from cordee.model.span import Seam, Span, dropout, same
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -67,66 +69,106 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on what is added."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on what is added.
 
-    def __init__(self, settings: ModelSettings) -> None:
+    `enter` and `leave` are where tensor parallelism gathers a split sequence and scatters sums.
+    """
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.dropout = settings.dropout
+        self.layer = layer
+        self.span = Span()
+        self.enter: Seam = same
+        self.leave: Seam = same
         self.attention_norm = RMSNorm(settings.width)
         self.attention = Attention(settings)
         self.mlp_norm = RMSNorm(settings.width)
         self.mlp = MLP(settings)
 
-    def forward(self, x_BTD: Tensor, turns_TE2: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]. The residual stream keeps its type (fp32 under autocast): making
-        it bf16 saved no measurable time."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), turns_TE2))
-        return x_BTD + self._drop(self.mlp(self.mlp_norm(x_BTD)))
+    def forward(self, x_BTD: Tensor, turns_TE2: Tensor, key: int = 0) -> Tensor:
+        """[B, T, D] to [B, T, D]; `key` decides what dropout drops. The residual stream keeps its
+        type (fp32 under autocast): making it bf16 saved no measurable time."""
+        attended_BTD = self.attention(self.enter(self.attention_norm(x_BTD)), turns_TE2)
+        x_BTD = x_BTD + self._drop(self.leave(attended_BTD), key, 0)
+        mixed_BTD = self.leave(self.mlp(self.enter(self.mlp_norm(x_BTD))))
+        return x_BTD + self._drop(mixed_BTD, key, 1)
 
-    def _drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+    def _drop(self, x_BTD: Tensor, key: int, place: int) -> Tensor:
+        if not (self.dropout and self.training):
+            return x_BTD
+        return dropout(x_BTD, self.dropout, mix(key, 2 * self.layer + place), self.span)
 
 
 class Transformer(nn.Module):
-    """A causal language model over `vocabulary` tokens; parameters as in `layout/tensors.py`.
+    """A causal language model over `vocabulary` tokens, or one stage of it; parameters as in
+    `layout/tensors.py`.
 
     Nothing is drawn here that counts: call `initialise` after construction (also after
-    construction on the meta device and `to_empty`). `memory` trades time for memory.
+    construction on the meta device and `to_empty`). `memory` trades time for memory; `part` are the
+    blocks of this stage, of which the first has the embedding and the last the head. The seams are
+    the identity until a layout needs them.
     """
 
     turns: Tensor
 
-    def __init__(self, settings: ModelSettings, vocabulary: int) -> None:
+    def __init__(self, settings: ModelSettings, vocabulary: int, part: range | None = None) -> None:
         super().__init__()
+        part = range(settings.layers) if part is None else part
+        first, last = part.start == 0, part.stop == settings.layers
+        rows, width = settings.vocabulary or vocabulary, settings.width
         self.settings = settings
-        self.vocabulary = vocabulary
+        self.vocabulary = rows
         self.memory = MemorySettings()
-        self.embed = nn.Embedding(vocabulary, settings.width)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.norm = RMSNorm(settings.width)
-        self.head = None if settings.tied else nn.Linear(settings.width, vocabulary, bias=False)
+        self.autocast: torch.dtype | None = None
+        self.span = Span()
+        self.enter: Seam = same
+        self.leave: Seam = same
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = look_up
+        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy
+        headed = last and not settings.tied
+        self.embed = nn.Embedding(rows, width) if first or (last and settings.tied) else None
+        self.blocks = nn.ModuleDict({str(layer): Block(settings, layer) for layer in part})
+        self.norm = RMSNorm(width) if last else None
+        self.head = nn.Linear(width, rows, bias=False) if headed else None
         self.register_buffer("turns", torch.empty(0), persistent=False)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """int64 [B, T] to logits fp32 [B, T, V]; with targets to their summed loss (nats)."""
-        x_BTD = self.embed(tokens_BT)
-        turns_TE2 = self._turns(tokens_BT.shape[1], x_BTD.device)
-        for index, block in enumerate(self.blocks):
-            x_BTD = run_block(self.memory, index, block, x_BTD, turns_TE2)
-        x_BTD = self.norm(x_BTD)
-        head_VD = self.embed.weight if self.head is None else self.head.weight
+    def forward(self, x: Tensor, targets_BT: Tensor | None = None, key: int | Tensor = 0) -> Tensor:
+        """int64 [B, T] (a later stage: the stream [B, T, D]) to logits fp32 [B, T, V] (an earlier
+        stage: the stream); with targets to their summed loss (nats). `key` is dropout's."""
+        if self.autocast is None:
+            return self._forward(x, targets_BT, int(key))
+        with torch.autocast(x.device.type, self.autocast):
+            return self._forward(x, targets_BT, int(key))
+
+    def _forward(self, x: Tensor, targets_BT: Tensor | None, key: int) -> Tensor:
+        x_BTD = x if x.is_floating_point() else self._embed(x)
+        turns_TE2 = self._turns(self.span.length(x_BTD.shape[1]), x_BTD.device)
+        for layer, block in self.blocks.items():
+            x_BTD = run_block(self.memory, int(layer), block, x_BTD, turns_TE2, key)
+        if self.norm is None:
+            return x_BTD
+        x_BTD = self.enter(self.norm(x_BTD))
+        head_VD = self._head_weight()
         cap = self.settings.logit_cap
         if targets_BT is None:
             return capped_logits(x_BTD, head_VD, cap)
         if self.memory.loss_chunk:
             x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-            return chunked_loss(x_ND, head_VD, targets_N, cap, self.memory.loss_chunk)
-        return head_loss(x_BTD, head_VD, targets_BT, cap)
+            chunk, summed = self.memory.loss_chunk, self.cross_entropy
+            return chunked_loss(x_ND, head_VD, targets_N, cap, chunk, summed)
+        return head_loss(x_BTD, head_VD, targets_BT, cap, self.cross_entropy)
 
     def loss(self, tokens_BT1: Tensor) -> Tensor:
         """Summed loss (nats) of predicting each of tokens [B, T+1] from those before it."""
         loss: Tensor = self(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
         return loss
+
+    def parts(self) -> Iterator[Block]:
+        """The blocks of this stage, in order."""
+        for block in self.blocks.values():
+            assert isinstance(block, Block)
+            yield block
 
     def forget_turns(self) -> None:
         """Drops the rotary table; the next forward makes it again on the right device.
@@ -135,8 +177,32 @@ class Transformer(nn.Module):
         """
         self.turns = torch.empty(0, device=self.turns.device)
 
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        assert self.embed is not None
+        return self.leave(self.lookup(self.embed.weight, tokens_BT))
+
+    def _head_weight(self) -> Tensor:
+        holder = self.embed if self.head is None else self.head
+        assert holder is not None
+        return holder.weight
+
     def _turns(self, length: int, device: torch.device) -> Tensor:
+        """The rotary table of the positions from which this rank attends."""
         if self.turns.shape[0] < length or self.turns.device != device:
-            head_width = self.settings.width // self.settings.heads
-            self.turns = rotary_turns(length, head_width, self.settings.rope_base, device)
-        return self.turns[:length]
+            head_width, base = self.settings.per_head, self.settings.rope_base
+            self.turns = rotary_turns(length, head_width, base, device)
+        positions = self.span.attended(length)
+        return self.turns[:length] if positions is None else self.turns[positions.to(device)]
+
+
+def look_up(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Rows of the embedding: [B, T] to [B, T, D]."""
+    return F.embedding(tokens_BT, weight_VD)
+
+
+def mix(key: int, place: int) -> int:
+    """63 bits from a microbatch's key and a place in the model (Steele et al. 2014, splitmix64)."""
+    z = (key + (place + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1

@@ -100,10 +100,13 @@ class Engine:
         began = time.perf_counter()
         tokens = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
         self.data_s += time.perf_counter() - began
-        if self.work.dropout:
-            torch.manual_seed(dropout_seed(self.work.seed, step, index))
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.work.autocast):
-            loss = self.model(tokens[:, :-1], tokens[:, 1:])
+            if self.work.dropout:
+                key = microbatch_key(self.work.seed, step, index)
+                loss = self.model(inputs, targets, key)
+            else:
+                loss = self.model(inputs, targets)
         (loss / self.work.tokens).backward()
         detached: Tensor = loss.detach()
         return detached
@@ -122,7 +125,7 @@ class Engine:
             parameter.grad = None
 
 
-def dropout_seed(seed: int, step: int, microbatch: int) -> int:
+def microbatch_key(seed: int, step: int, microbatch: int) -> int:
     """63 bits that depend on (seed, step, microbatch) and nothing else."""
     text = f"dropout {seed} {step} {microbatch}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -69,7 +69,7 @@ def test_parameters_are_the_table(mlp: str, tied: bool, kv_heads: int) -> None:
 
 
 def test_hidden_width_is_obeyed() -> None:
-    assert Transformer(replace(SMALL, ffn=48), 16).blocks[0].mlp.up.weight.shape == (48, 32)
+    assert Transformer(replace(SMALL, ffn=48), 16).blocks["0"].mlp.up.weight.shape == (48, 32)
 
 
 # ---- fast against obvious ------------------------------------------------------------------------
