@@ -25,6 +25,7 @@ from cordee.dist.start import World
 from cordee.errors import ConfigError
 from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
+from cordee.layout.boxes import Place, whole
 from cordee.layout.split import shard_rows
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
@@ -93,7 +94,20 @@ class RunState:
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
-        return holdings(self.parameters, self.optimizer.tensors(), local, self.plan.layout.shard)
+        return holdings(self.parameters, self.optimizer.tensors(), local, self.places())
+
+    def places(self) -> dict[str, Place]:
+        """Which box of each parameter this rank holds: some rows, as does its peer on each
+        island."""
+        layout, found = self.plan.layout, {}
+        for name, parameter in self.parameters.items():
+            shape = tuple(parameter.shape)
+            box = whole(shape)
+            if shape:
+                rows = shard_rows(shape[0], layout.shard, self.mesh.shard)
+                box = ((rows.start, rows.stop), *box[1:])
+            found[name] = Place(box, shape, ("island",), self.mesh.island, layout.island)
+        return found
 
     @property
     def microbatch_tokens(self) -> int:

@@ -41,8 +41,7 @@ def restore(state: RunState, desk: Desk) -> None:
             values={"there": found.meta.get("data"), "here": state.data.fingerprint},
             fix="give the data back its old content, or train in another run.dir",
         )
-    shapes = {name: tuple(p.shape) for name, p in state.parameters.items()}
-    mine = reader(found.read, found.shape, shapes, state.plan.layout, state.world.rank)
+    mine = reader(found, state.places())
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             local(parameter).copy_(mine(f"model/{name}"))

@@ -196,7 +196,7 @@ def save(state: RunState, desk: Desk) -> None:
     meta = describe(
         state.progress, state.sync.state(), state.data.fingerprint, state.plan.layout.describe()
     )
-    mine = pieces(state.held(), state.plan.layout, state.world.rank)
+    mine = pieces(state.held())
     desk.keeper.begin(state.progress.step, state.progress.generation, mine, meta)
 
 
