@@ -196,16 +196,12 @@ def _read_box(source: io.FileIO, piece: Placed, part: Box, into: torch.Tensor) -
     at_once = max(1, RUN_BYTES // row_bytes)
     first, last = part[level]
     for index in itertools.product(*(range(*dim) for dim in part[:level])):
-        begin = (
-            piece.offset_bytes
-            + lead
-            + sum(i * by for i, by in zip(index, strides[:level], strict=True))
-        )
+        before = sum(i * by for i, by in zip(index, strides[:level], strict=True))
         rows = into[tuple(i - start for i, (start, _) in zip(index, part[:level], strict=True))]
         for row in range(first, last, at_once):
             target = rows[row - first : min(row + at_once, last) - first]
             run = span + (len(target) - 1) * row_bytes
-            source.seek(begin + row * row_bytes)
+            source.seek(piece.offset_bytes + before + row * row_bytes + lead)
             if run == target.nbytes and target.is_contiguous():
                 _fill(source, _bytes(target))
                 continue

@@ -93,11 +93,22 @@ def pieces(held: Sequence[Holding]) -> list[Piece]:
 
 
 def reader(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Callable[[str], Tensor]:
-    """A function from a full name to this rank's part of the tensor (see `holdings`)."""
+    """A function from a full name to this rank's part of the tensor (see `holdings`).
+
+    It raises CheckpointError for a parameter that the checkpoint has in another shape, or not.
+    """
 
     def mine(name: str) -> Tensor:
-        place = places[_parameter(name)]
-        return checkpoint.read(name, place.box if checkpoint.shape(name) == place.shape else None)
+        place, shape = places[_parameter(name)], checkpoint.shape(name)
+        if shape == place.shape:
+            return checkpoint.read(name, place.box)
+        if name.startswith("model/"):
+            raise CheckpointError(
+                "a parameter of another shape",
+                values={"tensor": name, "stored": shape, "wanted": place.shape},
+                fix="load a checkpoint of the same model",
+            )
+        return checkpoint.read(name)
 
     return mine
 

@@ -143,3 +143,10 @@ def test_a_parameter_that_is_not_its_box_is_refused() -> None:
     places = {"w": Place(((0, 3),), (6,))}
     with pytest.raises(CheckpointError, match="not the box"):
         holdings({"w": nn.Parameter(torch.ones(6))}, {}, lambda tensor: tensor, places)
+
+
+def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
+    found = save((1, 1, 1, 1), tmp_path / "c")
+    mine = reader(found, {"up": Place(((0, 1), (0, 5)), (1, 5))})
+    with pytest.raises(CheckpointError, match="another shape"):
+        mine("model/up")
