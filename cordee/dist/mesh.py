@@ -93,8 +93,8 @@ def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False
     mesh = None
     if layout.shard > 1:
         kind = device.split(":")[0]
-        ranks = list(members(layout, at, ("shard",)))
-        mesh = DeviceMesh.from_group(groups[("shard",)], kind, ranks, mesh_dim_names=("shard",))
+        shards = list(members(layout, at, ("shard",)))
+        mesh = DeviceMesh.from_group(groups[("shard",)], kind, shards, mesh_dim_names=("shard",))
     return Mesh(layout, rank, at, groups, mesh)
 
 
@@ -116,6 +116,5 @@ def _group(ranks: tuple[int, ...], world: int) -> dist.ProcessGroup:
         whole = dist.group.WORLD
         assert whole is not None
         return whole
-    made = dist.new_group(list(ranks), use_local_synchronization=True)
-    assert made is not None
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
     return made

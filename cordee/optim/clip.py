@@ -74,7 +74,8 @@ def global_norm(
         return (whole(rows) if whole else rows).double().sum().sqrt()
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
     if totals is None:
-        return torch.linalg.vector_norm(norms)
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
     return totals.every(list(grads), norms.square()).sum().sqrt()
 
 

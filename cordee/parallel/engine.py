@@ -148,7 +148,7 @@ class Engine:
         length = tokens_BT.shape[1]
         parts = self.mesh.size("context")
         unit = self.mesh.size("tensor") * (2 * parts if parts > 1 else 1)
-        padded = torch.nn.functional.pad(tokens_BT, (0, -length % unit))
+        padded = torch.nn.functional.pad(tokens_BT.to(self.device), (0, -length % unit))
         found = self.infer(self.split(padded), None)
         if self.mesh.size("tensor") > 1:
             found = self.live.wires["tensor"].gather_now(found, 2)
@@ -174,7 +174,7 @@ class Engine:
         tokens = self.tokens(step, index)
         inputs, targets = self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
         loss = self._call(inputs, targets, self.key(step, index))
-        (loss / self.work.tokens).backward()
+        torch.autograd.backward(loss / self.work.tokens)
         detached: Tensor = loss.detach()
         return detached
 

@@ -39,7 +39,8 @@ class GradientSums:
             dist.all_reduce(flat, group=self.mesh.group(*axes))
             size = self.mesh.size(*axes)
             self.bytes_sent += 2 * (size - 1) * flat.nbytes // size
-            for tensor, part in zip(some, flat.split([t.numel() for t in some]), strict=True):
+            parts = torch.split(flat, [t.numel() for t in some])
+            for tensor, part in zip(some, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
 
