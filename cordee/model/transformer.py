@@ -72,9 +72,9 @@ class Block(nn.Module):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.dropout = settings.dropout
-        self.attention_norm = RMSNorm(settings.width)
+        self.attention_norm = RMSNorm(settings.width, settings.norm_eps)
         self.attention = Attention(settings)
-        self.mlp_norm = RMSNorm(settings.width)
+        self.mlp_norm = RMSNorm(settings.width, settings.norm_eps)
         self.mlp = MLP(settings)
 
     def forward(self, x_BTD: Tensor, turns_TE2: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.memory = MemorySettings()
         self.embed = nn.Embedding(vocabulary, settings.width)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.norm = RMSNorm(settings.width)
+        self.norm = RMSNorm(settings.width, settings.norm_eps)
         self.head = None if settings.tied else nn.Linear(settings.width, vocabulary, bias=False)
         self.register_buffer("turns", torch.empty(0), persistent=False)
 
@@ -137,6 +137,6 @@ class Transformer(nn.Module):
 
     def _turns(self, length: int, device: torch.device) -> Tensor:
         if self.turns.shape[0] < length or self.turns.device != device:
-            head_width = self.settings.width // self.settings.heads
-            self.turns = rotary_turns(length, head_width, self.settings.rope_base, device)
+            settings = self.settings
+            self.turns = rotary_turns(length, settings.per_head, settings.rope_base, device)
         return self.turns[:length]
