@@ -48,8 +48,8 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
 
 
 def step(state: RunState, number: int) -> tuple[float, float]:
-    """Step `number` (from 0) at the learning rate that is set: (mean loss before the update in nats,
-    gradient norm before clipping), the same on all ranks. Nothing is updated if one is not finite.
+    """Step `number` (from 0) at the rate that is set: (mean loss before the update in nats, norm of
+    the gradient before clipping), the same on all ranks. Nothing is updated if one is not finite.
     """
     losses, partial = state.engine.forward_backward(number)
     group = state.mesh.group(*AXES)
