@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.dist.wire import Wire
+from cordee.model.moe import mixtures
 from cordee.model.span import Span
 from cordee.model.transformer import Transformer
 
@@ -32,6 +33,8 @@ def split_sequence(model: Transformer, wire: Wire, span: Span) -> None:
         part.span = span
         part.enter = lambda x: wire.gather(x, 1)
         part.leave = lambda x: wire.scatter(x, 1)
+    for moe in mixtures(model):
+        moe.enter, moe.leave = model.enter, model.leave
     model.lookup = cut.look_up
     model.cross_entropy = cut.cross_entropy
 
