@@ -58,15 +58,16 @@ class Wire:
         """`gather` without gradients."""
         x = x.contiguous()
         parts = x.new_empty(self.size, *x.shape)
-        gather_flat(parts.view(torch.uint8), x.view(torch.uint8), group=self.group)
+        flat = parts.flatten(0, 1).view(torch.uint8)
+        gather_flat(flat, x.view(torch.uint8), group=self.group)
         self.bytes_sent += (self.size - 1) * x.nbytes
         return parts.movedim(0, dim).flatten(dim, dim + 1)
 
     def scatter_now(self, x: Tensor, dim: int) -> Tensor:
         """`scatter` without gradients."""
-        parts = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+        parts = torch.unflatten(x, dim, (self.size, -1)).movedim(dim, 0).contiguous()
         mine = torch.empty_like(parts[0])
-        scatter_flat(mine, parts, group=self.group)
+        scatter_flat(mine, parts.flatten(0, 1) if mine.ndim else parts, group=self.group)
         self.bytes_sent += (self.size - 1) * mine.nbytes
         return mine
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cordee.config.check import check
 from cordee.config.model import InitialSettings, ModelSettings, MoeSettings
 from cordee.config.run import MemorySettings, Run
-from cordee.dist.mesh import make_mesh
+from cordee.dist.mesh import Mesh, make_mesh
 from cordee.dist.start import World
 from cordee.dist.wire import Wire
 from cordee.errors import ConfigError
@@ -76,7 +76,7 @@ def obvious(moe: MoE, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = moe.router.weight @ x
         score = logits.softmax(-1) if wanted.router == "softmax" else logits.sigmoid()
         judged = score if moe.bias is None else score + moe.bias
-        best = sorted(range(wanted.experts), key=lambda e: -float(judged[e]))[: wanted.active]
+        best = sorted(range(wanted.experts), key=lambda e: -judged[e].item())[: wanted.active]
         total = sum(score[e] for e in best) if wanted.active > 1 else 1.0
         scores.append(score)
         chosen.append(best)
@@ -328,26 +328,34 @@ def cut(model: Transformer, settings: ModelSettings, layout: Layout, at: dict[st
         parameter.data = whole[box].clone()
 
 
+Case = tuple[ModelSettings, str, torch.dtype | None]
+"""A model, what it computes again, and what it computes in (None: fp32)."""
+
 Result = tuple[float, dict[str, Tensor], list[list[int]], int]
 """The loss, gradients by name (summed over ranks as the table says), loads, bytes of experts."""
 
 
-def over_ranks(
-    world: World, settings: ModelSettings, layout: Layout, recompute: str, bf16: bool
-) -> Result:
-    """One microbatch on each worker; tensor ranks of a worker share it."""
+def over_ranks(world: World, layout: Layout, cases: list[Case]) -> list[Result]:
+    """Every case: one microbatch on each worker; tensor ranks of a worker share it."""
     mesh = make_mesh(layout, world.rank, "cpu")
-    wires = {
-        axes: Wire(mesh.group(*axes), mesh.size(*axes), mesh.index(*axes))
+    return [one_microbatch(mesh, *case) for case in cases]
+
+
+def one_microbatch(
+    mesh: Mesh, settings: ModelSettings, recompute: str, autocast: torch.dtype | None
+) -> Result:
+    layout = mesh.layout
+    experts, tensor, sequence = (
+        Wire(mesh.group(*axes), mesh.size(*axes), mesh.index(*axes))
         for axes in (("expert",), ("tensor",), ("context", "tensor"))
-    }
+    )
     model = Transformer(settings, 64)
     model.memory = MemorySettings(recompute=recompute)  # type: ignore[arg-type]
-    model.autocast = torch.bfloat16 if bf16 else None
+    model.autocast = autocast
     cut(model, settings, layout, dict(mesh.at))
     if layout.tensor > 1:
-        split_sequence(model, wires["tensor",], Span(1, layout.tensor, mesh.at["tensor"]))
-    deal_experts(model, wires["expert",], wires["context", "tensor"])
+        split_sequence(model, tensor, Span(1, layout.tensor, mesh.at["tensor"]))
+    deal_experts(model, experts, sequence)
     for moe in mixtures(model):
         moe.aux_scale = 0.01
     loss = model.loss(some_tokens(mesh.worker))
@@ -355,126 +363,117 @@ def over_ranks(
     grads = {}
     for spec, parameter in zip(tensors(settings, 64), model.parameters(), strict=True):
         assert parameter.grad is not None
-        axes = [a for a in spec.summed(layout) if a != "expert"]
-        group = mesh.group(*axes)
-        summed = Wire(group, mesh.size(*axes), 0)
-        grads[spec.name] = parameter.grad if group is None else summed.total_now(parameter.grad)
-    loads = [summed_load(moe, wires["tensor",]) for moe in mixtures(model)]
-    return loss.item(), grads, loads, wires["expert",].bytes_sent
+        # The sum over workers is left out: each is compared with its own microbatch.
+        shared = "tensor" in spec.summed(layout)
+        grads[spec.name] = total(tensor, parameter.grad) if shared else parameter.grad
+    loads = [total(tensor, moe.load).tolist() for moe in mixtures(model)]
+    return loss.item(), grads, loads, experts.bytes_sent
 
 
-def summed_load(moe: MoE, wire: Wire) -> list[int]:
-    return (moe.load if wire.group is None else wire.total_now(moe.load)).tolist()
+def total(wire: Wire, x: Tensor) -> Tensor:
+    return x if wire.group is None else wire.total_now(x)
 
 
 LAYOUTS = [Layout(expert=2), Layout(expert=4), Layout(tensor=2), Layout(expert=2, tensor=2)]
+OVER_RANKS: list[Case] = [
+    (SMALL, "none", None),
+    (with_moe(shared=1, router="sigmoid", dense_layers=1), "full", None),
+    (with_moe(balance="bias"), "selective", None),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
-@pytest.mark.parametrize(
-    ("changes", "recompute"),
-    [
-        ({}, "none"),
-        ({"shared": 1, "router": "sigmoid"}, "full"),
-        ({"balance": "bias"}, "selective"),
-    ],
-    ids=str,
-)
-def test_ranks_that_share_experts_and_tokens_are_one_process(
-    layout: Layout, changes: dict[str, object], recompute: str
-) -> None:
-    settings = with_moe(**changes)
-    results: list[Result] = launch(
-        over_ranks, settings, layout, recompute, False, ranks=layout.size
-    )
-    whole = made(settings)
-    for moe in mixtures(whole):
+def test_ranks_that_share_experts_and_tokens_are_one_process(layout: Layout) -> None:
+    by_rank: list[list[Result]] = launch(over_ranks, layout, OVER_RANKS, ranks=layout.size)
+    for case, (settings, _, _) in enumerate(OVER_RANKS):
+        alone = [by_one_process(settings, worker) for worker in range(layout.expert)]
+        for rank, results in enumerate(by_rank):
+            loss, grads, loads, sent = results[case]
+            at = layout.coordinates(rank)
+            mine = alone[at["expert"]]
+            assert loss == pytest.approx(mine[0], rel=1e-5)
+            assert loads == mine[2]
+            assert (sent > 0) == (layout.expert > 1)
+            for spec in tensors(settings, 64):
+                box = tuple(slice(start, stop) for start, stop in spec.box(layout, at))
+                # An expert has met the tokens of all workers.
+                met = alone if spec.stacked else [mine]
+                expected = torch.stack([grads[spec.name][box] for _, grads, _ in met]).sum(0)
+                torch.testing.assert_close(grads[spec.name], expected, rtol=1e-5, atol=1e-5)
+
+
+def by_one_process(
+    settings: ModelSettings, worker: int
+) -> tuple[float, dict[str, Tensor], list[list[int]]]:
+    """Loss, gradients and loads of the whole model on a worker's microbatch."""
+    model = made(settings)
+    for moe in mixtures(model):
         moe.aux_scale = 0.01
-    alone: list[dict[str, Tensor]] = []
-    for worker in range(layout.expert):
-        forget_load(whole)
-        whole.zero_grad()
-        loss = whole.loss(some_tokens(worker))
-        (0.01 * loss).backward()
-        alone.append({name: p.grad for name, p in whole.named_parameters() if p.grad is not None})
-        loads = [moe.load.tolist() for moe in mixtures(whole)]
-        for rank, result in enumerate(results):
-            if layout.worker(rank) == 0 and layout.coordinates(rank)["expert"] == worker:
-                assert result[0] == pytest.approx(loss.item(), rel=1e-5)
-                assert result[2] == loads
-    for rank, (_, grads, _, sent) in enumerate(results):
-        at = layout.coordinates(rank)
-        assert (sent > 0) == (layout.expert > 1)
-        for spec in tensors(settings, 64):
-            box = tuple(slice(start, stop) for start, stop in spec.box(layout, at))
-            # Experts have met all workers' tokens already; the rest is summed by the engine.
-            workers = range(layout.expert) if spec.stacked else [at["expert"]]
-            expected = torch.stack([alone[w][spec.name][box] for w in workers]).sum(0)
-            torch.testing.assert_close(grads[spec.name], expected, rtol=1e-5, atol=1e-5)
+    loss = model.loss(some_tokens(worker))
+    (0.01 * loss).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), grads, [moe.load.tolist() for moe in mixtures(model)]
 
 
-def test_bf16_rows_travel_too() -> None:
-    settings, layout = with_moe(), Layout(expert=2)
-    results = launch(over_ranks, settings, layout, "none", True, ranks=2)
-    for worker, (loss, *_) in enumerate(results):
-        assert loss == pytest.approx(made(settings).loss(some_tokens(worker)).item(), rel=2e-2)
-
-
-def lopsided(world: World, settings: ModelSettings) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Every token wants an expert of rank 0: (output, x's gradient, up's gradient, bytes)."""
-    wire = Wire(torch.distributed.group.WORLD, world.size, world.rank)
+def dealt(settings: ModelSettings, wire: Wire) -> MoE:
+    """A mixture of which this rank holds its experts."""
     moe = one_moe(settings)
-    each = settings.moe.experts // world.size
-    held = slice(world.rank * each, (world.rank + 1) * each)
+    each = settings.moe.experts // wire.size
+    held = slice(wire.index * each, (wire.index + 1) * each)
     for name in ("up", "gate", "down"):
         setattr(moe, name, torch.nn.Parameter(getattr(moe, name).detach()[held].clone()))
+    deal_experts(moe, wire, Wire(None, 1, 0))
+    return moe
+
+
+LOPSIDED = with_moe(experts=4, active=1, balance="bias")
+EVEN = with_moe(active=1)
+
+
+def extremes(world: World) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Every token wants expert 0: (output, x's gradient, up's gradient); token t wants expert
+    t mod E: bytes that this rank sends; the output of bf16 rows."""
+    wires = [Wire(torch.distributed.group.WORLD, world.size, world.rank) for _ in range(2)]
+    moe, even = dealt(LOPSIDED, wires[0]), dealt(EVEN, wires[1])
     assert moe.bias is not None
     moe.bias[0] = 10.0
-    deal_experts(moe, wire, Wire(None, 1, 0))
     x = some_x(seed=world.rank).requires_grad_()
     out = moe(x)
     out.square().sum().backward()
+    even.router.weight.data = torch.eye(8, 16)
+    tokens = torch.eye(16)[torch.arange(32) % 8].unsqueeze(0).requires_grad_()
+    even(tokens).sum().backward()
+    sent = wires[1].bytes_sent
     assert x.grad is not None and moe.up.grad is not None
-    return out.detach(), x.grad, moe.up.grad, wire.bytes_sent
-
-
-def test_a_rank_without_tokens_takes_part() -> None:
-    settings = with_moe(experts=4, active=1, balance="bias")
-    results = launch(lopsided, settings, ranks=2)
-    moe = one_moe(settings)
-    assert moe.bias is not None
-    moe.bias[0] = 10.0
-    x = torch.cat([some_x(seed=rank) for rank in range(2)]).requires_grad_()
-    out = moe(x)
-    out.square().sum().backward()
-    assert x.grad is not None and moe.up.grad is not None
-    for rank, (part, grad, up, _) in enumerate(results):
-        torch.testing.assert_close(part, out[2 * rank : 2 * rank + 2])
-        torch.testing.assert_close(grad, x.grad[2 * rank : 2 * rank + 2])
-        torch.testing.assert_close(up, moe.up.grad[2 * rank : 2 * rank + 2])
-    assert not results[1][2].any()
-
-
-def balanced(world: World, settings: ModelSettings) -> int:
-    """Bytes that this rank sends when token t wants expert t mod E."""
-    wire = Wire(torch.distributed.group.WORLD, world.size, world.rank)
-    moe = one_moe(settings)
-    each = settings.moe.experts // world.size
-    for name in ("up", "gate", "down"):
-        setattr(moe, name, torch.nn.Parameter(getattr(moe, name).detach()[:each].clone()))
-    moe.router.weight.data = torch.eye(settings.moe.experts, settings.width)
-    deal_experts(moe, wire, Wire(None, 1, 0))
-    x = torch.eye(settings.width)[torch.arange(32) % settings.moe.experts].unsqueeze(0)
-    moe(x.requires_grad_()).sum().backward()
-    return wire.bytes_sent
+    grads = x.grad.clone(), moe.up.grad.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        near = moe(x.bfloat16())
+    near.float().sum().backward()
+    return out.detach(), *grads, sent, near.detach()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_bytes_are_the_formula(ranks: int) -> None:
-    settings = with_moe(active=1)
-    counts = 8 * settings.moe.experts * (ranks - 1) // ranks
-    expected = expert_bytes(32, 1, settings.width, ranks, 4) + counts
-    assert launch(balanced, settings, ranks=ranks) == [expected] * ranks
+def test_ranks_without_tokens_take_part_and_even_ones_send_what_the_formula_says(
+    ranks: int,
+) -> None:
+    results = launch(extremes, ranks=ranks)
+    moe = one_moe(LOPSIDED)
+    assert moe.bias is not None
+    moe.bias[0] = 10.0
+    x = torch.cat([some_x(seed=rank) for rank in range(ranks)]).requires_grad_()
+    out = moe(x)
+    out.square().sum().backward()
+    assert x.grad is not None and moe.up.grad is not None
+    counts = 8 * EVEN.moe.experts * (ranks - 1) // ranks
+    each = 4 // ranks
+    for rank, (part, grad, up, sent, near) in enumerate(results):
+        rows = slice(2 * rank, 2 * rank + 2)
+        torch.testing.assert_close(part, out[rows])
+        torch.testing.assert_close(grad, x.grad[rows])
+        torch.testing.assert_close(up, moe.up.grad[rank * each : (rank + 1) * each])
+        assert sent == expert_bytes(32, 1, 16, ranks, 4) + counts
+        torch.testing.assert_close(near.float(), out[rows], rtol=5e-2, atol=5e-2)
+        assert bool(up.any()) == (rank == 0)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
