@@ -1,17 +1,49 @@
-"""Bytes that axes send, as formulas; a test holds them against the bytes that wires count.
+"""What one rank sends inside an island, as a formula: the paper side of the counts in `parallel/`.
 
-Not here: time on links (`plan/network.py`) or gradients between islands (`plan/costs.py`).
+A test holds every formula equal to the bytes that the runtime counts. Not here: sums between
+islands and time (`plan/network.py`). Traded away: headers and retries, which nobody counts.
 """
 
 from __future__ import annotations
 
+from typing import Literal
 
-def expert_bytes(tokens: int, active: int, width: int, ranks: int, element: int) -> float:
-    """Bytes that one rank sends for one mixture of experts, forward and backward, of a microbatch
-    of which it holds `tokens`, when every expert is equally busy.
+ContextMethod = Literal["gather", "ring"]
+"""How ranks of a context group get each other's keys and values (parallel/context.py)."""
 
-    tokens x active rows of width x element bytes go to their expert and back, and so do their
-    gradients; (ranks - 1) / ranks of them leave the rank. A block that is computed again sends half
-    as much once more. Left out: the counts, 8 bytes an expert and pass.
+SUM_BYTES = 4
+"""Gradients of keys and values travel round the ring in fp32: every stop adds to them."""
+
+
+def context_bytes(
+    method: ContextMethod,
+    tokens: int,
+    kv_width: int,
+    element_bytes: int,
+    parts: int,
+    forwards: int = 1,
+) -> int:
+    """Bytes that each of `parts` ranks sends for one attention layer and one microbatch.
+
+    `tokens` are those of the whole microbatch (rows x sequence), `kv_width` the width of keys that
+    this rank computes (its heads), `forwards` 2 where the backward computes the block again.
+    Keys and values go to everybody once a forward. Their gradients come back: summed at once
+    (gather: as wide as themselves) or stop by stop together with them (ring: fp32).
     """
-    return 4 * tokens * active * width * element * (ranks - 1) / ranks
+    elements = 2 * tokens // parts * kv_width
+    back = element_bytes if method == "gather" else element_bytes + SUM_BYTES
+    return (parts - 1) * elements * (forwards * element_bytes + back)
+
+
+def expert_bytes(
+    tokens: int, active: int, width: int, ranks: int, element_bytes: int, forwards: int = 1
+) -> float:
+    """Bytes that each of `ranks` sends for one mixture of experts and one microbatch of each, when
+    all experts are equally busy.
+
+    `tokens` are those that this rank holds; `active` rows of each go to their experts and back, in
+    every forward and as gradients; (ranks - 1) / ranks of them leave the rank. Left out: the
+    counts, 8 bytes an expert and forward.
+    """
+    rows = tokens * active * (ranks - 1) / ranks
+    return (2 * forwards + 2) * rows * width * element_bytes

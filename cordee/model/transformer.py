@@ -40,9 +40,9 @@ class Block(nn.Module):
         self.span = Span()
         self.enter: Seam = same
         self.leave: Seam = same
-        self.attention_norm = RMSNorm(settings.width)
+        self.attention_norm = RMSNorm(settings.width, settings.norm_eps)
         self.attention = Attention(settings)
-        self.mlp_norm = RMSNorm(settings.width)
+        self.mlp_norm = RMSNorm(settings.width, settings.norm_eps)
         mixed = settings.is_moe(layer)
         self.mlp = None if mixed else MLP(settings, settings.hidden_width)
         self.moe = MoE(settings) if mixed else None
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         headed = last and not settings.tied
         self.embed = nn.Embedding(rows, width) if first or (last and settings.tied) else None
         self.blocks = nn.ModuleDict({str(layer): Block(settings, layer) for layer in part})
-        self.norm = RMSNorm(width) if last else None
+        self.norm = RMSNorm(width, settings.norm_eps) if last else None
         self.head = nn.Linear(width, rows, bias=False) if headed else None
         self.register_buffer("turns", torch.empty(0), persistent=False)
 

@@ -25,8 +25,10 @@ from cordee.layout.tensors import buffers, tensors
 from cordee.layout.traffic import expert_bytes
 from cordee.model.initial import initial_tensor, initialise
 from cordee.model.moe import MoE, forget_load, mixtures, move_bias
-from cordee.model.span import Span, same
+from cordee.model.span import same
 from cordee.model.transformer import Transformer
+from cordee.parallel.apply import make_span, split_attention
+from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import deal_experts
 from cordee.parallel.tensor import split_sequence
 from cordee.testing import launch
@@ -339,7 +341,7 @@ Result = tuple[float, dict[str, Tensor], list[list[int]], int]
 
 
 def over_ranks(world: World, layout: Layout, cases: list[Case]) -> list[Result]:
-    """Every case: one microbatch on each worker; tensor ranks of a worker share it."""
+    """Every case: one microbatch on each worker; context and tensor ranks of a worker share it."""
     mesh = make_mesh(layout, world.rank, "cpu")
     return [one_microbatch(mesh, *case) for case in cases]
 
@@ -348,36 +350,46 @@ def one_microbatch(
     mesh: Mesh, settings: ModelSettings, recompute: str, autocast: torch.dtype | None
 ) -> Result:
     layout = mesh.layout
-    experts, tensor, sequence = (
+    experts, tensor, context, sequence = (
         Wire(mesh.group(*axes), mesh.size(*axes), mesh.index(*axes))
-        for axes in (("expert",), ("tensor",), ("context", "tensor"))
+        for axes in (("expert",), ("tensor",), ("context",), ("context", "tensor"))
     )
     model = Transformer(settings, 64)
     model.memory = MemorySettings(recompute=recompute)  # type: ignore[arg-type]
     model.autocast = autocast
     cut(model, settings, layout, dict(mesh.at))
-    if layout.tensor > 1:
-        split_sequence(model, tensor, Span(1, layout.tensor, mesh.at["tensor"]))
+    span = make_span(mesh)
+    split_sequence(model, tensor, span)
+    if layout.context > 1:
+        group = mesh.group("context")
+        split_attention(model, GatherAttention(group, mesh.at["context"], layout.context))
     deal_experts(model, experts, sequence)
     for moe in mixtures(model):
         moe.aux_scale = 0.01
-    loss = model.loss(some_tokens(mesh.worker))
+    tokens = some_tokens(mesh.worker)
+    positions = span.attended(tokens.shape[1] - 1)
+    held = slice(None) if positions is None else positions
+    loss = model(tokens[:, :-1][:, held], tokens[:, 1:][:, held])
     (0.01 * loss).backward()
     grads = {}
     for spec, parameter in zip(tensors(settings, 64), model.parameters(), strict=True):
         assert parameter.grad is not None
         # The sum over workers is left out: each is compared with its own microbatch.
-        shared = "tensor" in spec.summed(layout)
-        grads[spec.name] = total(tensor, parameter.grad) if shared else parameter.grad
-    loads = [total(tensor, moe.load).tolist() for moe in mixtures(model)]
-    return loss.item(), grads, loads, experts.bytes_sent
+        wire = sequence if "tensor" in spec.shared(layout) else context
+        grads[spec.name] = total(wire, parameter.grad)
+    loads = [total(sequence, moe.load).tolist() for moe in mixtures(model)]
+    return total(context, loss.detach()).item(), grads, loads, experts.bytes_sent
 
 
 def total(wire: Wire, x: Tensor) -> Tensor:
+    """The sum over a wire's ranks."""
     return x if wire.group is None else wire.total_now(x)
 
 
-LAYOUTS = [Layout(expert=2), Layout(expert=4), Layout(tensor=2), Layout(expert=2, tensor=2)]
+LAYOUTS = [
+    Layout(expert=2), Layout(expert=4), Layout(tensor=2), Layout(context=2),
+    Layout(expert=2, tensor=2), Layout(context=2, tensor=2), Layout(context=2, expert=2),
+]  # fmt: skip
 OVER_RANKS: list[Case] = [
     (SMALL, "none", None),
     (with_moe(shared=1, router="sigmoid", dense_layers=1), "full", None),
