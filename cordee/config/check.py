@@ -20,6 +20,7 @@ def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_ranges(run)
     _check_model(run)
+    _check_moe(run)
     _check_run(run)
     _check_fault(run)
 
@@ -41,6 +42,13 @@ def _check_ranges(run: Run) -> None:
         "model.heads": (run.model.heads, 1), "model.kv_heads": (run.model.kv_heads, 0),
         "model.ffn": (run.model.ffn, 0), "model.window": (run.model.window, 0),
         "model.head_width": (run.model.head_width, 0),
+        "model.moe.experts": (run.model.moe.experts, 0),
+        "model.moe.active": (run.model.moe.active, 1),
+        "model.moe.width": (run.model.moe.width, 0),
+        "model.moe.shared": (run.model.moe.shared, 0),
+        "model.moe.dense_layers": (run.model.moe.dense_layers, 0),
+        "model.moe.balance_rate": (run.model.moe.balance_rate, 0),
+        "model.moe.capacity": (run.model.moe.capacity, 0),
         "model.logit_cap": (run.model.logit_cap, 0),
         "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
         "data.tokens": (run.data.tokens, 0),
@@ -121,6 +129,30 @@ def _check_model(run: Run) -> None:
             "model.norm_eps is above 0: the norm of zeros divides by its root",
             values={"model.norm_eps": run.model.norm_eps},
             fix="model.norm_eps=1e-6",
+        )
+
+
+def _check_moe(run: Run) -> None:
+    moe = run.model.moe
+    if not moe.experts:
+        return
+    if run.model.kind != "transformer":
+        raise ConfigError(
+            "experts stand in a transformer's blocks; classifiers have none",
+            values={"model.moe.experts": moe.experts, "model.kind": run.model.kind},
+            fix="model.moe.experts=0",
+        )
+    if moe.active > moe.experts:
+        raise ConfigError(
+            "a token cannot use more experts than there are",
+            values={"model.moe.active": moe.active, "model.moe.experts": moe.experts},
+            fix=f"model.moe.active={moe.experts}",
+        )
+    if moe.dense_layers >= run.model.layers:
+        raise ConfigError(
+            "no block is left for the experts",
+            values={"model.moe.dense_layers": moe.dense_layers, "model.layers": run.model.layers},
+            fix=f"model.moe.dense_layers={run.model.layers - 1}, or model.moe.experts=0",
         )
 
 

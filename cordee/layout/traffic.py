@@ -33,3 +33,17 @@ def context_bytes(
     elements = 2 * tokens // parts * kv_width
     back = element_bytes if method == "gather" else element_bytes + SUM_BYTES
     return (parts - 1) * elements * (forwards * element_bytes + back)
+
+
+def expert_bytes(
+    tokens: int, active: int, width: int, ranks: int, element_bytes: int, forwards: int = 1
+) -> float:
+    """Bytes that each of `ranks` sends for one mixture of experts and one microbatch of each, when
+    all experts are equally busy.
+
+    `tokens` are those that this rank holds; `active` rows of each go to their experts and back, in
+    every forward and as gradients; (ranks - 1) / ranks of them leave the rank. Left out: the
+    counts, 8 bytes an expert and forward.
+    """
+    rows = tokens * active * (ranks - 1) / ranks
+    return (2 * forwards + 2) * rows * width * element_bytes

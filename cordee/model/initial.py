@@ -148,7 +148,7 @@ def initialise(
     layers: int,
     write: Callable[[nn.Parameter, Tensor], object] | None = None,
 ) -> None:
-    """Fills every parameter of `model` from (seed, name) and makes its tables anew.
+    """Fills every parameter of `model` from (seed, name) and makes its tables and counts anew.
 
     `write(parameter, whole)` stores the whole tensor [parameter.shape, fp32, CPU] in a parameter
     that holds only its part of it; without it the parameter holds all of it.
@@ -161,9 +161,10 @@ def initialise(
             else:
                 write(parameter, whole)
     for module in model.modules():
-        forget = getattr(module, "forget_turns", None)
-        if forget is not None:
-            forget()
+        for name in ("forget_turns", "forget_balance"):
+            forget = getattr(module, name, None)
+            if forget is not None:
+                forget()
 
 
 def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, float]:

@@ -5,13 +5,12 @@ engine gives one per microbatch), any split over ranks (`parallel/` sets the sea
 loss outside of the model. It is a mode of `forward`, because FSDP2 gathers parameters in hooks
 around `forward` and nowhere else.
 
-Shape suffixes: B sequences, T positions, D width, F hidden width of the MLP, V vocabulary.
+Shape suffixes: B sequences, T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,57 +20,17 @@ from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
 from cordee.model.attention import Attention, RMSNorm, rotary_turns
 from cordee.model.loss import capped_logits, chunked_loss, head_loss, summed_cross_entropy
+from cordee.model.mlp import MLP
+from cordee.model.moe import MoE
 from cordee.model.recompute import run_block
 from cordee.model.span import Seam, Span, dropout, same
 
 
-class _SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2 (So et al. 2021). Saves one tensor and its backward is one product of two: a
-    fp32 step is 3 % faster than with `F.relu(x).square()`, whose backward is three operators."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Any shape."""
-        root = x.relu()
-        ctx.save_for_backward(root)
-        return root * root
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """2 grad max(x, 0): the root is zero where the slope is, so no mask is needed."""
-        (root,) = ctx.saved_tensors
-        return torch.mul(grad, root).mul_(2.0)
-
-
-squared_relu: Callable[[Tensor], Tensor] = _SquaredReLU.apply
-"""max(x, 0)^2 of any shape."""
-
-
-class MLP(nn.Module):
-    """down(relu(up(x))^2), or down(silu(gate(x)) x up(x)) (SwiGLU, Shazeer 2020); no bias."""
-
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__()
-        width, hidden = settings.width, settings.hidden_width
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.gate = nn.Linear(width, hidden, bias=False) if settings.mlp == "gated" else None
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
-        up_BTF: Tensor = self.up(x_BTD)
-        if self.gate is None:
-            hidden_BTF = squared_relu(up_BTF)
-        else:
-            hidden_BTF = F.silu(self.gate(x_BTD)) * up_BTF
-        out_BTD: Tensor = self.down(hidden_BTF)
-        return out_BTD
-
-
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on what is added.
+    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)); dropout on what is added.
 
-    `enter` and `leave` are where tensor parallelism gathers a split sequence and scatters sums.
+    `enter` and `leave` are where tensor parallelism gathers a split sequence and scatters sums;
+    experts work on the split one.
     """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
@@ -84,15 +43,23 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(settings.width, settings.norm_eps)
         self.attention = Attention(settings)
         self.mlp_norm = RMSNorm(settings.width, settings.norm_eps)
-        self.mlp = MLP(settings)
+        mixed = settings.is_moe(layer)
+        self.mlp = None if mixed else MLP(settings, settings.hidden_width)
+        self.moe = MoE(settings) if mixed else None
 
     def forward(self, x_BTD: Tensor, turns_TE2: Tensor, key: int = 0) -> Tensor:
         """[B, T, D] to [B, T, D]; `key` decides what dropout drops. The residual stream keeps its
         type (fp32 under autocast): making it bf16 saved no measurable time."""
         attended_BTD = self.attention(self.enter(self.attention_norm(x_BTD)), turns_TE2)
         x_BTD = x_BTD + self._drop(self.leave(attended_BTD), key, 0)
-        mixed_BTD = self.leave(self.mlp(self.enter(self.mlp_norm(x_BTD))))
-        return x_BTD + self._drop(mixed_BTD, key, 1)
+        return x_BTD + self._drop(self._mix(self.mlp_norm(x_BTD)), key, 1)
+
+    def _mix(self, x_BTD: Tensor) -> Tensor:
+        if self.mlp is not None:
+            return self.leave(self.mlp(self.enter(x_BTD)))
+        assert self.moe is not None
+        mixed_BTD: Tensor = self.moe(x_BTD)
+        return mixed_BTD
 
     def _drop(self, x_BTD: Tensor, key: int, place: int) -> Tensor:
         if not (self.dropout and self.training):

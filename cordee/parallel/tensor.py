@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.dist.wire import Wire
+from cordee.model.moe import mixtures
 from cordee.model.span import Span
 from cordee.model.transformer import Block, Transformer
 
@@ -36,6 +37,8 @@ def split_sequence(model: Transformer, wire: Wire, span: Span) -> None:
     for part in parts:
         part.enter = lambda x: wire.gather(x, 1)
         part.leave = lambda x: wire.scatter(x, 1)
+    for moe in mixtures(model):
+        moe.enter, moe.leave = model.enter, model.leave
     cut = Vocabulary(wire)
     model.lookup = cut.look_up
     model.cross_entropy = cut.cross_entropy

@@ -31,7 +31,8 @@ from cordee.model.attention import (
 )
 from cordee.model.initial import SCHEMES, initial_tensor, initialise, tensor_seed
 from cordee.model.loss import soft_cap
-from cordee.model.transformer import Transformer, squared_relu
+from cordee.model.mlp import squared_relu
+from cordee.model.transformer import Transformer
 from cordee.sample import generate, to_text
 
 CPU = torch.device("cpu")
