@@ -103,12 +103,23 @@ class RunState:
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
-        return holdings(self.parameters, self.optimizer.tensors(), self.places)
+        return holdings(self.tensors, self.optimizer.tensors(), self.places)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's parts of what the model is: parameters, and buffers that survive."""
+        return {**self.parameters, **self.engine.buffers}
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The whole model's tensors: parameters, and buffers that survive."""
+        return {**self.live.every, **self.live.kept}
 
     @property
     def places(self) -> dict[str, Place]:
         """What this rank holds of each of its parameters, and who else holds the same."""
-        return {name: place_of(spec, self.mesh) for name, spec in self.live.specs.items()}
+        specs = self.specs
+        return {name: place_of(specs[name], self.mesh) for name in self.tensors}
 
     @property
     def microbatch_tokens(self) -> int:
@@ -122,8 +133,9 @@ class RunState:
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Global norm of the step's gradient, 0-d; by rows whenever its order must not matter."""
         named = dict(zip(self.parameters, gradients, strict=True))
-        only_shards = self.mesh.size(*INSIDE) == self.mesh.size("shard")
-        if self.engine.work.sharding.canonical or (self.mesh.size("shard") > 1 and only_shards):
+        only_shards = self.mesh.size(*INSIDE) == self.mesh.size("shard") > 1
+        by_rows = only_shards and not any(spec.stacked for spec in self.live.specs.values())
+        if self.engine.work.sharding.canonical or by_rows:
             whole = self._whole_rows if self.mesh.size("shard") > 1 else None
             return global_norm(named, True, whole)
         return global_norm(named, False, totals=self.totals)
@@ -216,6 +228,7 @@ def make_engine(
         keyed=run.model.dropout > 0,
         autocast=compute_type(run),
         sharding=sharding,
+        balance_rate=run.model.moe.balance_rate,
     )
     if mesh.size("pipeline") > 1:
         return PipelineEngine(live, loader, mesh, work, run)

@@ -43,8 +43,8 @@ def restore(state: RunState, desk: Desk) -> None:
         )
     mine = reader(found, state.places)
     with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(mine(f"model/{name}"))
+        for name, tensor in state.tensors.items():
+            tensor.copy_(mine(f"model/{name}"))
     known = set(found.names())
     state.optimizer.load(lambda k: mine(f"optim/{k}") if f"optim/{k}" in known else None)
     state.sync.restore(found.meta["sync"])

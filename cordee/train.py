@@ -165,6 +165,7 @@ def step(state: RunState, desk: Desk) -> Outcome:
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
         state.optimizer.step()
+        state.engine.commit()
         limit_parameters(state.groups, state.run.clip, state.totals)
     state.drill.point("step.commit", number)
     state.sync.settle(number)
@@ -238,7 +239,7 @@ def finish(state: RunState, desk: Desk) -> Report:
         desk.screen.say(f"left after step {number}; the same command goes on from there")
         return Report(state.run.run.dir, desk.asked.exit_code)
     scored = measure(state)
-    digest = weights_sha256(state.live.every, lambda name: whole(state, name))
+    digest = weights_sha256(state.specs, lambda name: whole(state, name))
     text = sample(state)
     finished = {
         "weights_sha256": digest, "held_out_bits_per_byte": scored and scored.bits_per_byte,
@@ -260,7 +261,7 @@ def finish(state: RunState, desk: Desk) -> Report:
 def whole(state: RunState, name: str) -> Tensor:
     """A whole parameter (every rank of the island must ask): parts are added as bits into zeros, so
     that they arrive as they are."""
-    spec, mine = state.live.every[name], state.parameters.get(name)
+    spec, mine = state.specs[name], state.tensors.get(name)
     if mine is not None and tuple(mine.shape) == spec.shape and state.live.stages.ranks == 1:
         return mine
     place = place_of(spec, state.mesh)

@@ -60,6 +60,7 @@ def step(state: RunState, number: int) -> tuple[float, float]:
     if math.isfinite(loss) and math.isfinite(float(norm)):
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
         state.optimizer.step()
+        state.engine.commit()
         limit_parameters(state.groups, state.run.clip, state.totals)
         state.sync.settle(number + 1)
     return loss, float(norm)

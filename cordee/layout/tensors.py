@@ -85,7 +85,7 @@ class TensorSpec:
     layer: int = 0
     tensor: int | None = None
     expert: int | None = None
-    shard: int = 0
+    shard: int | None = 0
 
     @property
     def elements(self) -> int:
@@ -151,11 +151,12 @@ def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
             yield _spec(row, row.pattern, sizes, model.layers)
 
 
-def buffers(model: ModelSettings) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, layer) of what is no parameter and yet survives: biases of routers' choices."""
+def buffers(model: ModelSettings) -> Iterator[TensorSpec]:
+    """What is no parameter and yet survives, whole on every rank: biases of routers' choices."""
     if model.moe.balance == "bias":
         for layer in filter(model.is_moe, range(model.layers)):
-            yield f"blocks.{layer}.moe.bias", (model.moe.experts,), layer
+            name, shape = f"blocks.{layer}.moe.bias", (model.moe.experts,)
+            yield TensorSpec(name, shape, "buffers", layer, shard=None)
 
 
 def group_of(name: str, ndim: int) -> str:

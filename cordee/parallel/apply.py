@@ -20,11 +20,13 @@ from cordee.dist.wire import Wire
 from cordee.layout.boxes import Box, Place
 from cordee.layout.split import context_chunks
 from cordee.layout.stages import Stages
-from cordee.layout.tensors import TensorSpec, group_of, tensors
+from cordee.layout.tensors import TensorSpec, buffers, group_of, tensors
 from cordee.model.initial import initial_tensor
+from cordee.model.moe import mixtures
 from cordee.model.span import Span
 from cordee.model.transformer import Transformer
 from cordee.parallel.context import GatherAttention, RingAttention
+from cordee.parallel.expert import deal_experts
 from cordee.parallel.shard import Sharding, local, shard
 from cordee.parallel.tensor import split_sequence
 
@@ -32,15 +34,21 @@ from cordee.parallel.tensor import split_sequence
 @dataclass(frozen=True)
 class Live:
     """A model's part on this rank: `chunks` are its stages in order, `specs` describe its own
-    parameters, `every` those of the whole model; `wires` count what each axis sends."""
+    parameters, `every` those of the whole model, `kept` the whole model's buffers that survive;
+    `wires` count what each axis sends."""
 
     chunks: Sequence[nn.Module]
     specs: Mapping[str, TensorSpec]
     every: Mapping[str, TensorSpec]
+    kept: Mapping[str, TensorSpec]
     wires: Mapping[str, Wire]
     stages: Stages
     span: Span
     attend: GatherAttention | RingAttention | None = None
+
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's buffers that survive, by name."""
+        return {n: b for chunk in self.chunks for n, b in surviving_buffers(chunk).items()}
 
     def modules(self) -> dict[str, nn.Parameter]:
         """The modules' own parameters by name (DTensors where FSDP2 cuts them)."""
@@ -52,9 +60,11 @@ def make_live(
 ) -> Live:
     """Builds the transformer of `run` for the rank of `mesh`, with its initial values."""
     every = {spec.name: spec for spec in tensors(run.model, vocabulary)}
+    sets = {"tensor": ("tensor",), "context": ("context",), "expert": ("expert",),
+            "sequence": ("context", "tensor")}  # fmt: skip
     wires = {
-        axis: Wire(mesh.group(axis), mesh.size(axis), mesh.index(axis))
-        for axis in ("tensor", "context", "expert")
+        name: Wire(mesh.group(*axes), mesh.size(*axes), mesh.index(*axes))
+        for name, axes in sets.items()
     }
     span = make_span(mesh)
     attend = make_attention(run, mesh)
@@ -67,6 +77,7 @@ def make_live(
         narrow(model, every, mesh)
         split_sequence(model, wires["tensor"], span)
         split_attention(model, attend)
+        deal_experts(model, wires["expert"], wires["sequence"])
         if mesh.shard_mesh is not None:
             dims = {name: every[name].shard for name, _ in model.named_parameters()}
             shard(model, mesh.shard_mesh, list(model.parts()), dims, sharding)
@@ -76,7 +87,8 @@ def make_live(
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}
-    return Live(chunks, specs, every, wires, stages, span, attend)
+    kept = {spec.name: spec for spec in buffers(run.model)}
+    return Live(chunks, specs, every, kept, wires, stages, span, attend)
 
 
 def take_live(model: nn.Module, mesh: Mesh, device: str, sharding: Sharding) -> Live:
@@ -90,7 +102,17 @@ def take_live(model: nn.Module, mesh: Mesh, device: str, sharding: Sharding) -> 
         blocks = getattr(model, "blocks", None)
         units = list(blocks.children()) if isinstance(blocks, nn.Module) else []
         shard(model, mesh.shard_mesh, units, {}, sharding)
-    return Live([model], every, every, {}, Stages(((0, 1),), 1, "gpipe"), Span())
+    kept = {
+        name: TensorSpec(name, tuple(b.shape), "buffers", shard=None)
+        for name, b in surviving_buffers(model).items()
+    }
+    return Live([model], every, every, kept, {}, Stages(((0, 1),), 1, "gpipe"), Span())
+
+
+def surviving_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a model's state."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def make_span(mesh: Mesh) -> Span:
@@ -142,6 +164,8 @@ def fill(model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh, run: Run
             spec = every[name]
             whole = initial_tensor(name, spec.shape, run.initial, run.run.seed, run.model.layers)
             local(parameter).copy_(cut(whole, spec.box(mesh.layout, mesh.at)))
+    for moe in mixtures(model):
+        moe.forget_balance()
 
 
 def place_of(spec: TensorSpec, mesh: Mesh) -> Place:

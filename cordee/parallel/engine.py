@@ -17,9 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cordee.dist.exchange import Partial
+from cordee.dist.exchange import Partial, gather_rows
 from cordee.dist.mesh import Mesh
+from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
+from cordee.model.moe import forget_load, mixtures, move_bias
 from cordee.parallel import shard
 from cordee.parallel.apply import Live, cut
 from cordee.parallel.shard import Sharding, local
@@ -49,6 +51,7 @@ class Work:
     keyed: bool
     autocast: torch.dtype | None
     sharding: Sharding
+    balance_rate: float = 0.0
 
 
 class Engine:
@@ -63,8 +66,10 @@ class Engine:
         self.modules = live.modules()
         self.parameters = {n: local(p.detach()).requires_grad_() for n, p in self.modules.items()}
         self.device = next(iter(self.parameters.values())).device
+        self.buffers = live.buffers()
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
+        self._mixtures = [moe for chunk in live.chunks for moe in mixtures(chunk)]
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
@@ -88,6 +93,9 @@ class Engine:
         for chunk in self.live.chunks:
             chunk.train()
             self._clear(list(chunk.parameters()))
+            forget_load(chunk)
+        for moe in self._mixtures:
+            moe.aux_scale = 1.0 / self.work.tokens
         self._clear(list(self.modules.values()))
         began = time.perf_counter()
         self.loader.begin(step, self.work.part)
@@ -114,6 +122,10 @@ class Engine:
             parameter.grad = gradient
             mine.append(gradient)
         return mine
+
+    def commit(self) -> None:
+        """After the optimiser's step: moves what keeps experts balanced."""
+        move_bias(self._mixtures, self._over_all, self.work.balance_rate)
 
     def tokens(self, step: int, index: int) -> Tensor:
         """A microbatch of the loader on this rank's device; its time counts as data."""
@@ -193,6 +205,12 @@ class Engine:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self._clear(parameters)
         return gradients
+
+    def _over_all(self, numbers: Tensor) -> Tensor:
+        """Sums whole numbers over all ranks that have this rank's layers."""
+        axes = [axis for axis in AXES if axis != "pipeline"]
+        rows = gather_rows(numbers.flatten(), self.mesh.group(*axes), self.mesh.size(*axes))
+        return rows.sum(0).view(numbers.shape)
 
     def _reshard(self) -> None:
         if self.sharded:

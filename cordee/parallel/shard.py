@@ -30,12 +30,12 @@ class Sharding:
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], dims: Mapping[str, int],
+    model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], dims: Mapping[str, int | None],
     how: Sharding,
 ) -> None:  # fmt: skip
     """Shards every parameter over `mesh`, in dim 0 or the one that `dims` names; `units` are
     wrapped one by one, then the root."""
-    placed = {p: Shard(dims.get(name, 0)) for name, p in model.named_parameters()}
+    placed = {p: Shard(dims.get(name) or 0) for name, p in model.named_parameters()}
     for module in (*units, model):
         fully_shard(
             module, mesh=mesh, reshard_after_forward=how.zero == 3,

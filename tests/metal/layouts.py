@@ -74,7 +74,7 @@ def curves(world: World, folder: str, jobs: list[tuple[str, ...]], steps: int) -
 def parameters(state: RunState) -> dict[str, Tensor]:
     """All parameters, whole (every rank must ask)."""
     with torch.no_grad():
-        return {name: whole(state, name).clone() for name in state.live.every}
+        return {name: whole(state, name).clone() for name in state.specs}
 
 
 def save(state: RunState, number: int) -> Path:
@@ -93,8 +93,8 @@ def restore(state: RunState, path: Path) -> None:
     """Parameters and optimiser state of a checkpoint."""
     mine = reader(open_checkpoint(path), state.places)
     with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(mine(f"model/{name}"))
+        for name, tensor in state.tensors.items():
+            tensor.copy_(mine(f"model/{name}"))
     state.optimizer.load(lambda key: mine(f"optim/{key}"))
 
 
