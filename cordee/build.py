@@ -26,6 +26,7 @@ from cordee.errors import ConfigError
 from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.split import shard_rows
+from cordee.model.classifier import make_classifier
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
@@ -43,7 +44,8 @@ class Parts:
     """Parts of a run that a caller brings ready-made; None means that the house builds it.
 
     `model(tokens, targets)` must return the summed loss in nats; `loader` gives microbatches of
-    token ids. Every rank must bring the same.
+    token ids. A classifier (model.kind) returns logits [rows, classes] where no targets are given.
+    Every rank must bring the same.
     """
 
     model: nn.Module | None = None
@@ -89,7 +91,7 @@ class RunState:
     @property
     def step_tokens(self) -> int:
         """Training tokens of one step, over all ranks."""
-        return self.engine.work.tokens
+        return self.run.batch.microbatches * self.run.batch.microbatch * self.run.data.sequence
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
@@ -97,8 +99,8 @@ class RunState:
 
     @property
     def microbatch_tokens(self) -> int:
-        """Training tokens of one microbatch."""
-        return self.run.batch.microbatch * self.run.data.sequence
+        """Targets of one microbatch: its tokens, or its images."""
+        return self.run.batch.microbatch * self.run.targets_per_row
 
     @property
     def by_rows(self) -> bool:
@@ -151,7 +153,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
     work = Work(
         part=part,
         total=run.batch.microbatches,
-        tokens=run.batch.microbatches * run.batch.microbatch * run.data.sequence,
+        tokens=run.batch.microbatches * run.batch.microbatch * run.targets_per_row,
         seed=run.run.seed,
         dropout=run.model.dropout > 0,
         autocast=run.run.precision == "bf16",
@@ -186,8 +188,11 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
 
 def make_model(run: Run, vocabulary: int) -> nn.Module:
     """The built-in model, initialised: every number depends on (seed, name) alone."""
-    model = Transformer(run.model, vocabulary)
-    model.memory = run.memory
+    if run.model.classifies:
+        model: nn.Module = make_classifier(run.model)
+    else:
+        model = Transformer(run.model, vocabulary)
+        model.memory = run.memory
     initialise(model, run.initial, run.run.seed, run.model.layers)
     return model
 

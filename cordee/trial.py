@@ -38,7 +38,7 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
         for number, rate in enumerate(lr_of_step):
             state.optimizer.set_lr(rate / state.optimizer.peak_lr)
             sums, partial = state.engine.forward_backward(number)
-            loss = math.fsum(map(float, sums)) / state.step_tokens
+            loss = math.fsum(map(float, sums)) / state.engine.work.tokens
             gradients = state.engine.place(state.sync.agree(partial))
             norm = global_norm(gradients, state.by_rows)
             if not (math.isfinite(loss) and math.isfinite(float(norm))):

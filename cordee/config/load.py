@@ -1,8 +1,8 @@
 """From files and command lines to a `Run`: TOML, dotted overrides, did-you-mean, dump, explain.
 
-Not here: whether the values can be obeyed together (`check.py`). Precedence: default < preset <
-file < command line. Traded away: a general structuring library; every leaf needs a strict rule of
-its own (3.5 is no int, "yes" is no bool) and errors must name the key, the value and the fix.
+Not here: whether the values can be obeyed together (`check.py`). Precedence: default < preset (and
+what it implies) < file < command line. Traded away: a general structuring library; every leaf needs
+a strict rule of its own (3.5 is no int, "yes" is no bool) and errors name key, value and fix.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import sys
 import tomllib
 import types
 import typing
@@ -19,9 +20,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from cordee.config import run as schema
 from cordee.config.model import ModelSettings
-from cordee.config.presets import model_presets
+from cordee.config.presets import implied, model_presets
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
@@ -69,8 +69,9 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Loaded:
     presets = model_presets()
     if preset not in presets:
         raise _unknown_value("model.preset", preset, list(presets))
-    base = replace(Run(), model=presets[preset])
-    return Loaded(override(base, values), {key: place for key, (_, place) in given.items()})
+    made = override(replace(Run(), model=presets[preset]), values)
+    left = {k: v for k, v in implied(made.model).items() if k not in values}
+    return Loaded(override(made, left), {key: place for key, (_, place) in given.items()})
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:
@@ -200,7 +201,7 @@ def explain(key: str, loaded: Loaded) -> str:
 
 
 def field_doc(key: str) -> str:
-    """The sentence that stands under the key's field in config/run.py."""
+    """The sentence that stands under the key's field in config/run.py or config/model.py."""
     cls: type = Run
     *path, name = key.split(".")
     for part in path:
@@ -218,7 +219,7 @@ def type_name(kind: Any) -> str:
 
 
 def _docs_of(cls: type) -> dict[str, str]:
-    tree = ast.parse(inspect.getsource(schema))
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     docs: dict[str, str] = {}
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
     for statement, follower in itertools.pairwise(body):

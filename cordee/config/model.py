@@ -44,6 +44,16 @@ class ImageSettings:
     classes: int = 10
     """Labels are 0 to classes - 1."""
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of an image without its label."""
+        return self.channels * self.side * self.side
+
+    @property
+    def record(self) -> int:
+        """Bytes of an image with its label."""
+        return 1 + self.pixels
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -57,9 +67,9 @@ class ModelSettings:
     vocabulary: int = 0
     """Rows of embedding and head; 0: as many as the data has symbols."""
     layers: int = 5
-    """Number of transformer blocks."""
+    """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
     width: int = 128
-    """Width of the residual stream; a multiple of model.heads."""
+    """Width of the residual stream, a multiple of model.heads; channels (conv), units (mlp)."""
     heads: int = 4
     """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
     kv_heads: int = 0
@@ -92,6 +102,11 @@ class ModelSettings:
     """Mixture of experts."""
     image: ImageSettings = field(default_factory=ImageSettings)
     """Images, for the classifiers."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is a classifier of images, not a language model."""
+        return self.kind != "transformer"
 
     @property
     def hidden_width(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
+from cordee.layout.classifier import classifier_tensors
 from cordee.layout.split import shard_rows
 
 
@@ -61,6 +62,9 @@ class TensorSpec:
 
 def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     """Every parameter of a built-in model, in the order of the model's own parameters."""
+    if model.classifies:
+        yield from (TensorSpec(*named) for named in classifier_tensors(model))
+        return
     sizes = {
         "vocabulary": vocabulary, "width": model.width, "kv": model.kv_width,
         "ffn": model.hidden_width,

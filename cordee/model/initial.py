@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cordee.config.model import InitialSettings
 from cordee.errors import ConfigError
 
-RESIDUAL = ("attention.out.weight", "mlp.down.weight")
+RESIDUAL = ("attention.out.weight", "mlp.down.weight", ".second.weight")
 """Ends of the names of the matrices that write into the residual stream."""
 
 

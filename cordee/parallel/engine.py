@@ -37,7 +37,7 @@ class Microbatches(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine needs to know of a run. `tokens` are those of a whole step."""
+    """What an engine needs to know of a run. `tokens` are the targets of a whole step."""
 
     part: range
     total: int
