@@ -32,9 +32,7 @@ def run(argv: list[str]) -> int:
         case ("prepare", source, folder):
             flags = words.flags
             tokens, image = flags.tokens or None, words.load().run.model.image
-            info = prepare(
-                source, Path(folder), flags.held_out, flags.seed, tokens, image=image
-            )
+            info = prepare(source, Path(folder), flags.held_out, flags.seed, tokens, image=image)
             known: dict[str, Any] = inspect(info.folder)
         case ("inspect", folder):
             known = inspect(Path(folder))

@@ -112,4 +112,5 @@ def _coverage(labels: NDArray[np.uint8], words: NDArray[np.uint64], side: int) -
         u = (x * c + y * s) * 1000 // (1024 * r)
         v = (y * c - x * s) * 1000 // (1024 * r)
         inside[rows] = is_inside(u, v)
-    return inside.reshape(-1, side, 2, side, 2).sum((2, 4)).reshape(-1, side * side)
+    covered: _I64 = inside.reshape(-1, side, 2, side, 2).sum((2, 4))
+    return covered.reshape(-1, side * side)

@@ -83,7 +83,7 @@ class ConvClassifier(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """int64 [B, 1 + P] to logits fp32 [B, K]; with targets to the summed loss (nats)."""
         image = self.image
-        x_BCHW = scaled(tokens_BT, image).unflatten(1, (image.channels, image.side, image.side))
+        x_BCHW = scaled(tokens_BT, image).view(-1, image.channels, image.side, image.side)
         x_BDHW = self.stem(x_BCHW)
         for block in self.blocks:
             x_BDHW = block(x_BDHW)
