@@ -134,11 +134,10 @@ def _check_classifier(run: Run) -> None:
     for section, (given, free) in parts.items():
         for name, value in vars(given).items():
             if value != getattr(free, name):
-                default = getattr(free, name)
                 raise ConfigError(
                     "classifiers have no such part",
                     values={"model.kind": model.kind, f"{section}.{name}": value},
-                    fix=f"leave {section}.{name} out (it is {default!r})",
+                    fix=f"leave {section}.{name} out, or model.kind=transformer",
                 )
     for axis in ("tensor", "pipeline", "context", "expert"):
         degree = getattr(run.layout, axis)

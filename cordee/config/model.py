@@ -34,6 +34,10 @@ class MoeSettings:
     """Tokens an expert takes at most, as a multiple of an equal share; more are dropped. 0: all."""
 
 
+SMALLEST_SIDE = 4
+"""Blocks of convolutions do not halve an image of this side or less."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     side: int = 16
@@ -107,6 +111,15 @@ class ModelSettings:
     def classifies(self) -> bool:
         """Whether the model is a classifier of images, not a language model."""
         return self.kind != "transformer"
+
+    @property
+    def sides(self) -> list[int]:
+        """The image's side after the stem and after each block of convolutions: all but the first
+        block halve it (rounded up) while it is larger than SMALLEST_SIDE."""
+        found = [self.image.side] * min(2, self.layers + 1)
+        while len(found) <= self.layers:
+            found.append(-(-found[-1] // 2) if found[-1] > SMALLEST_SIDE else found[-1])
+        return found
 
     @property
     def hidden_width(self) -> int:

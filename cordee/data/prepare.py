@@ -76,18 +76,7 @@ def prepare(
     `tokens` is the length of a synthetic train split, and of no other source; `image` is the form
     of images. DataError for whatever cannot be read or done.
     """
-    if not 0.0 <= held_out < 1.0:
-        raise DataError(
-            "the held-out fraction is not in [0, 1)",
-            values={"data.held_out": held_out},
-            fix="data.held_out=0.1",
-        )
-    if tokens is not None and (path_spec not in (MARKOV, SHAPES) or tokens < 1):
-        raise DataError(
-            "the number of tokens can be set for synthetic sources only, to 1 or more",
-            values={"data.path": path_spec, "tokens": tokens},
-            fix=f"leave it out, or data.path={MARKOV}",
-        )
+    _check_asked(path_spec, held_out, tokens)
     if is_dataset(Path(path_spec)):
         return read_info(Path(path_spec))
     folder = Path(folder)
@@ -120,6 +109,21 @@ def prepare(
             content = _write_text(place, corpus, cuts, shard_bytes)
             write_manifest(place, {**content, **split, "entropy_bits": None})
     return read_info(folder)
+
+
+def _check_asked(path_spec: str, held_out: float, tokens: int | None) -> None:
+    if not 0.0 <= held_out < 1.0:
+        raise DataError(
+            "the held-out fraction is not in [0, 1)",
+            values={"data.held_out": held_out},
+            fix="data.held_out=0.1",
+        )
+    if tokens is not None and (path_spec not in (MARKOV, SHAPES) or tokens < 1):
+        raise DataError(
+            "the number of tokens can be set for synthetic sources only, to 1 or more",
+            values={"data.path": path_spec, "tokens": tokens},
+            fix=f"leave it out, or data.path={MARKOV}",
+        )
 
 
 def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[int]:

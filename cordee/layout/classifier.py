@@ -1,4 +1,4 @@
-"""Shapes of the image classifiers: their parameters, and the side of the image in each block.
+"""Shapes of the image classifiers' parameters.
 
 The planner counts from this and a test holds it equal to the modules (model/classifier.py), as
 `tensors.py` does for the transformer. Traded away: channels that grow as the image shrinks; every
@@ -11,29 +11,8 @@ from collections.abc import Iterator
 
 from cordee.config.model import ModelSettings
 
-SMALLEST_SIDE = 4
-"""An image is not halved below this."""
-
 Named = tuple[str, tuple[int, ...], str]
 """Name, whole shape and group of a parameter."""
-
-
-def halves(model: ModelSettings) -> list[bool]:
-    """Whether each block of a ConvClassifier halves the image: all but the first, while it is
-    larger than SMALLEST_SIDE."""
-    found, side = [], model.image.side
-    for layer in range(model.layers):
-        found.append(layer > 0 and side > SMALLEST_SIDE)
-        side = -(-side // 2) if found[-1] else side
-    return found
-
-
-def sides(model: ModelSettings) -> list[int]:
-    """The image's side after the stem and after each block of a ConvClassifier."""
-    found = [model.image.side]
-    for halved in halves(model):
-        found.append(-(-found[-1] // 2) if halved else found[-1])
-    return found
 
 
 def classifier_tensors(model: ModelSettings) -> Iterator[Named]:

@@ -11,11 +11,12 @@ K classes.
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cordee.config.model import ImageSettings, ModelSettings
-from cordee.layout.classifier import halves
 
 
 class Hidden(nn.Module):
@@ -76,7 +77,8 @@ class ConvClassifier(nn.Module):
         super().__init__()
         width, self.image = settings.width, settings.image
         self.stem = nn.Conv2d(self.image.channels, width, 3, padding=1, bias=False)
-        self.blocks = nn.ModuleList(Convolved(width, halve) for halve in halves(settings))
+        steps = itertools.pairwise(settings.sides)
+        self.blocks = nn.ModuleList(Convolved(width, after < before) for before, after in steps)
         self.norm = nn.GroupNorm(1, width)
         self.head = nn.Linear(width, self.image.classes)
 

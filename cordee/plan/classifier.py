@@ -13,7 +13,6 @@ from typing import Any
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
-from cordee.layout.classifier import sides
 
 FP32 = 4
 
@@ -32,7 +31,7 @@ def microbatch_counts(run: Run) -> dict[str, Any]:
     model, image, images = run.model, run.model.image, run.batch.microbatch
     width, head = model.width, model.width * image.classes
     if model.kind == "conv":
-        areas = [side * side for side in sides(model)]
+        areas = [side * side for side in model.sides]
         first = 9 * image.channels * width * areas[0]
         inner = 18 * width * width * sum(areas[1:])
         weights = 9 * width * (image.channels + 2 * width * model.layers) + head
@@ -55,17 +54,18 @@ def microbatch_counts(run: Run) -> dict[str, Any]:
     }
 
 
-def activation_bytes(run: Run) -> int:
+def activation_bytes(run: Run, device: str) -> int:
     """Bytes autograd holds of one microbatch at the loss.
 
-    Norms keep their fp32 input and what comes out of the ReLU after them; under autocast every
-    product keeps its input once more, in bf16.
+    Norms keep their input, the ReLU after them what it gives, and products their input: the same
+    tensor, but on CUDA under autocast, where norms are computed in fp32 and products in bf16.
     """
     model, image, bf16 = run.model, run.model.image, run.run.precision == "bf16"
-    cast, product = (2, 2) if bf16 else (0, FP32)
-    normed = 2 * FP32 * model.width
+    product = 2 if bf16 else FP32
+    cast = 2 if bf16 and device != "cpu" else 0
+    normed = 2 * (FP32 if cast else product) * model.width
     if model.kind == "conv":
-        areas = [side * side for side in sides(model)]
+        areas = [side * side for side in model.sides]
         kept = sum((normed + cast * model.width) * area for area in areas[:-1])
         kept += sum(product * model.width * area for area in areas[1:])
         kept += normed * areas[-1]

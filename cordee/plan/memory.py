@@ -194,7 +194,7 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
     MLP two hidden vectors, four when gated; dropout its masks.
     """
     if run.model.classifies:
-        return [(classifier.activation_bytes(run), 0.0)]
+        return [(classifier.activation_bytes(run, device), 0.0)]
     model, tokens = run.model, run.batch.microbatch * run.data.sequence
     element = 2 if run.run.precision == "bf16" else FP32
     width, heads = model.width, model.heads
