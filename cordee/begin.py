@@ -20,6 +20,7 @@ from cordee.config.load import RUN_FILE, differences, dump, flatten, load, overr
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.prepare import check_length, prepare, resolve
+from cordee.data.records import check_images
 from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
 from cordee.dist.start import PLAN_FILE, Launched, launched
@@ -89,7 +90,9 @@ def lay_out_data(run: Run) -> DatasetInfo:
             info = read_info(place)
         else:
             spec, tokens = run.data.path, run.data.tokens or None
-            info = prepare(spec, place, run.data.held_out, run.run.seed, tokens)
+            held_out, seed, image = run.data.held_out, run.run.seed, run.model.image
+            info = prepare(spec, place, held_out, seed, tokens, image=image)
+        check_images(info, run.model)
         check_length(info, run.data.sequence)
     except DataError:
         if not (folder / RUN_FILE).exists():
@@ -146,13 +149,14 @@ def launch_ranks(run: Run, plan: Plan) -> int:
 
 
 def _overrides(run: Run) -> dict[str, str]:
-    """The run as overrides on the default: what the ranks' command line needs."""
-    before = flatten(override(Run(), {"model.preset": run.model.preset}))
-    return {
+    """The run as overrides on what its model implies: what the ranks' command line needs."""
+    words = {
         key: str(value).lower() if isinstance(value, bool) else str(value)
         for key, value in flatten(run).items()
-        if before[key] != value or key.startswith("model.")
     }
+    model = [f"{key}={word}" for key, word in words.items() if key.startswith("model.")]
+    before, now = flatten(load(None, model).run), flatten(run)
+    return {k: w for k, w in words.items() if before[k] != now[k] or k.startswith("model.")}
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -200,7 +204,7 @@ def get_ready(run: Run, processes: int | None = None) -> Ready:
         cluster = replace(local_cluster(), hosts=told.hosts)
         plan = make_plan(run, cluster, vocabulary_of(run), wanted)
     if standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
-        resolve(run.data.path)
+        resolve(run.data.path, run.model)
     launches = plan.processes > 1 and not told.by_launcher and standing.finished is None
     if launches:
         with locked(run):

@@ -48,7 +48,8 @@ class Parts:
     """Parts of a run that a caller brings ready-made; None means that the house builds it.
 
     `model(tokens, targets)` must return the summed loss in nats; `loader` gives microbatches of
-    token ids. Every rank must bring the same.
+    token ids. A classifier (model.kind) returns logits [rows, classes] where no targets are given.
+    Every rank must bring the same.
     """
 
     model: nn.Module | None = None
@@ -99,7 +100,7 @@ class RunState:
     @property
     def step_tokens(self) -> int:
         """Training tokens of one step, over all ranks."""
-        return self.engine.work.tokens
+        return self.run.batch.microbatches * self.run.batch.microbatch * self.run.data.sequence
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
@@ -123,8 +124,8 @@ class RunState:
 
     @property
     def microbatch_tokens(self) -> int:
-        """Training tokens of one microbatch."""
-        return self.run.batch.microbatch * self.run.data.sequence
+        """Targets of one microbatch: its tokens, or its images."""
+        return self.run.batch.microbatch * self.run.targets_per_row
 
     def speaks(self, losses: Sequence[Tensor]) -> list[float]:
         """This rank's losses, if its word counts."""
@@ -223,7 +224,7 @@ def make_engine(
     work = Work(
         part=range(*plan.splits[mesh.worker]),
         total=run.batch.microbatches,
-        tokens=run.batch.microbatches * run.batch.microbatch * run.data.sequence,
+        tokens=run.batch.microbatches * run.batch.microbatch * run.targets_per_row,
         seed=run.run.seed,
         keyed=run.model.dropout > 0,
         autocast=compute_type(run),

@@ -135,7 +135,7 @@ class Desk:
         row = {
             "step": at.step,
             "loss": _finite(outcome.loss),
-            "bits_per_byte": _finite(outcome.loss / math.log(2) / state.data.bytes_per_token),
+            "bits_per_byte": _bits_per_byte(state, outcome.loss),
             "grad_norm": _finite(outcome.grad_norm),
             "lr": outcome.lr,
             "tokens": at.tokens,
@@ -180,12 +180,12 @@ class Desk:
         known = {
             "held_out_loss": scored.loss,
             "held_out_bits_per_byte": scored.bits_per_byte,
+            "held_out_accuracy": scored.accuracy,
             "tokens": scored.tokens,
         }
         self.event("evaluated", state.progress.step, known)
-        self.screen.say(
-            f"step {state.progress.step:>5}  held out: {scored.bits_per_byte:.4f} bits per byte"
-        )
+        told = _held_out(scored.bits_per_byte, scored.accuracy)
+        self.screen.say(f"step {state.progress.step:>5}  held out: {told}")
 
     def rejected(self, path: Path, reason: str) -> None:
         """A checkpoint that does not verify."""
@@ -213,9 +213,12 @@ class Desk:
     def tell_start(self, state: RunState, came_from: str | None) -> None:
         """The lines before the first step: what is trained, on which layout and why, from where."""
         plan, batch, run = state.plan, state.run.batch, state.run
+        image = run.model.image
+        images = f"images of {image.channels} x {image.side} x {image.side}"
+        row = images if run.model.classifies else f"x {run.data.sequence} tokens"
         self.screen.say(
             f"model   {run.model.preset}: {count_text(plan.predicted.parameters)} parameters;"
-            f" {batch.microbatches} microbatches x {batch.microbatch} x {run.data.sequence} tokens"
+            f" {batch.microbatches} microbatches x {batch.microbatch} {row}"
             f" a step, {run.optim.name}, {run.run.precision}"
         )
         self.screen.say(f"layout  {plan.why}")
@@ -225,19 +228,20 @@ class Desk:
     def tell_end(self, state: RunState, finished: Mapping[str, Any]) -> None:
         """The last lines on the screen: held-out loss, sample, plan check, what next."""
         self.screen.close()
-        bits = finished["held_out_bits_per_byte"]
+        bits, accuracy = finished["held_out_bits_per_byte"], finished["held_out_accuracy"]
         if finished["sample"]:
             self.screen.say("sample\n" + _indented(finished["sample"]))
         self.screen.say(compare(state.plan, self.meter.measured()))
-        if bits is not None:
+        if bits is not None or accuracy is not None:
             entropy = state.data.entropy_bits
             known = "" if entropy is None else f"  (the source's entropy is {entropy:.4f})"
-            self.screen.say(f"held out   {bits:.4f} bits per byte{known}")
+            self.screen.say(f"held out   {_held_out(bits, accuracy)}{known}")
         self.screen.say(f"weights    {finished['weights_sha256']}")
         folder = state.run.run.dir
         self.screen.say(f"run        {folder}  ({finished['steps']} steps)")
+        sample = "" if state.run.model.classifies else f"cordee sample {folder} · "
         self.screen.say(
-            f"next       cordee report {folder} · cordee sample {folder} · cordee lr"
+            f"next       cordee report {folder} · {sample}cordee lr"
             " · cordee train run.minutes=5 run.dir=..."
         )
 
@@ -283,6 +287,17 @@ class Desk:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _bits_per_byte(state: RunState, loss: float) -> float | None:
+    """A mean loss in nats a token as bits per byte; None for classifiers."""
+    if state.run.model.classifies:
+        return None
+    return _finite(loss / math.log(2) / state.data.bytes_per_token)
+
+
+def _held_out(bits: float | None, accuracy: float | None) -> str:
+    return f"{accuracy:.2%} of images right" if bits is None else f"{bits:.4f} bits per byte"
 
 
 def _indented(text: str) -> str:

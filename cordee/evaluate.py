@@ -1,4 +1,4 @@
-"""Held-out loss: the same rows in the same order, whatever the number of ranks.
+"""Held-out loss and accuracy: the same rows in the same order, whatever the number of ranks.
 
 Batches are dealt to workers in contiguous parts; those with fewer compute one in vain (weight
 zero), because the ranks of an island need equal numbers of forwards. Sums are taken in batch order
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.layout.split import split_evenly
@@ -20,10 +21,12 @@ from cordee.layout.split import split_evenly
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss in nats a token, in bits a byte, and on how many tokens."""
+    """Mean loss in nats a target, in bits a byte (language models), the part of labels that were
+    guessed (classifiers), and on how many tokens, or images."""
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    accuracy: float | None
     tokens: int
 
 
@@ -32,6 +35,10 @@ class Scorer(Protocol):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Summed loss in nats of int64 (rows, sequence + 1)."""
+        ...
+
+    def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Without targets, what the model gives: logits of int64 (rows, sequence)."""
         ...
 
     def modes(self, training: bool) -> None:
@@ -49,26 +56,38 @@ def evaluate(
     batches: Sequence[Tensor],
     worker: tuple[int, int],
     gather: Callable[[Tensor], Tensor],
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> HeldOut:
     """`batches` are int64 (rows, sequence + 1), all of them on every rank; `worker` is (index,
-    count); `gather` stacks a small fp64 vector of every worker."""
+    count); `gather` stacks a small fp64 vector of every worker. Without `bytes_per_token` the model
+    is a classifier: its logits are asked for, and the first token of a row is its label."""
     index, count = worker
     parts = split_evenly(len(batches), count)
     most = max(map(len, parts))
-    sums = torch.zeros(most, dtype=torch.float64)
+    sums = torch.zeros(2 * most, dtype=torch.float64)
     scorer.modes(training=False)
     for place in range(most):
         mine = place < len(parts[index])
-        loss = scorer.loss(batches[parts[index][place] if mine else 0].to(scorer.device))
+        tokens = batches[parts[index][place] if mine else 0].to(scorer.device)
+        if bytes_per_token is None:
+            loss, guessed = _classified(scorer.infer(tokens[:, :-1], None), tokens[:, 0])
+        else:
+            loss, guessed = scorer.loss(tokens), 0.0
         if mine:
-            sums[place] = loss.double()
+            sums[place], sums[most + place] = float(loss), guessed
     rows = gather(sums)
-    total = math.fsum(
-        float(rows[worker_index, place])
-        for worker_index, part in enumerate(parts)
-        for place in range(len(part))
-    )
+    places = [(w, place) for w, part in enumerate(parts) for place in range(len(part))]
+    total = math.fsum(float(rows[w, place]) for w, place in places)
+    if bytes_per_token is None:
+        images = sum(len(batch) for batch in batches)
+        guessed = math.fsum(float(rows[w, most + place]) for w, place in places)
+        return HeldOut(total / images, None, guessed / images, images)
     tokens_count = sum(batch[:, 1:].numel() for batch in batches)
     loss_mean = total / tokens_count
-    return HeldOut(loss_mean, loss_mean / math.log(2) / bytes_per_token, tokens_count)
+    return HeldOut(loss_mean, loss_mean / math.log(2) / bytes_per_token, None, tokens_count)
+
+
+def _classified(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Summed loss of [rows, classes], and how many labels are the likeliest class."""
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return loss, float((logits.argmax(-1) == labels).sum())

@@ -226,7 +226,7 @@ def measure(state: RunState) -> HeldOut | None:
         batches,
         (state.mesh.worker, workers),
         lambda sums: gather_rows(sums, state.mesh.group(*WORKERS), workers),
-        state.data.bytes_per_token,
+        None if run.model.classifies else state.data.bytes_per_token,
     )
 
 
@@ -243,7 +243,8 @@ def finish(state: RunState, desk: Desk) -> Report:
     text = sample(state)
     finished = {
         "weights_sha256": digest, "held_out_bits_per_byte": scored and scored.bits_per_byte,
-        "held_out_loss": scored and scored.loss, "steps": number, "tokens": state.progress.tokens,
+        "held_out_loss": scored and scored.loss, "held_out_accuracy": scored and scored.accuracy,
+        "steps": number, "tokens": state.progress.tokens,
         "elapsed_s": round(state.progress.elapsed_s, 3), "skipped": state.progress.skipped,
         "saved": saved, "sample": text,
     }  # fmt: skip

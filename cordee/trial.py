@@ -54,7 +54,7 @@ def step(state: RunState, number: int) -> tuple[float, float]:
     losses, partial = state.engine.forward_backward(number)
     group = state.mesh.group(*AXES)
     tally = gather_tally(state.speaks(losses), Wishes(), state.spoken, group)
-    loss = math.fsum(tally.losses) / state.step_tokens
+    loss = math.fsum(tally.losses) / state.engine.work.tokens
     gradients = state.engine.place(state.sync.agree(partial))
     norm = state.norm(gradients)
     if math.isfinite(loss) and math.isfinite(float(norm)):

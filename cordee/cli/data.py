@@ -15,12 +15,13 @@ def run(argv: list[str]) -> int:
     """See --help."""
     made = parser(
         "data",
-        "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards.\n"
+        "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards;\n"
+        "records:FILE,FILE are images, with model.image.side, .channels and .classes.\n"
         "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.",
         'cordee data prepare "docs/**/*.md" shards --held-out 0.05\n'
         "  cordee data inspect shards\n"
         "  cordee train data.path=shards",
-        "prepare SOURCE FOLDER | inspect FOLDER | verify FOLDER [--json]",
+        "prepare SOURCE FOLDER [key=value ...] | inspect FOLDER | verify FOLDER [--json]",
     )
     made.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
     made.add_argument("--seed", type=int, default=0, help="chooses what is held out")
@@ -30,7 +31,8 @@ def run(argv: list[str]) -> int:
     match words.rest:
         case ("prepare", source, folder):
             flags = words.flags
-            info = prepare(source, Path(folder), flags.held_out, flags.seed, flags.tokens or None)
+            tokens, image = flags.tokens or None, words.load().run.model.image
+            info = prepare(source, Path(folder), flags.held_out, flags.seed, tokens, image=image)
             known: dict[str, Any] = inspect(info.folder)
         case ("inspect", folder):
             known = inspect(Path(folder))

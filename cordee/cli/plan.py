@@ -81,16 +81,24 @@ def _run_of(words: Words) -> Run:
 def _models(vocabulary: int, as_json: bool) -> str:
     """The presets with their parameter counts."""
     presets = model_presets()
+    counts = {n: parameters(m, m.vocabulary or vocabulary) for n, m in presets.items()}
     if as_json:
-        return json.dumps({n: {**asdict(m), "parameters": parameters(m, vocabulary)}
-                           for n, m in presets.items()})  # fmt: skip
-    lines = [_model_line(name, m, parameters(m, vocabulary)) for name, m in presets.items()]
-    return "\n".join([f"{'preset':<8}{'parameters':>22}   shape", *lines])
+        return json.dumps({n: {**asdict(m), "parameters": counts[n]} for n, m in presets.items()})
+    lines = [_model_line(name, model, counts[name]) for name, model in presets.items()]
+    return "\n".join([f"{'preset':<16}{'parameters':>23}   shape", *lines])
 
 
 def _model_line(name: str, model: ModelSettings, count: int) -> str:
-    shape = f"{model.layers} layers x width {model.width}, {model.heads} heads, {model.mlp}"
-    return f"{name:<8}{count:>14,} {count_text(count):>7}   {shape}"
+    shape = f"{model.layers} layers x width {model.width}"
+    if model.classifies:
+        image = model.image
+        shape += f", {model.kind} on {image.channels} x {image.side} x {image.side} pixels"
+    else:
+        keys = f" ({model.kv_heads} of keys)" if model.kv_heads else ""
+        shape += f", {model.heads} heads{keys}, {model.mlp}"
+    if model.moe.experts:
+        shape += f", {model.moe.active} of {model.moe.experts} experts"
+    return f"{name:<16}{count:>15,} {count_text(count):>7}   {shape}"
 
 
 def _as_json(

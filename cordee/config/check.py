@@ -6,7 +6,10 @@ names the values and the nearest fix; nothing has been started or written when o
 
 from __future__ import annotations
 
-from cordee.config.run import Run
+from dataclasses import asdict, replace
+
+from cordee.config.model import ModelSettings
+from cordee.config.run import MemorySettings, Run
 from cordee.errors import ConfigError
 
 DEFAULT_MINUTES = 1.5
@@ -19,8 +22,11 @@ MOST_PROCESSES_PER_CORE = 8
 def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_ranges(run)
-    _check_model(run)
-    _check_moe(run)
+    if run.model.classifies:
+        _check_classifier(run)
+    else:
+        _check_model(run)
+        _check_moe(run)
     _check_run(run)
     _check_fault(run)
 
@@ -50,6 +56,9 @@ def _check_ranges(run: Run) -> None:
         "model.moe.balance_rate": (run.model.moe.balance_rate, 0),
         "model.moe.capacity": (run.model.moe.capacity, 0),
         "model.logit_cap": (run.model.logit_cap, 0),
+        "model.image.side": (run.model.image.side, 1),
+        "model.image.channels": (run.model.image.channels, 1),
+        "model.image.classes": (run.model.image.classes, 2),
         "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
         "data.tokens": (run.data.tokens, 0),
         "batch.microbatch": (run.batch.microbatch, 1),
@@ -154,6 +163,41 @@ def _check_moe(run: Run) -> None:
             values={"model.moe.dense_layers": moe.dense_layers, "model.layers": run.model.layers},
             fix=f"model.moe.dense_layers={run.model.layers - 1}, or model.moe.experts=0",
         )
+
+
+def _check_classifier(run: Run) -> None:
+    model, record = run.model, run.model.image.record
+    if model.image.classes > 256:
+        raise ConfigError(
+            "a label is one byte",
+            values={"model.image.classes": model.image.classes},
+            fix="model.image.classes=256",
+        )
+    if run.data.sequence != record:
+        raise ConfigError(
+            "a classifier's row is one image: its label and its pixels",
+            values={"data.sequence": run.data.sequence, "model.image": asdict(model.image)},
+            fix=f"data.sequence={record}",
+        )
+    mine = ("preset", "kind", "layers", "width", "image")
+    usual = replace(ModelSettings(), **{name: getattr(model, name) for name in mine})
+    parts = {"model": (model, usual), "memory": (run.memory, MemorySettings())}
+    for section, (given, free) in parts.items():
+        for name, value in vars(given).items():
+            if value != getattr(free, name):
+                raise ConfigError(
+                    "classifiers have no such part",
+                    values={"model.kind": model.kind, f"{section}.{name}": value},
+                    fix=f"leave {section}.{name} out, or model.kind=transformer",
+                )
+    for axis in ("tensor", "pipeline", "context", "expert"):
+        degree = getattr(run.layout, axis)
+        if degree not in (1, "auto"):
+            raise ConfigError(
+                "classifiers are replicated or sharded, not cut otherwise",
+                values={"model.kind": model.kind, f"layout.{axis}": degree},
+                fix=f"layout.{axis}=1, or layout.shard={degree}",
+            )
 
 
 def _check_run(run: Run) -> None:

@@ -1,8 +1,8 @@
 """From files and command lines to a `Run`: TOML, dotted overrides, did-you-mean, dump, explain.
 
-Not here: whether the values can be obeyed together (`check.py`). Precedence: default < preset <
-file < command line. Traded away: a general structuring library; every leaf needs a strict rule of
-its own (3.5 is no int, "yes" is no bool) and errors must name the key, the value and the fix.
+Not here: whether the values can be obeyed together (`check.py`). Precedence: default < preset (and
+what it implies) < file < command line. Traded away: a general structuring library; every leaf needs
+a strict rule of its own (3.5 is no int, "yes" is no bool) and errors name key, value and fix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cordee.config.model import ModelSettings
-from cordee.config.presets import model_presets
+from cordee.config.presets import implied, model_presets
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
@@ -69,8 +69,9 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Loaded:
     presets = model_presets()
     if preset not in presets:
         raise _unknown_value("model.preset", preset, list(presets))
-    base = replace(Run(), model=presets[preset])
-    return Loaded(override(base, values), {key: place for key, (_, place) in given.items()})
+    made = override(replace(Run(), model=presets[preset]), values)
+    left = {k: v for k, v in implied(made.model).items() if k not in values}
+    return Loaded(override(made, left), {key: place for key, (_, place) in given.items()})
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:

@@ -34,6 +34,10 @@ class MoeSettings:
     """Tokens an expert takes at most, as a multiple of an equal share; more are dropped. 0: all."""
 
 
+SMALLEST_SIDE = 4
+"""Blocks of convolutions do not halve an image of this side or less."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     side: int = 16
@@ -43,6 +47,16 @@ class ImageSettings:
     """Values of a pixel."""
     classes: int = 10
     """Labels are 0 to classes - 1."""
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of an image without its label."""
+        return self.channels * self.side * self.side
+
+    @property
+    def record(self) -> int:
+        """Bytes of an image with its label."""
+        return 1 + self.pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +71,10 @@ class ModelSettings:
     vocabulary: int = 0
     """Rows of embedding and head; 0: as many as the data has symbols."""
     layers: int = 5
-    """Number of transformer blocks."""
+    """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
     width: int = 128
     """Width of the residual stream; a multiple of model.heads unless model.head_width is given."""
+    """Width of the residual stream, a multiple of model.heads; channels (conv), units (mlp)."""
     heads: int = 4
     """Attention heads; each is head_width wide."""
     kv_heads: int = 0
@@ -92,6 +107,20 @@ class ModelSettings:
     """Mixture of experts."""
     image: ImageSettings = field(default_factory=ImageSettings)
     """Images, for the classifiers."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is a classifier of images, not a language model."""
+        return self.kind != "transformer"
+
+    @property
+    def sides(self) -> list[int]:
+        """The image's side after the stem and after each block of convolutions: all but the first
+        block halve it (rounded up) while it is larger than SMALLEST_SIDE."""
+        found = [self.image.side] * min(2, self.layers + 1)
+        while len(found) <= self.layers:
+            found.append(-(-found[-1] // 2) if found[-1] > SMALLEST_SIDE else found[-1])
+        return found
 
     @property
     def hidden_width(self) -> int:

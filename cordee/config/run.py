@@ -47,12 +47,13 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     path: str = "builtin:stdlib"
-    """builtin:stdlib, builtin:markov, a prepared folder, or files, folders and globs of text
-    separated by commas."""
+    """builtin:stdlib, builtin:markov, builtin:shapes (images), a prepared folder, or files, folders
+    and globs of text separated by commas; records:FILE,FILE for files of images (model.image)."""
     sequence: int = 256
-    """Tokens a training sequence has."""
+    """Tokens a training sequence has; for classifiers the bytes of an image with its label."""
     held_out: float = 0.1
-    """Fraction held out for evaluation: whole files when there are ten or more, else each tail."""
+    """Fraction held out for evaluation: whole files when there are ten or more, else each tail; of
+    images, a random choice by run.seed."""
     placement: Literal["partition", "replicate"] = "partition"
     """partition: each island computes its microbatches; replicate: every island computes all of
     them and the islands compare digests instead of adding (a check on the hardware)."""
@@ -242,6 +243,16 @@ class Run:
     guard: GuardSettings = field(default_factory=GuardSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     fault: FaultSettings = field(default_factory=FaultSettings)
+
+    @property
+    def targets_per_row(self) -> int:
+        """What a row of data.sequence tokens asks to be predicted: each next token, or a label."""
+        return 1 if self.model.classifies else self.data.sequence
+
+    @property
+    def loss_unit(self) -> str:
+        """What a loss is counted in."""
+        return "nats an image" if self.model.classifies else "nats a token"
 
 
 FREE_ON_RESUME = (

@@ -24,7 +24,8 @@ from cordee.errors import DataError
 
 STDLIB = "builtin:stdlib"
 MARKOV = "builtin:markov"
-BUILTINS = (STDLIB, MARKOV)
+SHAPES = "builtin:shapes"
+BUILTINS = (STDLIB, MARKOV, SHAPES)
 MARKOV_TOKENS = 4_000_000
 MARKOV_SYMBOLS = 64
 
@@ -100,8 +101,8 @@ def markov_tokens(
             fix=f"symbols={MARKOV_SYMBOLS}, tokens={MARKOV_TOKENS}",
         )
     # Two counters far apart: one stream for the chain's law, one for its course.
-    counts = _transitions(_words(seed, 0, 4 * symbols), symbols)
-    draws = _words(seed, 1, -(-tokens // 8)).view(np.uint8)[:tokens].tobytes()
+    counts = _transitions(raw_words(seed, 0, 4 * symbols), symbols)
+    draws = raw_words(seed, 1, -(-tokens // 8)).view(np.uint8)[:tokens].tobytes()
     states = np.arange(symbols, dtype=np.uint8)
     table = [np.repeat(states, row).tobytes() for row in counts]
     # A loop that cannot be vectorised (each step needs the last), run at 60 ns a token.
@@ -110,7 +111,7 @@ def markov_tokens(
     return np.frombuffer(bytes(chain), dtype=np.uint8), _entropy_bits(counts)
 
 
-def _words(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
+def raw_words(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
     """Raw 64-bit words, little-endian: what NumPy keeps equal over versions and machines."""
     source = np.random.Philox(key=seed % (1 << 64), counter=[0, 0, 0, stream])
     return source.random_raw(count).astype("<u8")

@@ -7,12 +7,7 @@ are read twice, first to count and refuse, then to write, so nothing is written 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +15,13 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from cordee.config.model import ImageSettings, ModelSettings
 from cordee.data.builtin import (
     MARKOV,
     MARKOV_SYMBOLS,
     MARKOV_TOKENS,
+    SHAPES,
     Corpus,
     Document,
     find_corpus,
@@ -34,27 +29,30 @@ from cordee.data.builtin import (
     probe_corpus,
 )
 from cordee.data.order import Order, mixing
+from cordee.data.records import (
+    check_images,
+    find_records,
+    is_images,
+    text_refused,
+    write_records,
+    write_shapes,
+)
+from cordee.data.shapes import SHAPES_IMAGES
+from cordee.data.shards import SHARD_BYTES, ShardWriter, making, write_manifest
 from cordee.data.source import (
-    FORMAT,
-    MANIFEST,
     SPLITS,
     SUM_BLOCK_BYTES,
     DatasetInfo,
     Shard,
-    Split,
     changed_sources,
     check_shard,
-    fingerprint_of,
     is_dataset,
     map_shard,
     open_dataset,
     read_info,
-    sync,
-    write_sums,
 )
 from cordee.errors import DataError
 
-SHARD_BYTES = 256 << 20
 # From this many documents on, whole ones are held out; below, the tail of each.
 WHOLE_DOCUMENTS = 10
 END_OF_DOCUMENT = 0
@@ -68,26 +66,17 @@ def prepare(
     seed: int,
     tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    image: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
 ) -> DatasetInfo:
     """Make the dataset `folder` from `path_spec`, or nothing: it is renamed into place when whole.
 
     `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
     dataset already is returned as it is. `held_out` is the fraction kept from training: whole
-    documents by keyed hash from 10 documents on, else the tail of each. `tokens` is the length of
-    the Markov train split, and of no other source. DataError for whatever cannot be read or done.
+    documents by keyed hash from 10 documents on, else the tail of each; of images, random ones.
+    `tokens` is the length of a synthetic train split, and of no other source; `image` is the form
+    of images. DataError for whatever cannot be read or done.
     """
-    if not 0.0 <= held_out < 1.0:
-        raise DataError(
-            "the held-out fraction is not in [0, 1)",
-            values={"data.held_out": held_out},
-            fix="data.held_out=0.1",
-        )
-    if tokens is not None and (path_spec != MARKOV or tokens < 1):
-        raise DataError(
-            "the number of tokens can be set for builtin:markov only, to 1 or more",
-            values={"data.path": path_spec, "tokens": tokens},
-            fix=f"leave it out, or data.path={MARKOV}",
-        )
+    _check_asked(path_spec, held_out, tokens)
     if is_dataset(Path(path_spec)):
         return read_info(Path(path_spec))
     folder = Path(folder)
@@ -102,16 +91,39 @@ def prepare(
         train_tokens = MARKOV_TOKENS if tokens is None else tokens
         kept_tokens = round(train_tokens * held_out / (1.0 - held_out))
         chain, entropy_bits = markov_tokens(seed, train_tokens + kept_tokens)
-        with _making(folder) as place:
+        with making(folder) as place:
             content = _write_chain(place, (chain[:train_tokens], chain[train_tokens:]), shard_bytes)
-            _write_manifest(place, {**content, **split, "entropy_bits": entropy_bits})
+            write_manifest(place, {**content, **split, "entropy_bits": entropy_bits})
+    elif is_images(path_spec):
+        with making(folder) as place:
+            if path_spec == SHAPES:
+                train = SHAPES_IMAGES if tokens is None else max(1, tokens // image.record)
+                content = write_shapes(place, train, held_out, seed, image, shard_bytes)
+            else:
+                content = write_records(place, path_spec, held_out, seed, image, shard_bytes)
+            write_manifest(place, {**content, **split, "entropy_bits": None})
     else:
         corpus = find_corpus(path_spec)
         cuts = _cuts(corpus.documents, held_out, seed)
-        with _making(folder) as place:
+        with making(folder) as place:
             content = _write_text(place, corpus, cuts, shard_bytes)
-            _write_manifest(place, {**content, **split, "entropy_bits": None})
+            write_manifest(place, {**content, **split, "entropy_bits": None})
     return read_info(folder)
+
+
+def _check_asked(path_spec: str, held_out: float, tokens: int | None) -> None:
+    if not 0.0 <= held_out < 1.0:
+        raise DataError(
+            "the held-out fraction is not in [0, 1)",
+            values={"data.held_out": held_out},
+            fix="data.held_out=0.1",
+        )
+    if tokens is not None and (path_spec not in (MARKOV, SHAPES) or tokens < 1):
+        raise DataError(
+            "the number of tokens can be set for synthetic sources only, to 1 or more",
+            values={"data.path": path_spec, "tokens": tokens},
+            fix=f"leave it out, or data.path={MARKOV}",
+        )
 
 
 def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[int]:
@@ -140,7 +152,7 @@ def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[i
 
 
 def _write_text(place: Path, corpus: Corpus, cuts: list[int], shard_bytes: int) -> dict[str, Any]:
-    writers = {split: _ShardWriter(place, split, shard_bytes) for split in SPLITS}
+    writers = {split: ShardWriter(place, split, shard_bytes) for split in SPLITS}
     for document, cut in zip(corpus.documents, cuts, strict=True):
         _write_document(document, cut, writers)
     sources = [
@@ -158,7 +170,7 @@ def _write_text(place: Path, corpus: Corpus, cuts: list[int], shard_bytes: int) 
     }
 
 
-def _write_document(document: Document, cut: int, writers: dict[str, _ShardWriter]) -> None:
+def _write_document(document: Document, cut: int, writers: dict[str, ShardWriter]) -> None:
     end = np.array([END_OF_DOCUMENT], dtype=np.uint8)
     with open(document.path, "rb") as file:
         for split, size in zip(SPLITS, (cut, document.bytes - cut), strict=True):
@@ -182,7 +194,7 @@ def _write_chain(
 ) -> dict[str, Any]:
     splits = {}
     for split, part in zip(SPLITS, parts, strict=True):
-        writer = _ShardWriter(place, split, shard_bytes)
+        writer = ShardWriter(place, split, shard_bytes)
         if part.size:
             writer.add(part)
             writer.end_document()
@@ -198,101 +210,16 @@ def _write_chain(
     }
 
 
-class _ShardWriter:
-    """Cuts a stream of byte tokens into shards; each is hashed from the disk and synced."""
-
-    def __init__(self, place: Path, split: str, shard_bytes: int) -> None:
-        self._place = place
-        self._split = split
-        # Memory is taken as it fills, so a small corpus does not cost a whole shard.
-        self._tokens = np.empty(shard_bytes, dtype=np.uint8)
-        self._filled = 0
-        self._ends: list[int] = []
-        self._shards: list[Shard] = []
-
-    def add(self, tokens: NDArray[np.uint8]) -> None:
-        while tokens.size:
-            # Full shards are written only now, so that a document's end falls into its own shard.
-            if self._filled == self._tokens.size:
-                self._write()
-            taken = min(tokens.size, self._tokens.size - self._filled)
-            self._tokens[self._filled : self._filled + taken] = tokens[:taken]
-            self._filled += taken
-            tokens = tokens[taken:]
-
-    def end_document(self) -> None:
-        self._ends.append(self._filled)
-
-    def close(self) -> Split:
-        if self._filled:
-            self._write()
-        return Split(tuple(self._shards), sum(shard.tokens for shard in self._shards))
-
-    def _write(self) -> None:
-        path = self._place / f"{self._split}-{len(self._shards):05d}.safetensors"
-        ends = np.array(self._ends, dtype=np.uint64)
-        save_file({"tokens": self._tokens[: self._filled], "doc_ends": ends}, path)
-        whole = write_sums(path)
-        size = os.stat(path).st_size
-        self._shards.append(Shard(path.name, self._filled, len(self._ends), size, whole))
-        self._filled = 0
-        self._ends = []
-
-
-def _write_manifest(place: Path, content: dict[str, Any]) -> None:
-    # A token is a byte, the one that ends a document included: bits per byte are bits per token.
-    content = {"format": FORMAT, "dtype": "uint8", "bytes_per_token": 1.0, **content}
-    content["fingerprint"] = fingerprint_of(content)
-    (place / MANIFEST).write_text(json.dumps(content, indent=1), encoding="ascii")
-    sync(place / MANIFEST)
-
-
-@contextmanager
-def _making(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write in; renamed to `folder` at the end, else removed.
-
-    What a killed process of this machine left behind is removed first.
-    """
-    parent = folder.absolute().parent
-    prefix = f".{folder.name}.{socket.gethostname()}."
-    place = parent / f"{prefix}{os.getpid()}.partial"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f"{prefix.replace('[', '[[]')}*.partial"):
-            if not _is_running(left.name[len(prefix) : -len(".partial")]):
-                shutil.rmtree(left)
-        place.mkdir()
-        yield place
-        sync(place)
-        os.rename(place, folder)
-        sync(parent)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"the dataset cannot be written: {error}",
-            values={"folder": str(folder)},
-            fix="a folder that can be written, on a disk with room",
-        ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    """Whether the maker of a partial folder lives. With our own number it is a forerunner's:
-    numbers come round again, above all in containers."""
-    try:
-        number = int(process)
-        os.kill(number, 0)
-    except (ValueError, PermissionError):
-        return True
-    except ProcessLookupError:
-        return False
-    return number != os.getpid()
-
-
-def resolve(path_spec: str) -> None:
-    """Raise what `prepare` would raise about its sources, without reading them all through."""
+def resolve(path_spec: str, model: ModelSettings = ModelSettings()) -> None:  # noqa: B008 - frozen
+    """Raise what `prepare` would raise about its sources, without reading them all through, and
+    what `model` cannot learn from."""
     if is_dataset(Path(path_spec)):
-        read_info(Path(path_spec))
+        check_images(read_info(Path(path_spec)), model)
+    elif is_images(path_spec):
+        if path_spec != SHAPES:
+            find_records(path_spec, model.image)
+    elif model.classifies:
+        raise text_refused(model, path_spec)
     elif path_spec != MARKOV:
         probe_corpus(path_spec)
 
@@ -370,6 +297,7 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
     source = open_dataset(folder, "train", verify=False)
     start = source.slice(0, min(source.tokens, 200))
     first = start.tobytes().split(b"\0")[0].decode("utf-8", "replace")
+    sequence = ImageSettings(**info.images).record if info.images else sequence
     rows = source.rows(sequence)
     return {
         "name": info.name,
@@ -377,6 +305,7 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "tokenizer": info.tokenizer,
         "vocabulary": info.vocabulary,
         "dtype": info.dtype,
+        "images": info.images,
         "bytes_per_token": info.bytes_per_token,
         "entropy_bits": info.entropy_bits,
         "end_of_document": info.end_of_document,

@@ -65,7 +65,8 @@ class DatasetInfo:
 
     `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
     that any model can reach, in bits per token, where it is known. `held_out` is the fraction
-    that was asked for. `skipped` counts files left out, by reason.
+    that was asked for. `skipped` counts files left out, by reason. `images` are the form of images
+    (the fields of ImageSettings) where the tokens are such.
     """
 
     folder: Path
@@ -82,11 +83,14 @@ class DatasetInfo:
     skipped: Mapping[str, int]
     splits: Mapping[str, Split]
     fingerprint: str
+    images: Mapping[str, int] | None = None
 
     def description(self) -> dict[str, Any]:
         """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
         plain = asdict(self)
         del plain["folder"]
+        if self.images is None:
+            del plain["images"]
         return {"format": FORMAT, **plain}
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import Layout
 from cordee.layout.boxes import Box
+from cordee.layout.classifier import classifier_tensors
 from cordee.layout.split import shard_rows
 
 CUTS = ("expert", "tensor", "shard")
@@ -131,7 +132,10 @@ class TensorSpec:
 
 
 def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
-    """Every parameter of a built-in transformer, in the order of the model's own parameters."""
+    """Every parameter of a built-in model, in the order of the model's own parameters."""
+    if model.classifies:
+        yield from (TensorSpec(*named) for named in classifier_tensors(model))
+        return
     sizes = {
         "vocabulary": model.vocabulary or vocabulary, "width": model.width, "kv": model.kv_width,
         "queries": model.query_width, "head": model.per_head, "ffn": model.hidden_width,

@@ -55,7 +55,8 @@ def _head(records: Records, summary: Summary) -> str:
     if records.run:
         m, d = records.run.model, records.run.data
         about.append(f"{m.preset}: {m.layers} layers of width {m.width}")
-        about.append(f"{d.path}, {d.sequence} tokens a sequence")
+        row = "images, a label and {} bytes each" if m.classifies else "{} tokens a sequence"
+        about.append(f"{d.path}, {row.format(d.sequence - m.classifies)}")
         about.append(f"{records.run.optim.name}, {records.run.run.precision}")
     islands = records.seen("islands")
     if islands:
@@ -68,6 +69,7 @@ def _head(records: Records, summary: Summary) -> str:
     tiles = [
         ("Training loss", _maybe(losses[-1] if losses else None, number)),
         ("Held-out bits per byte", _maybe(summary.held_out_bits_per_byte, number)),
+        ("Held-out images right", _maybe(summary.held_out_accuracy, lambda v: f"{v:.2%}")),
         ("Tokens a second", _maybe(middle["tokens_per_s"], number)),
         ("A step", _maybe(middle["step_s"], seconds)),
         ("Memory of a rank", _maybe(middle["memory_bytes"], lambda v: amount(v, "B"))),
@@ -118,7 +120,7 @@ def _pair(records: Records, column: Column, *, log: bool = False, colour: str = 
 
 
 def _losses(records: Records) -> list[Chart]:
-    """Loss in nats a token, and in bits a byte: training, smoothed, held out, and the floor."""
+    """Loss in nats, and in bits a byte: training, smoothed, held out, and the floor."""
     begin = records.event("started") or {}
     entropy = begin.get("entropy_bits")
     loss, bits = records.columns["loss"], records.columns["bits_per_byte"]
@@ -134,7 +136,7 @@ def _losses(records: Records) -> list[Chart]:
     ]
     charts = []
     for name, title, unit in (
-        ("loss", "Loss", "nats a token"),
+        ("loss", "Loss", records.run.loss_unit if records.run else "nats a token"),
         ("bits_per_byte", "Bits per byte", ""),
     ):
         column = records.columns[name]

@@ -84,6 +84,7 @@ class Summary:
     last_step: int | None
     last_loss: float | None
     held_out_bits_per_byte: float | None
+    held_out_accuracy: float | None
     weights_sha256: str | None
     skipped: int
     verdict: str
@@ -136,6 +137,7 @@ def summarise(records: Records, now: float | None = None) -> Summary:
         last_step=records.steps[-1] if records.steps else None,
         last_loss=losses[-1] if losses else None,
         held_out_bits_per_byte=seen[-1] if seen else None,
+        held_out_accuracy=_number(end.get("held_out_accuracy")),
         weights_sha256=digest if isinstance(digest, str) else None,
         skipped=sum(1 for v in records.columns["skipped"] if v),
         verdict=" ".join([headline, *others]),
@@ -286,16 +288,16 @@ def _about_loss(records: Records) -> list[Remark]:
     losses = records.seen("loss")
     if len(losses) < 5:
         return []
-    few = 3
-    part = max(few, len(losses) // 10)
-    first, last = median(losses[:few]), median(losses[-part:])
+    part = max(3, len(losses) // 10)
+    first, last = median(losses[:3]), median(losses[-part:])
     spread = median(abs(b - a) for a, b in zip(losses[-part - 1 :], losses[-part:], strict=False))
     if last > first - 2 * spread:
         return [Remark("bad", f"The loss did not fall: {first:.3g} at first, {last:.3g} at last.")]
     lowest = min(median(losses[i : i + part]) for i in range(0, len(losses) - part + 1, part))
     if last - lowest > max(2 * spread, 0.05 * (first - lowest)):
         return [Remark("bad", f"The loss fell to {lowest:.3g} but rose again to {last:.3g}.")]
-    return [Remark("good", f"The loss fell from {first:.3g} to {last:.3g} nats a token.")]
+    unit = records.run.loss_unit if records.run else "nats a token"
+    return [Remark("good", f"The loss fell from {first:.3g} to {last:.3g} {unit}.")]
 
 
 def _about_held_out(records: Records) -> list[Remark]:

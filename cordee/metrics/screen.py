@@ -69,8 +69,8 @@ def describe(row: Mapping[str, Any], left_s: float) -> str:
     """A metrics row as one line."""
     mark = "  SKIPPED" if row.get("skipped") else ""
     return (
-        f"step {row['step']:>5}  loss {_number(row['loss'])}"
-        f"  bpb {_number(row['bits_per_byte'])}  gnorm {_number(row['grad_norm'])}"
+        f"step {row['step']:>5}  loss {_number(row['loss'])}{_bits(row, '  ')}"
+        f"  gnorm {_number(row['grad_norm'])}"
         f"  lr {row['lr']:.2e}  {row['tokens_per_s'] / 1000:.1f}k tok/s"
         f"  {_clock(left_s)} left{mark}"
     )
@@ -80,7 +80,7 @@ def brief(row: Mapping[str, Any], left_s: float) -> str:
     """The same within 63 columns, for a terminal of 80."""
     mark = " SKIPPED" if row.get("skipped") else ""
     return (
-        f"{row['step']} loss {_number(row['loss'])} bpb {_number(row['bits_per_byte'])}"
+        f"{row['step']} loss {_number(row['loss'])}{_bits(row, ' ')}"
         f" gnorm {_number(row['grad_norm'])} lr {row['lr']:.1e}"
         f" {row['tokens_per_s'] / 1000:.1f}k/s {_clock(left_s)}{mark}"
     )
@@ -94,6 +94,12 @@ def _make_bar(console: Console, width: int) -> Progress:
         console=console,
         refresh_per_second=8,
     )
+
+
+def _bits(row: Mapping[str, Any], space: str) -> str:
+    """Bits per byte; nothing where a finite loss has none (classifiers)."""
+    bits = row["bits_per_byte"]
+    return "" if bits is None and row["loss"] is not None else f"{space}bpb {_number(bits)}"
 
 
 def _number(value: float | None) -> str:

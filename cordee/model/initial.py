@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from cordee.config.model import InitialSettings
 from cordee.errors import ConfigError
 
-RESIDUAL = ("attention.out.weight", "mlp.down.weight", "moe.down", "moe.shared.down.weight")
+RESIDUAL = (
+    "attention.out.weight", "mlp.down.weight", "moe.down", "moe.shared.down.weight",
+    ".second.weight",
+)  # fmt: skip
 """Ends of the names of the matrices that write into the residual stream."""
 
 

@@ -21,6 +21,7 @@ from cordee.layout.boxes import Box, Place
 from cordee.layout.split import context_chunks
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec, buffers, group_of, tensors
+from cordee.model.classifier import make_classifier
 from cordee.model.initial import initial_tensor
 from cordee.model.moe import mixtures
 from cordee.model.span import Span
@@ -71,19 +72,24 @@ def make_live(
     chunks: list[nn.Module] = []
     for stage in stages.of_rank(mesh.at["pipeline"]):
         with torch.device("meta"):
-            model = Transformer(run.model, vocabulary, range(*stages.parts[stage]))
-        model.memory = run.memory
-        model.autocast = compute_type(run)
+            if run.model.classifies:
+                model: nn.Module = make_classifier(run.model)
+            else:
+                model = Transformer(run.model, vocabulary, range(*stages.parts[stage]))
         narrow(model, every, mesh)
-        split_sequence(model, wires["tensor"], span)
-        split_attention(model, attend)
-        deal_experts(model, wires["expert"], wires["sequence"])
+        if isinstance(model, Transformer):
+            model.memory = run.memory
+            model.autocast = compute_type(run)
+            split_sequence(model, wires["tensor"], span)
+            split_attention(model, attend)
+            deal_experts(model, wires["expert"], wires["sequence"])
         if mesh.shard_mesh is not None:
             dims = {name: every[name].shard for name, _ in model.named_parameters()}
-            shard(model, mesh.shard_mesh, list(model.parts()), dims, sharding)
+            shard(model, mesh.shard_mesh, units_of(model), dims, sharding)
         model.to_empty(device=device)
         fill(model, every, mesh, run)
-        model.forget_turns()
+        if isinstance(model, Transformer):
+            model.forget_turns()
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}
@@ -99,14 +105,18 @@ def take_live(model: nn.Module, mesh: Mesh, device: str, sharding: Sharding) -> 
         for name, p in model.named_parameters()
     }
     if mesh.shard_mesh is not None:
-        blocks = getattr(model, "blocks", None)
-        units = list(blocks.children()) if isinstance(blocks, nn.Module) else []
-        shard(model, mesh.shard_mesh, units, {}, sharding)
+        shard(model, mesh.shard_mesh, units_of(model), {}, sharding)
     kept = {
         name: TensorSpec(name, tuple(b.shape), "buffers", shard=None)
         for name, b in surviving_buffers(model).items()
     }
     return Live([model], every, every, kept, {}, Stages(((0, 1),), 1, "gpipe"), Span())
+
+
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, which are gathered and recomputed one by one."""
+    blocks = getattr(model, "blocks", None)
+    return list(blocks.children()) if isinstance(blocks, nn.Module) else []
 
 
 def surviving_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class Microbatches(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine needs to know of a run. `tokens` are those of a whole step."""
+    """What an engine needs to know of a run. `tokens` are the targets of a whole step."""
 
     part: range
     total: int
@@ -171,6 +171,7 @@ class Engine:
             found = self.live.wires["context"].gather_now(found, 1)[:, order[0].argsort()]
         return found[:, :length]
 
+    @torch.no_grad()
     def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
         """Forward of this rank's positions: the loss, or logits of its part of the vocabulary."""
         return self._call(inputs, targets, 0)

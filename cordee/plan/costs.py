@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import TensorSpec
+from cordee.plan.classifier import microbatch_counts
 from cordee.plan.cluster import Cluster
 
 MUON_ITERATIONS = 5
@@ -138,6 +139,8 @@ def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
     2022, appendix B, count all of it); a CPU multiplies a little more (`keys_per_query`). The
     embedding's look-up is free; a tied head is not.
     """
+    if run.model.classifies:
+        return Work(**microbatch_counts(run))
     model, tokens = run.model, run.batch.microbatch * run.data.sequence
     width, ffn, layers = model.width, model.hidden_width, model.layers
     gated = model.mlp == "gated"

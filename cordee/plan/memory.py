@@ -18,6 +18,7 @@ from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
 from cordee.layout.tensors import TensorSpec
+from cordee.plan import classifier
 from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query
 
 FP32 = 4
@@ -192,6 +193,8 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
     a unit vector each (fp32); queries, keys, values and the output projection's input one each; the
     MLP two hidden vectors, four when gated; dropout its masks.
     """
+    if run.model.classifies:
+        return [(classifier.activation_bytes(run, device), 0.0)]
     model, tokens = run.model, run.batch.microbatch * run.data.sequence
     element = 2 if run.run.precision == "bf16" else FP32
     width, heads = model.width, model.heads
@@ -255,6 +258,8 @@ def unit_bytes(specs: Sequence[TensorSpec], shards: int) -> tuple[int, int]:
 
 def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
     """The larger of the logits at the loss and what the last block's backward works with."""
+    if run.model.classifies:
+        return {"backward temporaries": classifier.temporary_bytes(run)}
     tokens = run.batch.microbatch * run.data.sequence
     vocabulary = specs[0].shape[0]
     chunk = min(tokens, run.memory.loss_chunk or tokens)

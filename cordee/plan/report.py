@@ -138,12 +138,15 @@ def _assumptions(run: Run, cluster: Cluster) -> str:
 def _job(run: Run, cluster: Cluster, plan: Plan) -> str:
     batch, model = run.batch, run.model
     exact = ", exact" if run.run.exact else ""
+    heads = f", {model.heads} heads{f' ({model.kv_heads} of keys)' if model.kv_heads else ''}"
+    row = f"sequences x {run.data.sequence} tokens"
+    if model.classifies:
+        heads, row = f" ({model.kind})", f"images of {model.image.pixels} bytes"
     return (
         f"model    {model.preset}: {count_text(plan.predicted.parameters)} parameters,"
-        f" {model.layers} layers x width {model.width}, {model.heads} heads"
-        f"{f' ({model.kv_heads} of keys)' if model.kv_heads else ''}\n"
-        f"step     {batch.microbatches} microbatches x {batch.microbatch} sequences x"
-        f" {run.data.sequence} tokens, {run.optim.name}, {run.run.precision}{exact}\n"
+        f" {model.layers} layers x width {model.width}{heads}\n"
+        f"step     {batch.microbatches} microbatches x {batch.microbatch} {row},"
+        f" {run.optim.name}, {run.run.precision}{exact}\n"
         f"devices  {_devices(cluster)}"
     )
 

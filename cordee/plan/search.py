@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import BUILT, INSIDE, Layout, problems
 from cordee.layout.tensors import TensorSpec, tensors
+from cordee.plan import classifier
 from cordee.plan.cluster import Cluster
 from cordee.plan.costs import (
     STEP_S,
@@ -159,6 +160,7 @@ def layout_problems(run: Run, layout: Layout) -> list[tuple[str, str]]:
     replicated = run.data.placement == "replicate"
     # Replicated islands each compute every microbatch, so only one island's share must divide.
     found = problems(replace(layout, island=1) if replicated else layout, run.batch.microbatches)
+    found += classifier.barred(run, layout)
     if layout.shard > 1:
         barred = shards_barred(run)
         found += [barred] if barred is not None else []
