@@ -6,7 +6,8 @@ are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,20 +20,24 @@ from cordee.config.run import MemorySettings, Run
 from cordee.data.loader import Loader
 from cordee.data.order import Order
 from cordee.data.source import DatasetInfo, TokenSource, open_dataset
-from cordee.dist.exchange import gather_rows
-from cordee.dist.mesh import Mesh, make_mesh
+from cordee.dist.mesh import WORKERS, Mesh, make_mesh, places
 from cordee.dist.start import World
 from cordee.errors import ConfigError
 from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
+from cordee.layout.axes import INSIDE
+from cordee.layout.boxes import Place
 from cordee.layout.split import shard_rows
-from cordee.model.initial import initialise
-from cordee.model.transformer import Transformer
+from cordee.layout.stages import Stages
+from cordee.layout.tensors import TensorSpec
+from cordee.optim.clip import Totals, global_norm
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
-from cordee.optim.muon import Gather
-from cordee.parallel.apply import apply
+from cordee.optim.muon import Gather, Matrix
+from cordee.parallel.apply import Live, compute_type, make_live, place_of, take_live
 from cordee.parallel.engine import Engine, Microbatches, Work
-from cordee.parallel.shard import local, whole_rows
+from cordee.parallel.pipeline import PipelineEngine
+from cordee.parallel.shard import Sharding, whole_rows
+from cordee.parallel.sums import IslandTotals
 from cordee.plan.plan import Plan
 from cordee.sync.codecs import make_codec
 from cordee.sync.protocol import AllReduce, Alone, ByExchange, Compared, Sync
@@ -61,23 +66,28 @@ class Parts:
 
 @dataclass
 class RunState:
-    """A live run on this rank. What survives a restart is listed in checkpoint/state.py."""
+    """A live run on this rank. What survives a restart is listed in checkpoint/state.py.
+
+    `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
+    counts for which microbatch's loss (see `gather_tally`).
+    """
 
     run: Run
     plan: Plan
     world: World
     mesh: Mesh
     data: DatasetInfo
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    groups: dict[str, list[tuple[str, nn.Parameter]]]
+    live: Live
+    parameters: dict[str, Tensor]
+    groups: dict[str, list[tuple[str, Tensor]]]
     engine: Engine
     sync: Sync
     optimizer: Optimizers
     guard: Guard
     drill: Drill
     saver: Saver
-    ranges: list[range]
+    spoken: list[range]
+    totals: Totals | None
     held_out: TokenSource | None
     progress: Progress = field(default_factory=Progress)
 
@@ -93,46 +103,43 @@ class RunState:
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
-        return holdings(self.parameters, self.optimizer.tensors(), local, self.plan.layout.shard)
+        return holdings(self.parameters, self.optimizer.tensors(), self.places)
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """What this rank holds of each of its parameters, and who else holds the same."""
+        return {name: place_of(spec, self.mesh) for name, spec in self.live.specs.items()}
 
     @property
     def microbatch_tokens(self) -> int:
         """Training tokens of one microbatch."""
         return self.run.batch.microbatch * self.run.data.sequence
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether the gradient norm is summed by rows: whenever its order must not matter."""
-        return self.engine.work.canonical or self.mesh.shards is not None
+    def speaks(self, losses: Sequence[Tensor]) -> list[float]:
+        """This rank's losses, if its word counts."""
+        return [float(loss) for loss in losses] if self.spoken[self.world.rank] else []
 
-    @property
-    def whole_rows(self) -> Callable[[Tensor], Tensor] | None:
-        """Puts the shards' vectors of rows into unsharded order (see `optim.clip.global_norm`)."""
-        return None if self.mesh.shards is None else self._whole_rows
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Global norm of the step's gradient, 0-d; by rows whenever its order must not matter."""
+        named = dict(zip(self.parameters, gradients, strict=True))
+        only_shards = self.mesh.size(*INSIDE) == self.mesh.size("shard")
+        if self.engine.work.sharding.canonical or (self.mesh.size("shard") > 1 and only_shards):
+            whole = self._whole_rows if self.mesh.size("shard") > 1 else None
+            return global_norm(named, True, whole)
+        return global_norm(named, False, totals=self.totals)
 
-    @property
-    def total_squares(self) -> Callable[[Tensor], Tensor] | None:
-        """Adds vectors of squared norms over the shards of this island."""
-        return None if self.mesh.shards is None else self._total_squares
-
-    def named_gradients(
-        self, gradients: Sequence[Tensor]
-    ) -> list[tuple[str, nn.Parameter, Tensor]]:
+    def named_gradients(self, gradients: Sequence[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
         """(name, parameter, this rank's part of its gradient), in parameter order."""
         pairs = zip(self.parameters.items(), gradients, strict=True)
         return [(name, parameter, gradient) for (name, parameter), gradient in pairs]
 
-    def _total_squares(self, part: Tensor) -> Tensor:
-        return gather_rows(part, self.mesh.shards, self.plan.layout.shard).sum(0)
-
     def _whole_rows(self, part: Tensor) -> Tensor:
-        shards = self.plan.layout.shard
-        per_tensor = [
-            [len(shard_rows(len(p), shards, index)) for p in self.parameters.values()]
-            for index in range(shards)
-        ]
-        assert self.mesh.shards is not None
-        gathered = whole_rows(part, [sum(counts) for counts in per_tensor], self.mesh.shards)
+        shards = self.mesh.size("shard")
+        rows = [spec.shape[0] for spec in self.live.specs.values()]
+        per_tensor = [[len(shard_rows(n, shards, index)) for n in rows] for index in range(shards)]
+        group = self.mesh.group("shard")
+        assert group is not None
+        gathered = whole_rows(part, [sum(counts) for counts in per_tensor], group)
         by_shard = torch.split(gathered, [sum(counts) for counts in per_tensor])
         cut = [torch.split(vector, c) for vector, c in zip(by_shard, per_tensor, strict=True)]
         return torch.cat([cut[s][t] for t in range(len(cut[0])) for s in range(shards)])
@@ -141,22 +148,15 @@ class RunState:
 def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -> RunState:
     """Initialise, distribute the data, distribute the model: in that order, on every rank."""
     mesh = make_mesh(plan.layout, world.rank, world.device)
-    ranges = [range(start, stop) for start, stop in plan.splits]
-    model = parts.model or make_model(run, data.vocabulary)
-    canonical = run.run.exact or plan.protocol == "exchange"
-    model = apply(model, mesh, world.device, canonical)
-    parameters = dict(model.named_parameters())
-    part = ranges[mesh.worker]
+    canonical = is_canonical(run, plan)
+    sharding = Sharding(plan.zero, canonical)
+    if parts.model is not None:
+        live = take_live(parts.model, mesh, world.device, sharding)
+    else:
+        stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
+        live = make_live(run, stages, mesh, data.vocabulary, world.device, sharding)
     loader = parts.loader or make_loader(run, data, world.device)
-    work = Work(
-        part=part,
-        total=run.batch.microbatches,
-        tokens=run.batch.microbatches * run.batch.microbatch * run.data.sequence,
-        seed=run.run.seed,
-        dropout=run.model.dropout > 0,
-        autocast=run.run.precision == "bf16",
-        canonical=canonical,
-    )
+    engine = make_engine(run, plan, mesh, live, loader, sharding)
     drill = make_drill(run.fault, world.rank)
     return RunState(
         run=run,
@@ -164,12 +164,12 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         world=world,
         mesh=mesh,
         data=data,
-        model=model,
-        parameters=parameters,
-        groups=split_groups(parameters.items()),
-        engine=Engine(model, loader, mesh, work),
-        sync=make_sync(run, plan, mesh, ranges, canonical),
-        optimizer=make_rule(run, mesh, parameters),
+        live=live,
+        parameters=engine.parameters,
+        groups=split_groups(engine.parameters.items()),
+        engine=engine,
+        sync=make_sync(run, plan, mesh, canonical),
+        optimizer=make_rule(run, mesh, live, engine.parameters),
         guard=Guard(run.guard.in_a_row),
         drill=drill,
         saver=Saver(
@@ -179,17 +179,47 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
             run.checkpoint.keep,
             drill.point,
         ),
-        ranges=ranges,
+        spoken=speakers(run, plan, live.stages),
+        totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
         held_out=open_dataset(data.folder, "held_out") if data.held_out else None,
     )
 
 
-def make_model(run: Run, vocabulary: int) -> nn.Module:
-    """The built-in model, initialised: every number depends on (seed, name) alone."""
-    model = Transformer(run.model, vocabulary)
-    model.memory = run.memory
-    initialise(model, run.initial, run.run.seed, run.model.layers)
-    return model
+def is_canonical(run: Run, plan: Plan) -> bool:
+    """Whether whole gradients of microbatches are added in the order of the tree."""
+    inside = plan.layout.size // plan.layout.island // plan.layout.shard
+    return run.run.exact or (plan.protocol == "exchange" and inside == 1)
+
+
+def speakers(run: Run, plan: Plan, stages: Stages) -> list[range]:
+    """For each rank, the microbatches whose losses it tells: it has the last stage, and is the
+    first of the ranks that know the same."""
+    home, told = stages.rank_of(stages.last), []
+    for rank in range(plan.layout.size):
+        at = plan.layout.coordinates(rank)
+        speaks = at["pipeline"] == home and at["tensor"] == 0
+        if run.data.placement == "replicate":
+            speaks = speaks and at["island"] == 0
+        told.append(range(*plan.splits[plan.layout.worker(rank)]) if speaks else range(0))
+    return told
+
+
+def make_engine(
+    run: Run, plan: Plan, mesh: Mesh, live: Live, loader: Microbatches, sharding: Sharding
+) -> Engine:
+    """What runs the microbatches of this rank."""
+    work = Work(
+        part=range(*plan.splits[mesh.worker]),
+        total=run.batch.microbatches,
+        tokens=run.batch.microbatches * run.batch.microbatch * run.data.sequence,
+        seed=run.run.seed,
+        keyed=run.model.dropout > 0,
+        autocast=compute_type(run),
+        sharding=sharding,
+    )
+    if mesh.size("pipeline") > 1:
+        return PipelineEngine(live, loader, mesh, work, run)
+    return Engine(live, loader, mesh, work)
 
 
 def make_loader(run: Run, data: DatasetInfo, device: str) -> Loader:
@@ -204,26 +234,53 @@ def make_loader(run: Run, data: DatasetInfo, device: str) -> Loader:
     return Loader(source, order, run.data.sequence, device, run.data.prefetch)
 
 
-def make_sync(run: Run, plan: Plan, mesh: Mesh, ranges: list[range], canonical: bool) -> Sync:
+def make_sync(run: Run, plan: Plan, mesh: Mesh, canonical: bool) -> Sync:
     """The protocol between ranks that compute different microbatches."""
-    if run.data.placement == "replicate" and plan.layout.island > 1:
-        return Compared(mesh.islands, plan.layout.island)
+    islands = plan.layout.island
+    if run.data.placement == "replicate" and islands > 1:
+        return Compared(mesh.group("island"), islands)
     if canonical:
-        return ByExchange(mesh.workers, ranges, make_codec(plan.codec))
+        ranges = [range(start, stop) for start, stop in plan.splits]
+        return ByExchange(mesh.group(*WORKERS), ranges, make_codec(plan.codec))
+    group = mesh.group("island")
     match plan.protocol:
-        case "allreduce" if mesh.islands is not None:
-            return AllReduce(mesh.islands, plan.layout.island)
+        case "allreduce" if group is not None:
+            return AllReduce(group, islands)
+        case "exchange":
+            # Islands' own sums, added in the order of islands.
+            ranges = [range(index, index + 1) for index in range(islands)]
+            return ByExchange(group, ranges, make_codec(plan.codec), mesh.at["island"])
         case _:
             return Alone()
 
 
-def make_rule(run: Run, mesh: Mesh, parameters: dict[str, nn.Parameter]) -> Optimizers:
+def make_rule(run: Run, mesh: Mesh, live: Live, parameters: dict[str, Tensor]) -> Optimizers:
     """The update rule. Fused kernels round differently at the edge of a shard: not when exact."""
-    shared = None
     # bfloat16 would turn a last-bit difference of a sum into one of 2^-8: not what fp32 promises.
     dtype = torch.float32 if run.run.precision == "fp32" else None
-    if mesh.workers is not None and run.data.placement == "partition":
-        shared = Gather(group=mesh.workers, rank=mesh.rank, size=mesh.layout.size)
+    alone = run.data.placement == "replicate"
+    matrices = {
+        name: matrix_of(spec, mesh, alone)
+        for name, spec in live.specs.items()
+        if spec.group == "matrices"
+    }
     return make_optimizer(
-        run.optim, parameters.items(), fused=not run.run.exact, gather=shared, muon_dtype=dtype
-    )
+        run.optim, parameters.items(), fused=not run.run.exact, matrices=matrices,
+        muon_dtype=dtype,
+    )  # fmt: skip
+
+
+def matrix_of(spec: TensorSpec, mesh: Mesh, alone: bool) -> Matrix:
+    """How muon's work on a parameter is shared: over the ranks that cut it, else over those that
+    hold the same (unless each computes `alone`)."""
+    stacked = spec.stacked
+    rows, columns = spec.shape[1:] if stacked else (spec.shape[0], math.prod(spec.shape[1:]))
+    axes = [axis for axis, dim in spec.cuts(mesh.layout) if not (stacked and dim == 0)]
+    if axes:
+        members = [dict(mesh.at) | place for place in places(mesh.layout, axes)]
+        boxes = [spec.box(mesh.layout, at)[stacked:] for at in members]
+        parts = tuple((b[0], b[1] if len(b) == 2 else (0, columns)) for b in boxes)
+    else:
+        axes, parts = [] if alone else list(spec.shared(mesh.layout)), ()
+    ranks = Gather(mesh.group(*axes), mesh.index(*axes), mesh.size(*axes))
+    return Matrix(rows, columns, stacked, ranks, parts)

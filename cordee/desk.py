@@ -26,11 +26,11 @@ from cordee.dist.tally import Tally, Wishes
 from cordee.evaluate import HeldOut
 from cordee.fault.guard import Say, Verdict, name_culprits
 from cordee.fault.leave import Asked
+from cordee.layout.axes import AXES
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
 from cordee.metrics.sinks import JsonLines, keep_lines, now
 from cordee.optim.clip import layer_norms
-from cordee.parallel.shard import local
 from cordee.plan.report import compare, count_text
 
 
@@ -164,13 +164,13 @@ class Desk:
         if not every or (step - 1) % every:
             return None
         named = zip(state.parameters, gradients, strict=True)
-        norms = layer_norms(named, state.total_squares)
+        norms = layer_norms(named, state.totals)
         return {name: _finite(norm) or 0.0 for name, norm in norms.items()}
 
     def culprits(self, state: RunState) -> list[str]:
         """Names of parameters whose agreed gradient is not finite (on this rank)."""
         return name_culprits(
-            (name, local(p.grad)) for name, p in state.parameters.items() if p.grad is not None
+            (name, p.grad) for name, p in state.parameters.items() if p.grad is not None
         )
 
     def evaluated(self, state: RunState, scored: HeldOut | None) -> None:
@@ -206,7 +206,7 @@ class Desk:
 
         def ask(status: int) -> list[int]:
             row = torch.tensor([status], dtype=torch.int64)
-            return gather_rows(row, state.mesh.workers, state.world.size)[:, 0].tolist()
+            return gather_rows(row, state.mesh.group(*AXES), state.world.size)[:, 0].tolist()
 
         return self.keeper.drain(ask, again)
 

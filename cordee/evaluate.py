@@ -1,7 +1,8 @@
 """Held-out loss: the same rows in the same order, whatever the number of ranks.
 
-Batches are dealt in contiguous parts; ranks with fewer compute an empty one (weight zero), because
-sharded islands need equal numbers of forwards. Sums are taken in batch order in fp64.
+Batches are dealt to workers in contiguous parts; those with fewer compute one in vain (weight
+zero), because the ranks of an island need equal numbers of forwards. Sums are taken in batch order
+in fp64.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cordee.layout.split import split_evenly
 
@@ -25,13 +27,29 @@ class HeldOut:
     tokens: int
 
 
+class Scorer(Protocol):
+    """What gives the loss of tokens (parallel/engine.py does)."""
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Summed loss in nats of int64 (rows, sequence + 1)."""
+        ...
+
+    def modes(self, training: bool) -> None:
+        """Sets what dropout and the like do."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+
 def evaluate(
-    model: nn.Module,
+    scorer: Scorer,
     batches: Sequence[Tensor],
     worker: tuple[int, int],
     gather: Callable[[Tensor], Tensor],
     bytes_per_token: float,
-    autocast: bool,
 ) -> HeldOut:
     """`batches` are int64 (rows, sequence + 1), all of them on every rank; `worker` is (index,
     count); `gather` stacks a small fp64 vector of every worker."""
@@ -39,15 +57,12 @@ def evaluate(
     parts = split_evenly(len(batches), count)
     most = max(map(len, parts))
     sums = torch.zeros(most, dtype=torch.float64)
-    device = next(model.parameters()).device
-    model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for place in range(most):
-            mine = place < len(parts[index])
-            tokens = batches[parts[index][place] if mine else 0].to(device)
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-            if mine:
-                sums[place] = loss.double()
+    scorer.modes(training=False)
+    for place in range(most):
+        mine = place < len(parts[index])
+        loss = scorer.loss(batches[parts[index][place] if mine else 0].to(scorer.device))
+        if mine:
+            sums[place] = loss.double()
     rows = gather(sums)
     total = math.fsum(
         float(rows[worker_index, place])

@@ -17,8 +17,8 @@ from cordee.checkpoint.state import Progress, progress_of, reader
 from cordee.desk import Desk
 from cordee.dist.exchange import gather_rows
 from cordee.errors import DataError
+from cordee.layout.axes import AXES
 from cordee.metrics.sinks import read_lines
-from cordee.parallel.shard import local
 
 
 def restore(state: RunState, desk: Desk) -> None:
@@ -41,11 +41,10 @@ def restore(state: RunState, desk: Desk) -> None:
             values={"there": found.meta.get("data"), "here": state.data.fingerprint},
             fix="give the data back its old content, or train in another run.dir",
         )
-    shapes = {name: tuple(p.shape) for name, p in state.parameters.items()}
-    mine = reader(found.read, found.shape, shapes, state.plan.layout, state.world.rank)
+    mine = reader(found, state.places)
     with torch.no_grad():
         for name, parameter in state.parameters.items():
-            local(parameter).copy_(mine(f"model/{name}"))
+            parameter.copy_(mine(f"model/{name}"))
     known = set(found.names())
     state.optimizer.load(lambda k: mine(f"optim/{k}") if f"optim/{k}" in known else None)
     state.sync.restore(found.meta["sync"])
@@ -73,7 +72,7 @@ def choose_checkpoint(state: RunState, desk: Desk) -> tuple[Checkpoint | None, i
         [generation, found.step if found else -1, found.generation if found else -1],
         dtype=torch.int64,
     )
-    generation, step, old = gather_rows(row, state.mesh.workers, state.world.size)[0].tolist()
+    generation, step, old = gather_rows(row, state.mesh.group(*AXES), state.world.size)[0].tolist()
     if step < 0 or state.world.first:
         return found, generation
     return open_checkpoint(folder / folder_name(step, old), verify=False), generation

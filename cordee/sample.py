@@ -7,21 +7,28 @@ code and is quick enough for a few hundred tokens of a small model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cordee.errors import DataError
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompt: Tensor, tokens: int, context: int, temperature: float, seed: int
+    logits: Callable[[Tensor], Tensor],
+    prompt: Tensor,
+    tokens: int,
+    context: int,
+    temperature: float,
+    seed: int,
 ) -> Tensor:
     """`prompt` (int64 [T], T >= 1) followed by `tokens` sampled ones, int64 [T + tokens], CPU.
 
-    Each token sees the `context` tokens before it. temperature 0 takes the most likely one. The
-    result is a function of the arguments: numbers are drawn on the CPU from their own generator,
-    so ranks that share a sharded model draw alike. The model's training mode is put back.
+    `logits` maps int64 [1, T] on the CPU to [1, T, V]. Each token sees the `context` tokens before
+    it. temperature 0 takes the most likely one. The result is a function of the arguments: numbers
+    are drawn on the CPU from their own generator, so ranks that share a model draw alike.
     """
     if prompt.ndim != 1 or prompt.numel() == 0 or context < 1:
         raise DataError(
@@ -29,18 +36,12 @@ def generate(
             values={"prompt": tuple(prompt.shape), "context": context},
             fix="start from the token 0, which ends a document",
         )
-    device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     text = torch.cat((prompt.cpu().long(), torch.zeros(tokens, dtype=torch.int64)))
-    training = model.training
-    model.eval()
-    try:
-        for end in range(prompt.numel(), text.numel()):
-            window_BT = text[max(0, end - context) : end].unsqueeze(0).to(device)
-            logits_V = model(window_BT)[0, -1].float().cpu()
-            text[end] = _choose(logits_V, temperature, generator)
-    finally:
-        model.train(training)
+    for end in range(prompt.numel(), text.numel()):
+        window_BT = text[max(0, end - context) : end].unsqueeze(0)
+        logits_V = logits(window_BT)[0, -1].float().cpu()
+        text[end] = _choose(logits_V, temperature, generator)
     return text
 
 

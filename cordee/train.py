@@ -32,15 +32,18 @@ from cordee.data.loader import held_out
 from cordee.data.source import changed_sources
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
+from cordee.dist.mesh import WORKERS
 from cordee.dist.start import follow_parent, world
 from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, RunError
 from cordee.evaluate import HeldOut, evaluate
 from cordee.fault.guard import Say
 from cordee.fault.leave import leaving
+from cordee.layout.axes import AXES, INSIDE
 from cordee.metrics.sinks import last_event
-from cordee.optim.clip import clip_gradients, global_norm, limit_parameters
+from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
+from cordee.parallel.apply import cut, place_of
 from cordee.resume import restore
 from cordee.sample import generate, to_text
 
@@ -148,22 +151,21 @@ def step(state: RunState, desk: Desk) -> Outcome:
     # Communicate: what everybody lost and wants, and the gradient of the whole step.
     desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
-        tally = gather_tally(
-            [float(loss) for loss in losses], desk.wishes(), state.ranges, state.mesh.workers
-        )
+        said, group = state.speaks(losses), state.mesh.group(*AXES)
+        tally = gather_tally(said, desk.wishes(), state.spoken, group)
         gradients = state.engine.place(state.sync.agree(partial))
     del partial
     state.drill.point("step.agree", number)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
-    norm = global_norm(gradients, state.by_rows, state.whole_rows)
+    norm = state.norm(gradients)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
     verdict = state.guard.judge(mean_losses, float(norm))
     layers = desk.layers(state, gradients, number)
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
         state.optimizer.step()
-        limit_parameters(state.groups, state.run.clip, state.total_squares)
+        limit_parameters(state.groups, state.run.clip, state.totals)
     state.drill.point("step.commit", number)
     state.sync.settle(number)
     state.progress = desk.advance(state, tally, verdict)
@@ -196,7 +198,7 @@ def save(state: RunState, desk: Desk) -> None:
     meta = describe(
         state.progress, state.sync.state(), state.data.fingerprint, state.plan.layout.describe()
     )
-    mine = pieces(state.held(), state.plan.layout, state.world.rank)
+    mine = pieces(state.held())
     desk.keeper.begin(state.progress.step, state.progress.generation, mine, meta)
 
 
@@ -217,13 +219,13 @@ def measure(state: RunState) -> HeldOut | None:
     rows = max(1, run.batch.microbatch)
     count = max(1, run.evaluate.tokens // (rows * run.data.sequence))
     batches = list(held_out(state.held_out, run.data.sequence, rows, count))
+    workers = state.mesh.size(*WORKERS)
     return evaluate(
-        state.model,
+        state.engine,
         batches,
-        (state.mesh.worker, state.world.size),
-        lambda sums: gather_rows(sums, state.mesh.workers, state.world.size),
+        (state.mesh.worker, workers),
+        lambda sums: gather_rows(sums, state.mesh.group(*WORKERS), workers),
         state.data.bytes_per_token,
-        run.run.precision == "bf16",
     )
 
 
@@ -236,7 +238,7 @@ def finish(state: RunState, desk: Desk) -> Report:
         desk.screen.say(f"left after step {number}; the same command goes on from there")
         return Report(state.run.run.dir, desk.asked.exit_code)
     scored = measure(state)
-    digest = weights_sha256(state.parameters, lambda name: whole(state.parameters[name]))
+    digest = weights_sha256(state.live.every, lambda name: whole(state, name))
     text = sample(state)
     finished = {
         "weights_sha256": digest, "held_out_bits_per_byte": scored and scored.bits_per_byte,
@@ -255,19 +257,30 @@ def finish(state: RunState, desk: Desk) -> Report:
     return Report(state.run.run.dir, 0, event)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A whole parameter from its shards (every rank of the island must ask)."""
-    full = getattr(parameter, "full_tensor", None)
-    return full() if full is not None else parameter
+def whole(state: RunState, name: str) -> Tensor:
+    """A whole parameter (every rank of the island must ask): parts are added as bits into zeros, so
+    that they arrive as they are."""
+    spec, mine = state.live.every[name], state.parameters.get(name)
+    if mine is not None and tuple(mine.shape) == spec.shape and state.live.stages.ranks == 1:
+        return mine
+    place = place_of(spec, state.mesh)
+    found = torch.zeros(spec.shape, dtype=torch.float32, device=state.world.device)
+    if mine is not None and not any(state.mesh.at[axis] for axis in place.shared if axis in INSIDE):
+        cut(found, place.box).copy_(mine)
+    torch.distributed.all_reduce(found.view(torch.int32), group=state.mesh.group(*INSIDE))
+    return found
 
 
 def sample(state: RunState) -> str | None:
-    """A text that the model writes; every rank of a sharded island takes part."""
+    """A text that the model writes; every rank of an island takes part."""
     run = state.run
     if not run.evaluate.sample or state.data.tokenizer != "bytes":
         return None
-    if state.mesh.shards is None and not state.world.first:
+    if state.mesh.at["island"]:
         return None
-    prompt = torch.tensor(list(SAMPLE_PROMPT.encode()), device=state.world.device)
-    made = generate(state.model, prompt, run.evaluate.sample, run.data.sequence, 0.8, run.run.seed)
+    prompt = torch.tensor(list(SAMPLE_PROMPT.encode()))
+    state.engine.modes(training=False)
+    made = generate(
+        state.engine.logits, prompt, run.evaluate.sample, run.data.sequence, 0.8, run.run.seed
+    )
     return to_text(made)

@@ -14,7 +14,7 @@ from cordee.build import Parts, build
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.dist.start import Launched, world
-from cordee.optim.clip import clip_gradients, global_norm
+from cordee.optim.clip import clip_gradients
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 
@@ -40,7 +40,7 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
             sums, partial = state.engine.forward_backward(number)
             loss = math.fsum(map(float, sums)) / state.step_tokens
             gradients = state.engine.place(state.sync.agree(partial))
-            norm = global_norm(gradients, state.by_rows)
+            norm = state.norm(gradients)
             if not (math.isfinite(loss) and math.isfinite(float(norm))):
                 losses.append(math.inf)
                 break

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
+
+from cordee.layout.boxes import Box, whole
 
 SMALL = (
     "model.layers=2",
@@ -70,6 +73,26 @@ def digest(directory: Path) -> str:
     last = events(directory)[-1]
     assert last["event"] == "finished", last
     return str(last["weights_sha256"])
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    """Any box of a tensor, empty ones too."""
+    pairs = [sorted(draw(st.tuples(*[st.integers(0, size)] * 2))) for size in shape]
+    return tuple((start, stop) for start, stop in pairs)
+
+
+@st.composite
+def partitions(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
+    """Boxes that tile a tensor, cut one by one in any place; some may be empty or come twice."""
+    found = [whole(shape)]
+    for _ in range(draw(st.integers(0, 6)) if shape else 0):
+        box = found.pop(draw(st.integers(0, len(found) - 1)))
+        dim = draw(st.integers(0, len(shape) - 1))
+        start, stop = box[dim]
+        at = draw(st.integers(start, stop))
+        found += [(*box[:dim], part, *box[dim + 1 :]) for part in ((start, at), (at, stop))]
+    return found
 
 
 @pytest.fixture

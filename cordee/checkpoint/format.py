@@ -4,7 +4,8 @@ A folder `step-00000020.g3` holds safetensors files and `manifest.json`; it is c
 the manifest is there. Not here: writing (`save`), reading tensors (`load`), anything about ranks
 that talk. Traded away: other writers. A file must have the one header that its manifest implies,
 byte for byte, so that no header from outside is ever parsed; and one manifest (64 MiB, about half a
-million pieces) describes the whole checkpoint.
+million pieces) describes the whole checkpoint. A piece is a box of its tensor, cut along 4 dims at
+most: layouts cut 3.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ import torch
 import xxhash
 
 from cordee.errors import CheckpointError
+from cordee.layout.boxes import Box, first_fault, whole
 
-FORMAT = "cordee-checkpoint-1"
+FORMAT = "cordee-checkpoint-2"
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20
 JSON_LIMIT_BYTES = 64 << 20
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
 ELEMENTS_LIMIT = 1 << 59  # of a tensor, empty dims counted as one; its bytes fit in 63 bits
+CUT_DIMS_LIMIT = 4  # along which one piece may be cut; checking costs 2**dims
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -68,57 +71,55 @@ class SaveStatus(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [row_start, row_start + len(tensor)) of dim 0 of the tensor `name`.
+    """The box of the tensor `name` that begins at `start` and has the shape of `tensor`.
 
-    A scalar has `global_shape` () and `row_start` 0. Each row of a tensor belongs to one piece of
-    one rank; rows that are missing or held twice make the commit fail.
+    `start` has an entry for every dim of `global_shape`, so () for a scalar. Each element of a
+    tensor belongs to one piece of one rank; what is missing or held twice makes the commit fail.
     """
 
     name: str
     tensor: torch.Tensor
     global_shape: tuple[int, ...]
-    row_start: int
+    start: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceEntry:
-    """A piece as the manifest knows it; `dtype` is a safetensors code, `shape` the global one."""
+    """A piece as the manifest knows it; `dtype` is a safetensors code, `shape` the global one,
+    `size` that of the piece, which begins at `start`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    row_start: int
-    rows: int
+    start: tuple[int, ...]
+    size: tuple[int, ...]
 
     @property
-    def total_rows(self) -> int:
-        """Rows of the whole tensor; a scalar counts as one row."""
-        return self.shape[0] if self.shape else 1
+    def box(self) -> Box:
+        """Which part of the tensor it is."""
+        return tuple((at, at + size) for at, size in zip(self.start, self.size, strict=True))
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape[1:])
+    def empty(self) -> bool:
+        """Whether it says nothing: no element, although its tensor has some."""
+        return not math.prod(self.size) and bool(math.prod(self.shape))
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the piece."""
-        return self.rows * self.row_bytes
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the piece itself, as the safetensors header has it."""
-        return (self.rows, *self.shape[1:]) if self.shape else ()
+        return DTYPES[self.dtype].itemsize * math.prod(self.size)
 
     @property
     def key(self) -> str:
-        """The name inside the file: `name`, or `name#rowstart` if it is not the whole tensor."""
-        return self.name if self.rows == self.total_rows else f"{self.name}#{self.row_start}"
+        """The name inside the file: `name`, or `name#0,128` if it is not the whole tensor."""
+        if self.size == self.shape:
+            return self.name
+        return f"{self.name}#{','.join(str(at) for at in self.start)}"
 
     @property
-    def order(self) -> tuple[int, str, int]:
+    def order(self) -> tuple[int, str, tuple[int, ...]]:
         """Sort key inside a file: wide dtypes first, so that all data is aligned without holes."""
-        return (-DTYPES[self.dtype].itemsize, self.name, self.row_start)
+        return (-DTYPES[self.dtype].itemsize, self.name, self.start)
 
     def __post_init__(self) -> None:
         """Raises ValueError for entries that no writer of ours makes."""
@@ -129,25 +130,29 @@ class PieceEntry:
         elements = math.prod(max(dim, 1) for dim in self.shape[:64])
         if len(self.shape) > 64 or min(self.shape, default=0) < 0 or elements > ELEMENTS_LIMIT:
             raise ValueError(f"{self.name[:80]}: an impossible shape")
-        if self.row_start < 0 or self.rows < 0 or self.row_start + self.rows > self.total_rows:
-            raise ValueError(f"{self.name}: rows outside the tensor's {self.total_rows}")
+        if not len(self.start) == len(self.size) == len(self.shape):
+            raise ValueError(f"{self.name}: start, size and shape differ in dims")
+        if min(self.start + self.size, default=0) < 0 or any(
+            stop > size for (_, stop), size in zip(self.box, self.shape, strict=True)
+        ):
+            raise ValueError(f"{self.name}: a piece outside the tensor's {list(self.shape)}")
+        cut = sum(part != dim for part, dim in zip(self.box, whole(self.shape), strict=True))
+        if cut > CUT_DIMS_LIMIT:
+            raise ValueError(f"{self.name}: cut along {cut} dims; the limit is {CUT_DIMS_LIMIT}")
 
 
 def entry_of(piece: Piece) -> PieceEntry:
     """The manifest's view of a piece. ValueError if it cannot be stored."""
-    tensor, shape = piece.tensor, tuple(int(dim) for dim in piece.global_shape)
+    tensor = piece.tensor
     if tensor.dtype not in DTYPE_CODES or tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueError(f"{piece.name}: {tensor.dtype}, {tensor.layout} on {tensor.device}")
-    entry = PieceEntry(
+    return PieceEntry(
         name=piece.name,
         dtype=DTYPE_CODES[tensor.dtype],
-        shape=shape,
-        row_start=piece.row_start,
-        rows=tensor.shape[0] if tensor.ndim else 1,
+        shape=tuple(int(dim) for dim in piece.global_shape),
+        start=tuple(int(at) for at in piece.start),
+        size=tuple(tensor.shape),
     )
-    if tuple(tensor.shape) != entry.stored_shape:
-        raise ValueError(f"{piece.name}: {tuple(tensor.shape)} is not some rows of {shape}")
-    return entry
 
 
 class FileLayout(NamedTuple):
@@ -245,8 +250,8 @@ def layout(pieces: Sequence[PieceEntry]) -> FileLayout:
     for piece in pieces:
         starts.append(end)
         end += piece.size_bytes
-        shape, span = list(piece.stored_shape), [starts[-1], end]
-        table[piece.key] = {"dtype": piece.dtype, "shape": shape, "data_offsets": span}
+        span = [starts[-1], end]
+        table[piece.key] = {"dtype": piece.dtype, "shape": piece.size, "data_offsets": span}
     if len(table) != len(pieces) + 1:
         raise ValueError("two pieces with one key")
     text = json.dumps(table, separators=(",", ":")).encode("ascii")
@@ -279,7 +284,10 @@ def unseal(raw: bytes) -> object:
         document = json.loads(raw.decode("ascii"))
         form, sha256, body = fields(document, {"format": str, "sha256": str, "body": dict})
         if form != FORMAT:
-            raise ValueError(f"format is {form[:40]!r}, not {FORMAT!r}")
+            raise ValueError(
+                f"has the format {form[:40]!r}, and this version reads {FORMAT!r};"
+                " the version that wrote it still reads it"
+            )
         if hashlib.sha256(canonical(body)).hexdigest() != sha256:
             raise ValueError("the SHA-256 does not match its content")
         if canonical(document) != raw:
@@ -305,15 +313,14 @@ def parse_file(value: object) -> FileEntry:
     name, size_bytes, chunks, pieces = fields(value, kinds)
     if not re.fullmatch(r"rank-[0-9]{5,9}\.safetensors", name):
         raise ValueError(f"{name[:80]!r} is not a plain file name of a writer")
-    kinds = {"name": str, "dtype": str, "shape": list, "row_start": int, "rows": int}
+    kinds = {"name": str, "dtype": str, "shape": list, "start": list, "size": list}
     entries = []
     for piece in pieces:
-        tensor, dtype, shape, row_start, rows = fields(piece, kinds)
-        if any(type(dim) is not int for dim in shape):
-            raise ValueError(f"{name}: a shape that is not whole numbers")
-        entries.append(
-            PieceEntry(name=tensor, dtype=dtype, shape=tuple(shape), row_start=row_start, rows=rows)
-        )
+        tensor, dtype, *numbers = fields(piece, kinds)
+        if any(type(number) is not int for number in itertools.chain(*numbers)):
+            raise ValueError(f"{name}: a shape, start or size that is not whole numbers")
+        shape, start, size = map(tuple, numbers)
+        entries.append(PieceEntry(name=tensor, dtype=dtype, shape=shape, start=start, size=size))
     if not all(type(chunk) is str and len(chunk) == 32 for chunk in chunks):
         raise ValueError(f"{name}: a checksum that is not 32 hex digits")
     file = FileEntry(file=name, bytes=size_bytes, chunks=tuple(chunks), pieces=tuple(entries))
@@ -323,7 +330,7 @@ def parse_file(value: object) -> FileEntry:
 
 
 def tile(files: Iterable[FileEntry]) -> dict[str, list[Placed]]:
-    """Where the rows of each tensor are, in row order. ValueError unless each row is held once."""
+    """Where the pieces of each tensor are. ValueError unless each element is held once."""
     tensors: dict[str, list[Placed]] = {}
     seen: set[str] = set()
     for file in files:
@@ -333,17 +340,13 @@ def tile(files: Iterable[FileEntry]) -> dict[str, list[Placed]]:
         for entry, offset_bytes in zip(file.pieces, file.layout.offsets_bytes, strict=True):
             tensors.setdefault(entry.name, []).append(Placed(entry, file.file, offset_bytes))
     for name, placed in tensors.items():
-        placed.sort(key=lambda p: p.entry.row_start)
-        first, row = placed[0].entry, 0
-        for piece in placed:
-            entry = piece.entry
-            if (entry.dtype, entry.shape) != (first.dtype, first.shape):
-                raise ValueError(f"{name}: its pieces differ in dtype or global shape")
-            if entry.row_start != row:
-                raise ValueError(f"{name}: rows are missing or held twice at row {row}")
-            row += entry.rows
-        if row != first.total_rows:
-            raise ValueError(f"{name}: rows {row} to {first.total_rows} are missing")
+        first = placed[0].entry
+        if any((p.entry.dtype, p.entry.shape) != (first.dtype, first.shape) for p in placed):
+            raise ValueError(f"{name}: its pieces differ in dtype or global shape")
+        fault = first_fault((p.entry.box for p in placed), first.shape)
+        if fault:
+            at, held = list(fault[0]), f"held {fault[1]} times" if fault[1] else "missing"
+            raise ValueError(f"{name}: the element at {at} of {list(first.shape)} is {held}")
     return tensors
 
 

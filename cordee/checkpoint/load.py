@@ -1,14 +1,17 @@
-"""Finds checkpoints, verifies them and reads rows of tensors out of them.
+"""Finds checkpoints, verifies them and reads boxes of tensors out of them.
 
 The order is fixed: the manifest's SHA-256, file sizes and headers, every chunk's checksum, and only
 then a tensor. Not here: what the tensors mean, devices, agreement between ranks. Traded away:
 memory maps; a disk that fails under a map kills the process, one that fails a read is an error
 with a name. Verifying reads the whole checkpoint; one rank does it, the others pass verify=False.
+A box whose rows are far apart is read row by row; where they are near, the gaps are read with them.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +38,11 @@ from cordee.checkpoint.format import (
     tile,
 )
 from cordee.errors import CheckpointError
+from cordee.layout.boxes import Box, intersection, moved, shape_of, whole
 
 BLOCK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
+RUN_BYTES = 8 << 20  # rows up to this size are read together, and this much at once if not in place
+GAP_BYTES = 64 << 10  # a shorter gap costs less to read than a second read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,34 +64,27 @@ class Checkpoint:
         """The global shape of a tensor."""
         return self._placed(name)[0].entry.shape
 
-    def read(self, name: str, row_start: int = 0, row_stop: int | None = None) -> torch.Tensor:
-        """Rows [row_start, row_stop) of dim 0, on the CPU; reads these bytes and no others.
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """A box of the tensor (all of it by default), contiguous, on the CPU.
 
-        A scalar counts as one row. CheckpointError: no such tensor or rows, or the file has
-        changed since it was opened.
+        Reads the bytes of the box, and of the rest only gaps below 64 KiB between them.
+        CheckpointError: no such tensor or box, or the file has changed since it was opened.
         """
         placed = self._placed(name)
         entry = placed[0].entry
-        stop = entry.total_rows if row_stop is None else row_stop
-        if not 0 <= row_start <= stop <= entry.total_rows or (not entry.shape and row_start):
+        box = whole(entry.shape) if box is None else box
+        if len(box) != len(entry.shape) or not all(
+            0 <= start <= stop <= size for (start, stop), size in zip(box, entry.shape, strict=True)
+        ):
             raise CheckpointError(
-                f"{name} does not have these rows",
-                values={"rows": (row_start, stop), "shape": entry.shape},
+                f"{name} does not have this box", values={"box": box, "shape": entry.shape}
             )
-        rows = stop - row_start
-        shape = (rows, *entry.shape[1:]) if entry.shape else ()
-        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        if tensor.numel():
-            into = tensor.view(-1).view(torch.uint8).numpy().data
-            for piece in placed:
-                begin = max(row_start, piece.entry.row_start)
-                end = min(stop, piece.entry.row_start + piece.entry.rows)
-                if begin < end:
-                    part = into[
-                        (begin - row_start) * entry.row_bytes : (end - row_start) * entry.row_bytes
-                    ]
-                    skip_bytes = (begin - piece.entry.row_start) * entry.row_bytes
-                    self._read(piece.file, piece.offset_bytes + skip_bytes, part)
+        tensor = torch.empty(shape_of(box), dtype=DTYPES[entry.dtype])
+        for piece in placed:
+            part = intersection(box, piece.entry.box)
+            if part is not None:
+                into = tensor[tuple(slice(*span) for span in moved(part, box))]
+                self._read(piece, moved(part, piece.entry.box), into)
         return tensor
 
     def _placed(self, name: str) -> Sequence[Placed]:
@@ -96,14 +95,15 @@ class Checkpoint:
             )
         return self._tensors[name]
 
-    def _read(self, file: str, offset_bytes: int, into: memoryview) -> None:
+    def _read(self, piece: Placed, part: Box, into: torch.Tensor) -> None:
+        """Fills `into` with `part`, a box within the piece."""
+        file = piece.file
         try:
             with open_plain(self.path / file) as source:
                 state = os.fstat(source.fileno())
                 if (state.st_size, state.st_mtime_ns) != self._stamps[file]:
                     raise _broken(self.path, file, "has changed since it was opened")
-                source.seek(offset_bytes)
-                _fill(source, into)
+                _read_box(source, piece, part, into)
         except OSError as error:
             raise _broken(self.path, file, f"cannot be read: {error.strerror or error}") from error
 
@@ -174,6 +174,45 @@ def _fill(source: io.FileIO, into: memoryview) -> None:
         if not count:
             raise OSError(None, "the file is too short")
         into = into[count:]
+
+
+def _read_box(source: io.FileIO, piece: Placed, part: Box, into: torch.Tensor) -> None:
+    """Fills `into` with `part`, a box within the piece, in as few reads as are worth it."""
+    # One dim more in front, so that a scalar has one too.
+    size, part, into = (1, *piece.entry.size), ((0, 1), *part), into[None]
+    item = into.element_size()
+    strides = [item * math.prod(size[dim + 1 :]) for dim in range(len(size))]
+    # A run is a range of rows of dim `level`, read with all that lies between its first element
+    # and its last; `span` are the bytes of one of its rows.
+    level, span = len(size) - 1, item
+    while level:
+        run = span + (part[level][1] - part[level][0] - 1) * strides[level]
+        if strides[level - 1] > RUN_BYTES or strides[level - 1] - run > GAP_BYTES:
+            break
+        level, span = level - 1, run
+    row_bytes, within = strides[level], part[level + 1 :]
+    lead = sum(start * by for (start, _), by in zip(within, strides[level + 1 :], strict=True))
+    cut = tuple(slice(*dim) for dim in within)
+    at_once = max(1, RUN_BYTES // row_bytes)
+    first, last = part[level]
+    for index in itertools.product(*(range(*dim) for dim in part[:level])):
+        before = sum(i * by for i, by in zip(index, strides[:level], strict=True))
+        rows = into[tuple(i - start for i, (start, _) in zip(index, part[:level], strict=True))]
+        for row in range(first, last, at_once):
+            target = rows[row - first : min(row + at_once, last) - first]
+            run = span + (len(target) - 1) * row_bytes
+            source.seek(piece.offset_bytes + before + row * row_bytes + lead)
+            if run == target.nbytes and target.is_contiguous():
+                _fill(source, _bytes(target))
+                continue
+            scratch = torch.empty((len(target), *size[level + 1 :]), dtype=into.dtype)
+            _fill(source, _bytes(scratch)[lead : lead + run])
+            target.copy_(scratch[(slice(None), *cut)])
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _blocks(source: io.FileIO, buffer: memoryview, size_bytes: int) -> Iterator[memoryview]:

@@ -136,7 +136,7 @@ class Saver:
             pairs = sorted(
                 ((entry_of(p), p.tensor) for p in pieces), key=lambda pair: pair[0].order
             )
-            pairs = [(e, t) for e, t in pairs if e.rows or not e.total_rows]
+            pairs = [(e, t) for e, t in pairs if not e.empty]
             entries = tuple(entry for entry, _ in pairs)
             plan = layout(entries)
         except (ValueError, TypeError, RecursionError) as error:
@@ -234,7 +234,7 @@ class Saver:
         self._staging[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         for entry, offset, tensor in zip(job.pieces, offsets_bytes, tensors, strict=True):
             place = self._staging[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
-            place.view(entry.stored_shape).copy_(tensor.detach(), non_blocking=bool(devices))
+            place.view(entry.size).copy_(tensor.detach(), non_blocking=bool(devices))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
 

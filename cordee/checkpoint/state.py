@@ -2,23 +2,22 @@
 
 parameters · optimiser state · `Progress` (below: step, tokens, clock, skips) · the sync protocol's
 state · digests of the data and of the configuration. Order of samples and dropout need no state:
-both are functions of (seed, step, microbatch). Sharded tensors are stored by rows, so any number of
-ranks may load them. Replicas share the writing: each tensor is dealt to one island.
+both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so that
+any layout may load them. Ranks that hold the same box share the writing: one of them writes it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cordee.checkpoint.format import Piece
+from cordee.checkpoint.load import Checkpoint
 from cordee.errors import CheckpointError
-from cordee.layout.axes import Layout
-from cordee.layout.split import shard_rows
+from cordee.layout.boxes import Place, shape_of, volume, whole
 
 
 @dataclass(frozen=True)
@@ -35,74 +34,87 @@ class Progress:
 
 @dataclass(frozen=True)
 class Holding:
-    """One tensor of this rank: `part` is its local rows, `shape` the whole's, `sharded` if cut."""
+    """One tensor of this rank: `part` is the box `place.box` of the whole tensor."""
 
     name: str
     part: Tensor
-    shape: tuple[int, ...]
-    sharded: bool
+    place: Place
 
 
 def holdings(
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
-    local: Callable[[Tensor], Tensor],
-    shards: int,
+    places: Mapping[str, Place],
 ) -> list[Holding]:
-    """Everything this rank holds: `model/<name>` and `optim/<group>/<name>/<what>`."""
+    """What this rank answers for: `model/<name>` and `optim/<group>/<name>/<what>`.
+
+    `places` says where the rank's part of every parameter lies. Optimiser tensors shaped like that
+    part are cut like it. Others (steps, factored statistics) are the same wherever the parameter
+    is, and whoever has its first element answers for them. CheckpointError: a part has not the
+    shape of its box.
+    """
     found = []
     for name, parameter in parameters.items():
-        part, shape = local(parameter.detach()), tuple(parameter.shape)
-        found.append(Holding(f"model/{name}", part, shape, shards > 1))
+        part, place = parameter.detach(), places[name]
+        if tuple(part.shape) != shape_of(place.box):
+            raise CheckpointError(
+                "a parameter is not the box that the layout says",
+                values={"name": name, "shape": tuple(part.shape), "box": place.box},
+            )
+        found.append(Holding(f"model/{name}", part, place))
     for key, tensor in optimizer.items():
-        owner = parameters.get(key.split("/")[1])
-        like = owner is not None and tuple(tensor.shape) == tuple(local(owner.detach()).shape)
-        cut = like and shards > 1
-        shape = tuple(owner.shape) if owner is not None and cut else tuple(tensor.shape)
-        found.append(Holding(f"optim/{key}", tensor, shape, cut))
+        place, shape = places[_parameter(f"optim/{key}")], tuple(tensor.shape)
+        if shape == shape_of(place.box):
+            found.append(Holding(f"optim/{key}", tensor, place))
+        elif volume(place.box) and not any(start for start, _ in place.box):
+            everything = replace(place, box=whole(shape), shape=shape)
+            found.append(Holding(f"optim/{key}", tensor, everything))
     return found
 
 
-def pieces(held: Sequence[Holding], layout: Layout, rank: int) -> list[Piece]:
-    """What `rank` writes of it: tensors dealt to islands by bytes, the largest first."""
-    at = layout.coordinates(rank)
-    load = [0] * layout.island
+def pieces(held: Sequence[Holding]) -> list[Piece]:
+    """What this rank writes of it: one copy of each tensor is dealt a rank, the largest first.
+
+    The ranks that share tensors along the same axes deal these alike, each to who has the fewest
+    bytes so far, and so need not talk.
+    """
+    loads: dict[tuple[str, ...], list[int]] = {}
     mine = []
-    order = sorted(held, key=lambda h: (-math.prod(h.shape), h.name))
-    for item in order:
-        island = load.index(min(load))
-        load[island] += max(1, math.prod(item.shape))
-        if island != at["island"] or (at["shard"] and not item.sharded):
-            continue
-        start = shard_rows(item.shape[0], layout.shard, at["shard"]).start if item.sharded else 0
-        if item.part.numel():
-            mine.append(Piece(item.name, item.part, item.shape, start))
+    for item in sorted(held, key=lambda h: (-h.part.nbytes, h.name)):
+        place = item.place
+        load = loads.setdefault(place.shared, [0] * place.copies)
+        copy = load.index(min(load))
+        load[copy] += item.part.nbytes
+        if copy == place.copy:
+            start = tuple(start for start, _ in place.box)
+            mine.append(Piece(item.name, item.part, place.shape, start))
     return mine
 
 
-def reader(
-    read: Callable[[str, int, int | None], Tensor],
-    shape: Callable[[str], tuple[int, ...]],
-    held: Mapping[str, tuple[int, ...]],
-    layout: Layout,
-    rank: int,
-) -> Callable[[str], Tensor]:
-    """A function from a full name to this rank's rows of it.
+def reader(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Callable[[str], Tensor]:
+    """A function from a full name to this rank's part of the tensor (see `holdings`).
 
-    `read(name, start, stop)` and `shape(name)` are the checkpoint's; `held` maps parameter names to
-    whole shapes. Optimiser tensors shaped like their parameter are cut like it.
+    It raises CheckpointError for a parameter that the checkpoint has in another shape, or not.
     """
-    index = layout.coordinates(rank)["shard"]
 
     def mine(name: str) -> Tensor:
-        whole = shape(name)
-        parameter = name.split("/")[2 if name.startswith("optim/") else 1]
-        if layout.shard > 1 and held.get(parameter) == whole and whole:
-            part = shard_rows(whole[0], layout.shard, index)
-            return read(name, part.start, part.stop)
-        return read(name, 0, None)
+        place, shape = places[_parameter(name)], checkpoint.shape(name)
+        if shape == place.shape:
+            return checkpoint.read(name, place.box)
+        if name.startswith("model/"):
+            raise CheckpointError(
+                "a parameter of another shape",
+                values={"tensor": name, "stored": shape, "wanted": place.shape},
+                fix="load a checkpoint of the same model",
+            )
+        return checkpoint.read(name)
 
     return mine
+
+
+def _parameter(name: str) -> str:
+    """The parameter that a stored tensor belongs to."""
+    return name.split("/")[2 if name.startswith("optim/") else 1]
 
 
 def describe(progress: Progress, sync: Mapping[str, Any], data: str, run: str) -> dict[str, Any]:

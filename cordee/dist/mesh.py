@@ -9,7 +9,7 @@ identity.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -29,6 +29,8 @@ SETS = (
     ("context", "tensor"),
     ("context", "expert", "tensor"),
     ("shard", "tensor"),
+    ("island", "context", "expert"),
+    ("island", "context", "tensor"),
     ("expert", "shard", "tensor"),
     ("context", "expert", "shard", "tensor"),
     ("island", "context", "expert", "shard", "tensor"),
@@ -91,16 +93,22 @@ def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False
     mesh = None
     if layout.shard > 1:
         kind = device.split(":")[0]
-        ranks = list(members(layout, at, ("shard",)))
-        mesh = DeviceMesh.from_group(groups[("shard",)], kind, ranks, mesh_dim_names=("shard",))
+        shards = list(members(layout, at, ("shard",)))
+        mesh = DeviceMesh.from_group(groups[("shard",)], kind, shards, mesh_dim_names=("shard",))
     return Mesh(layout, rank, at, groups, mesh)
 
 
-def members(layout: Layout, at: Mapping[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
+def members(layout: Layout, at: Mapping[str, int], axes: Sequence[str]) -> tuple[int, ...]:
     """Ranks that share the coordinates `at` but for `axes`, in rank order."""
-    spans = (range(getattr(layout, axis)) for axis in axes)
-    places = (dict(zip(axes, place, strict=True)) for place in itertools.product(*spans))
-    return tuple(layout.rank({**at, **place}) for place in places)
+    return tuple(layout.rank({**at, **place}) for place in places(layout, axes))
+
+
+def places(layout: Layout, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    """All coordinates along `axes`, in rank order."""
+    named = [axis for axis in AXES if axis in axes]
+    spans = (range(getattr(layout, axis)) for axis in named)
+    for place in itertools.product(*spans):
+        yield dict(zip(named, place, strict=True))
 
 
 def _group(ranks: tuple[int, ...], world: int) -> dist.ProcessGroup:
@@ -108,6 +116,5 @@ def _group(ranks: tuple[int, ...], world: int) -> dist.ProcessGroup:
         whole = dist.group.WORLD
         assert whole is not None
         return whole
-    made = dist.new_group(list(ranks), use_local_synchronization=True)
-    assert made is not None
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
     return made

@@ -38,18 +38,19 @@ class Wishes:
 def gather_tally(
     losses: Sequence[float],
     wishes: Wishes,
-    ranges: Sequence[range],
+    spoken: Sequence[range],
     group: dist.ProcessGroup | None,
 ) -> Tally:
-    """`ranges[i]` are rank i's microbatches; equal ranges on all ranks mean replicated work."""
-    most = max(map(len, ranges))
+    """`spoken[r]` are the microbatches whose losses rank r knows a part of; parts add up."""
+    most = max(map(len, spoken))
     row = torch.zeros(3 + most, dtype=torch.float64)
     row[0], row[1], row[2] = float(wishes.leave), wishes.saving, wishes.clock_s
     row[3 : 3 + len(losses)] = torch.tensor(losses, dtype=torch.float64)
-    rows = gather_rows(row, group, len(ranges)).tolist()
+    rows = gather_rows(row, group, len(spoken)).tolist()
     known: dict[int, float] = {}
-    for part, said in zip(ranges, rows, strict=True):
-        known.update(zip(part, said[3:], strict=False))
+    for part, said in zip(spoken, rows, strict=True):
+        for index, loss in zip(part, said[3:], strict=False):
+            known[index] = known.get(index, 0.0) + loss
     return Tally(
         losses=tuple(known[index] for index in sorted(known)),
         leave=any(said[0] for said in rows),

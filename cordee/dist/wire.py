@@ -34,19 +34,19 @@ class Wire:
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' parts, one after another along `dim`."""
-        return x if self.group is None else _Gather.apply(x, self, dim)  # type: ignore[no-any-return]
+        return x if self.group is None else _gather(x, self, dim)
 
     def scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part along `dim` of the sum over ranks."""
-        return x if self.group is None else _Scatter.apply(x, self, dim)  # type: ignore[no-any-return]
+        return x if self.group is None else _scatter(x, self, dim)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks; each rank goes on alike, so gradients come back as they are."""
-        return x if self.group is None else _Total.apply(x, self)  # type: ignore[no-any-return]
+        return x if self.group is None else _total(x, self)
 
     def spread(self, x: Tensor) -> Tensor:
         """What all ranks hold alike, used differently by each: gradients come back summed."""
-        return x if self.group is None else _Spread.apply(x, self)  # type: ignore[no-any-return]
+        return x if self.group is None else _spread(x, self)
 
     def unite(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' parts along `dim`; each rank goes on alike, so each takes its part of the
@@ -61,13 +61,13 @@ class Wire:
         """`sent[r]` rows of x [n, ...] to rank r; returns the rows from all ranks, in rank order."""
         if self.group is None:
             return x
-        return _Exchange.apply(x, self, list(sent), list(received))  # type: ignore[no-any-return]
+        return _exchange(x, self, list(sent), list(received))
 
     def gather_now(self, x: Tensor, dim: int) -> Tensor:
         """`gather` without gradients."""
         x = x.contiguous()
         parts = x.new_empty(self.size, *x.shape)
-        gather_flat(parts.view(torch.uint8), x.view(torch.uint8), group=self.group)
+        gather_flat(parts.view(-1), x.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * x.nbytes
         return parts.movedim(0, dim).flatten(dim, dim + 1)
 
@@ -77,9 +77,9 @@ class Wire:
 
     def scatter_now(self, x: Tensor, dim: int) -> Tensor:
         """`scatter` without gradients."""
-        parts = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+        parts = torch.unflatten(x, dim, (self.size, -1)).movedim(dim, 0).contiguous()
         mine = torch.empty_like(parts[0])
-        scatter_flat(mine, parts, group=self.group)
+        scatter_flat(mine.view(-1), parts.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * mine.nbytes
         return mine
 
@@ -185,3 +185,10 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.wire.exchange_now(grad, ctx.received, ctx.sent), None, None, None
+
+
+_gather: Callable[[Tensor, Wire, int], Tensor] = _Gather.apply
+_scatter: Callable[[Tensor, Wire, int], Tensor] = _Scatter.apply
+_total: Callable[[Tensor, Wire], Tensor] = _Total.apply
+_spread: Callable[[Tensor, Wire], Tensor] = _Spread.apply
+_exchange: Callable[[Tensor, Wire, list[int], list[int]], Tensor] = _Exchange.apply

@@ -20,7 +20,7 @@ AXES = ("island", "pipeline", "context", "expert", "shard", "tensor")
 INSIDE = AXES[1:]
 """Axes inside an island."""
 
-BUILT = ("island", "shard")
+BUILT = AXES
 """Axes this version can run; the others are in the tables and are refused with that reason."""
 
 
@@ -47,8 +47,8 @@ class Layout:
 
     @property
     def workers(self) -> int:
-        """Groups of ranks that compute different microbatches: island x shard."""
-        return self.island * self.shard
+        """Groups of ranks that compute different microbatches: island x expert x shard."""
+        return self.island * self.expert * self.shard
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of `rank` on each axis."""
@@ -69,9 +69,9 @@ class Layout:
         return rank
 
     def worker(self, rank: int) -> int:
-        """Which share of the microbatches `rank` computes: island-major, then shard."""
+        """Which share of the microbatches `rank` computes: by island, then expert, then shard."""
         at = self.coordinates(rank)
-        return at["island"] * self.shard + at["shard"]
+        return (at["island"] * self.expert + at["expert"]) * self.shard + at["shard"]
 
     def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
         """The groups of ranks that differ only in `axis`, each in order of that axis."""

@@ -98,7 +98,8 @@ def balance(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
 
 def _fill(costs: Sequence[float], ceiling: float, parts: int) -> list[tuple[int, int]]:
     """Greedy parts of at most `ceiling`, leaving at least one item for each part to come."""
-    found, start = [], 0
+    found: list[tuple[int, int]] = []
+    start = 0
     while start < len(costs):
         most = len(costs) - max(0, parts - len(found) - 1)
         stop, held = start + 1, costs[start]

@@ -9,15 +9,14 @@ shapes (`classifier.py`) and foreign models, which bring rows of their own.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import Layout
+from cordee.layout.boxes import Box
 from cordee.layout.split import shard_rows
-
-Box = tuple[tuple[int, int], ...]
-"""(start, stop) of every dim of a tensor."""
 
 CUTS = ("expert", "tensor", "shard")
 """Axes that cut tensors, in the order in which they do."""
@@ -67,6 +66,12 @@ TABLE = (
     Row("norm.weight", ("width",), "vectors"),
     Row("head.weight", ("vocabulary", "width"), "embeddings", tensor=0, when="untied"),
 )  # fmt: skip
+
+
+_PATTERNS = [
+    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TABLE
+]
+_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,17 @@ def buffers(model: ModelSettings) -> Iterator[tuple[str, tuple[int, ...], int]]:
     if model.moe.balance == "bias":
         for layer in filter(model.is_moe, range(model.layers)):
             yield f"blocks.{layer}.moe.bias", (model.moe.experts,), layer
+
+
+def group_of(name: str, ndim: int) -> str:
+    """Group of a parameter: the table's for the house's own names; else vectors below 2 dims,
+    embeddings by name (embed..., wte, wpe, head), and matrices."""
+    for pattern, group in _PATTERNS:
+        if pattern.fullmatch(name):
+            return group
+    if ndim < 2:
+        return "vectors"
+    return "embeddings" if _EMBEDDING.search(name) else "matrices"
 
 
 def parameters(model: ModelSettings, vocabulary: int) -> int:

@@ -83,5 +83,7 @@ def chunked_loss(
     summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
 ) -> Tensor:  # fmt: skip
     """`head_loss` with the logits of `chunk` positions at a time."""
-    loss: Tensor = _ChunkedLoss.apply(x_ND, head_VD, targets_N, cap, chunk, summed)
-    return loss
+    return _chunked_loss(x_ND, head_VD, targets_N, cap, chunk, summed)
+
+
+_chunked_loss: Callable[..., Tensor] = _ChunkedLoss.apply

@@ -1,11 +1,12 @@
 """What gradients and parameters may be: clipping, limits, norms. In place, without host syncs.
 
 Not here: the verdict on a step whose norm is not finite (`fault/guard.py`), and processes. All
-functions take this rank's own rows of dim 0; what only all shards together know comes through one
-of two callables of the caller's:
+functions take this rank's own parts; what only all ranks of an island together know comes through
+one of two callables of the caller's:
 
 - `whole`: the per-row vectors of all tensors, one after another -> the same of the unsharded;
-- `total_squares`: a vector of sums over this rank's rows -> the sums over all rows.
+- `totals`: (names of tensors here, a number of each) -> the sums over all parts of these tensors,
+  or with no names, of all tensors of the model.
 
 Traded away: exact norms are slower (0.42 ms for 1.9 M elements on one CPU thread, not 0.26).
 """
@@ -13,14 +14,32 @@ Traded away: exact norms are slower (0.42 ms for 1.9 M elements on one CPU threa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cordee.config.run import ClipSettings
 
-Gathered = Callable[[Tensor], Tensor] | None
+Whole = Callable[[Tensor], Tensor] | None
+
+
+class Totals(Protocol):
+    """Sums over the parts of tensors; every rank of an island asks at the same points."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All tensors of the model."""
+        ...
+
+    def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        """Sums of all tensors of the model, given `numbers` of the tensors `names` here."""
+        ...
+
+    def own(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        """Sums of the tensors `names`, in their order."""
+        ...
+
 
 NORM_EPS = 1e-6
 """Added to a norm before it divides (as torch.nn.utils.clip_grad_norm_ does)."""
@@ -41,33 +60,36 @@ def row_squares(tensor: Tensor) -> Tensor:
 
 
 def global_norm(
-    grads: Sequence[Tensor], exact: bool, whole: Gathered = None, total_squares: Gathered = None
+    grads: Mapping[str, Tensor], exact: bool, whole: Whole = None, totals: Totals | None = None
 ) -> Tensor:
-    """Norm of all gradients together, 0-d: fp32, or fp64 when exact. Give them in name order.
+    """Norm of all gradients together, 0-d: fp32, or fp64 when exact. Give them in model order.
 
     exact: squared norms of rows, then one fp64 sum over the vector of all rows. A row's own sum
     does not depend on who holds the row, and `whole` brings the rows of all shards into one order,
-    so the bits are those of one process. Not exact: the library's norms, completed by
-    `total_squares` (less traffic, bits that depend on the number of shards).
+    so the bits are those of one process. Not exact: the library's norms, completed by `totals`
+    (less traffic, bits that depend on the layout).
     """
     if exact:
-        rows = torch.cat([row_squares(grad) for grad in grads])
+        rows = torch.cat([row_squares(grad) for grad in grads.values()])
         return (whole(rows) if whole else rows).double().sum().sqrt()
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
-    return total_squares(norm.square().view(1)).sqrt().view(()) if total_squares else norm
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    if totals is None:
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
+    return totals.every(list(grads), norms.square()).sum().sqrt()
 
 
 def clip_gradients(
     named: Sequence[tuple[str, Tensor, Tensor]], settings: ClipSettings, norm: Tensor
 ) -> None:
-    """Treats gradients in place; `named` are (name, parameter, gradient), whole, local or DTensors.
+    """Treats gradients in place; `named` are (name, parameter, gradient), this rank's parts.
 
     norm: all times min(1, limit / norm). normalise: all divided by the norm. value: elements to
     [-limit, limit]. agc: see `clip_units`. none: nothing. `norm` is `global_norm` of the gradients
     as they come; a norm that is not finite makes gradients that are not finite, which the guard
     has judged by then.
     """
-    grads = [_local(grad) for _, _, grad in named]
+    grads = [grad for _, _, grad in named]
     if not grads:
         return
     match settings.kind:
@@ -82,7 +104,7 @@ def clip_gradients(
         case "agc":
             for (name, parameter, _), grad in zip(named, grads, strict=True):
                 if not name.startswith(LAST_LAYERS):
-                    clip_units(_local(parameter.detach()), grad, settings.limit)
+                    clip_units(parameter.detach(), grad, settings.limit)
         case "none":
             pass
 
@@ -103,25 +125,26 @@ def clip_units(parameter: Tensor, grad: Tensor, limit: float) -> None:
 def limit_parameters(
     groups: Mapping[str, Sequence[tuple[str, Tensor]]],
     settings: ClipSettings,
-    total_squares: Gathered = None,
+    totals: Totals | None = None,
 ) -> None:
     """After an update, in place: clamps elements and scales tensors down to their group's limits.
 
-    `groups` are matrices, embeddings and vectors, with parameters whole, local or DTensors; a group
+    `groups` are matrices, embeddings and vectors, with this rank's parts of parameters; a group
     without limits costs nothing. Norms have the same bits for any number of shards: squares are
     rounded to a grid on which their sums are exact (up to 1,400 times the limit).
     """
     for group, named in groups.items():
         limit = getattr(settings, group)
-        tensors = [_local(tensor) for _, tensor in named]
+        tensors = [tensor for _, tensor in named]
         if limit.value and tensors:
             torch._foreach_clamp_min_(tensors, -limit.value)
             torch._foreach_clamp_max_(tensors, limit.value)
-        if limit.norm and tensors:
+        if limit.norm and (tensors or totals):
             steps = GRID / limit.norm**2
             squares = [(row_squares(t).double() * steps).round_().sum() for t in tensors]
-            counts = torch.stack(squares)
-            counts = total_squares(counts) if total_squares else counts
+            counts = torch.stack(squares) if squares else torch.zeros(0)
+            counts = totals.own([name for name, _ in named], counts) if totals else counts
+        if limit.norm and tensors:
             scale = (GRID / counts.clamp(min=1.0)).sqrt_().clamp(max=1.0)
             torch._foreach_mul_(tensors, list(scale.to(tensors[0].dtype).unbind()))
 
@@ -134,23 +157,20 @@ def layer_of(name: str) -> str:
 
 
 def layer_norms(
-    named_grads: Iterable[tuple[str, Tensor]], total_squares: Gathered = None
+    named_grads: Iterable[tuple[str, Tensor]], totals: Totals | None = None
 ) -> dict[str, float]:
     """Gradient norm of each layer ('embed', 'blocks.0', ..., 'norm', 'head'); one host sync.
 
-    Of this rank's rows, or of all with `total_squares`.
+    Of this rank's parts, or of the whole model with `totals`.
     """
-    named = [(name, _local(grad)) for name, grad in named_grads]
+    named = dict(named_grads)
     if not named:
         return {}
-    norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
-    squares = norms.square()
-    squares = total_squares(squares) if total_squares else squares
+    names: Sequence[str] = list(named)
+    squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
+    if totals is not None:
+        names, squares = totals.names, totals.every(names, squares)
     sums: dict[str, float] = {}
-    for (name, _), square in zip(named, squares.tolist(), strict=True):
+    for name, square in zip(names, squares.tolist(), strict=True):
         sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + square
     return {layer: square**0.5 for layer, square in sums.items()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,44 +7,26 @@ param groups of the user's own; a rule has one rate, and weight decay is on matr
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import OptimSettings
 from cordee.errors import CheckpointError, ConfigError
-from cordee.layout.tensors import TABLE
-from cordee.optim.muon import Gather, Muon, product_dtype
+from cordee.layout.tensors import group_of
+from cordee.optim.muon import Matrix, Muon, product_dtype
 
 GROUPS = ("matrices", "embeddings", "vectors")
 """Kinds of parameters; ClipSettings has limits for each."""
 
-Named = list[tuple[str, nn.Parameter]]
-
-_PATTERNS = [
-    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TABLE
-]
-_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
+Named = list[tuple[str, Tensor]]
 
 
-def group_of(name: str, ndim: int) -> str:
-    """Group of a parameter: the table's for the house's own names; else vectors below 2 dims,
-    embeddings by name (embed..., wte, wpe, head), and matrices."""
-    for pattern, group in _PATTERNS:
-        if pattern.fullmatch(name):
-            return group
-    if ndim < 2:
-        return "vectors"
-    return "embeddings" if _EMBEDDING.search(name) else "matrices"
-
-
-def split_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Named]:
+def split_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Named]:
     """Parameters by group, in the order they came; all three keys are always there."""
     groups: dict[str, Named] = {group: [] for group in GROUPS}
     for name, parameter in named_parameters:
@@ -63,7 +45,7 @@ class _Rate:
 class Optimizers:
     """One or two torch optimizers as one: step, rates, state by name. Made by `make_optimizer`."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[str, Tensor]) -> None:
         """`names` maps 'group/name' to the parameter; rates so far become the peaks."""
         self.parts = parts
         self._names = names
@@ -133,23 +115,23 @@ class Optimizers:
     def _each(self) -> Iterator[tuple[str, str, Tensor]]:
         for key, state in self._state.items():
             for kind, tensor in state.items():
-                yield key, kind, tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                yield key, kind, tensor
 
 
 def make_optimizer(
     settings: OptimSettings,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: Iterable[tuple[str, Tensor]],
     *,
     fused: bool,
-    gather: Gather | None = None,
+    matrices: Mapping[str, Matrix] | None = None,
     muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
-    """The optimiser that `settings` names, over parameters that may be whole or DTensors.
+    """The optimiser that `settings` names, over this rank's parts of the parameters.
 
     fused: use the library's fused kernels where they exist. Their last bits depend on where a
-    tensor is cut; without them (exact) every element is computed alike. `gather`: ranks with the
-    same parameters, which muon deals its matrices to; `muon_dtype`: what it multiplies in (None
-    is what the device is quick at).
+    tensor is cut; without them (exact) every element is computed alike. `matrices`: how muon's
+    parameters are held, by name (None: whole, alone); `muon_dtype`: what it multiplies in (None is
+    what the device is quick at).
     """
     groups = split_groups(named_parameters)
     names = {f"{group}/{name}": p for group, named in groups.items() for name, p in named}
@@ -157,13 +139,13 @@ def make_optimizer(
     if settings.name != "muon":
         return Optimizers([_library(settings, groups, lr, fused)], names)
     parts: list[torch.optim.Optimizer] = []
-    matrices = [p for _, p in groups["matrices"]]
-    if matrices:
-        momentum, decay = settings.momentum, settings.weight_decay
-        dtype = muon_dtype or product_dtype(matrices[0].device)
+    if named := groups["matrices"]:
+        tensors, decay = [p for _, p in named], settings.weight_decay
+        told = None if matrices is None else [matrices[name] for name, _ in named]
+        dtype = muon_dtype or product_dtype(tensors[0].device)
         parts.append(
-            Muon(matrices, lr, momentum=momentum, weight_decay=decay, dtype=dtype,
-                 gather=gather)
+            Muon(tensors, lr, momentum=settings.momentum, weight_decay=decay, dtype=dtype,
+                 matrices=told)
         )  # fmt: skip
     if groups["embeddings"] or groups["vectors"]:
         rest = {**groups, "matrices": []}
@@ -213,14 +195,13 @@ def _decayed(groups: dict[str, Named], settings: OptimSettings) -> list[dict[str
     return [{"params": params, "weight_decay": decay} for params, decay in split if params]
 
 
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """State as the optimizer would make it at its first step, all zero."""
     group = optimizer.param_groups[0]
     step = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
     with torch.no_grad():
         if isinstance(optimizer, Muon):
-            whole = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            return {"momentum_buffer": torch.zeros_like(whole)}
+            return {"momentum_buffer": torch.zeros_like(parameter)}
         if isinstance(optimizer, torch.optim.SGD):
             return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}
         if isinstance(optimizer, torch.optim.Adafactor):

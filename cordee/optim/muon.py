@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from cordee.dist.exchange import gather_flat
 from cordee.errors import LayoutError
@@ -60,15 +59,37 @@ def product_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+Part = tuple[tuple[int, int], tuple[int, int]]
+"""(start, stop) of rows and of columns."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a parameter is one matrix, or several stacked in dim 0, and who has which part of it.
+
+    `ranks` share the work: they hold the same (`parts` is empty), or rank i holds `parts[i]` of
+    each [rows, columns] matrix.
+    """
+
+    rows: int
+    columns: int
+    stacked: bool = False
+    ranks: Gather = ALONE
+    parts: tuple[Part, ...] = ()
+
+
 @dataclass(frozen=True)
 class _Job:
-    """One matrix: its local rows of parameter and momentum, and its whole shape [rows, columns]."""
+    """One matrix: this rank's part of parameter, momentum and gradient."""
 
     parameter: Tensor
     momentum: Tensor
     grad: Tensor
-    rows: int
-    columns: int
+    matrix: Matrix
+
+    @property
+    def cost(self) -> int:
+        return cost(self.matrix.rows, self.matrix.columns)
 
 
 def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,10 +158,10 @@ class Muon(torch.optim.Optimizer):
 
     Update: m <- m + (1 - momentum)(g - m); u = g + momentum (m - g) (Nesterov);
     p <- p (1 - lr x weight_decay) - lr sqrt(max(1, rows / columns)) orthogonalise(u).
-    With `gather`, whole matrices are dealt over its ranks and the results gathered by one call.
-    Parameters that are DTensors cut in dim 0 keep momentum on their own rows and are dealt over the
-    ranks of their mesh; `sent_bytes` and `shared_s` count what this rank handed to the network and
-    how long that took, waiting for others included.
+    `matrices[i]` says how the i-th parameter is held; without it each is one whole matrix, and
+    nobody shares. Work is dealt over the ranks of a matrix: each orthogonalises its own, whole, and
+    results go back. `sent_bytes` and `shared_s` count what this rank handed to the network and how
+    long that took, waiting for others included.
     """
 
     def __init__(
@@ -151,44 +172,48 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        gather: Gather | None = None,
+        matrices: Sequence[Matrix] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.gather = gather or ALONE
         self.sent_bytes = 0
         self.shared_s = 0.0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.ndim < 2:
-                    raise LayoutError(
-                        "muon updates matrices only",
-                        values={"shape": tuple(parameter.shape)},
-                        fix="give vectors to adamw",
-                    )
+        every = [p for group in self.param_groups for p in group["params"]]
+        for parameter in every:
+            if parameter.ndim < 2:
+                raise LayoutError(
+                    "muon updates matrices only",
+                    values={"shape": tuple(parameter.shape)},
+                    fix="give vectors to adamw",
+                )
+        told = matrices or [Matrix(len(p), math.prod(p.shape[1:])) for p in every]
+        self._matrices = dict(zip(every, told, strict=True))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; collective when work is shared."""
         for group in self.param_groups:
-            whole: list[_Job] = []
+            whole: dict[Gather, list[_Job]] = {}
             cut: dict[Gather, list[_Job]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    jobs = cut.setdefault(_shards(parameter), []) if _is_cut(parameter) else whole
-                    jobs.append(self._job(parameter))
-            if whole:
-                self._update(whole, self._share_whole, self.gather, group)
+                    matrix = self._matrices[parameter]
+                    jobs = (cut if matrix.parts else whole).setdefault(matrix.ranks, [])
+                    jobs += self._jobs(parameter, matrix)
+            for ranks, jobs in whole.items():
+                self._update(jobs, self._share_whole, ranks, group)
             for ranks, jobs in cut.items():
                 self._update(jobs, self._share_cut, ranks, group)
 
-    def _job(self, parameter: Tensor) -> _Job:
-        state = self.state[parameter]
-        grad = _local(parameter.grad)  # type: ignore[arg-type]
+    def _jobs(self, parameter: Tensor, matrix: Matrix) -> list[_Job]:
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
-        return _Job(_local(parameter), state["momentum_buffer"], grad, rows, columns)
+        held = (parameter, state["momentum_buffer"], grad)
+        if not matrix.stacked:
+            return [_Job(*held, matrix)]
+        return [_Job(*parts, matrix) for parts in zip(*held, strict=True)]
 
     def _update(self, jobs: list[_Job], share: Any, ranks: Gather, group: dict[str, Any]) -> None:
         """Momentum, shared orthogonalisation, decay and step, for jobs that share ranks."""
@@ -199,14 +224,14 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, buffers, momentum)
         updates = [u.flatten(1).to(self.dtype) for u in ahead]
         for job, result in zip(jobs, share(jobs, updates, ranks), strict=True):
-            scale = math.sqrt(max(1.0, job.rows / job.columns))
+            scale = math.sqrt(max(1.0, job.matrix.rows / job.matrix.columns))
             if decay:
                 job.parameter.mul_(1 - lr * decay)
             job.parameter.add_(result.view_as(job.parameter), alpha=-lr * scale)
 
     def _share_whole(self, jobs: list[_Job], updates: list[Tensor], ranks: Gather) -> list[Tensor]:
         """Everybody holds every update; each computes its own, one gather gives all to all."""
-        owner = deal([cost(job.rows, job.columns) for job in jobs], ranks.size)
+        owner = deal([job.cost for job in jobs], ranks.size)
         dealt = list(zip(updates, owner, strict=True))
         mine = [orthogonalise(u, self.dtype) for u, o in dealt if o == ranks.rank]
         if ranks.size == 1:
@@ -227,31 +252,39 @@ class Muon(torch.optim.Optimizer):
         return [pieces[o].pop(0).view_as(u) for u, o in dealt]
 
     def _share_cut(self, jobs: list[_Job], updates: list[Tensor], ranks: Gather) -> list[Tensor]:
-        """Everybody holds some rows of every update: rows go to the owner and come back."""
+        """Everybody holds a part of every update: parts go to the owner and come back."""
         everyone = range(ranks.size)
-        owner = deal([cost(job.rows, job.columns) for job in jobs], ranks.size)
+        owner = deal([job.cost for job in jobs], ranks.size)
         order = [[j for j, o in enumerate(owner) if o == r] for r in everyone]
         out = [j for js in order for j in js]
         mine = order[ranks.rank]
         # Elements that cross: `sent[r]` from here to r, `held[r][i]` of my i-th matrix from r.
         sent = [sum(updates[j].numel() for j in js) for js in order]
-        held = [
-            [_rows_of(jobs[j], ranks.size, r) * jobs[j].columns for j in mine] for r in everyone
-        ]
+        held = [[_elements(jobs[j].matrix.parts[r]) for j in mine] for r in everyone]
         received = [sum(h) for h in held]
 
-        rows = torch.cat([updates[j].flatten() for j in out])
-        blocks = torch.split(self._exchange(rows, sent, received, ranks), received)
-        parts = [torch.split(b, h) if h else () for b, h in zip(blocks, held, strict=True)]
+        flat = torch.cat([updates[j].flatten() for j in out])
+        blocks = torch.split(self._exchange(flat, sent, received, ranks), received)
+        came = [torch.split(b, h) if h else () for b, h in zip(blocks, held, strict=True)]
         results = []
         for i, j in enumerate(mine):
-            whole = torch.cat([part[i] for part in parts]).view(jobs[j].rows, jobs[j].columns)
-            result = orthogonalise(whole, self.dtype).flatten()
-            results.append(torch.split(result, [h[i] for h in held]))
-        rows = torch.cat([result[r] for r in everyone for result in results] or [rows[:0]])
-        flat = self._exchange(rows, received, sent, ranks)
-        came = dict(zip(out, torch.split(flat, [updates[j].numel() for j in out]), strict=True))
-        return [came[j].view_as(update) for j, update in enumerate(updates)]
+            matrix = jobs[j].matrix
+            whole = flat.new_empty(matrix.rows, matrix.columns)
+            for r in everyone:
+                (top, bottom), (left, right) = matrix.parts[r]
+                place = whole[top:bottom, left:right]
+                place.copy_(came[r][i].view(place.shape))
+            results.append(orthogonalise(whole, self.dtype))
+        back = [
+            result[top:bottom, left:right].flatten()
+            for r in everyone
+            for j, result in zip(mine, results, strict=True)
+            for (top, bottom), (left, right) in [jobs[j].matrix.parts[r]]
+        ]
+        flat = self._exchange(torch.cat(back or [flat[:0]]), received, sent, ranks)
+        parts = torch.split(flat, [updates[j].numel() for j in out])
+        found = dict(zip(out, parts, strict=True))
+        return [found[j].view_as(update) for j, update in enumerate(updates)]
 
     def _exchange(
         self, flat: Tensor, sent: list[int], received: list[int], ranks: Gather
@@ -275,31 +308,6 @@ class Muon(torch.optim.Optimizer):
         return out
 
 
-def _is_cut(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and any(
-        not p.is_replicate() for p in parameter.placements
-    )
-
-
-def _shards(parameter: Tensor) -> Gather:
-    """The ranks over which dim 0 of a DTensor is cut."""
-    assert isinstance(parameter, DTensor)
-    dims = [d for d, p in enumerate(parameter.placements) if not p.is_replicate()]
-    if len(dims) != 1 or parameter.placements[dims[0]] != Shard(0):
-        raise LayoutError(
-            "muon takes parameters that are whole or cut in dim 0 over one axis",
-            values={"placements": parameter.placements},
-            fix="optim.name=adamw",
-        )
-    mesh, dim = parameter.device_mesh, dims[0]
-    return Gather(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _rows_of(job: _Job, size: int, rank: int) -> int:
-    """Rows that shard `rank` of `size` holds: equal chunks, the last ones short or empty."""
-    chunk = -(-job.rows // size)
-    return max(0, min(job.rows, (rank + 1) * chunk) - rank * chunk)
+def _elements(part: Part) -> int:
+    (top, bottom), (left, right) = part
+    return (bottom - top) * (right - left)

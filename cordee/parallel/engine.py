@@ -2,8 +2,8 @@
 
 Two ways to add: plain (into `.grad`, as a hand-written loop does) and canonical (a tree over
 microbatch index, layout/split.py), which the exchange needs. The loss is divided by the global
-token count before backward, so every sum is already the mean. Not here: pipelines (a later issue
-gives this interface a second member).
+token count before backward, so every sum is already the mean. Not here: pipelines (`pipeline.py`
+gives this interface its second member).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cordee.dist.exchange import Partial
 from cordee.dist.mesh import Mesh
-from cordee.layout.split import TreeSum, shard_rows
+from cordee.layout.split import TreeSum
 from cordee.parallel import shard
+from cordee.parallel.apply import Live, cut
+from cordee.parallel.shard import Sharding, local
+from cordee.parallel.sums import GradientSums
 
 
 class Microbatches(Protocol):
@@ -43,96 +46,169 @@ class Work:
     total: int
     tokens: int
     seed: int
-    dropout: bool
-    autocast: bool
-    canonical: bool
+    keyed: bool
+    autocast: torch.dtype | None
+    sharding: Sharding
 
 
 class Engine:
     """Forward and backward of this rank's microbatches."""
 
-    def __init__(self, model: nn.Module, loader: Microbatches, mesh: Mesh, work: Work) -> None:
-        self.model = model
+    def __init__(self, live: Live, loader: Microbatches, mesh: Mesh, work: Work) -> None:
+        self.live = live
         self.loader = loader
         self.mesh = mesh
         self.work = work
         self.sharded = mesh.shard_mesh is not None
-        self.parameters: Sequence[nn.Parameter] = list(model.parameters())
-        self.device = next(model.parameters()).device
+        self.modules = live.modules()
+        self.parameters = {n: local(p.detach()).requires_grad_() for n, p in self.modules.items()}
+        self.device = next(iter(self.parameters.values())).device
+        self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
     def forward_backward(self, step: int) -> tuple[list[Tensor], Partial]:
         """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums)."""
-        self.model.train()
-        self._clear(self.parameters)
+        self.begin(step)
+        canonical = self.work.sharding.canonical
         losses: list[Tensor] = []
         partial: Partial = []
+        for index in self.work.part:
+            if self.sharded:
+                last = index == self.work.part.stop - 1
+                shard.before_microbatch(self.live.chunks[0], last, self.work.sharding)
+            losses.append(self._microbatch(step, index))
+            if canonical:
+                self._tree.feed(partial, index, self._take(), _add)
+        return losses, partial if canonical else self.collect()
+
+    def begin(self, step: int) -> None:
+        """Training mode, no gradients, and the loader knows what is wanted."""
+        for chunk in self.live.chunks:
+            chunk.train()
+            self._clear(list(chunk.parameters()))
+        self._clear(list(self.modules.values()))
         began = time.perf_counter()
         self.loader.begin(step, self.work.part)
         self.data_s = time.perf_counter() - began
-        for index in self.work.part:
-            if self.sharded and not self.work.canonical:
-                shard.last_microbatch(self.model, index == self.work.part.stop - 1)
-            losses.append(self._microbatch(step, index))
-            if self.work.canonical:
-                self._tree.feed(partial, index, self._take(), _add)
-        if self.sharded:
-            shard.reshard(self.model)
-        if not self.work.canonical:
-            grads = [shard.local(gradient) for gradient in _gradients(self.parameters)]
-            partial = [((self.work.part.start, self.work.part.stop), grads)]
-        return losses, partial
+
+    def collect(self) -> Partial:
+        """The gradients that FSDP2 and autograd left, summed inside the island."""
+        self._reshard()
+        grads = [
+            torch.zeros_like(mine) if p.grad is None else local(p.grad)
+            for p, mine in zip(self.modules.values(), self.parameters.values(), strict=True)
+        ]
+        self._clear(list(self.modules.values()))
+        self.sums.add(grads)
+        return [((self.work.part.start, self.work.part.stop), grads)]
 
     def place(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Hands the agreed gradient to the parameters; returns this rank's parts of it."""
+        """Hands the agreed gradient to the optimiser's tensors; returns this rank's parts of it."""
+        self._reshard()
         mine = []
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if self.sharded and self.work.canonical:
-                part = shard_rows(len(parameter), self.mesh.layout.shard, self.mesh.shard)
-                gradient = gradient[part.start : part.stop]
-            shard.place_gradient(parameter, gradient)
+        for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
+            if self.sharded and self.work.sharding.canonical:
+                gradient = cut(gradient, self.live.specs[name].box(self.mesh.layout, self.mesh.at))
+            parameter.grad = gradient
             mine.append(gradient)
         return mine
 
-    def _microbatch(self, step: int, index: int) -> Tensor:
+    def tokens(self, step: int, index: int) -> Tensor:
+        """A microbatch of the loader on this rank's device; its time counts as data."""
         began = time.perf_counter()
-        tokens = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
+        found = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
         self.data_s += time.perf_counter() - began
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.work.autocast):
-            if self.work.dropout:
-                key = microbatch_key(self.work.seed, step, index)
-                loss = self.model(inputs, targets, key)
-            else:
-                loss = self.model(inputs, targets)
-        (loss / self.work.tokens).backward()
+        return found
+
+    def split(self, tokens_BT: Tensor) -> Tensor:
+        """The positions of [B, T] from which this rank attends."""
+        positions = self.live.span.attended(tokens_BT.shape[1])
+        return tokens_BT if positions is None else tokens_BT[:, positions.to(tokens_BT.device)]
+
+    def key(self, step: int, index: int) -> int:
+        """What decides which elements dropout drops in a microbatch."""
+        return microbatch_key(self.work.seed, step, index) if self.work.keyed else 0
+
+    # ---- without gradients ----
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Summed loss in nats of int64 [rows, sequence + 1], the same on all ranks of an island."""
+        inputs, targets = self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
+        found = self.infer(inputs, targets)
+        return (
+            found if self.mesh.size("context") == 1 else self.live.wires["context"].total_now(found)
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """fp32 [B, T, V] of int64 [B, T], whole on every rank; T may be anything."""
+        length = tokens_BT.shape[1]
+        parts = self.mesh.size("context")
+        unit = self.mesh.size("tensor") * (2 * parts if parts > 1 else 1)
+        padded = torch.nn.functional.pad(tokens_BT.to(self.device), (0, -length % unit))
+        found = self.infer(self.split(padded), None)
+        if self.mesh.size("tensor") > 1:
+            found = self.live.wires["tensor"].gather_now(found, 2)
+        if parts > 1:
+            order = self.live.wires["context"].gather_now(
+                self.split(torch.arange(padded.shape[1], device=self.device)[None]), 1
+            )
+            found = self.live.wires["context"].gather_now(found, 1)[:, order[0].argsort()]
+        return found[:, :length]
+
+    def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Forward of this rank's positions: the loss, or logits of its part of the vocabulary."""
+        return self._call(inputs, targets, 0)
+
+    def modes(self, training: bool) -> None:
+        """Sets what dropout and the like do."""
+        for chunk in self.live.chunks:
+            chunk.train(training)
+
+    # ---- inside ----
+
+    def _microbatch(self, step: int, index: int) -> Tensor:
+        tokens = self.tokens(step, index)
+        inputs, targets = self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
+        loss = self._call(inputs, targets, self.key(step, index))
+        torch.autograd.backward(loss / self.work.tokens)
         detached: Tensor = loss.detach()
         return detached
+
+    def _call(self, inputs: Tensor, targets: Tensor | None, key: int) -> Tensor:
+        model = self.live.chunks[0]
+        kind = self.work.autocast
+        with torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None):
+            found = model(inputs, targets, key) if key else model(inputs, targets)
+        assert isinstance(found, Tensor)
+        return found
 
     def _take(self) -> list[Tensor]:
         """This microbatch's whole gradients, taken off the parameters."""
         # While FSDP2 keeps parameters gathered, the module's parameters are the whole ones.
-        parameters = list(self.model.parameters()) if self.sharded else self.parameters
-        gradients = _gradients(parameters)
+        parameters = list(self.live.chunks[0].parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self._clear(parameters)
         return gradients
 
+    def _reshard(self) -> None:
+        if self.sharded:
+            for chunk in self.live.chunks:
+                shard.reshard(chunk)
+
     @staticmethod
-    def _clear(parameters: Sequence[nn.Parameter]) -> None:
+    def _clear(parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
             parameter.grad = None
 
 
 def microbatch_key(seed: int, step: int, microbatch: int) -> int:
-    """63 bits that depend on (seed, step, microbatch) and nothing else."""
+    """63 bits that depend on (seed, step, microbatch) and nothing else; never 0."""
     text = f"dropout {seed} {step} {microbatch}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1 | 1
 
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """Parameters, gradients and optimiser sharded over an island with FSDP2.
 
-Each block and the rest are one unit: gathered before use, freed after. Two ways to reduce: FSDP2's
-own reduce-scatter (fast), or whole gradients taken after each microbatch and added by the exchange
-(canonical order, the same bits as unsharded, at the price of whole gradients in memory).
+Each block and the rest are one unit. What is kept whole between uses is the level of ZeRO
+(Rajbhandari et al. 2020): 1 parameters and gradients, 2 parameters, 3 nothing. Or (canonical) whole
+gradients are taken after each microbatch and added by the exchange: the same bits as unsharded, at
+the price of whole gradients in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,20 +21,34 @@ from torch.distributed.tensor import DTensor, Shard
 from cordee.dist.exchange import gather_flat
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], canonical: bool) -> None:
-    """Shards dim 0 of every parameter over `mesh`; `units` are wrapped one by one, then the root.
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is sharded: level of ZeRO, and whether gradients stay whole (canonical)."""
 
-    `canonical`: keep whole gradients on each rank (see the file's header).
-    """
+    zero: int = 1
+    canonical: bool = False
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], dims: Mapping[str, int],
+    how: Sharding,
+) -> None:  # fmt: skip
+    """Shards every parameter over `mesh`, in dim 0 or the one that `dims` names; `units` are
+    wrapped one by one, then the root."""
+    placed = {p: Shard(dims.get(name, 0)) for name, p in model.named_parameters()}
     for module in (*units, model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=how.zero == 3,
+            shard_placement_fn=placed.__getitem__,
+        )  # fmt: skip
     for unit in fsdp_modules(model):
         # Losses are divided by the global token count, so sums must not be divided again; gloo
         # has no pre-multiplied sum either.
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_gradient_divide_factor(1.0)
-        if canonical:
+        if how.canonical:
             unit.set_requires_gradient_sync(False)
+        if how.canonical or how.zero < 3:
             unit.set_reshard_after_backward(False)
 
 
@@ -41,10 +57,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def last_microbatch(model: nn.Module, last: bool) -> None:
-    """Whether the coming backward reduces (fast mode); before it, gradients only add up."""
+def before_microbatch(model: nn.Module, last: bool, how: Sharding) -> None:
+    """Whether the coming backward reduces; before it, gradients only add up."""
+    if how.canonical:
+        return
     for module in fsdp_modules(model):
-        module.set_requires_gradient_sync(last)
+        module.set_requires_gradient_sync(last or how.zero > 1)
         module.set_is_last_backward(last)
 
 
@@ -55,23 +73,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter or gradient."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def place_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Sets `.grad` from this rank's part (a DTensor when the parameter is one)."""
-    if isinstance(parameter, DTensor):
-        parameter.grad = DTensor.from_local(
-            gradient,
-            parameter.device_mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    else:
-        parameter.grad = gradient
+    """This rank's part of a parameter or gradient, in the same memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def whole_rows(part: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:

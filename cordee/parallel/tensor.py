@@ -11,6 +11,7 @@ Shape suffixes as in model/transformer.py; N positions of all sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from cordee.dist.wire import Wire
 from cordee.model.span import Span
-from cordee.model.transformer import Transformer
+from cordee.model.transformer import Block, Transformer
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -27,11 +28,15 @@ IGNORED = -100
 
 def split_sequence(model: Transformer, wire: Wire, span: Span) -> None:
     """Sets the seams of a model whose matrices hold this rank's part."""
-    cut = Vocabulary(wire)
-    for part in (model, *model.parts()):
+    parts: list[Transformer | Block] = [model, *model.parts()]
+    for part in parts:
         part.span = span
+    if wire.size == 1:
+        return
+    for part in parts:
         part.enter = lambda x: wire.gather(x, 1)
         part.leave = lambda x: wire.scatter(x, 1)
+    cut = Vocabulary(wire)
     model.lookup = cut.look_up
     model.cross_entropy = cut.cross_entropy
 
@@ -51,8 +56,7 @@ class Vocabulary:
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """Summed cross-entropy in nats of logits whose columns are dealt over the ranks."""
-        loss: Tensor = _CutCrossEntropy.apply(logits_NV, targets_N, self.wire)  # type: ignore[no-untyped-call]
-        return loss
+        return _cut_cross_entropy(logits_NV, targets_N, self.wire)
 
 
 class _CutCrossEntropy(torch.autograd.Function):
@@ -81,3 +85,6 @@ class _CutCrossEntropy(torch.autograd.Function):
         grad_NV = odds_NV.masked_fill(~counted_N.unsqueeze(-1), 0.0)
         grad_NV.scatter_add_(-1, place_N1, -here_N.to(grad_NV.dtype).unsqueeze(-1))
         return grad_NV * grad, None, None
+
+
+_cut_cross_entropy: Callable[[Tensor, Tensor, Wire], Tensor] = _CutCrossEntropy.apply

@@ -17,6 +17,7 @@ from cordee.config.check import check_processes
 from cordee.config.run import LayoutSettings, Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import AXES, INSIDE, Layout, settle
+from cordee.layout.stages import make_stages
 from cordee.layout.tensors import tensors
 from cordee.plan.cluster import Cluster, cpu_only
 from cordee.plan.network import splits
@@ -44,6 +45,8 @@ class Plan:
     protocol: Literal["exchange", "allreduce", "none"]
     codec: str
     splits: tuple[tuple[int, int], ...]
+    zero: int
+    stages: tuple[tuple[int, int], ...]
     predicted: Prediction
     why: str
     note: str = ""
@@ -55,7 +58,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
-        return {**asdict(self), "layout": layout, "splits": [list(part) for part in self.splits]}
+        splits, stages = ([list(part) for part in pairs] for pairs in (self.splits, self.stages))
+        return {**asdict(self), "layout": layout, "splits": splits, "stages": stages}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -67,10 +71,11 @@ class Plan:
         values = _exactly(told, cls, "plan")
         values["layout"] = Layout(**_exactly(values["layout"], Layout, "layout"))
         values["predicted"] = Prediction(**_exactly(values["predicted"], Prediction, "predicted"))
-        pairs = values["splits"]
-        if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
-            raise _bad_plan("splits are pairs of whole numbers", str(pairs)[:80])
-        values["splits"] = tuple((start, stop) for start, stop in pairs)
+        for name in ("splits", "stages"):
+            pairs = values[name]
+            if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
+                raise _bad_plan(f"{name} are pairs of whole numbers", str(pairs)[:80])
+            values[name] = tuple((start, stop) for start, stop in pairs)
         return cls(**values)
 
 
@@ -116,6 +121,8 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
         protocol=typing.cast(Any, candidate.wire.protocol),
         codec=candidate.wire.codec,
         splits=tuple((part.start, part.stop) for part in splits(run, candidate.layout)),
+        zero=1 if run.layout.zero == "auto" else run.layout.zero,
+        stages=make_stages(run.model, 256, run.layout, candidate.layout.pipeline).parts,
         predicted=candidate.predicted,
         why=why,
         note=_note(run, cluster, candidate),

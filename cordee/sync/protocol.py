@@ -89,10 +89,16 @@ class ByExchange(_Stateless):
     """The exchange in canonical order, with a codec on the wire."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, ranges: Sequence[range], codec: Codec
+        self,
+        group: dist.ProcessGroup | None,
+        ranges: Sequence[range],
+        codec: Codec,
+        island: int | None = None,
     ) -> None:
+        """`island`: this rank gives one sum, that of its island, and `ranges` count islands."""
         super().__init__()
         self.exchange = Exchange(group, ranges, codec)
+        self.island = island
 
     def agree(self, partial: Partial) -> list[Tensor]:
         """The same bits for any number of members when the codec is the identity."""
@@ -100,6 +106,8 @@ class ByExchange(_Stateless):
         if self.exchange.size == 1:
             return like
         flat = [(node, flatten(tensors)) for node, tensors in partial]
+        if self.island is not None:
+            flat = [((self.island, self.island + 1), flat[0][1])]
         whole = self.exchange.add(flat)
         self.bytes_sent = self.exchange.bytes_sent
         return unflatten(whole, like)

@@ -35,6 +35,8 @@ from cordee.checkpoint.format import (
 from cordee.checkpoint.load import complete, newest, open_checkpoint
 from cordee.checkpoint.save import CommitReport, Saver
 from cordee.errors import CheckpointError
+from cordee.layout.boxes import Box, whole
+from tests.conftest import boxes, partitions
 
 torch.set_num_threads(1)
 
@@ -48,9 +50,18 @@ def no_rejects(path: Path, reason: str) -> None:
 
 
 def piece(name: str, tensor: torch.Tensor, rows: int | None = None, start: int = 0) -> Piece:
-    """A piece; the whole tensor unless `rows` says how many the tensor has in all."""
+    """Some rows; the whole tensor unless `rows` says how many the tensor has in all."""
     shape = tuple(tensor.shape) if rows is None else (rows, *tensor.shape[1:])
-    return Piece(name=name, tensor=tensor, global_shape=shape, row_start=start)
+    return Piece(name, tensor, shape, (start, *[0] * (len(shape) - 1)) if shape else ())
+
+
+def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    return tensor[tuple(slice(*dim) for dim in box)]
+
+
+def boxed(name: str, tensor: torch.Tensor, box: Box) -> Piece:
+    """The piece of a whole tensor that a box is."""
+    return Piece(name, cut(tensor, box), tuple(tensor.shape), tuple(start for start, _ in box))
 
 
 def split(name: str, tensor: torch.Tensor, cuts: Sequence[int]) -> list[Piece]:
@@ -110,7 +121,7 @@ def noise(dtype: torch.dtype, shape: Sequence[int], seed: int) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_split_comes_back_as_any_slice(
+def test_any_boxes_come_back_as_any_box(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     world = data.draw(st.integers(1, 4))
@@ -118,15 +129,12 @@ def test_any_split_comes_back_as_any_slice(
     tensors = {}
     for number in range(data.draw(st.integers(1, 4))):
         dtype = data.draw(st.sampled_from(sorted(DTYPES)))
-        shape = data.draw(st.lists(st.integers(0, 7), max_size=3))
+        shape = tuple(data.draw(st.lists(st.integers(0, 7), max_size=4)))
         name, tensor = f"layers.{number}.w", noise(DTYPES[dtype], shape, number)
         tensors[name] = tensor
-        if not shape:
-            own[number % world].append(piece(name, tensor))
-            continue
-        cuts = data.draw(st.lists(st.integers(0, shape[0]), min_size=world - 1, max_size=world - 1))
-        for rank, part in enumerate(split(name, tensor, cuts)):
-            own[rank].append(part)
+        parts = data.draw(partitions(shape))
+        for box in parts if tensor.numel() else parts[:1]:
+            own[data.draw(st.integers(0, world - 1))].append(boxed(name, tensor, box))
     folder = tmp_path_factory.mktemp("split") / "checkpoints"
     team = savers(folder, world)
     assert save(team, 7, own, 2, loss=0.1, order=[1, 2]), team[0].failure
@@ -138,10 +146,8 @@ def test_any_split_comes_back_as_any_slice(
     for name, tensor in tensors.items():
         assert checkpoint.shape(name) == tuple(tensor.shape)
         assert same(checkpoint.read(name), tensor)
-        if tensor.ndim:
-            start = data.draw(st.integers(0, tensor.shape[0]))
-            stop = data.draw(st.integers(start, tensor.shape[0]))
-            assert same(checkpoint.read(name, start, stop), tensor[start:stop])
+        box = data.draw(boxes(tuple(tensor.shape)))
+        assert same(checkpoint.read(name, box), cut(tensor, box))
 
 
 def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -149,18 +155,18 @@ def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
     tensors["é strided"] = torch.arange(24.0).view(4, 6).t()[::2]
     tensors["scalar"] = torch.tensor(1.5, dtype=torch.bfloat16, requires_grad=True)
     own = [piece(name, tensor) for name, tensor in tensors.items()]
-    halves = split("half", torch.arange(10), [4])
+    halves = split("half", torch.arange(10).view(10, 1), [4])
     team = savers(tmp_path / "c", 3)
     report = save(team, 1, [[*own, halves[0]], [halves[1]], []])
     assert report is not None and report.bytes > 0 and report.warning is None
     names = {f"rank-0000{rank}.safetensors" for rank in range(3)}
     assert {p.name for p in report.path.iterdir()} == {MANIFEST, *names}
     with safe_open(report.path / "rank-00000.safetensors", framework="pt") as file:
-        assert set(file.keys()) == {*tensors, "half#0"}
+        assert set(file.keys()) == {*tensors, "half#0,0"}
         for name, tensor in tensors.items():
             assert same(file.get_tensor(name), tensor.detach()), name
     with safe_open(report.path / "rank-00001.safetensors", framework="pt") as file:
-        assert file.get_tensor("half#4").tolist() == [4, 5, 6, 7, 8, 9]
+        assert file.get_tensor("half#4,0").flatten().tolist() == [4, 5, 6, 7, 8, 9]
     with safe_open(report.path / "rank-00002.safetensors", framework="pt") as file:
         assert list(file.keys()) == []
 
@@ -216,20 +222,63 @@ def test_hashing_lets_training_run() -> None:
     assert max(turns_while(lambda: sum(range(1_000_000))) for _ in range(3)) < 10
 
 
-def test_a_slice_reads_only_its_bytes(tmp_path: Path) -> None:
-    tensor = torch.randn(4096, 256)
-    team = savers(tmp_path / "c", 4)
-    report = save(team, 1, [[p] for p in split("w", tensor, [1024, 2048, 3072])])
+def read_bytes() -> int:
+    """Bytes that this process has read so far, as the system counts them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+LONG, NARROW, DEEP = (64, 1 << 18), (4096, 256), (8, 32, 1 << 13)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "wanted", "most"),
+    [
+        (NARROW, [(a, a + 1024) for a in (0, 1024, 2048, 3072)], ((100, 3700), (0, 256)), 1.0),
+        (LONG, [(0, 64)], ((0, 64), (1 << 17, 3 << 16)), 1.0),  # a quarter of each row of 1 MiB
+        (LONG, [(0, 20), (20, 64)], ((10, 50), (7, 8)), 1.0),  # a column, far apart
+        (NARROW, [(0, 4096)], ((5, 6), (3, 100)), 1.0),
+        (NARROW, [(0, 4096)], ((0, 4096), (0, 64)), 4.0),  # gaps of 768 bytes are read
+        (DEEP, [(0, 8)], ((0, 8), (4, 8), (0, 1 << 13)), 1.0),  # gaps of 896 kB are not
+        (DEEP, [(0, 8)], ((2, 8), (4, 8), (0, 1 << 12)), 2.0),
+    ],
+)
+def test_a_box_reads_only_its_bytes(
+    tmp_path: Path, shape: tuple[int, ...], parts: list[tuple[int, int]], wanted: Box, most: float
+) -> None:
+    tensor = noise(torch.float32, shape, 3)
+    team = savers(tmp_path / "c", len(parts))
+    own = [[boxed("w", tensor, (rows, *whole(shape[1:])))] for rows in parts]
+    report = save(team, 1, own)
     assert report is not None
     checkpoint = open_checkpoint(report.path, verify=False)
-
-    def read_bytes() -> int:
-        return int(Path("/proc/self/io").read_text().split()[1])
-
     before = read_bytes()
-    parts = [checkpoint.read("w", a, b) for a, b in ((0, 1365), (1365, 2731), (2731, 4096))]
-    assert read_bytes() - before < 1.01 * tensor.nbytes
-    assert same(torch.cat(parts), tensor)
+    found = checkpoint.read("w", wanted)
+    assert read_bytes() - before < 1.01 * most * found.nbytes + 4096
+    assert same(found, cut(tensor, wanted))
+
+
+def test_columns_of_many_writers_are_put_together(tmp_path: Path) -> None:
+    tensor = noise(torch.int16, (7, 3000, 5000), 4)  # more than is read at once
+    parts = [((0, 7), (a, a + 1500), (b, b + 2500)) for a in (0, 1500) for b in (0, 2500)]
+    team = savers(tmp_path / "c", 4)
+    report = save(team, 1, [[boxed("w", tensor, box)] for box in parts])
+    assert report is not None
+    checkpoint = open_checkpoint(report.path, verify=False)
+    assert same(checkpoint.read("w"), tensor)
+    box = ((1, 6), (1400, 1600), (2499, 2600))
+    assert same(checkpoint.read("w", box), cut(tensor, box))
+
+
+@pytest.mark.parametrize("box", [((0, 4),), ((0, 3), (2, 1)), ((0, 3), (-1, 1)), ((0, 4), (0, 1))])
+def test_a_box_that_is_not_there_is_refused(tmp_path: Path, box: Box) -> None:
+    team = savers(tmp_path / "c", 1)
+    report = save(team, 1, [[piece("w", torch.ones(3, 2))]])
+    assert report is not None
+    checkpoint = open_checkpoint(report.path)
+    with pytest.raises(CheckpointError, match="does not have this box"):
+        checkpoint.read("w", box)
+    with pytest.raises(CheckpointError, match="no tensor 'v'"):
+        checkpoint.read("v", box)
 
 
 def test_two_hundred_damages_are_found_and_named(tmp_path: Path) -> None:
@@ -313,7 +362,7 @@ def first_file(**values: object) -> Callable[[bytes], bytes]:
         (lambda raw: raw.replace(b'"step":1', b'"step":2'), "SHA-256"),
         (lambda raw: raw + b"\n", "canonical"),
         (lambda raw: raw.replace(b'"sha256":"', b'"sha256":"0'), "SHA-256"),
-        (lambda raw: raw.replace(b"point-1", b"point-2"), "format"),
+        (lambda raw: raw.replace(b"point-2", b"point-1"), "cordee-checkpoint-1.*reads"),
         (lambda raw: raw.replace(b'"step":1', b'"step":NaN'), "not of type|JSON"),
         (reseal(lambda body: body.update(extra=1)), "exactly"),
         (reseal(lambda body: body.update(step=True)), "type int"),
@@ -331,7 +380,8 @@ def first_file(**values: object) -> Callable[[bytes], bytes]:
         (first_piece(shape=[1 << 70, 10]), "impossible shape"),
         (first_piece(shape=[-50, -10]), "impossible shape"),
         (first_piece(shape=[1] * 100), "impossible shape"),
-        (first_piece(shape=[50, 1 << 40]), "contradict"),
+        (first_piece(shape=[50, 1 << 40]), "differ"),
+        (first_piece(size=[20, 9]), "contradict"),
         (first_piece(shape=[50.0, 10]), "whole numbers"),
         (first_piece(shape=[49, 10]), "differ"),
         (first_piece(dtype="F16"), "order|contradict"),
@@ -339,9 +389,15 @@ def first_file(**values: object) -> Callable[[bytes], bytes]:
         (first_piece(dtype="OBJECT"), "dtype"),
         (first_piece(name="v"), "missing|header"),
         (first_piece(name="a\nb"), "cannot be a tensor's name"),
-        (first_piece(row_start=1), "missing or held twice"),
-        (first_piece(row_start=-1), "outside"),
-        (first_piece(rows=51), "outside"),
+        (first_piece(start=[1, 0]), "missing"),
+        (first_piece(start=[-1, 0]), "outside"),
+        (first_piece(start=[0]), "differ in dims"),
+        (first_piece(start=["0", 0]), "whole numbers"),
+        (first_piece(start=[True, 0]), "whole numbers"),
+        (first_piece(size=[51, 10]), "outside"),
+        (first_piece(size=[-1, 10]), "outside"),
+        (first_piece(size=[20, 1 << 70]), "outside"),
+        (first_piece(shape=[2] * 59, start=[0] * 59, size=[1] * 59), "cut along 59 dims"),
     ],
 )
 def test_a_malicious_manifest_is_refused(
@@ -380,7 +436,7 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path, name: str) -> None:
         ([piece("w", torch.ones(2, device="meta"))], {}, "meta"),
         ([piece("w", torch.ones(2), 5, 4)], {}, "outside"),
         ([piece("w#1", torch.ones(2))], {}, "name"),
-        ([Piece(name="w", tensor=torch.ones(2), global_shape=(2, 2), row_start=0)], {}, "rows of"),
+        ([Piece(name="w", tensor=torch.ones(2), global_shape=(2, 2), start=(0, 0))], {}, "dims"),
         ([], {1: "a"}, "not text"),
         ([], {"loss": float("nan")}, "JSON"),
         ([], {"tensor": torch.ones(1)}, "JSON"),
@@ -395,11 +451,16 @@ def test_what_cannot_be_saved_is_refused_at_once(
     assert saver.poll() is SaveStatus.IDLE and not (tmp_path / "c").exists()
 
 
+FOUR = torch.ones(4, 4)
+
+
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
-        ([split("w", torch.ones(4), [2])[:1], []], "rows 2 to 4 are missing"),
-        ([split("w", torch.ones(4), [])] * 2, "held twice"),
+        ([split("w", torch.ones(4), [2])[:1], []], "[2] of [4] is missing"),
+        ([split("w", torch.ones(4), [])] * 2, "[0] of [4] is held 2 times"),
+        ([[boxed("w", FOUR, ((0, 2), (0, 3)))], [boxed("w", FOUR, ((2, 4), (0, 4)))]], "[0, 3]"),
+        ([[boxed("w", FOUR, ((0, 3), (0, 4)))], [boxed("w", FOUR, ((2, 4), (1, 4)))]], "[2, 1]"),
         ([split("w", torch.ones(4), [2])[:1], split("w", torch.ones(4).half(), [2])[1:]], "differ"),
     ],
 )

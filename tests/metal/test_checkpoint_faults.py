@@ -39,7 +39,10 @@ def no_rejects(path: Path, reason: str) -> None:
 def full(value: float) -> list[Piece]:
     """600 kB that tell which step they are of."""
     weights = torch.full((150, 1000), float(value))
-    return [Piece("w", weights, (150, 1000), 0), Piece("s", torch.tensor(float(value)), (), 0)]
+    return [
+        Piece("w", weights, (150, 1000), (0, 0)),
+        Piece("s", torch.tensor(float(value)), (), ()),
+    ]
 
 
 def save(

@@ -1,0 +1,78 @@
+"""What ranks of an island add up: gradients that several hold parts of, and squared norms.
+
+Tensors are counted once: where several ranks hold the very same part, each counts its share. Not
+here: sums over shards (FSDP2) and between islands (`sync/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.dist.exchange import gather_rows
+from cordee.dist.mesh import Mesh
+from cordee.layout.axes import INSIDE
+from cordee.layout.tensors import TensorSpec
+
+
+class GradientSums:
+    """Adds this rank's gradients to those of the ranks that saw other samples or positions."""
+
+    def __init__(self, mesh: Mesh, specs: Sequence[TensorSpec]) -> None:
+        """`specs` in the order of the gradients."""
+        self.mesh = mesh
+        self.bytes_sent = 0
+        self._classes: dict[tuple[str, ...], list[int]] = {}
+        for place, spec in enumerate(specs):
+            axes = spec.summed(mesh.layout)
+            if axes:
+                self._classes.setdefault(axes, []).append(place)
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """In place; one flat all-reduce for each set of axes."""
+        for axes, places in self._classes.items():
+            some = [gradients[place] for place in places]
+            flat = torch.cat([tensor.reshape(-1) for tensor in some])
+            dist.all_reduce(flat, group=self.mesh.group(*axes))
+            size = self.mesh.size(*axes)
+            self.bytes_sent += 2 * (size - 1) * flat.nbytes // size
+            parts = torch.split(flat, [t.numel() for t in some])
+            for tensor, part in zip(some, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+class IslandTotals:
+    """Sums of numbers per tensor over the ranks of an island, each tensor counted once."""
+
+    def __init__(
+        self, mesh: Mesh, specs: Mapping[str, TensorSpec], every: Mapping[str, TensorSpec]
+    ) -> None:
+        """`specs` are this rank's tensors, `every` those of the whole model."""
+        self.group = mesh.group(*INSIDE)
+        self.size = mesh.size(*INSIDE)
+        self._place = {name: place for place, name in enumerate(every)}
+        self._share = {
+            name: 1.0 / mesh.size(*(a for a in spec.shared(mesh.layout) if a != "island"))
+            for name, spec in specs.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors of the model, in the order of `every`."""
+        return list(self._place)
+
+    def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        """fp64 totals of all tensors of the model, given this rank's own `names` and numbers."""
+        places = torch.tensor([self._place[name] for name in names], dtype=torch.int64)
+        share = torch.tensor([self._share[name] for name in names], dtype=torch.float64)
+        row = torch.zeros(len(self._place), dtype=torch.float64, device=numbers.device)
+        row[places.to(row.device)] = numbers.double() * share.to(row.device)
+        return gather_rows(row, self.group, self.size).sum(0)
+
+    def own(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        """fp64 totals of `names` alone, in their order (every rank of the island must ask)."""
+        places = [self._place[name] for name in names]
+        return self.every(names, numbers)[places]
