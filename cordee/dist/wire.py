@@ -51,11 +51,11 @@ class Wire:
     def unite(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' parts along `dim`; each rank goes on alike, so each takes its part of the
         gradient back."""
-        return x if self.group is None else _Unite.apply(x, self, dim)  # type: ignore[no-any-return]
+        return x if self.group is None else _unite(x, self, dim)
 
     def part(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part along `dim` of what all hold alike; gradients come back united."""
-        return x if self.group is None else _Part.apply(x, self, dim)  # type: ignore[no-any-return]
+        return x if self.group is None else _part(x, self, dim)
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """`sent[r]` rows of x [n, ...] to rank r; returns the rows from all ranks, in rank order."""
@@ -191,4 +191,6 @@ _gather: Callable[[Tensor, Wire, int], Tensor] = _Gather.apply
 _scatter: Callable[[Tensor, Wire, int], Tensor] = _Scatter.apply
 _total: Callable[[Tensor, Wire], Tensor] = _Total.apply
 _spread: Callable[[Tensor, Wire], Tensor] = _Spread.apply
+_unite: Callable[[Tensor, Wire, int], Tensor] = _Unite.apply
+_part: Callable[[Tensor, Wire, int], Tensor] = _Part.apply
 _exchange: Callable[[Tensor, Wire, list[int], list[int]], Tensor] = _Exchange.apply

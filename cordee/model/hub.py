@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cordee.config.run import MemorySettings
 from cordee.errors import ConfigError
-from cordee.layout.tensors import Box, TensorSpec
+from cordee.layout.tensors import Box, TensorSpec, group_of
 from cordee.model.folder import Folder, cut, open_folder
 from cordee.model.initial import tensor_seed
 from cordee.model.loss import chunked_loss, summed_cross_entropy
@@ -106,7 +106,7 @@ class Hub:
         """The plan's entry for a module; None when the plan does not name it."""
         return self.plan.get(pattern_of(module))
 
-    def specs(self, group_of: Callable[[str, int], str]) -> list[TensorSpec]:
+    def specs(self) -> list[TensorSpec]:
         """Every parameter, tied ones once, in the order of the model's own parameters."""
         found, layer = [], -1
         for name, parameter in self.plain.named_parameters():

@@ -6,7 +6,6 @@ The oracle is one process: transformers' model itself, or the same model uncut.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -50,10 +49,6 @@ def folder_of(kind: str, place: Path, **changed: object) -> str:
     return str(place)
 
 
-def group_of(name: str, ndim: int) -> str:
-    return "vectors" if ndim < 2 else "embeddings" if re.search("embed|head", name) else "matrices"
-
-
 def batch() -> tuple[Tensor, Tensor]:
     tokens = torch.randint(0, 32, (3, 13), generator=torch.Generator().manual_seed(0))
     targets = tokens[:, 1:].clone()
@@ -63,7 +58,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def live(hub: Hub, mesh: Mesh, memory: MemorySettings | None = None) -> HubModel:
     """A model's part on this rank, in the order of parallel/apply.py."""
-    specs = {spec.name: spec for spec in hub.specs(group_of)}
+    specs = {spec.name: spec for spec in hub.specs()}
     wire = Wire(mesh.group("tensor"), mesh.size("tensor"), mesh.index("tensor"))
     check_hub_layout(hub, specs, mesh.layout)
     model = HubModel(hub)
@@ -105,23 +100,33 @@ def gradients(model: HubModel, rows: slice = slice(None)) -> tuple[float, dict[s
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     assert all(g is not None for g in grads.values())
-    return float(loss), {n: getattr(g, "_local_tensor", g).clone() for n, g in grads.items()}
+    return float(loss.detach()), {
+        n: getattr(g, "_local_tensor", g).clone() for n, g in grads.items()
+    }
 
 
-def cut_rank(world: World, path: str, layout: Layout, memory: MemorySettings) -> object:
-    """(loss, largest relative error of a gradient, whether ties and the probe hold)."""
+Case = tuple[str, str, Layout, MemorySettings]
+
+
+def cut_rank(world: World, cases: list[Case]) -> list[tuple[str, float, float, float, bool]]:
+    """Of each case: its name, loss, the whole model's loss, the largest relative error of a
+    gradient, and whether tied parameters are one and listed once."""
     torch.set_num_threads(1)
-    mesh = make_mesh(layout, world.rank, world.device)
-    hub = read_hub(path)
-    model = live(hub, mesh, memory)
-    ties = all(model.get_parameter(a) is model.get_parameter(b) for a, b in hub.ties.items())
-    shards = [slice(0, 2), slice(2, 3)] if layout.shard > 1 else [slice(None)]
-    loss, grads = gradients(model, shards[mesh.at["shard"]])
-    whole_loss, whole = gradients(alone(path))
-    specs = {spec.name: spec for spec in hub.specs(group_of)}
-    worst = max(_apart(grads[n], whole[n], specs[n], mesh) for n in specs)
-    total = Wire(mesh.group("shard"), mesh.size("shard"), 0).total(torch.tensor(loss))
-    return float(total), whole_loss, worst, ties, len(grads) == len(specs)
+    found = []
+    for name, path, layout, memory in cases:
+        mesh = make_mesh(layout, world.rank, world.device)
+        hub = read_hub(path)
+        model = live(hub, mesh, memory)
+        ties = all(model.get_parameter(a) is model.get_parameter(b) for a, b in hub.ties.items())
+        shards = [slice(0, 2), slice(2, 3)] if layout.shard > 1 else [slice(None)]
+        loss, grads = gradients(model, shards[mesh.at["shard"]])
+        whole_loss, whole = gradients(alone(path))
+        specs = {spec.name: spec for spec in hub.specs()}
+        worst = max(_apart(grads[n], whole[n], specs[n], mesh) for n in specs)
+        total = Wire(mesh.group("shard"), mesh.size("shard"), 0).total(torch.tensor(loss))
+        once = ties and len(grads) == len(specs)
+        found.append((name, float(total), whole_loss, worst, once))
+    return found
 
 
 def _apart(grad: Tensor, whole: Tensor, spec: TensorSpec, mesh: Mesh) -> float:
@@ -153,8 +158,8 @@ def test_a_model_is_transformers_own(kind: str, tmp_path: Path) -> None:
 def test_values_start_by_the_models_own_rules(tmp_path: Path) -> None:
     hub = read_hub(folder_of("llama", tmp_path, hidden_size=256, head_dim=64))
     values, again = hub.values(SEED), hub.values(SEED)
-    names = [spec.name for spec in hub.specs(group_of)]
-    boxes = {s.name: tuple((0, n) for n in s.shape) for s in hub.specs(group_of)}
+    names = [spec.name for spec in hub.specs()]
+    boxes = {s.name: tuple((0, n) for n in s.shape) for s in hub.specs()}
     first = {name: values(name, boxes[name]) for name in names}
     for name in reversed(names):  # the order of asking does not matter
         assert torch.equal(again(name, boxes[name]), first[name])
@@ -163,42 +168,37 @@ def test_values_start_by_the_models_own_rules(tmp_path: Path) -> None:
     assert torch.equal(first["model.norm.weight"], torch.ones(256))
 
 
-LAYOUTS = {
-    "tensor 2": Layout(tensor=2),
-    "tensor 4": Layout(tensor=4),
-    "shard 2": Layout(shard=2),
-    "shard 2 x tensor 2": Layout(shard=2, tensor=2),
-}
+CASES = {
+    2: [("llama", Layout(tensor=2)), ("qwen3", Layout(tensor=2)), ("phi3", Layout(tensor=2)),
+        ("tied", Layout(tensor=2)), ("tied", Layout(shard=2)), ("qwen3", Layout(shard=2))],
+    4: [("qwen3", Layout(tensor=4)), ("tied", Layout(shard=2, tensor=2)),
+        ("qwen3", Layout(shard=2, tensor=2))],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [
-        ("llama", "tensor 2"), ("qwen3", "tensor 2"), ("qwen3", "tensor 4"), ("phi3", "tensor 2"),
-        ("tied", "tensor 2"), ("tied", "shard 2"), ("tied", "shard 2 x tensor 2"),
-        ("qwen3", "shard 2 x tensor 2"),
-    ],
-)  # fmt: skip
-def test_cut_over_ranks_is_the_same_model(kind: str, layout: str, tmp_path: Path) -> None:
-    wanted = LAYOUTS[layout]
-    chunk = MemorySettings(loss_chunk=7, recompute="full") if kind == "qwen3" else MemorySettings()
-    path = folder_of(kind, tmp_path)
-    for loss, whole, worst, ties, once in launch(cut_rank, path, wanted, chunk, ranks=wanted.size):
-        assert loss == pytest.approx(whole, rel=1e-5)
-        assert worst < 1e-5
-        assert ties and once
+@pytest.mark.parametrize("ranks", CASES)
+def test_cut_over_ranks_is_the_same_model(ranks: int, tmp_path: Path) -> None:
+    """qwen3 with the levers of memory as well: recomputed layers and a loss by chunks."""
+    levers = {"qwen3": MemorySettings(loss_chunk=7, recompute="full")}
+    paths = {kind: folder_of(kind, tmp_path / kind) for kind in KINDS}
+    cases = [
+        (f"{kind}: {layout.describe()}", paths[kind], layout, levers.get(kind, MemorySettings()))
+        for kind, layout in CASES[ranks]
+    ]
+    for found in launch(cut_rank, cases, ranks=ranks):
+        for name, loss, whole, worst, once in found:
+            assert loss == pytest.approx(whole, rel=1e-5), name
+            assert worst < 1e-5, name
+            assert once, name
 
 
-def probed(world: World, path: str, broken: bool) -> bool:
-    """Whether the probe passes and leaves parameters as they were."""
+def probed(world: World, path: str) -> tuple[bool, str]:
+    """Whether a right cut passes and gets its parameters back; what is said of a wrong one."""
     torch.set_num_threads(1)
     mesh = make_mesh(Layout(tensor=2), world.rank, world.device)
     model, whole = live(read_hub(path), mesh), alone(path)
     wire = Wire(mesh.group("tensor"), 2, world.rank)
-    if broken:  # a norm that only one rank scales
-        with torch.no_grad():
-            model.get_parameter("model.norm.weight").mul_(1.0 + 0.1 * world.rank)
-    specs = {s.name: s for s in read_hub(path).specs(group_of)}
+    specs = {s.name: s for s in read_hub(path).specs()}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def step(module: HubModel, cuts: bool) -> None:
@@ -214,15 +214,22 @@ def probed(world: World, path: str, broken: bool) -> bool:
     def tried(module: HubModel, cuts: bool) -> Tried:
         return Tried(lambda: module(*batch()), lambda: step(module, cuts))
 
-    probe(tried(model, True), [p.detach() for p in model.parameters()], wire, tried(whole, False))
-    return all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    parts = [p.detach() for p in model.parameters()]
+    probe(tried(model, True), parts, wire, tried(whole, False))
+    put_back = all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    with torch.no_grad():  # a norm that only rank 1 scales
+        model.get_parameter("model.norm.weight").mul_(1.0 + 0.1 * world.rank)
+    try:
+        probe(tried(model, True), parts, wire, tried(alone(path), False))
+    except RunError as error:
+        return put_back, error.what
+    return put_back, ""
 
 
 def test_the_probe_passes_a_right_cut_and_refuses_a_wrong_one(tmp_path: Path) -> None:
-    path = folder_of("qwen3", tmp_path)
-    assert launch(probed, path, False, ranks=2) == [True, True]
-    with pytest.raises(RunError, match="not that of the whole"):
-        launch(probed, path, True, ranks=2)
+    for put_back, said in launch(probed, folder_of("qwen3", tmp_path), ranks=2):
+        assert put_back
+        assert "not that of the whole" in said
 
 
 def test_layouts_that_the_plan_has_not_are_refused(tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_layouts_that_the_plan_has_not_are_refused(tmp_path: Path) -> None:
         where = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
         hub = read_hub(folder_of(kind, where, **changed))
         with pytest.raises(LayoutError) as raised:
-            check_hub_layout(hub, {s.name: s for s in hub.specs(group_of)}, layout)
+            check_hub_layout(hub, {s.name: s for s in hub.specs()}, layout)
         return str(raised.value.fix)
 
     assert refused(Layout(pipeline=2)).startswith("layout.pipeline=1")
