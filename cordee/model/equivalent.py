@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.errors import ConfigError
-from cordee.layout.tensors import Box
+from cordee.layout.boxes import Box
 from cordee.model.folder import cut, open_folder
 
 BLOCK = {

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cordee.errors import ConfigError, DataError
-from cordee.layout.tensors import Box
+from cordee.layout.boxes import Box
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,14 +43,16 @@ class Folder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a tensor, read from its file's header."""
-        return self._with(name, lambda file: tuple(file.get_slice(name).get_shape()))
+        return tuple(self._with(name, lambda file: file.get_slice(name).get_shape()))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A part of a tensor (all of it by default), fp32 on the CPU. DataError for a bad file."""
         if not box:
-            return self._with(name, lambda file: file.get_tensor(name).float())
-        spans = tuple(slice(start, stop) for start, stop in box)
-        return self._with(name, lambda file: file.get_slice(name)[spans].float())
+            found: Tensor = self._with(name, lambda file: file.get_tensor(name))
+        else:
+            spans = tuple(slice(start, stop) for start, stop in box)
+            found = self._with(name, lambda file: file.get_slice(name)[spans])
+        return found.float()
 
     def _with(self, name: str, use: Callable[[Any], Any]) -> Any:
         if name not in self.files:

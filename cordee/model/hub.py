@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from cordee.config.run import MemorySettings
 from cordee.errors import ConfigError
-from cordee.layout.tensors import Box, TensorSpec, group_of
+from cordee.layout.boxes import Box
+from cordee.layout.tensors import TensorSpec, group_of
 from cordee.model.folder import Folder, cut, open_folder
 from cordee.model.initial import tensor_seed
 from cordee.model.loss import chunked_loss, summed_cross_entropy

@@ -115,4 +115,5 @@ def _keras() -> ModuleType:
     backend = keras.config.backend()
     if backend != "torch":
         raise ConfigError("Keras runs on another backend", values={"backend": backend}, fix=fix)
-    return keras
+    found: ModuleType = keras
+    return found

@@ -27,9 +27,9 @@ TOLERANCE = 1e-5
 @dataclass(frozen=True)
 class Tried:
     """A model under the probe. `loss()` is the loss of the probe's batch, the same batch on every
-    rank; `step()` is its backward and one step of plain SGD, with gradients made complete. Both leave
-    parameters sharded: after a forward without a backward FSDP2 keeps the root's gathered, and an
-    optimiser made then would hold the wrong tensors (`shard.reshard`)."""
+    rank; `step()` is its backward and one step of plain SGD, with gradients made complete. Both
+    leave parameters sharded (`shard.reshard`): after a forward without a backward FSDP2 keeps the
+    root's gathered, and an optimiser made then would hold the wrong tensors."""
 
     loss: Callable[[], Tensor]
     step: Callable[[], object]

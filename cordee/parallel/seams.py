@@ -135,7 +135,7 @@ def _by_inputs(module: nn.Module, wire: Wire, split: bool = False) -> None:
         y = wire.total(F.linear(x, module.weight))
         return y if module.bias is None else y + module.bias  # added once, not by every rank
 
-    module.forward = forward
+    module.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class _Rows:
