@@ -1,4 +1,4 @@
-"""Short trainings for an experiment: a curve of losses, and nothing written but the run's data.
+"""Short trainings without records: a step of a live run, and a curve of losses for an experiment.
 
 What `cordee lr` measures with. Not here: the experiment (`optim/search.py`). The step is the run's
 own, without its records, its checkpoints and its guard: a loss that is not finite is an answer.
@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 
 from cordee.begin import lay_out_data, settle
-from cordee.build import Parts, build
+from cordee.build import Parts, RunState, build
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.dist.start import Launched, world
-from cordee.optim.clip import clip_gradients
+from cordee.dist.tally import Wishes, gather_tally
+from cordee.layout.axes import AXES
+from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 
@@ -37,14 +39,27 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
         state = build(run, plan, here, data, Parts())
         for number, rate in enumerate(lr_of_step):
             state.optimizer.set_lr(rate / state.optimizer.peak_lr)
-            sums, partial = state.engine.forward_backward(number)
-            loss = math.fsum(map(float, sums)) / state.step_tokens
-            gradients = state.engine.place(state.sync.agree(partial))
-            norm = state.norm(gradients)
-            if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            loss, norm = step(state, number)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 losses.append(math.inf)
                 break
             losses.append(loss)
-            clip_gradients(state.named_gradients(gradients), run.clip, norm)
-            state.optimizer.step()
     return losses
+
+
+def step(state: RunState, number: int) -> tuple[float, float]:
+    """Step `number` (from 0) at the learning rate that is set: (mean loss before the update in nats,
+    gradient norm before clipping), the same on all ranks. Nothing is updated if one is not finite.
+    """
+    losses, partial = state.engine.forward_backward(number)
+    group = state.mesh.group(*AXES)
+    tally = gather_tally(state.speaks(losses), Wishes(), state.spoken, group)
+    loss = math.fsum(tally.losses) / state.step_tokens
+    gradients = state.engine.place(state.sync.agree(partial))
+    norm = state.norm(gradients)
+    if math.isfinite(loss) and math.isfinite(float(norm)):
+        clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
+        state.optimizer.step()
+        limit_parameters(state.groups, state.run.clip, state.totals)
+        state.sync.settle(number + 1)
+    return loss, float(norm)

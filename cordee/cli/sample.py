@@ -61,6 +61,7 @@ def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[s
     found = open_weights("sample", word)
     model = Transformer(wanted.model, vocabulary)
     model.load_state_dict(weights(found))
+    model.eval()
     prompt = torch.tensor(list(flags.prompt.encode()), dtype=torch.int64)
     made = generate(
         model, prompt, flags.tokens, wanted.data.sequence, flags.temperature, flags.seed

@@ -39,7 +39,8 @@ def _check_ranges(run: Run) -> None:
     at_least = {
         "model.layers": (run.model.layers, 1), "model.width": (run.model.width, 2),
         "model.heads": (run.model.heads, 1), "model.kv_heads": (run.model.kv_heads, 0),
-        "model.ffn": (run.model.ffn, 0),
+        "model.ffn": (run.model.ffn, 0), "model.window": (run.model.window, 0),
+        "model.head_width": (run.model.head_width, 0),
         "model.logit_cap": (run.model.logit_cap, 0),
         "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
         "data.tokens": (run.data.tokens, 0),
@@ -88,12 +89,18 @@ def _check_ranges(run: Run) -> None:
 
 def _check_model(run: Run) -> None:
     width, heads = run.model.width, run.model.heads
-    if width % heads or (width // heads) % 2:
+    if run.model.head_width % 2:
+        raise ConfigError(
+            "model.head_width is even (rotary positions turn pairs)",
+            values={"model.head_width": run.model.head_width},
+            fix=f"model.head_width={run.model.head_width + 1}",
+        )
+    if not run.model.head_width and (width % heads or (width // heads) % 2):
         near = max(1, round(width / (2 * heads))) * 2 * heads
         raise ConfigError(
             "model.width must be an even multiple of model.heads",
             values={"model.width": width, "model.heads": heads},
-            fix=f"model.width={near}",
+            fix=f"model.width={near}, or a model.head_width of its own",
         )
     if run.model.kv_heads and heads % run.model.kv_heads:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -102,6 +109,18 @@ def _check_model(run: Run) -> None:
             "model.kv_heads must divide model.heads",
             values={"model.kv_heads": run.model.kv_heads, "model.heads": heads},
             fix=f"model.kv_heads={near}",
+        )
+    if run.model.qk_gain and not run.model.qk_norm:
+        raise ConfigError(
+            "model.qk_gain is the gain of model.qk_norm, which is off",
+            values={"model.qk_gain": True, "model.qk_norm": False},
+            fix="model.qk_norm=true",
+        )
+    if run.model.norm_eps <= 0:
+        raise ConfigError(
+            "model.norm_eps is above 0: the norm of zeros divides by its root",
+            values={"model.norm_eps": run.model.norm_eps},
+            fix="model.norm_eps=1e-6",
         )
 
 

@@ -59,9 +59,9 @@ class ModelSettings:
     layers: int = 5
     """Number of transformer blocks."""
     width: int = 128
-    """Width of the residual stream; a multiple of model.heads."""
+    """Width of the residual stream; a multiple of model.heads unless model.head_width is given."""
     heads: int = 4
-    """Attention heads; each is width / heads wide, which must be even (rotary positions)."""
+    """Attention heads; each is head_width wide."""
     kv_heads: int = 0
     """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); a divisor
     of heads, 0: as many as heads."""
@@ -78,7 +78,7 @@ class ModelSettings:
     qk_norm: bool = True
     """Normalise queries and keys to unit root mean square (tames exploding attention logits)."""
     qk_gain: bool = False
-    """Learned gains after qk_norm, one per feature of a head (Qwen3)."""
+    """Learned gains after qk_norm, one per feature of a head (Qwen3); needs qk_norm."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMS norms."""
     tied: bool = False

@@ -1,4 +1,4 @@
-"""Microbatches to workers, and the canonical tree over microbatch index.
+"""Microbatches to workers, positions to ranks, and the canonical tree over microbatch index.
 
 Not here: who talks to whom. The tree is the house's order of summation: a range of microbatches is
 split at the largest power of two below its length, so the sum of a step does not depend on how many
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
+
+from cordee.errors import LayoutError
 
 T = TypeVar("T")
 Node = tuple[int, int]
@@ -26,6 +28,25 @@ def shard_rows(count: int, shards: int, index: int) -> range:
     chunk = -(-count // shards)
     start = min(index * chunk, count)
     return range(start, min(start + chunk, count))
+
+
+def context_chunks(length: int, parts: int, index: int) -> tuple[range, range]:
+    """Positions of a sequence that part `index` holds, in this order: chunks index and
+    2 x parts - 1 - index of 2 x parts equal ones.
+
+    An early chunk attends to little and its late partner to much, so every part has the same work
+    (zigzag; Dubey et al. 2024, section 3.3.2). One part holds the whole sequence, whatever its
+    length. Raises LayoutError when the chunks are not equal.
+    """
+    if parts > 1 and length % (2 * parts):
+        near = max(1, round(length / (2 * parts))) * 2 * parts
+        raise LayoutError(
+            "layout.context cuts a sequence in 2 x context equal chunks",
+            values={"data.sequence": length, "layout.context": parts},
+            fix=f"data.sequence={near}",
+        )
+    chunks = split_evenly(length, 2 * parts)
+    return chunks[index], chunks[2 * parts - 1 - index]
 
 
 def children(node: Node) -> tuple[Node, Node]:

@@ -5,13 +5,15 @@ sampling. Traded away: one implementation for all devices. On CPU the norm has i
 short sequences do not use the library's attention, because both were slower there (figures below);
 each fast version stands beside the obvious one and a test holds them equal.
 
-Shape suffixes: B sequences, T positions, D width, H heads, E width of a head.
+Shape suffixes: B sequences, T positions, S positions of keys (at least T: the queries are the last
+T of them), D width, H heads, K heads of keys and values, E width of a head, N = B x H.
 Figures: PyTorch 2.13, one thread of a Zen 4 core with AVX512_BF16, 4 x 256 tokens, width 192.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +22,16 @@ from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
 
-NORM_EPS = 1e-6
-"""Added to the mean square before the root."""
-
 CHUNK = 128
 """Queries a chunk has in `chunked_attention`: 64 to 128 was best at 256 to 1024 positions."""
 
 CHUNKED_UP_TO = 1024
-"""Longest sequence for which CPU attention keeps its probabilities (they grow with T squared)."""
+"""Longest sequence for which CPU attention keeps its probabilities (they grow with T squared, or
+with T x window: its square is the most of them that a head keeps)."""
+
+MASKED_CHUNK = 1024
+"""Most queries that the library's attention gets at once where it needs a mask (a mask of T x T
+bytes would be 1 GiB at 32,768 positions)."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -42,11 +46,11 @@ class _CpuNorm(torch.autograd.Function):
     `F.rms_norm`, whose CPU backward is a dozen elementwise operators; about 4 % of a bf16 step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, dtype: torch.dtype, eps: float) -> Tensor:
         """x [..., D], gain [D] or None; computed in fp32 or wider, returned in `dtype`."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = scale.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = x * scale
         ctx.save_for_backward(unit, gain, scale)
         ctx.dtype = x.dtype
@@ -54,7 +58,7 @@ class _CpuNorm(torch.autograd.Function):
         return normed.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """dx = scale (g - unit mean(g unit)) with g = grad x gain; dgain = sum(grad x unit)."""
         unit, gain, scale = ctx.saved_tensors
         grad = grad.to(unit.dtype)
@@ -66,31 +70,32 @@ class _CpuNorm(torch.autograd.Function):
             grad = grad * gain
         along = product.sum(-1, keepdim=True).div_(-unit.shape[-1])
         x_grad = torch.addcmul(grad, unit, along).mul_(scale)
-        return x_grad.to(ctx.dtype), gain_grad, None
+        return x_grad.to(ctx.dtype), gain_grad, None, None
 
 
-_cpu_norm: Callable[[Tensor, Tensor | None, torch.dtype], Tensor] = _CpuNorm.apply
+_cpu_norm: Callable[[Tensor, Tensor | None, torch.dtype, float], Tensor] = _CpuNorm.apply
 
 
-def rms_norm(x: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor | None, dtype: torch.dtype, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) x gain over the last dim (Zhang & Sennrich 2019), in `dtype`."""
     if x.device.type == "cpu":
-        return _cpu_norm(x, gain, dtype)
+        return _cpu_norm(x, gain, dtype, eps)
     gain = gain if gain is None else gain.to(x.dtype)
-    return F.rms_norm(x, (x.shape[-1],), gain, NORM_EPS).to(dtype)
+    return F.rms_norm(x, (x.shape[-1],), gain, eps).to(dtype)
 
 
 class RMSNorm(nn.Module):
     """RMS norm with a gain per feature; returns the type that the next matrix product wants, so
     that it is converted once and not once per product."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return rms_norm(x_BTD, self.weight, compute_dtype(x_BTD))
+        return rms_norm(x_BTD, self.weight, compute_dtype(x_BTD), self.eps)
 
 
 def rotary_turns(length: int, head_width: int, base: float, device: torch.device) -> Tensor:
@@ -113,8 +118,25 @@ def rotate(x_BTHE: Tensor, turns_TE2: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns_T1E).flatten(-2)
 
 
-def chunked_attention(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
-    """Causal softmax attention by chunks of queries, each against the keys up to its own end.
+def visible(queries: range, keys: range, window: int) -> range:
+    """Those of the positions `keys` that at least one of `queries` sees: positions up to its own,
+    and no more than `window` of them (0: all)."""
+    start = max(keys.start, queries.start - window + 1) if window else keys.start
+    return range(start, max(start, min(keys.stop, queries.stop)))
+
+
+def hidden(queries: range, keys: range, window: int, device: torch.device) -> Tensor | None:
+    """bool [queries, keys], true where a query does not see a key; None: every query sees all."""
+    before = keys.stop - 1 <= queries.start
+    if before and (not window or keys.start > queries.stop - 1 - window):
+        return None
+    query = torch.arange(queries.start, queries.stop, device=device)
+    age = query[:, None] - torch.arange(keys.start, keys.stop, device=device)
+    return (age < 0) | (age >= window) if window else age < 0
+
+
+def chunked_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, window: int = 0) -> Tensor:
+    """Causal softmax attention by chunks of queries, each against the keys that it sees.
 
     The obvious formula, less the products that the mask would throw away. Forward and backward in
     ms: fp32 9.5 (library 11.2), bf16 5.6 (library 14.5); on two threads 6.6 (5.7) and 4.4 (8.5).
@@ -122,65 +144,110 @@ def chunked_attention(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
     library. [B, T, H, E] to [B, T, H, E].
     """
     batch, length, heads, width = q_BTHE.shape
-    q_NTE, k_NTE, v_NTE = (
-        x.transpose(1, 2).reshape(batch * heads, length, -1) for x in (q_BTHE, k_BTHE, v_BTHE)
+    q_NTE, k_NSE, v_NSE = (
+        x.transpose(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q_BTHE, k_BSHE, v_BSHE)
     )
-    k_NET = k_NTE.transpose(1, 2)
-    rows = min(CHUNK, length)
-    # -inf above the diagonal of the last `rows` queries; every chunk uses a corner of this strip.
-    bias = q_NTE.new_full((rows, length), float("-inf")).triu_(length - rows + 1)
-    chunks, end = [], 0
+    k_NES = k_NSE.transpose(1, 2)
+    total, rows = k_NSE.shape[1], min(CHUNK, length)
+    widest = min(total, rows + window - 1) if window else total
+    # -inf where the last `rows` queries do not see; every chunk uses a corner of this strip.
+    bias = q_NTE.new_full((rows, widest), float("-inf")).triu_(widest - rows + 1)
+    if window:
+        bias += torch.full_like(bias, float("-inf")).tril_(widest - rows - window)
+    chunks, end = [], total - length
     for chunk in torch.split(q_NTE, rows, 1):
-        end += chunk.shape[1]
-        corner = bias[rows - chunk.shape[1] :, length - end :]
-        score = torch.baddbmm(corner, chunk, k_NET[:, :, :end], alpha=width**-0.5)
-        chunks.append(torch.bmm(score.softmax(-1, dtype=score.dtype), v_NTE[:, :end]))
+        seen = visible(range(end, end + chunk.shape[1]), range(total), window)
+        end = seen.stop
+        corner = bias[rows - chunk.shape[1] :, widest - len(seen) :]
+        k_NEC, v_NCE = k_NES[:, :, seen.start : end], v_NSE[:, seen.start : end]
+        score = torch.baddbmm(corner, chunk, k_NEC, alpha=width**-0.5)
+        chunks.append(torch.bmm(score.softmax(-1, dtype=score.dtype), v_NCE))
     out_NTE = torch.cat(chunks, 1) if len(chunks) > 1 else chunks[0]
     return out_NTE.view(batch, heads, length, -1).transpose(1, 2)
 
 
-def causal_attention(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
-    """Causal attention of [B, T, H, E] by what is fastest on the device and length; keys and
-    values may have fewer heads, each for a group of neighbouring query heads."""
-    group = q_BTHE.shape[2] // k_BTHE.shape[2]
-    if q_BTHE.device.type == "cpu" and q_BTHE.shape[1] <= CHUNKED_UP_TO:
-        if group > 1:
-            k_BTHE, v_BTHE = (x.repeat_interleave(group, 2) for x in (k_BTHE, v_BTHE))
-        return chunked_attention(q_BTHE, k_BTHE, v_BTHE)
-    q_BHTE, k_BHTE, v_BHTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTHE, v_BTHE))
+def masked_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, window: int = 0) -> Tensor:
+    """The library's attention where "causal" alone does not say who sees whom: chunks of queries,
+    each with its own small mask. [B, T, H, E] to [B, T, H, E]."""
+    total, end = k_BSHE.shape[1], k_BSHE.shape[1] - q_BTHE.shape[1]
+    k_BHSE, v_BHSE = k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2)
+    # Chunks much longer than the window would be mostly mask.
+    rows = min(MASKED_CHUNK, max(CHUNK, window)) if window else MASKED_CHUNK
+    chunks = []
+    for chunk in torch.split(q_BTHE.transpose(1, 2), rows, 2):
+        queries = range(end, end + chunk.shape[2])
+        seen = visible(queries, range(total), window)
+        end = seen.stop
+        k_BHCE, v_BHCE = k_BHSE[:, :, seen.start : end], v_BHSE[:, :, seen.start : end]
+        unseen = hidden(queries, seen, window, chunk.device)
+        mask = None if unseen is None else ~unseen
+        chunks.append(F.scaled_dot_product_attention(chunk, k_BHCE, v_BHCE, attn_mask=mask))
+    return torch.cat(chunks, 2).transpose(1, 2)
+
+
+def causal_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int = 0) -> Tensor:
+    """Causal attention by what is fastest on the device and length: [B, T, H, E].
+
+    The queries are the last T of the S positions; each sees itself and what is before it, at most
+    `window` positions (0: all). Keys and values may have fewer heads, each for a group of
+    neighbouring query heads.
+    """
+    length, total = q_BTHE.shape[1], k_BSKE.shape[1]
+    window = window if window < total else 0
+    if window:
+        first = max(0, total - length - window + 1)
+        k_BSKE, v_BSKE = k_BSKE[:, first:], v_BSKE[:, first:]
+    group = q_BTHE.shape[2] // k_BSKE.shape[2]
+    kept = length * min(k_BSKE.shape[1], window + CHUNK if window else total)
+    short = q_BTHE.device.type == "cpu" and kept <= CHUNKED_UP_TO**2
+    if short or window or length < total:
+        if group > 1:  # the library's kernels take groups or a mask, not both
+            k_BSKE, v_BSKE = (x.repeat_interleave(group, 2) for x in (k_BSKE, v_BSKE))
+        return (chunked_attention if short else masked_attention)(q_BTHE, k_BSKE, v_BSKE, window)
+    q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
     out_BHTE = F.scaled_dot_product_attention(
-        q_BHTE, k_BHTE, v_BHTE, is_causal=True, enable_gqa=group > 1
+        q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=group > 1
     )
     return out_BHTE.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Query, key, value and output projections without bias around `causal_attention`.
+    """Query, key, value and output projections without bias around `attend`.
 
     The number of heads is read off the projections' width, so that ranks that hold some heads run
-    the same code.
+    the same code. `attend` is a seam: q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]; context
+    parallelism puts its own there, with the same window.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         width = settings.width
-        self.head_width = width // settings.heads
+        self.head_width = settings.per_head
         self.qk_norm = settings.qk_norm
-        self.query = nn.Linear(width, width, bias=False)
+        self.eps = settings.norm_eps
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(
+            causal_attention, window=settings.window
+        )
+        self.query = nn.Linear(width, settings.query_width, bias=False)
         self.key = nn.Linear(width, settings.kv_width, bias=False)
         self.value = nn.Linear(width, settings.kv_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(settings.query_width, width, bias=False)
+        self.query_gain = RMSNorm(self.head_width, self.eps) if settings.qk_gain else None
+        self.key_gain = RMSNorm(self.head_width, self.eps) if settings.qk_gain else None
 
     def forward(self, x_BTD: Tensor, turns_TE2: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]; position t sees positions up to t."""
         heads = (*x_BTD.shape[:2], -1, self.head_width)
-        q_BTHE = self._place(self.query(x_BTD).view(heads), turns_TE2)
-        k_BTHE = self._place(self.key(x_BTD).view(heads), turns_TE2)
-        v_BTHE = self.value(x_BTD).view(heads)
-        out_BTD: Tensor = self.out(causal_attention(q_BTHE, k_BTHE, v_BTHE).flatten(-2))
+        q_BTHE = self._place(self.query(x_BTD).view(heads), self.query_gain, turns_TE2)
+        k_BTKE = self._place(self.key(x_BTD).view(heads), self.key_gain, turns_TE2)
+        v_BTKE = self.value(x_BTD).view(heads)
+        out_BTD: Tensor = self.out(self.attend(q_BTHE, k_BTKE, v_BTKE).flatten(-2))
         return out_BTD
 
-    def _place(self, x_BTHE: Tensor, turns_TE2: Tensor) -> Tensor:
-        """Norm (without parameters) and rotary position, in fp32 and back."""
-        placed = rms_norm(x_BTHE, None, torch.float32) if self.qk_norm else x_BTHE
+    def _place(self, x_BTHE: Tensor, gain: RMSNorm | None, turns_TE2: Tensor) -> Tensor:
+        """Norm, its gain when there is one, and rotary position, in fp32 and back."""
+        placed = x_BTHE
+        if self.qk_norm:
+            weight_E = None if gain is None else gain.weight
+            placed = rms_norm(x_BTHE, weight_E, torch.float32, self.eps)
         return rotate(placed, turns_TE2).to(x_BTHE.dtype)

@@ -81,9 +81,9 @@ class Block(nn.Module):
         self.span = Span()
         self.enter: Seam = same
         self.leave: Seam = same
-        self.attention_norm = RMSNorm(settings.width)
+        self.attention_norm = RMSNorm(settings.width, settings.norm_eps)
         self.attention = Attention(settings)
-        self.mlp_norm = RMSNorm(settings.width)
+        self.mlp_norm = RMSNorm(settings.width, settings.norm_eps)
         self.mlp = MLP(settings)
 
     def forward(self, x_BTD: Tensor, turns_TE2: Tensor, key: int = 0) -> Tensor:
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         headed = last and not settings.tied
         self.embed = nn.Embedding(rows, width) if first or (last and settings.tied) else None
         self.blocks = nn.ModuleDict({str(layer): Block(settings, layer) for layer in part})
-        self.norm = RMSNorm(width) if last else None
+        self.norm = RMSNorm(width, settings.norm_eps) if last else None
         self.head = nn.Linear(width, rows, bias=False) if headed else None
         self.register_buffer("turns", torch.empty(0), persistent=False)
 

@@ -18,11 +18,13 @@ from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
 from cordee.dist.wire import Wire
 from cordee.layout.boxes import Box, Place
+from cordee.layout.split import context_chunks
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec, group_of, tensors
 from cordee.model.initial import initial_tensor
 from cordee.model.span import Span
 from cordee.model.transformer import Transformer
+from cordee.parallel.context import GatherAttention, RingAttention
 from cordee.parallel.shard import Sharding, local, shard
 from cordee.parallel.tensor import split_sequence
 
@@ -38,6 +40,7 @@ class Live:
     wires: Mapping[str, Wire]
     stages: Stages
     span: Span
+    attend: GatherAttention | RingAttention | None = None
 
     def modules(self) -> dict[str, nn.Parameter]:
         """The modules' own parameters by name (DTensors where FSDP2 cuts them)."""
@@ -54,6 +57,7 @@ def make_live(
         for axis in ("tensor", "context", "expert")
     }
     span = make_span(mesh)
+    attend = make_attention(run, mesh)
     chunks: list[nn.Module] = []
     for stage in stages.of_rank(mesh.at["pipeline"]):
         with torch.device("meta"):
@@ -62,6 +66,7 @@ def make_live(
         model.autocast = compute_type(run)
         narrow(model, every, mesh)
         split_sequence(model, wires["tensor"], span)
+        split_attention(model, attend)
         if mesh.shard_mesh is not None:
             dims = {name: every[name].shard for name, _ in model.named_parameters()}
             shard(model, mesh.shard_mesh, list(model.parts()), dims, sharding)
@@ -71,7 +76,7 @@ def make_live(
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}
-    return Live(chunks, specs, every, wires, stages, span)
+    return Live(chunks, specs, every, wires, stages, span, attend)
 
 
 def take_live(model: nn.Module, mesh: Mesh, device: str, sharding: Sharding) -> Live:
@@ -90,9 +95,27 @@ def take_live(model: nn.Module, mesh: Mesh, device: str, sharding: Sharding) -> 
 
 def make_span(mesh: Mesh) -> Span:
     """Which positions this rank holds."""
+    parts, index = mesh.size("context"), mesh.index("context")
     return Span(
-        context=mesh.size("context"), tensor=mesh.size("tensor"), tensor_index=mesh.index("tensor")
-    )
+        context=parts, tensor=mesh.size("tensor"), tensor_index=mesh.index("tensor"),
+        chunks=lambda length: context_chunks(length, parts, index),
+    )  # fmt: skip
+
+
+def make_attention(run: Run, mesh: Mesh) -> GatherAttention | RingAttention | None:
+    """Attention over a cut sequence; None when this rank holds all of it."""
+    parts = mesh.size("context")
+    if parts == 1:
+        return None
+    kind = RingAttention if run.layout.attention == "ring" else GatherAttention
+    return kind(mesh.group("context"), mesh.index("context"), parts, run.model.window)
+
+
+def split_attention(model: Transformer, attend: GatherAttention | RingAttention | None) -> None:
+    """Sets the seam of every attention."""
+    if attend is not None:
+        for block in model.parts():
+            block.attention.attend = attend
 
 
 def compute_type(run: Run) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,14 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from cordee.config.check import check
+from cordee.config.load import override
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
+from cordee.config.run import Run
 from cordee.errors import ConfigError, DataError
 from cordee.layout.tensors import tensors
 from cordee.model.attention import (
+    Attention,
+    RMSNorm,
     causal_attention,
     chunked_attention,
+    masked_attention,
     rms_norm,
     rotary_turns,
     rotate,
@@ -28,6 +36,7 @@ from cordee.sample import generate, to_text
 
 CPU = torch.device("cpu")
 SMALL = ModelSettings(layers=2, width=32, heads=4)
+EPS = 1e-5
 LIVELY = InitialSettings(residual="same", head="same")
 """Initial values under which every parameter has a gradient."""
 
@@ -79,10 +88,10 @@ def test_hidden_width_is_obeyed() -> None:
 def test_norm_is_the_formula(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     gain = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True)
-    obvious = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain
-    torch.testing.assert_close(rms_norm(x, gain, torch.float64), obvious)
-    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, torch.float64), (x, gain))
-    assert torch.autograd.gradcheck(lambda a: rms_norm(a, None, torch.float64), (x,))
+    obvious = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * gain
+    torch.testing.assert_close(rms_norm(x, gain, torch.float64, EPS), obvious)
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, torch.float64, EPS), (x, gain))
+    assert torch.autograd.gradcheck(lambda a: rms_norm(a, None, torch.float64, EPS), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,8 +99,8 @@ def test_norm_agrees_with_the_library(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 64).to(dtype).requires_grad_()
     gain = torch.randn(64, requires_grad=True)
     grad = torch.randn(2, 7, 64).to(dtype)
-    ours = torch.autograd.grad(rms_norm(x, gain, dtype), (x, gain), grad)
-    theirs = F.rms_norm(x.float(), (64,), gain, 1e-6)
+    ours = torch.autograd.grad(rms_norm(x, gain, dtype, EPS), (x, gain), grad)
+    theirs = F.rms_norm(x.float(), (64,), gain, EPS)
     expected = torch.autograd.grad(theirs, (x, gain), grad.float())
     near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     for a, b in zip(ours, expected, strict=True):
@@ -101,9 +110,9 @@ def test_norm_agrees_with_the_library(dtype: torch.dtype) -> None:
 def test_a_bf16_gain_is_computed_with_in_fp32() -> None:
     x, grad = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(4, 16).bfloat16()
     gain = torch.randn(16).bfloat16().requires_grad_()
-    ours = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16), (x, gain), grad)
+    ours = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16, EPS), (x, gain), grad)
     wide = [t.detach().double().requires_grad_() for t in (x, gain)]
-    exact = torch.autograd.grad(rms_norm(*wide, torch.float64), wide, grad.double())
+    exact = torch.autograd.grad(rms_norm(*wide, torch.float64, EPS), wide, grad.double())
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-6)
@@ -111,7 +120,7 @@ def test_a_bf16_gain_is_computed_with_in_fp32() -> None:
 
 def test_a_norm_of_zeros_is_finite() -> None:
     x = torch.zeros(2, 8, requires_grad=True)
-    rms_norm(x, torch.ones(8), torch.float32).sum().backward()
+    rms_norm(x, torch.ones(8), torch.float32, EPS).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
 
 
@@ -165,11 +174,142 @@ def test_grouped_queries_are_repeated_keys(length: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def dense_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
+    """The formula with one mask over everything; queries are the last T of S positions."""
+    length, total, heads = q_BTHE.shape[1], k_BSKE.shape[1], q_BTHE.shape[2]
+    owner = torch.arange(heads) * k_BSKE.shape[2] // heads
+    score = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSKE[:, :, owner]) * q_BTHE.shape[-1] ** -0.5
+    age = torch.arange(total - length, total)[:, None] - torch.arange(total)
+    unseen = (age < 0) | (age >= (window or total))
+    weight = score.masked_fill(unseen, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weight, v_BSKE[:, :, owner])
+
+
+LONG = [(1100, 2300, 2, 0), (3000, 3000, 1, 300), (1500, 1500, 2, 1100), (1500, 1500, 2, 1500)]
+"""Lengths, key heads and windows for which nothing keeps its probabilities."""
+
+
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize(
+    ("length", "total", "kv_heads", "window"),
+    [
+        *itertools.product((7, 129, 300), (300,), (1, 2), (0, 1, 5, 128, 170)),
+        *((n, n, 1, window) for n in (7, 129) for window in (0, 1, 5, 128, 300)),
+        *LONG,
+    ],
+)
+def test_windows_and_late_queries(
+    length: int, total: int, kv_heads: int, window: int, library: bool
+) -> None:
+    q = torch.randn(1, length, 2, 8, requires_grad=True)
+    k, v = (torch.randn(1, total, kv_heads, 8, requires_grad=True) for _ in range(2))
+    grad = torch.randn(1, length, 2, 8)
+    expected = dense_attention(q, k, v, window)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
+    if library:
+        wide = (x.repeat_interleave(2 // kv_heads, 2) for x in (k, v))
+        found = masked_attention(q, *wide, window=window)
+    else:
+        found = causal_attention(q, k, v, window)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(found, (q, k, v), grad)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_mask_spans_a_long_sequence() -> None:
+    q = torch.randn(1, 9000, 1, 8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        causal_attention(q, q, q, 300)
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    # Distances (int64) in a chunk of 300 queries; a mask of everything would take 77 MiB.
+    assert largest <= 8 * 300 * 599 + 4096
+
+
 def test_long_sequences_agree_too() -> None:
     q, k, v = (torch.randn(1, 1100, 1, 8) for _ in range(3))
     torch.testing.assert_close(
         causal_attention(q, k, v), chunked_attention(q, k, v), rtol=1e-4, atol=1e-5
     )
+
+
+# ---- the knobs -----------------------------------------------------------------------------------
+
+
+def test_a_head_may_have_a_width_of_its_own() -> None:
+    settings = replace(SMALL, width=30, head_width=12, kv_heads=2)
+    model, tokens = made(settings), some_tokens()
+    found = model.blocks[0].attention
+    assert found.query.weight.shape == (48, 30) and found.out.weight.shape == (30, 48)
+    assert found.key.weight.shape == (24, 30) and model(tokens).isfinite().all()
+    assert model.turns.shape[1:] == (6, 2)
+
+
+def test_gains_follow_the_norm() -> None:
+    module = Attention(replace(SMALL, qk_gain=True, kv_heads=2))
+    plain = Attention(replace(SMALL, kv_heads=2))
+    plain.load_state_dict(module.state_dict(), strict=False)
+    assert module.query_gain.weight.shape == module.key_gain.weight.shape == (8,)
+    x, turns = torch.randn(2, 9, 32), rotary_turns(9, 8, 1e4, CPU)
+    torch.testing.assert_close(module(x, turns), plain(x, turns))
+    torch.nn.init.normal_(module.query_gain.weight)
+    torch.nn.init.normal_(module.key_gain.weight)
+
+    def placed(projected: Tensor, gain: Tensor) -> Tensor:
+        x_BTHE = projected.unflatten(-1, (-1, 8))
+        unit = x_BTHE * torch.rsqrt(x_BTHE.square().mean(-1, keepdim=True) + 1e-6)
+        return rotate(unit * gain, turns)
+
+    q, k = (
+        placed(module.query(x), module.query_gain.weight),
+        placed(module.key(x), module.key_gain.weight),
+    )
+    expected = dense_attention(q, k, module.value(x).unflatten(-1, (-1, 8)), 0)
+    torch.testing.assert_close(module(x, turns), module.out(expected.flatten(-2)))
+
+
+def test_the_window_bounds_what_a_position_sees() -> None:
+    model, tokens = made(replace(SMALL, window=5)), some_tokens(1, 40)
+    changed = tokens.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 256
+    with torch.no_grad():
+        moved = (model(tokens) - model(changed)).abs().amax((0, 2)) > 1e-6
+    # Two blocks, each looking 4 positions back.
+    assert moved.nonzero().flatten().tolist() == list(range(10, 10 + 2 * 4 + 1))
+
+
+def test_every_norm_adds_the_given_eps() -> None:
+    x = torch.full((1, 4), 2.0)
+    torch.testing.assert_close(RMSNorm(4, 12.0)(x), x / 4)
+    model = made(replace(SMALL, norm_eps=0.5, qk_gain=True))
+    norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
+    assert len(norms) == 9 and {m.eps for m in norms} == {0.5}
+    module = Attention(replace(SMALL, norm_eps=1e12))
+    # So large an eps leaves nothing of queries and keys: every key weighs the same.
+    y, turns = torch.randn(1, 6, 32), rotary_turns(6, 8, 1e4, CPU)
+    value = module.value(y).cumsum(1) / torch.arange(1, 7)[:, None]
+    torch.testing.assert_close(module(y, turns), module.out(value))
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ({"model.window": -1}, "model.window=0"),
+        ({"model.head_width": 7}, "model.head_width=8"),
+        ({"model.head_width": -2}, "model.head_width=0"),
+        ({"model.norm_eps": 0.0}, "model.norm_eps=1e-6"),
+        ({"model.qk_gain": True, "model.qk_norm": False}, "model.qk_norm=true"),
+        ({"model.width": 30, "model.heads": 4}, "model.width=32"),
+    ],
+)
+def test_knobs_that_cannot_be_obeyed(word: dict[str, object], fix: str) -> None:
+    with pytest.raises(ConfigError, match=fix):
+        check(override(Run(), word))
+
+
+def test_the_width_is_free_when_heads_have_their_own() -> None:
+    check(override(Run(), {"model.width": 30, "model.heads": 4, "model.head_width": 8}))
 
 
 # ---- the whole -----------------------------------------------------------------------------------
@@ -187,7 +327,12 @@ def test_positions_do_not_see_the_future() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [SMALL, replace(SMALL, mlp="gated", tied=True), replace(SMALL, qk_norm=False, logit_cap=0.0)],
+    [
+        SMALL,
+        replace(SMALL, mlp="gated", tied=True),
+        replace(SMALL, qk_norm=False, logit_cap=0.0),
+        replace(SMALL, head_width=12, qk_gain=True, window=9, kv_heads=2),
+    ],
 )
 def test_loss_is_summed_cross_entropy_and_reaches_every_parameter(settings: ModelSettings) -> None:
     model, tokens = made(settings), some_tokens()
@@ -373,9 +518,8 @@ def test_a_shard_can_be_written_from_its_rows() -> None:
 
 def test_samples_follow_the_seed() -> None:
     model, prompt = made(), torch.tensor([100, 101])
-    model.train()
     one = generate(model, prompt, 30, 16, 1.0, 3)
-    assert one.shape == (32,) and one[:2].tolist() == [100, 101] and model.training
+    assert one.shape == (32,) and one[:2].tolist() == [100, 101]
     assert torch.equal(one, generate(model, prompt, 30, 16, 1.0, 3))
     assert not torch.equal(one, generate(model, prompt, 30, 16, 1.0, 4))
 

@@ -16,14 +16,15 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
+from cordee.build import matrix_of
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
+from cordee.dist.mesh import Mesh, make_mesh
 from cordee.errors import CheckpointError, LayoutError
+from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensors
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
@@ -36,7 +37,6 @@ from cordee.optim.clip import (
 )
 from cordee.optim.groups import Optimizers, group_of, make_optimizer, split_groups
 from cordee.optim.muon import (
-    Gather,
     Muon,
     _by_gram,
     _by_products,
@@ -46,6 +46,8 @@ from cordee.optim.muon import (
     product_dtype,
 )
 from cordee.optim.schedule import factor
+from cordee.parallel.apply import cut
+from cordee.parallel.shard import Sharding, reshard, shard
 
 RULES = tuple(DEFAULT_LR)
 UNEVEN = ModelSettings(layers=1, width=20, heads=2, ffn=4)
@@ -344,20 +346,43 @@ def test_the_exact_norm_is_the_same_bits_for_any_sharding(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(s, generator=generator) * 10.0 ** (i - 2) for i, s in enumerate(shapes)]
-    norm = global_norm(grads, True)
+    norm = global_norm(numbered(grads), True)
     for size in (1, 2, 3, 5):
         parts, whole = shards_of(grads, size)
         pieces: list[Tensor] = []
-        global_norm(parts[0], True, lambda rows, pieces=pieces, whole=whole: (
+        global_norm(numbered(parts[0]), True, lambda rows, pieces=pieces, whole=whole: (
             pieces.append(rows) or whole(rows)  # type: ignore[func-returns-value]
         ))  # fmt: skip
         assert torch.equal(pieces[0], torch.cat([_row_squares(p) for p in parts[0]]))
-        assert torch.equal(global_norm(parts[0], True, whole), norm), size
+        assert torch.equal(global_norm(numbered(parts[0]), True, whole), norm), size
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     assert float(norm) == pytest.approx(expected, rel=1e-6)
-    assert float(global_norm(grads, False)) == pytest.approx(expected, rel=1e-5)
-    squares = torch.tensor([expected**2])
-    assert float(global_norm(grads, False, None, lambda _: squares)) == pytest.approx(expected)
+    assert float(global_norm(numbered(grads), False)) == pytest.approx(expected, rel=1e-5)
+    # Two ranks with halves of every tensor: what both tell adds up to the whole norm.
+    halves = [numbered([g.flatten()[r::2] for g in grads]) for r in range(2)]
+    told: list[Tensor] = []
+    for half in halves:
+        global_norm(half, False, totals=Told(told.append))
+    total = torch.stack(told).sum(0)
+    both = global_norm(halves[0], False, totals=Told(lambda _: None, total))
+    assert float(both) == pytest.approx(expected, rel=1e-5)
+
+
+class Told:
+    """Totals of a world that the test holds in its hands."""
+
+    def __init__(self, tell: Callable[[Tensor], None], total: Tensor | None = None) -> None:
+        self.tell, self.total, self.names = tell, total, ["0"]
+
+    def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        self.tell(numbers)
+        return numbers if self.total is None else self.total
+
+    own = every
+
+
+def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {str(place): tensor for place, tensor in enumerate(tensors)}
 
 
 def named_toy() -> list[tuple[str, Tensor, Tensor]]:
@@ -369,10 +394,10 @@ def named_toy() -> list[tuple[str, Tensor, Tensor]]:
 def test_clipping_does_what_it_says(kind: str) -> None:
     named = named_toy()
     before = [grad.clone() for _, _, grad in named]
-    norm = global_norm(before, True)
+    norm = global_norm(numbered(before), True)
     clip_gradients(named, ClipSettings(kind=kind, limit=0.5), norm)  # type: ignore[arg-type]
     grads = [grad for _, _, grad in named]
-    after = float(global_norm(grads, True))
+    after = float(global_norm(numbered(grads), True))
     if kind == "norm":
         assert after == pytest.approx(0.5, rel=1e-5)
     elif kind == "normalise":
@@ -389,7 +414,7 @@ def test_clipping_does_what_it_says(kind: str) -> None:
 def test_a_small_gradient_keeps_its_bits() -> None:
     named = named_toy()
     before = [grad.clone() for _, _, grad in named]
-    clip_gradients(named, ClipSettings(kind="norm", limit=1e3), global_norm(before, True))
+    clip_gradients(named, ClipSettings(kind="norm", limit=1e3), global_norm(numbered(before), True))
     assert all(torch.equal(g, b) for (_, _, g), b in zip(named, before, strict=True))
 
 
@@ -433,16 +458,12 @@ def test_limits_give_the_same_bits_for_any_sharding() -> None:
         parts = [[(n, rows_of(t, size, r).clone()) for n, t in whole] for r in range(size)]
         seen: list[Tensor] = []
 
-        def add(counts: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(counts)
-            return counts
-
         for r in range(size):
             copies = [(n, t.clone()) for n, t in parts[r]]
-            limit_parameters({"matrices": copies}, limits, add)
+            limit_parameters({"matrices": copies}, limits, Told(seen.append))
         total = torch.stack(seen).sum(0)
         for r in range(size):
-            limit_parameters({"matrices": parts[r]}, limits, lambda _, total=total: total)
+            limit_parameters({"matrices": parts[r]}, limits, Told(lambda _: None, total))
         expected = [(n, t.clone()) for n, t in whole]
         limit_parameters({"matrices": expected}, limits)
         for i, (_, tensor) in enumerate(expected):
@@ -455,7 +476,7 @@ def test_norms_by_layer() -> None:
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norms = layer_norms(named)
     assert list(norms) == ["embed", "blocks.0", "blocks.1", "norm", "head"]
-    whole = float(global_norm([grad for _, grad in named], True))
+    whole = float(global_norm(dict(named), True))
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(whole, rel=1e-5)
     assert layer_norms(iter(named[:1])) == {"embed": pytest.approx(float(named[0][1].norm()))}
 
@@ -502,68 +523,72 @@ def _rank(rank: int, size: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
     try:
-        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("shard", "alone"))
-        _sharded_forward_is_the_forward(mesh["shard"])
-        _shards_follow_the_whole(mesh["alone"], "muon", torch.float32)
-        for name in ("muon", "adamw", "momentum"):
-            for dtype in (torch.bfloat16, torch.float32):
-                _shards_follow_the_whole(mesh["shard"], name, dtype)
-        _shared_work_is_the_same_work(rank, size)
+        mesh = make_mesh(Layout(shard=size), rank, "cpu")
+        _sharded_forward_is_the_forward(mesh)
+        cut = Layout(tensor=size)
+        for layout in (Layout(shard=size), cut):
+            for name in ("muon", "adamw", "momentum"):
+                for dtype in (torch.bfloat16, torch.float32):
+                    _parts_follow_the_whole(make_mesh(layout, rank, "cpu"), name, dtype)
+        _shared_work_is_the_same_work(make_mesh(Layout(island=size), rank, "cpu"))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _sharded(mesh: DeviceMesh) -> Transformer:
-    model = made()
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
-    return model
-
-
-def _sharded_forward_is_the_forward(mesh: DeviceMesh) -> None:
+def _sharded_forward_is_the_forward(mesh: Mesh) -> None:
     tokens = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))
-    plain, cut = made(), _sharded(mesh)
+    plain, cut = made(), made()
+    assert mesh.shard_mesh is not None
+    shard(cut, mesh.shard_mesh, list(cut.parts()), {}, Sharding())
     a, b = plain.loss(tokens), cut.loss(tokens)
     assert torch.equal(a, b)
     a.backward()
     b.backward()
+    reshard(cut)
     for p, q in zip(plain.parameters(), cut.parameters(), strict=True):
         assert isinstance(q.grad, DTensor)
-        torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
+        assert p.grad is not None
+        wanted = p.grad * mesh.size("shard")  # every rank gave the same samples
+        torch.testing.assert_close(q.grad.full_tensor(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def _shards_follow_the_whole(mesh: DeviceMesh, name: str, dtype: torch.dtype) -> None:
-    """Three steps with given gradients: parameters and state have the unsharded bits."""
-    rank, size = mesh.get_local_rank(), mesh.size()
+def _parts_follow_the_whole(mesh: Mesh, name: str, dtype: torch.dtype) -> None:
+    """Three steps with given gradients: parameters and state have the uncut bits."""
     chosen = OptimSettings(name=name, weight_decay=0.1)  # type: ignore[arg-type]
-    plain, cut = made(), _sharded(mesh)
+    plain = made()
+    specs = {spec.name: spec for spec in tensors(plain.settings, plain.vocabulary)}
+    boxes = {spec.name: spec.box(mesh.layout, mesh.at) for spec in specs.values()}
+    parts = {n: cut(p.detach(), boxes[n]).clone() for n, p in plain.named_parameters()}
+    matrices = {n: matrix_of(specs[n], mesh, False) for n in parts if specs[n].group == "matrices"}
     one = make_optimizer(chosen, plain.named_parameters(), fused=False, muon_dtype=dtype)
-    many = make_optimizer(chosen, cut.named_parameters(), fused=False, muon_dtype=dtype)
+    many = make_optimizer(chosen, parts.items(), fused=False, matrices=matrices, muon_dtype=dtype)
     for step in range(3):
         give_gradients(plain, step)
-        for p, q in zip(plain.parameters(), cut.parameters(), strict=True):
-            q.grad = DTensor.from_local(
-                rows_of(p.grad, size, rank).clone(), q.device_mesh, [Shard(0)],
-                run_check=False, shape=p.shape, stride=p.stride(),
-            )  # fmt: skip
+        for n, p in plain.named_parameters():
+            assert p.grad is not None
+            parts[n].grad = cut(p.grad, boxes[n]).clone()
         one.step()
         many.step()
-    for p, q in zip(plain.parameters(), cut.parameters(), strict=True):
-        assert torch.equal(rows_of(p.detach(), size, rank), q.detach().to_local())
+    for n, p in plain.named_parameters():
+        assert torch.equal(cut(p.detach(), boxes[n]), parts[n])
     whole, part = one.tensors(), many.tensors()
     assert list(whole) == list(part)
     for key, tensor in whole.items():
-        assert not isinstance(part[key], DTensor)
-        assert torch.equal(rows_of(tensor, size, rank) if tensor.ndim else tensor, part[key]), key
-    assert (many.sent_bytes > 0) == (name == "muon" and size > 1)
+        wanted = cut(tensor, boxes[key.split("/")[1]]) if tensor.ndim else tensor
+        assert torch.equal(wanted, part[key]), key
+    assert (many.sent_bytes > 0) == (name == "muon")
 
 
-def _shared_work_is_the_same_work(rank: int, size: int) -> None:
+def _shared_work_is_the_same_work(mesh: Mesh) -> None:
     alone, shared = made(), made()
-    world = Gather(dist.group.WORLD, rank, size)
+    matrices = {
+        spec.name: matrix_of(spec, mesh, False)
+        for spec in tensors(alone.settings, alone.vocabulary)
+        if spec.group == "matrices"
+    }
     one = make_optimizer(OptimSettings(), alone.named_parameters(), fused=True)
-    many = make_optimizer(OptimSettings(), shared.named_parameters(), fused=True, gather=world)
+    many = make_optimizer(OptimSettings(), shared.named_parameters(), fused=True, matrices=matrices)
     for step in range(3):
         for model, optimizer in ((alone, one), (shared, many)):
             give_gradients(model, step)

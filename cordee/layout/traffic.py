@@ -1,0 +1,35 @@
+"""What one rank sends inside an island, as a formula: the paper side of the counts in `parallel/`.
+
+A test holds every formula equal to the bytes that the runtime counts. Not here: sums between
+islands and time (`plan/network.py`). Traded away: headers and retries, which nobody counts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ContextMethod = Literal["gather", "ring"]
+"""How ranks of a context group get each other's keys and values (parallel/context.py)."""
+
+SUM_BYTES = 4
+"""Gradients of keys and values travel round the ring in fp32: every stop adds to them."""
+
+
+def context_bytes(
+    method: ContextMethod,
+    tokens: int,
+    kv_width: int,
+    element_bytes: int,
+    parts: int,
+    forwards: int = 1,
+) -> int:
+    """Bytes that each of `parts` ranks sends for one attention layer and one microbatch.
+
+    `tokens` are those of the whole microbatch (rows x sequence), `kv_width` the width of keys that
+    this rank computes (its heads), `forwards` 2 where the backward computes the block again.
+    Keys and values go to everybody once a forward. Their gradients come back: summed at once
+    (gather: as wide as themselves) or stop by stop together with them (ring: fp32).
+    """
+    elements = 2 * tokens // parts * kv_width
+    back = element_bytes if method == "gather" else element_bytes + SUM_BYTES
+    return (parts - 1) * elements * (forwards * element_bytes + back)

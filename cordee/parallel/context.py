@@ -1,0 +1,277 @@
+"""Attention over a sequence that is cut over ranks: by gathering keys and values, or in a ring.
+
+Each rank holds two chunks of every sequence (`layout/split.context_chunks`), and everything but
+attention works on positions alone. Gather: every rank gets all keys and values, then attends with
+the model's own kernels; two messages a layer, whole keys in memory. Ring: keys and values travel
+from rank to rank while each attends to what is there (Liu et al. 2023), so that no rank holds more
+than its own block and two on their way. Traded away in the ring: fused kernels; its tiles are
+plain products with the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), the same on
+all devices.
+
+Shape suffixes: B sequences, T local positions of queries, S of keys, H heads, K heads of keys,
+E width of a head, N = B x K, R = T x (H / K) rows of queries that share a key head; P parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.dist.exchange import gather_flat
+from cordee.layout.split import context_chunks
+from cordee.model.attention import CHUNK, causal_attention, hidden, visible
+
+
+@dataclass
+class GatherAttention:
+    """`attend` of `model/attention.Attention` on part `index` of `size`; None is a group of one.
+
+    `bytes_sent` counts what this rank handed over, forward and backward.
+    """
+
+    group: dist.ProcessGroup | None
+    index: int
+    size: int
+    window: int = 0
+    bytes_sent: int = 0
+
+    def __call__(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        """Local q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]."""
+        if self.size == 1:
+            return causal_attention(q_BTHE, k_BTKE, v_BTKE, self.window)
+        chunks = context_chunks(q_BTHE.shape[1] * self.size, self.size, self.index)
+        k_BSKE, v_BSKE = self._in_order(_gather(torch.stack((k_BTKE, v_BTKE)), self))
+        attended = [
+            causal_attention(q_BCHE, k_BSKE[:, : chunk.stop], v_BSKE[:, : chunk.stop], self.window)
+            for q_BCHE, chunk in zip(q_BTHE.chunk(2, 1), chunks, strict=True)
+        ]
+        return torch.cat(attended, 1)
+
+    @staticmethod
+    def _in_order(kv_P2BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Everybody's chunks to keys and values in natural order, [B, P x T, K, E] each."""
+        early, late = kv_P2BTKE.chunk(2, 3)
+        kv = torch.cat((early, late.flip(0))).movedim(0, 2).flatten(2, 3)
+        return kv[0], kv[1]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums everybody's gradients of our part.
+
+    The sum is an all-to-all and an addition here: the same bytes as a reduce-scatter, but bf16
+    gradients are added in fp32, and in the order of the ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, attention: GatherAttention) -> Tensor:
+        """[...] to [P, ...]."""
+        ctx.attention = attention
+        gathered = x.new_empty(attention.size, *x.shape)
+        gather_flat(gathered.view(-1), x.contiguous().view(-1), group=attention.group)
+        attention.bytes_sent += (attention.size - 1) * x.nbytes
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """[P, ...] to [...]."""
+        attention = ctx.attention
+        parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, grad.contiguous(), group=attention.group)
+        attention.bytes_sent += (attention.size - 1) * parts[0].nbytes
+        return parts.sum(0, dtype=_wide(grad)).to(grad.dtype), None
+
+
+_gather: Callable[[Tensor, GatherAttention], Tensor] = _Gather.apply
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A message under way. `sent` is held until it has left."""
+
+    works: list[dist.Work]
+    sent: Tensor
+    received: Tensor
+
+    def land(self) -> Tensor:
+        """Waits for both directions; returns what came."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+@dataclass
+class RingAttention:
+    """`attend` of `model/attention.Attention` on part `index` of `size`; None is a group of one.
+
+    `bytes_sent` counts what this rank handed over, forward and backward.
+    """
+
+    group: dist.ProcessGroup | None
+    index: int
+    size: int
+    window: int = 0
+    bytes_sent: int = 0
+
+    def __call__(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        """Local q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]."""
+        # Refuses what cannot be cut before anything is sent.
+        context_chunks(q_BTHE.shape[1] * self.size, self.size, self.index)
+        with torch.autocast(q_BTHE.device.type, enabled=False):  # as in the backward
+            return _ring(q_BTHE, k_BTKE, v_BTKE, self)
+
+    def hand_on(self, tensor: Tensor) -> _Flight:
+        """Starts sending `tensor` to the next rank and receiving its like from the one before."""
+        received = torch.empty_like(tensor)
+        after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
+        send = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=after)
+        receive = dist.P2POp(dist.irecv, received, group=self.group, group_peer=before)
+        self.bytes_sent += tensor.nbytes
+        return _Flight(dist.batch_isend_irecv([send, receive]), tensor, received)
+
+    def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(owner, block) of every rank's block, ours first; the next travels meanwhile."""
+        block = own
+        for hop in range(self.size):
+            flight = self.hand_on(block) if hop + 1 < self.size else None
+            yield (self.index - hop) % self.size, block
+            if flight is not None:
+                block = flight.land()
+
+    def tiles(
+        self, q_NRE: Tensor, group: int, owner: int
+    ) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        """Our queries by CHUNK positions against what each chunk sees of `owner`'s block: (rows of
+        q, keys of the block, mask [rows, keys] of what is hidden, if anything is).
+
+        The later chunk of keys comes first, so that the first tile of every query holds the query's
+        own position: the running maximum is finite from there on.
+        """
+        length = q_NRE.shape[1] // group * self.size
+        mine = _placed(context_chunks(length, self.size, self.index))
+        theirs = _placed(context_chunks(length, self.size, owner))
+        for chunk, query_shift in mine:
+            for keys, key_shift in reversed(theirs):
+                for start in range(chunk.start, chunk.stop, CHUNK):
+                    queries = range(start, min(start + CHUNK, chunk.stop))
+                    seen = visible(queries, keys, self.window)
+                    if not seen:
+                        continue
+                    first, last = queries.start - query_shift, queries.stop - query_shift
+                    mask = hidden(queries, seen, self.window, q_NRE.device)
+                    yield (
+                        slice(first * group, last * group),
+                        slice(seen.start - key_shift, seen.stop - key_shift),
+                        None if mask is None else mask.repeat_interleave(group, 0),
+                    )
+
+
+class _Ring(torch.autograd.Function):
+    """Attention with the key blocks handed round; sums and probabilities in fp32 (or fp64)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, ring: RingAttention
+    ) -> Tensor:
+        """Keeps queries, our keys and values, the output, and one number per query and head."""
+        group = q_BTHE.shape[2] // k_BTKE.shape[2]
+        q_NRE = _rows(q_BTHE, group)
+        kv_2NSE = torch.stack((_rows(k_BTKE, 1), _rows(v_BTKE, 1)))
+        out_NRE = torch.zeros_like(q_NRE, dtype=_wide(q_NRE))
+        total_NR1 = out_NRE.new_zeros(*q_NRE.shape[:2], 1)
+        most_NR1 = torch.full_like(total_NR1, float("-inf"))
+        for owner, block in ring.blocks(kv_2NSE):
+            for rows, keys, mask in ring.tiles(q_NRE, group, owner):
+                k_NCE, v_NCE = block[:, :, keys]
+                score = _scores(q_NRE[:, rows], k_NCE, mask)
+                most = torch.maximum(most_NR1[:, rows], score.amax(-1, keepdim=True))
+                weight = score.sub_(most).exp_()
+                shrink = (most_NR1[:, rows] - most).exp_()
+                most_NR1[:, rows] = most
+                total_NR1[:, rows].mul_(shrink).add_(weight.sum(-1, keepdim=True))
+                out_NRE[:, rows].mul_(shrink).add_(_product(weight.to(v_NCE.dtype), v_NCE))
+        out_NRE = out_NRE.div_(total_NR1).to(q_NRE.dtype)
+        ctx.ring, ctx.group, ctx.batch = ring, group, len(q_BTHE)
+        ctx.save_for_backward(q_NRE, kv_2NSE, out_NRE, most_NR1 + total_NR1.log())
+        return _unrows(out_NRE, ctx.batch, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Probabilities again, tile by tile, from the saved log-sum-exp. A block's gradients start
+        at the first rank after its owner, follow the block, and reach the owner last: as many hops
+        as the block itself makes."""
+        q_NRE, kv_2NSE, out_NRE, lse_NR1 = ctx.saved_tensors
+        ring, group = ctx.ring, ctx.group
+        wide, scale = _wide(q_NRE), _scale(q_NRE)
+        grad_NRE = _rows(grad, group)
+        along_NR1 = (grad_NRE.to(wide) * out_NRE).sum(-1, keepdim=True)
+        q_grad = torch.zeros_like(q_NRE, dtype=wide)
+        own, flight = torch.empty(0), None
+        for owner, block in ring.blocks(kv_2NSE):
+            part = torch.zeros_like(block, dtype=wide)
+            for rows, keys, mask in ring.tiles(q_NRE, group, owner):
+                k_NCE, v_NCE = block[:, :, keys]
+                q_tile, grad_tile = q_NRE[:, rows], grad_NRE[:, rows]
+                weight = _scores(q_tile, k_NCE, mask).sub_(lse_NR1[:, rows]).exp_()
+                part[1, :, keys] += _product(weight.to(v_NCE.dtype).mT, grad_tile)
+                slope = _product(grad_tile, v_NCE.mT).to(wide)
+                slope = slope.sub_(along_NR1[:, rows]).mul_(weight).to(q_NRE.dtype)
+                q_grad[:, rows] += _product(slope, k_NCE, scale)
+                part[0, :, keys] += _product(slope.mT, q_tile, scale)
+            if owner == ring.index:
+                own = part
+                continue
+            if flight is not None:
+                part += flight.land()
+            flight = ring.hand_on(part)
+        if flight is not None:
+            own += flight.land()
+        k_grad, v_grad = (_unrows(x.to(q_NRE.dtype), ctx.batch, 1) for x in own)
+        return _unrows(q_grad.to(q_NRE.dtype), ctx.batch, group), k_grad, v_grad, None
+
+
+_ring: Callable[[Tensor, Tensor, Tensor, RingAttention], Tensor] = _Ring.apply
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _placed(chunks: tuple[range, range]) -> list[tuple[range, int]]:
+    """Each chunk with what to take from a position to find its place in the rank's block."""
+    first, second = chunks
+    return [(first, first.start), (second, second.start - len(first))]
+
+
+def _rows(x_BTHE: Tensor, group: int) -> Tensor:
+    """[B, T, H, E] to [N, R, E]: the heads that share a key head stand side by side."""
+    batch, length, heads, width = x_BTHE.shape
+    x_BKTGE = x_BTHE.view(batch, length, heads // group, group, width).transpose(1, 2)
+    return x_BKTGE.reshape(batch * heads // group, length * group, width).contiguous()
+
+
+def _unrows(x_NRE: Tensor, batch: int, group: int) -> Tensor:
+    """The way back from `_rows`."""
+    count, rows, width = x_NRE.shape
+    x_BTKGE = x_NRE.view(batch, count // batch, rows // group, group, width).transpose(1, 2)
+    return x_BTKGE.flatten(2, 3)
+
+
+def _scale(q_NRE: Tensor) -> float:
+    return float(q_NRE.shape[-1] ** -0.5)
+
+
+def _scores(q_NRE: Tensor, k_NCE: Tensor, mask_RC: Tensor | None) -> Tensor:
+    """Scaled products in fp32 or wider, -inf where a key is hidden."""
+    score = _product(q_NRE, k_NCE.mT, _scale(q_NRE)).to(_wide(q_NRE))
+    return score if mask_RC is None else score.masked_fill_(mask_RC, float("-inf"))
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale x a @ b of batches. Not `bmm`: selective recomputation keeps what that gives
+    (model/recompute.py), and a tile's scores are as many as the probabilities it does not keep."""
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=scale)
