@@ -6,6 +6,7 @@ names the values and the nearest fix; nothing has been started or written when o
 
 from __future__ import annotations
 
+from cordee.config.model import InitialSettings
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
@@ -20,6 +21,7 @@ def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_ranges(run)
     _check_model(run)
+    _check_foreign(run)
     _check_run(run)
     _check_fault(run)
 
@@ -121,6 +123,33 @@ def _check_model(run: Run) -> None:
             "model.norm_eps is above 0: the norm of zeros divides by its root",
             values={"model.norm_eps": run.model.norm_eps},
             fix="model.norm_eps=1e-6",
+        )
+
+
+def _check_foreign(run: Run) -> None:
+    """What a model or weights of transformers' cannot obey."""
+    if run.initial.weights and (run.model.hub or run.model.kind != "transformer"):
+        raise ConfigError(
+            "initial.weights starts the house's transformer",
+            values={"initial.weights": run.initial.weights, "model.hub": run.model.hub,
+                    "model.kind": run.model.kind},
+            fix="initial.weights= (empty); model.hub starts from its folder's own weights",
+        )  # fmt: skip
+    if not run.model.hub:
+        return
+    odd = [axis for axis in ("pipeline", "context", "expert")
+           if getattr(run.layout, axis) not in (1, "auto")]  # fmt: skip
+    if odd:
+        raise ConfigError(
+            f"a model of transformers is not cut by {odd[0]}",
+            values={"model.hub": run.model.hub, f"layout.{odd[0]}": getattr(run.layout, odd[0])},
+            fix=f"layout.{odd[0]}=1; layout.shard and layout.tensor cut it",
+        )
+    if run.initial != InitialSettings():
+        raise ConfigError(
+            "a model of transformers starts from its files or by its own rules",
+            values={"model.hub": run.model.hub},
+            fix="leave initial.* out",
         )
 
 

@@ -95,8 +95,8 @@ class Hub:
     def dropout(self) -> bool:
         """Whether the model drops anything while it trains."""
         found = self.settings.to_dict().items()
-        parts = [v for k, v in found if "drop" in k and isinstance(v, int | float)]
-        return any(part > 0 for part in parts)
+        parts = {k: v for k, v in found if "drop" in k and isinstance(v, int | float)}
+        return any(v > 0 for k, v in parts.items() if not k.startswith("classifier"))
 
     @property
     def drawn(self) -> bool:
@@ -366,4 +366,5 @@ def _transformers() -> ModuleType:
             values={"error": str(error)},
             fix='pip install "cordee[hf]"',
         ) from error
-    return transformers
+    found: ModuleType = transformers
+    return found
