@@ -1,4 +1,4 @@
-"""`cordee export`: the weights of a run as one safetensors file, whole and by name."""
+"""`cordee export`: the weights of a run, as one safetensors file or as a transformers folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from cordee.cli.arguments import parser, read, say
 from cordee.cli.places import run_of
 from cordee.config.load import flatten
+from cordee.config.run import Run
 from cordee.errors import ConfigError
 
 
@@ -16,22 +17,47 @@ def run(argv: list[str]) -> int:
     """See --help."""
     made = parser(
         "export",
-        "Writes the newest complete weights of a run as one safetensors file (default\n"
-        "RUN/model.safetensors), with the model's settings in its metadata.",
-        "cordee export runs/tiny --output tiny.safetensors",
-        "RUN [--output FILE] [--json]",
+        "Writes the newest complete weights of a run. safetensors: one file (default\n"
+        "RUN/model.safetensors) with the model's settings in its metadata. hf: a folder (default\n"
+        "RUN/hf) that transformers' from_pretrained reads; a run of model.hub, or a transformer\n"
+        "whose knobs Llama or Qwen3 have (docs/models.md).",
+        "cordee export runs/tiny --to hf --output tiny-hf",
+        "RUN [--to safetensors|hf] [--output PATH] [--json]",
     )
-    made.add_argument("--output", default="", help="where to write")
+    made.add_argument("--to", default="safetensors", choices=("safetensors", "hf"), help="what")
+    made.add_argument("--output", "--out", default="", help="where to write")
+    made.add_argument(
+        "--shard-mb", type=float, default=2000.0, help="hf: largest file, in MB (default 2000)"
+    )
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1)
     folder, wanted = run_of("export", words.run)
-    output = Path(words.flags.output or folder / "model.safetensors")
+    hf = words.flags.to == "hf"
+    output = Path(words.flags.output or folder / ("hf" if hf else "model.safetensors"))
     if not output.parent.is_dir():
         raise ConfigError(
             "the output's folder does not exist",
             values={"output": str(output)},
             fix=f"mkdir -p {output.parent}",
         )
+    if words.flags.shard_mb <= 0:
+        raise ConfigError(
+            "a file has some bytes", values={"--shard-mb": words.flags.shard_mb},
+            fix="--shard-mb 2000",
+        )  # fmt: skip
+    if hf:
+        step, size = _folder(folder, wanted, output, int(words.flags.shard_mb * 1e6))
+    else:
+        step, size = _file(folder, wanted, output)
+    if words.flags.json:
+        print(json.dumps({"file": str(output), "step": step, "bytes": size}))
+    else:
+        say(f"{output}: step {step}, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _file(folder: Path, wanted: Run, output: Path) -> tuple[int, int]:
+    """One safetensors file, whole; (step, bytes)."""
     from safetensors.torch import save_file
 
     from cordee.cli.weights import open_weights, weights
@@ -41,9 +67,32 @@ def run(argv: list[str]) -> int:
     beside = output.with_name(output.name + ".part")
     save_file(weights(found), beside, metadata={**settings, "step": str(found.step)})
     os.replace(beside, output)
-    size = output.stat().st_size
-    if words.flags.json:
-        print(json.dumps({"file": str(output), "step": found.step, "bytes": size}))
-    else:
-        say(f"{output}: step {found.step}, {size / 1e6:.1f} MB")
-    return 0
+    return found.step, output.stat().st_size
+
+
+def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[int, int]:
+    """A transformers folder, tensor by tensor; (step, bytes of the weights)."""
+    from cordee.cli.weights import PREFIX, open_weights
+    from cordee.model.equivalent import equivalent
+    from cordee.model.folder import files_beside, open_folder, write_folder
+
+    found = open_weights("export", str(folder))
+    if wanted.model.hub:
+        source = open_folder(wanted.model.hub, "model.hub")
+        names = [n.removeprefix(PREFIX) for n in found.names() if n.startswith(PREFIX)]
+        # The run's numbers are fp32 whatever the folder's were.
+        config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
+        size = write_folder(
+            output, {**config, "dtype": "float32"},
+            {name: found.shape(PREFIX + name) for name in names},
+            lambda name: found.read(PREFIX + name), shard_bytes, files_beside(source.path),
+        )  # fmt: skip
+        return found.step, size
+    same = equivalent(wanted.model, found.shape(PREFIX + "embed.weight")[0])
+    ours = dict(same.names())
+    size = write_folder(
+        output, same.config(wanted.data.sequence),
+        {name: same.shape(ours[name], lambda n: found.shape(PREFIX + n)) for name in ours},
+        lambda name: same.give(ours[name], lambda n: found.read(PREFIX + n)), shard_bytes,
+    )  # fmt: skip
+    return found.step, size

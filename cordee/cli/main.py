@@ -23,7 +23,7 @@ VERBS = {
     "report": "one HTML page of a run: loss, gradients, speed, events",
     "sample": "let a trained model write",
     "data": "prepare, inspect or verify a dataset",
-    "export": "weights of a run as one safetensors file",
+    "export": "weights of a run as safetensors, or as a folder for transformers",
     "fingerprint": "SHA-256 of the weights of a run or checkpoint",
     "config": "explain a key, or show the resolved run",
     "doctor": "check this machine: environment, exchange, restart",

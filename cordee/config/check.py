@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from cordee.config.model import ModelSettings
+from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.run import MemorySettings, Run
 from cordee.errors import ConfigError
 
@@ -27,6 +27,7 @@ def check(run: Run) -> None:
     else:
         _check_model(run)
         _check_moe(run)
+    _check_foreign(run)
     _check_run(run)
     _check_fault(run)
 
@@ -198,6 +199,33 @@ def _check_classifier(run: Run) -> None:
                 values={"model.kind": model.kind, f"layout.{axis}": degree},
                 fix=f"layout.{axis}=1, or layout.shard={degree}",
             )
+
+
+def _check_foreign(run: Run) -> None:
+    """What a model or weights of transformers' cannot obey."""
+    if run.initial.weights and (run.model.hub or run.model.kind != "transformer"):
+        raise ConfigError(
+            "initial.weights starts the house's transformer",
+            values={"initial.weights": run.initial.weights, "model.hub": run.model.hub,
+                    "model.kind": run.model.kind},
+            fix="initial.weights= (empty); model.hub starts from its folder's own weights",
+        )  # fmt: skip
+    if not run.model.hub:
+        return
+    odd = [axis for axis in ("pipeline", "context", "expert")
+           if getattr(run.layout, axis) not in (1, "auto")]  # fmt: skip
+    if odd:
+        raise ConfigError(
+            f"a model of transformers is not cut by {odd[0]}",
+            values={"model.hub": run.model.hub, f"layout.{odd[0]}": getattr(run.layout, odd[0])},
+            fix=f"layout.{odd[0]}=1; layout.shard and layout.tensor cut it",
+        )
+    if run.initial != InitialSettings():
+        raise ConfigError(
+            "a model of transformers starts from its files or by its own rules",
+            values={"model.hub": run.model.hub},
+            fix="leave initial.* out",
+        )
 
 
 def _check_run(run: Run) -> None:

@@ -171,3 +171,6 @@ class InitialSettings:
     """Standard deviation for normal and truncated_normal (cut at 2 standard deviations)."""
     gain: float = 1.0
     """Factor on every matrix drawn by matrices."""
+    weights: str = ""
+    """Folder of a Llama or Qwen3 of transformers (config.json, safetensors) whose weights the
+    transformer starts from, instead of drawing them; model.* must be that model's."""

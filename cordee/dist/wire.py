@@ -48,6 +48,15 @@ class Wire:
         """What all ranks hold alike, used differently by each: gradients come back summed."""
         return x if self.group is None else _spread(x, self)
 
+    def unite(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' parts along `dim`; each rank goes on alike, so each takes its part of the
+        gradient back."""
+        return x if self.group is None else _unite(x, self, dim)
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part along `dim` of what all hold alike; gradients come back united."""
+        return x if self.group is None else _part(x, self, dim)
+
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """`sent[r]` rows of x [n, ...] to rank r; returns the rows from all ranks, in rank order."""
         if self.group is None:
@@ -61,6 +70,10 @@ class Wire:
         gather_flat(parts.view(-1), x.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * x.nbytes
         return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+    def part_now(self, x: Tensor, dim: int) -> Tensor:
+        """`part` without gradients or messages."""
+        return x.tensor_split(self.size, dim)[self.index].contiguous()
 
     def scatter_now(self, x: Tensor, dim: int) -> Tensor:
         """`scatter` without gradients."""
@@ -139,6 +152,28 @@ class _Spread(torch.autograd.Function):
         return ctx.wire.total_now(grad), None
 
 
+class _Unite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wire: Wire, dim: int) -> Tensor:
+        ctx.wire, ctx.dim = wire, dim
+        return wire.gather_now(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.wire.part_now(grad, ctx.dim), None, None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wire: Wire, dim: int) -> Tensor:
+        ctx.wire, ctx.dim = wire, dim
+        return wire.part_now(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.wire.gather_now(grad, ctx.dim), None, None
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,4 +191,6 @@ _gather: Callable[[Tensor, Wire, int], Tensor] = _Gather.apply
 _scatter: Callable[[Tensor, Wire, int], Tensor] = _Scatter.apply
 _total: Callable[[Tensor, Wire], Tensor] = _Total.apply
 _spread: Callable[[Tensor, Wire], Tensor] = _Spread.apply
+_unite: Callable[[Tensor, Wire, int], Tensor] = _Unite.apply
+_part: Callable[[Tensor, Wire, int], Tensor] = _Part.apply
 _exchange: Callable[[Tensor, Wire, list[int], list[int]], Tensor] = _Exchange.apply

@@ -78,7 +78,8 @@ _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
 @dataclass(frozen=True)
 class TensorSpec:
     """One parameter of one model: name, whole shape, group, the block it belongs to (-1 before the
-    first, `layers` after the last), and which dim each axis cuts."""
+    first, `layers` after the last), and which dim each axis cuts. Along axes in `complete` every
+    rank that holds it computes its whole gradient (foreign models, whose stream is not split)."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,6 +88,7 @@ class TensorSpec:
     tensor: int | None = None
     expert: int | None = None
     shard: int | None = 0
+    complete: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -128,7 +130,8 @@ class TensorSpec:
         Ranks along them saw different samples or positions. Blocks work on split sequences under
         tensor parallelism, so what tensor ranks hold whole is summed over them as well.
         """
-        return tuple(a for a in self.shared(layout) if a not in ("island", "shard"))
+        whole = ("island", "shard", *self.complete)
+        return tuple(a for a in self.shared(layout) if a not in whole)
 
 
 def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:

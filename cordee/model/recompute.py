@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -35,12 +35,15 @@ KEPT = {
 Attention's scores (baddbmm) are not among them: they grow with the square of the sequence."""
 
 
-def run_block(memory: MemorySettings, index: int, block: nn.Module, *inputs: Any) -> Tensor:
-    """`block(*inputs)`, of block number `index`, keeping what `memory` says for the backward."""
+def run_block(
+    memory: MemorySettings, index: int, block: Callable[..., Any], *inputs: Any, **named: Any
+) -> Tensor:
+    """`block(*inputs, **named)`, of block number `index`, keeping what `memory` says for the
+    backward."""
     if not (memory.recomputes(index) and torch.is_grad_enabled()):
-        return cast(Tensor, block(*inputs))
+        return cast(Tensor, block(*inputs, **named))
     contexts = _selective if memory.recompute == "selective" else noop_context_fn
-    again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts, **named)
     return cast(Tensor, again)
 
 

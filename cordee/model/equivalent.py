@@ -1,0 +1,202 @@
+"""The house's transformer as transformers knows it: a Llama, or a Qwen3 when qk_norm is on.
+
+The same function under other names. The house turns neighbouring features of a head, transformers
+turns its two halves, so rows of query and key (and their gains) change places. Not here: files
+(`folder.py`), models that are trained as they come (`hub.py`). Knobs without an equivalent (relu2,
+a logit cap, dropout, windows, experts) are refused, not approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cordee.config.model import InitialSettings, ModelSettings
+from cordee.errors import ConfigError
+from cordee.layout.boxes import Box
+from cordee.model.folder import cut, open_folder
+
+BLOCK = {
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
+    "self_attn.q_proj": "attention.query", "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value", "self_attn.o_proj": "attention.out",
+    "self_attn.q_norm": "attention.query_gain", "self_attn.k_norm": "attention.key_gain",
+    "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+}  # fmt: skip
+"""Modules of a decoder layer: transformers' name -> the house's."""
+
+TURNED = ("attention.query.weight", "attention.key.weight",
+          "attention.query_gain.weight", "attention.key_gain.weight")  # fmt: skip
+"""Ends of the names of tensors whose rows are features of heads that turn with the position."""
+
+NEEDED: Mapping[str, object] = {
+    "kind": "transformer", "mlp": "gated", "logit_cap": 0.0, "dropout": 0.0, "window": 0,
+    "moe.experts": 0,
+}  # fmt: skip
+"""Knobs of model.* that must have these values, because Llama and Qwen3 have nothing else."""
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """A house transformer that transformers has too; made by `equivalent`."""
+
+    model: ModelSettings
+    vocabulary: int
+
+    def config(self, positions: int) -> dict[str, Any]:
+        """config.json of it; `positions` is the longest sequence that it was trained on."""
+        model = self.model
+        kind = ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
+        return {
+            "model_type": kind[0], "architectures": [kind[1]], "dtype": "float32",
+            "vocab_size": self.vocabulary, "hidden_size": model.width,
+            "intermediate_size": model.hidden_width, "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads or model.heads,
+            "head_dim": model.per_head, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+            "max_position_embeddings": positions, "tie_word_embeddings": model.tied,
+            "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        }  # fmt: skip
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(transformers' name, the house's) of every tensor that transformers wants."""
+        yield "model.embed_tokens.weight", "embed.weight"
+        for layer in range(self.model.layers):
+            for theirs, ours in BLOCK.items():
+                if self.model.qk_norm or "norm" not in theirs.partition(".")[2]:
+                    yield f"model.layers.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight"
+        yield "model.norm.weight", "norm.weight"
+        if not self.model.tied:
+            yield "lm_head.weight", "head.weight"
+
+    def has(self, name: str) -> bool:
+        """Whether the house's model has that parameter: without qk_gain its gains are ones."""
+        return self.model.qk_gain or "_gain." not in name
+
+    def shape(self, name: str, shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of a tensor by the house's name; `shape` knows the parameters that exist."""
+        return shape(name) if self.has(name) else (self.model.per_head,)
+
+    def give(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """A tensor as transformers wants it, by the house's name."""
+        if not self.has(name):
+            return torch.ones(self.model.per_head)
+        whole = read(name)
+        if not name.endswith(TURNED):
+            return whole
+        heads = whole.view(-1, self.model.per_head // 2, 2, *whole.shape[1:])
+        return heads.transpose(1, 2).reshape(whole.shape)
+
+    def take(self, name: str, theirs: Tensor) -> Tensor:
+        """A tensor as the house wants it, by its own name: the reverse of `give`."""
+        if not name.endswith(TURNED):
+            return theirs
+        heads = theirs.view(-1, 2, self.model.per_head // 2, *theirs.shape[1:])
+        return heads.transpose(1, 2).reshape(theirs.shape)
+
+
+def equivalent(model: ModelSettings, vocabulary: int) -> Equivalent:
+    """The model as transformers has it; ConfigError names the first knob that it has not."""
+    have = {name: _knob(model, name) for name in NEEDED}
+    for name, wanted in NEEDED.items():
+        if have[name] != wanted:
+            raise ConfigError(
+                "transformers has no model with this knob",
+                values={f"model.{name}": have[name]},
+                fix=f"train with model.{name}={wanted}, or export --to safetensors",
+            )
+    if model.qk_gain and not model.qk_norm:
+        raise ConfigError(
+            "gains without a norm have no equivalent",
+            values={"model.qk_gain": True, "model.qk_norm": False},
+            fix="train with model.qk_norm=true",
+        )
+    return Equivalent(model, vocabulary)
+
+
+def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tensor]:
+    """(name, box) -> that part of a house parameter, from the folder of a Llama or a Qwen3.
+
+    ConfigError names the knobs of model.* in which the folder's model differs.
+    """
+    folder = open_folder(path, "initial.weights")
+    wanted = settings_of(folder.config, path)
+    rows = int(wanted["vocabulary"])
+    here = {"kv_heads": model.kv_heads or model.heads, "head_width": model.per_head,
+            "ffn": model.hidden_width}  # fmt: skip
+    have = {name: here.get(name, _knob(model, name)) for name in wanted}
+    # A Qwen3's gains are parameters; the house's must have them to take them.
+    odd = {n: v for n, v in wanted.items() if have[n] != v}
+    if odd:
+        raise ConfigError(
+            "the weights are those of another model",
+            values={"initial.weights": path, **{f"model.{n}": have[n] for n in odd}},
+            fix=" ".join(f"model.{n}={str(v).lower()}" for n, v in odd.items()),
+        )
+    same = equivalent(model, rows)
+    theirs = {ours: name for name, ours in same.names()}
+
+    def value(name: str, box: Box) -> Tensor:
+        if name.endswith(TURNED):
+            return cut(same.take(name, folder.read(theirs[name])), box)
+        return folder.read(theirs[name], box)
+
+    return value
+
+
+def starting_weights(
+    initial: InitialSettings, model: ModelSettings
+) -> Callable[[str, Box], Tensor] | None:
+    """The weights that initial.weights names; None when parameters are drawn."""
+    return import_weights(initial.weights, model) if initial.weights else None
+
+
+def settings_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Values of model.* that make the model of a config.json; ConfigError when none do."""
+    kind = config.get("model_type")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    odd = {
+        "model_type": kind if kind not in ("llama", "qwen3") else None,
+        "hidden_act": config.get("hidden_act", "silu") if config.get("hidden_act", "silu") != "silu"
+        else None,
+        "attention_bias": config.get("attention_bias") or None,
+        "mlp_bias": config.get("mlp_bias") or None,
+        "rope_type": rope.get("rope_type") if rope.get("rope_type", "default") != "default"
+        else None,
+        "use_sliding_window": config.get("use_sliding_window") or None,
+    }  # fmt: skip
+    found = {name: value for name, value in odd.items() if value is not None}
+    try:
+        if found:
+            raise ValueError(", ".join(f"{k}={v!r}" for k, v in found.items()))
+        heads = int(config["num_attention_heads"])
+        return {
+            "vocabulary": int(config["vocab_size"]), "layers": int(config["num_hidden_layers"]),
+            "width": int(config["hidden_size"]), "heads": heads,
+            "kv_heads": int(config.get("num_key_value_heads") or heads),
+            "head_width": int(config.get("head_dim") or config["hidden_size"] // heads),
+            "ffn": int(config["intermediate_size"]), "mlp": "gated",
+            "qk_norm": kind == "qwen3", "qk_gain": kind == "qwen3",
+            "norm_eps": float(config.get("rms_norm_eps", 1e-6)), "rope_base": float(theta),
+            "tied": bool(config.get("tie_word_embeddings", False)), "logit_cap": 0.0,
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "the house's transformer cannot be this model",
+            values={"initial.weights": path, "config.json": str(error)},
+            fix=f"model.hub={path}, which trains it as it is",
+        ) from error
+
+
+def _knob(model: ModelSettings, name: str) -> Any:
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,200 @@
+"""A transformers folder on disk: config.json and safetensors files, by tensor and by part.
+
+Needs neither transformers nor a network. Not here: what the tensors mean (`hub.py`,
+`equivalent.py`). Traded away: pickled weights (*.bin), which run code when they are opened, and any
+type but fp32 on writing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cordee.errors import ConfigError, DataError
+from cordee.layout.boxes import Box
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BESIDE = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab*", "merges.txt", "chat_template*", "*.model",
+)  # fmt: skip
+"""Files that belong to a model beside its weights (a tokenizer, mostly)."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An opened folder. `files` says in which file each tensor is; empty when there are none."""
+
+    path: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of a tensor, read from its file's header."""
+        return tuple(self._with(name, lambda file: file.get_slice(name).get_shape()))
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A part of a tensor (all of it by default), fp32 on the CPU. DataError for a bad file."""
+        if not box:
+            found: Tensor = self._with(name, lambda file: file.get_tensor(name))
+        else:
+            spans = tuple(slice(start, stop) for start, stop in box)
+            found = self._with(name, lambda file: file.get_slice(name)[spans])
+        return found.float()
+
+    def _with(self, name: str, use: Callable[[Any], Any]) -> Any:
+        if name not in self.files:
+            raise DataError(
+                "the folder has no such tensor", values={"folder": str(self.path), "tensor": name}
+            )
+        file = self.path / self.files[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return use(opened)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                "a file of weights cannot be read",
+                values={"file": str(file), "tensor": name, "error": str(error)},
+                fix="copy the file again from where it came",
+            ) from error
+
+
+def open_folder(path: str, key: str) -> Folder:
+    """Reads config.json and finds the weights; ConfigError names `key`, which said `path`."""
+    folder = Path(path)
+    config = _json(folder / CONFIG, {key: path})
+    if not isinstance(config, dict):
+        raise ConfigError(f"{CONFIG} is no JSON object", values={key: path})
+    files: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        index = _json(folder / INDEX, {key: path})
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(found, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in found.values()
+        ):
+            raise ConfigError(f"{INDEX} has no map from tensors to files", values={key: path})
+        files = {str(name): file for name, file in found.items()}
+    elif (folder / WEIGHTS).is_file():
+        files = dict.fromkeys(_names(folder / WEIGHTS), WEIGHTS)
+    elif pickled := sorted(folder.glob("*.bin")):
+        raise ConfigError(
+            "the folder holds weights as pickles, which run code when they are opened",
+            values={key: path, "file": pickled[0].name},
+            fix="save_pretrained(FOLDER) from transformers, which writes safetensors",
+        )
+    missing = sorted({f for f in files.values() if not (folder / f).is_file()})
+    if missing:
+        raise ConfigError(
+            "a file of weights that the index names is missing",
+            values={key: path, "file": missing[0]},
+            fix="copy all files of the folder",
+        )
+    return Folder(folder, config, files)
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], Tensor],
+    shard_bytes: int,
+    beside: Sequence[Path] = (),
+) -> int:
+    """Writes config, weights (fp32, in files of at most `shard_bytes` and at least one tensor) and
+    copies of the files `beside`; returns the bytes of the weights.
+
+    One file's tensors are in memory at a time. The folder appears whole or not at all; ConfigError
+    when it is there already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            "the output exists already",
+            values={"output": str(folder)},
+            fix="--output with a folder that is new or empty",
+        )
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    shards = _shards({name: 4 * math.prod(shape) for name, shape in shapes.items()}, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: read(name).float().contiguous() for name in names}
+        save_file(tensors, part / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    size_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
+    if len(shards) > 1:
+        _write(part / INDEX, {"metadata": {"total_size": size_bytes}, "weight_map": weight_map})
+    _write(part / CONFIG, config)
+    for file_beside in beside:
+        shutil.copyfile(file_beside, part / file_beside.name)
+    os.replace(part, folder)
+    return size_bytes
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """The tokenizer's files and others that travel with a model's weights."""
+    return sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()})
+
+
+def cut(whole: Tensor, box: Box) -> Tensor:
+    """The part of `whole` in `box` (a view)."""
+    return whole[tuple(slice(start, stop) for start, stop in box)]
+
+
+def _shards(sizes_bytes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
+    """Names in order, dealt to files of at most `most_bytes` (a larger tensor has its own)."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes_bytes.items():
+        if shards[-1] and held + size > most_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            "a file of weights cannot be read",
+            values={"file": str(file), "error": str(error)},
+            fix="copy the file again from where it came",
+        ) from error
+
+
+def _json(file: Path, values: Mapping[str, object]) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"no folder of a transformers model: {file.name} cannot be read",
+            values={**values, "error": error.strerror},
+            fix=f"the path of a folder with {CONFIG} (nothing is downloaded)",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{file.name} is no valid JSON", values={**values, "error": str(error)}
+        ) from error
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
