@@ -27,9 +27,11 @@ from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.split import shard_rows
 from cordee.model.initial import initialise
+from cordee.model.precision import autocast_dtype
 from cordee.model.transformer import Transformer
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather
+from cordee.optim.scale import LossScale
 from cordee.parallel.apply import apply
 from cordee.parallel.engine import Engine, Microbatches, Work
 from cordee.parallel.shard import local, whole_rows
@@ -57,6 +59,16 @@ class Parts:
                 values={"model": type(self.model).__name__, **asdict(run.memory)},
                 fix="leave memory.* out, and checkpoint inside your module",
             )
+        if self.model is not None and (run.run.compile != "none" or run.run.precision == "fp8"):
+            raise ConfigError(
+                "run.compile and fp8 are for the blocks of the built-in model",
+                values={
+                    "model": type(self.model).__name__,
+                    "run.compile": run.run.compile,
+                    "run.precision": run.run.precision,
+                },
+                fix="run.compile=none run.precision=bf16, and compile inside your module",
+            )
 
 
 @dataclass
@@ -75,6 +87,7 @@ class RunState:
     sync: Sync
     optimizer: Optimizers
     guard: Guard
+    scale: LossScale
     drill: Drill
     saver: Saver
     ranges: list[range]
@@ -140,11 +153,11 @@ class RunState:
 
 def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -> RunState:
     """Initialise, distribute the data, distribute the model: in that order, on every rank."""
-    mesh = make_mesh(plan.layout, world.rank, world.device)
+    mesh = make_mesh(plan.layout, world.rank, world.device, run.memory.offload != "none")
     ranges = [range(start, stop) for start, stop in plan.splits]
     model = parts.model or make_model(run, data.vocabulary)
     canonical = run.run.exact or plan.protocol == "exchange"
-    model = apply(model, mesh, world.device, canonical)
+    model = apply(model, mesh, world.device, canonical, run)
     parameters = dict(model.named_parameters())
     part = ranges[mesh.worker]
     loader = parts.loader or make_loader(run, data, world.device)
@@ -154,8 +167,9 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         tokens=run.batch.microbatches * run.batch.microbatch * run.data.sequence,
         seed=run.run.seed,
         dropout=run.model.dropout > 0,
-        autocast=run.run.precision == "bf16",
+        autocast=autocast_dtype(run.run.precision),
         canonical=canonical,
+        device=world.device,
     )
     drill = make_drill(run.fault, world.rank)
     return RunState(
@@ -171,6 +185,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         sync=make_sync(run, plan, mesh, ranges, canonical),
         optimizer=make_rule(run, mesh, parameters),
         guard=Guard(run.guard.in_a_row),
+        scale=LossScale(dynamic=run.run.precision == "fp16"),
         drill=drill,
         saver=Saver(
             Path(run.run.dir) / "checkpoints",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cordee.layout.split import split_evenly
+from cordee.model.precision import casting
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ def evaluate(
     worker: tuple[int, int],
     gather: Callable[[Tensor], Tensor],
     bytes_per_token: float,
-    autocast: bool,
+    autocast: torch.dtype | None,
+    device: str,
 ) -> HeldOut:
     """`batches` are int64 (rows, sequence + 1), all of them on every rank; `worker` is (index,
-    count); `gather` stacks a small fp64 vector of every worker."""
+    count); `gather` stacks a small fp64 vector of every worker. Computed on `device`."""
     index, count = worker
     parts = split_evenly(len(batches), count)
     most = max(map(len, parts))
     sums = torch.zeros(most, dtype=torch.float64)
-    device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with torch.no_grad(), casting(device.partition(":")[0], autocast):
         for place in range(most):
             mine = place < len(parts[index])
             tokens = batches[parts[index][place] if mine else 0].to(device)

@@ -19,9 +19,10 @@ def generate(
 ) -> Tensor:
     """`prompt` (int64 [T], T >= 1) followed by `tokens` sampled ones, int64 [T + tokens], CPU.
 
-    Each token sees the `context` tokens before it. temperature 0 takes the most likely one. The
-    result is a function of the arguments: numbers are drawn on the CPU from their own generator,
-    so ranks that share a sharded model draw alike. The model's training mode is put back.
+    Computed on the prompt's device. Each token sees the `context` tokens before it. temperature 0
+    takes the most likely one. The result is a function of the arguments: numbers are drawn on the
+    CPU from their own generator, so ranks that share a sharded model draw alike. The model's
+    training mode is put back.
     """
     if prompt.ndim != 1 or prompt.numel() == 0 or context < 1:
         raise DataError(
@@ -29,14 +30,13 @@ def generate(
             values={"prompt": tuple(prompt.shape), "context": context},
             fix="start from the token 0, which ends a document",
         )
-    device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     text = torch.cat((prompt.cpu().long(), torch.zeros(tokens, dtype=torch.int64)))
     training = model.training
     model.eval()
     try:
         for end in range(prompt.numel(), text.numel()):
-            window_BT = text[max(0, end - context) : end].unsqueeze(0).to(device)
+            window_BT = text[max(0, end - context) : end].unsqueeze(0).to(prompt.device)
             logits_V = model(window_BT)[0, -1].float().cpu()
             text[end] = _choose(logits_V, temperature, generator)
     finally:

@@ -87,7 +87,9 @@ def descend(ready: Ready, parts: Parts) -> Report:
     with (
         lock,
         leaving() as asked,
-        world(told, plan.device, plan.threads, run.launch.timeout_s) as here,
+        world(
+            told, plan.device, plan.threads, run.launch.timeout_s, run.memory.offload != "none"
+        ) as here,
     ):
         # Distribute the data: one process writes the snapshot; then one of each host, should hosts
         # share no disk; then the others read it. Which rows are whose follows from the order and
@@ -141,7 +143,8 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.optimizer.set_lr(scale)
 
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
-    losses, partial = state.engine.forward_backward(number - 1)
+    loss_scale = state.scale.value
+    losses, partial = state.engine.forward_backward(number - 1, loss_scale)
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
 
@@ -152,13 +155,15 @@ def step(state: RunState, desk: Desk) -> Outcome:
             [float(loss) for loss in losses], desk.wishes(), state.ranges, state.mesh.workers
         )
         gradients = state.engine.place(state.sync.agree(partial))
+        state.scale.unscale(gradients)
     del partial
     state.drill.point("step.agree", number)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
     norm = global_norm(gradients, state.by_rows, state.whole_rows)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
-    verdict = state.guard.judge(mean_losses, float(norm))
+    overflow = state.scale.follow(mean_losses, float(norm))
+    verdict = state.guard.judge(mean_losses, float(norm), overflow)
     layers = desk.layers(state, gradients, number)
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
@@ -168,7 +173,9 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.sync.settle(number)
     state.progress = desk.advance(state, tally, verdict)
     loss = math.fsum(mean_losses) / len(mean_losses)
-    return Outcome(loss, float(norm), scale * state.optimizer.peak_lr, verdict, tally, layers)
+    lr = scale * state.optimizer.peak_lr
+    told = loss_scale if state.scale.dynamic else None
+    return Outcome(loss, float(norm), lr, verdict, tally, layers, told)
 
 
 def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:
@@ -223,7 +230,8 @@ def measure(state: RunState) -> HeldOut | None:
         (state.mesh.worker, state.world.size),
         lambda sums: gather_rows(sums, state.mesh.workers, state.world.size),
         state.data.bytes_per_token,
-        run.run.precision == "bf16",
+        state.engine.work.autocast,
+        state.world.device,
     )
 
 
@@ -269,5 +277,9 @@ def sample(state: RunState) -> str | None:
     if state.mesh.shards is None and not state.world.first:
         return None
     prompt = torch.tensor(list(SAMPLE_PROMPT.encode()), device=state.world.device)
-    made = generate(state.model, prompt, run.evaluate.sample, run.data.sequence, 0.8, run.run.seed)
+    compiled = run.run.compile != "none"
+    # Every length of the window would be compiled anew.
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        count, window = run.evaluate.sample, run.data.sequence
+        made = generate(state.model, prompt, count, window, 0.8, run.run.seed)
     return to_text(made)

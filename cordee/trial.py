@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cordee.begin import lay_out_data, settle
+from cordee.begin import check_compiler, lay_out_data, settle
 from cordee.build import Parts, build
 from cordee.config.load import override
 from cordee.config.run import Run
@@ -32,15 +32,21 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     run = settle(override(run, values))
     data = lay_out_data(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, 1)
+    check_compiler(run, plan.device)
     losses: list[float] = []
-    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s) as here:
+    offload = run.memory.offload != "none"
+    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s, offload) as here:
         state = build(run, plan, here, data, Parts())
         for number, rate in enumerate(lr_of_step):
             state.optimizer.set_lr(rate / state.optimizer.peak_lr)
-            sums, partial = state.engine.forward_backward(number)
+            sums, partial = state.engine.forward_backward(number, state.scale.value)
             loss = math.fsum(map(float, sums)) / state.step_tokens
             gradients = state.engine.place(state.sync.agree(partial))
+            state.scale.unscale(gradients)
             norm = global_norm(gradients, state.by_rows)
+            if state.scale.follow([loss], float(norm)):
+                losses.append(loss)
+                continue
             if not (math.isfinite(loss) and math.isfinite(float(norm))):
                 losses.append(math.inf)
                 break

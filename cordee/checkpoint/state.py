@@ -1,9 +1,9 @@
 """The complete list of what survives: nothing else carries a run from one process to the next.
 
-parameters · optimiser state · `Progress` (below: step, tokens, clock, skips) · the sync protocol's
-state · digests of the data and of the configuration. Order of samples and dropout need no state:
-both are functions of (seed, step, microbatch). Sharded tensors are stored by rows, so any number of
-ranks may load them. Replicas share the writing: each tensor is dealt to one island.
+parameters · optimiser state · `Progress` (below: step, tokens, clock, skips, loss scale) · the sync
+protocol's state · digests of the data and of the configuration. Order of samples and dropout need
+no state: both are functions of (seed, step, microbatch). Sharded tensors are stored by rows, so any
+number of ranks may load them. Replicas share the writing: each tensor is dealt to one island.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cordee.layout.split import shard_rows
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `generation` counts how often it was started."""
+    """Where a run stands. `generation` counts how often it was started, `scale_steps` the good
+    steps since the loss scale changed (optim/scale.py)."""
 
     step: int = 0
     tokens: int = 0
@@ -31,6 +32,8 @@ class Progress:
     skipped: int = 0
     in_a_row: int = 0
     generation: int = 0
+    loss_scale: float = 1.0
+    scale_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class RunSettings:
     the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have it) and the rest in
     bf16."""
     compile: Literal["none", "blocks"] = "none"
-    """blocks: torch.compile of every block (slow first step, faster ones after; other last bits)."""
+    """blocks: torch.compile of every block (a slow first step, faster ones after; other last
+    bits)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command again goes on from the newest complete checkpoint; never: refuse."""
 

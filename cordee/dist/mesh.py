@@ -45,9 +45,12 @@ class Mesh:
         return self.layout.worker(self.rank)
 
 
-def make_mesh(layout: Layout, rank: int, device: str) -> Mesh:
-    """Builds the groups; every rank must call it at the same point (torch's rule)."""
-    if layout.size == 1:
+def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False) -> Mesh:
+    """Builds the groups; every rank must call it at the same point (torch's rule).
+
+    `shard_always`: make the shard mesh also of one rank (FSDP2 is then used for what else it does).
+    """
+    if layout.size == 1 and not shard_always:
         return Mesh(layout, rank, None, None, None, None)
     kind = device.split(":")[0]
     mesh = init_device_mesh(
@@ -56,8 +59,8 @@ def make_mesh(layout: Layout, rank: int, device: str) -> Mesh:
     return Mesh(
         layout,
         rank,
-        dist.group.WORLD,
+        dist.group.WORLD if layout.size > 1 else None,
         mesh.get_group("island") if layout.island > 1 else None,
         mesh.get_group("shard") if layout.shard > 1 else None,
-        mesh["shard"] if layout.shard > 1 else None,
+        mesh["shard"] if layout.shard > 1 or shard_always else None,
     )

@@ -18,14 +18,13 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from cordee.config.run import MemorySettings
 
 aten = torch.ops.aten
 KEPT = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -37,11 +36,20 @@ Attention's scores (baddbmm) are not among them: they grow with the square of th
 
 def run_block(memory: MemorySettings, index: int, block: nn.Module, *inputs: Tensor) -> Tensor:
     """`block(*inputs)`, of block number `index`, keeping what `memory` says for the backward."""
-    if not (memory.recomputes(index) and torch.is_grad_enabled()):
-        return cast(Tensor, block(*inputs))
-    contexts = _selective if memory.recompute == "selective" else noop_context_fn
-    again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-    return cast(Tensor, again)
+    run = recomputed(memory.recompute, block) if memory.recomputes(index) else block
+    return cast(Tensor, run(*inputs))
+
+
+def recomputed(kind: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` that keeps what `kind` (selective, full) says, while gradients are wanted."""
+    kept: dict[str, Any] = {"context_fn": _selective} if kind == "selective" else {}
+
+    def run(*inputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, **kept))
+
+    return run
 
 
 def _selective() -> Any:

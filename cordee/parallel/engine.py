@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cordee.dist.exchange import Partial
 from cordee.dist.mesh import Mesh
 from cordee.layout.split import TreeSum, shard_rows
+from cordee.model.precision import casting
 from cordee.parallel import shard
 
 
@@ -37,15 +38,17 @@ class Microbatches(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine needs to know of a run. `tokens` are those of a whole step."""
+    """What an engine needs to know of a run. `tokens` are those of a whole step; `device` computes
+    (parameters may live elsewhere)."""
 
     part: range
     total: int
     tokens: int
     seed: int
     dropout: bool
-    autocast: bool
+    autocast: torch.dtype | None
     canonical: bool
+    device: str
 
 
 class Engine:
@@ -58,13 +61,14 @@ class Engine:
         self.work = work
         self.sharded = mesh.shard_mesh is not None
         self.parameters: Sequence[nn.Parameter] = list(model.parameters())
-        self.device = next(model.parameters()).device
+        self.device = torch.device(work.device)
         self._tree = TreeSum(work.part, work.total)
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
-    def forward_backward(self, step: int) -> tuple[list[Tensor], Partial]:
-        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums)."""
+    def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
+        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
+        are `scale` times the gradient)."""
         self.model.train()
         self._clear(self.parameters)
         losses: list[Tensor] = []
@@ -75,7 +79,7 @@ class Engine:
         for index in self.work.part:
             if self.sharded and not self.work.canonical:
                 shard.last_microbatch(self.model, index == self.work.part.stop - 1)
-            losses.append(self._microbatch(step, index))
+            losses.append(self._microbatch(step, index, scale))
             if self.work.canonical:
                 self._tree.feed(partial, index, self._take(), _add)
         if self.sharded:
@@ -91,20 +95,21 @@ class Engine:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if self.sharded and self.work.canonical:
                 part = shard_rows(len(parameter), self.mesh.layout.shard, self.mesh.shard)
-                gradient = gradient[part.start : part.stop]
+                # Whole gradients are summed where they were made; offloaded rows are the host's.
+                gradient = gradient[part.start : part.stop].to(shard.local(parameter).device)
             shard.place_gradient(parameter, gradient)
             mine.append(gradient)
         return mine
 
-    def _microbatch(self, step: int, index: int) -> Tensor:
+    def _microbatch(self, step: int, index: int, scale: float) -> Tensor:
         began = time.perf_counter()
         tokens = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
         self.data_s += time.perf_counter() - began
         if self.work.dropout:
             torch.manual_seed(dropout_seed(self.work.seed, step, index))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.work.autocast):
+        with casting(self.device.type, self.work.autocast):
             loss = self.model(tokens[:, :-1], tokens[:, 1:])
-        (loss / self.work.tokens).backward()
+        (loss / self.work.tokens * scale).backward()
         detached: Tensor = loss.detach()
         return detached
 

@@ -13,19 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cordee.dist.exchange import gather_flat
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], canonical: bool) -> None:
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    units: Sequence[nn.Module],
+    canonical: bool,
+    offload: bool = False,
+) -> None:
     """Shards dim 0 of every parameter over `mesh`; `units` are wrapped one by one, then the root.
 
-    `canonical`: keep whole gradients on each rank (see the file's header).
+    `canonical`: keep whole gradients on each rank (see the file's header). `offload`: shards and
+    their gradients live in the host's memory (pinned, where the mesh is not the host's itself).
     """
+    pinned = mesh.device_type != "cpu"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for module in (*units, model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, offload_policy=policy)
     for unit in fsdp_modules(model):
         # Losses are divided by the global token count, so sums must not be divided again; gloo
         # has no pre-multiplied sum either.
@@ -60,7 +69,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Sets `.grad` from this rank's part (a DTensor when the parameter is one)."""
+    """Sets `.grad` from this rank's part (a DTensor when the parameter is one), which is on the
+    parameter's device."""
     if isinstance(parameter, DTensor):
         parameter.grad = DTensor.from_local(
             gradient,
