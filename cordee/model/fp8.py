@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cordee.model.attention import compute_dtype
+from cordee.model.precision import casting
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
@@ -40,7 +41,9 @@ def scaled_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(a [M, K] times b [P, K] transposed) x both scales, in `dtype`: the device's own product."""
-    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype)
+    # A CPU emulates it by a product that autocast would round.
+    with casting(a.device.type, None):
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -51,8 +51,9 @@ def compile_blocks(model: nn.Module) -> None:
     What is recomputed moves inside, where the compiler can tell what to keep (around compiled code,
     selective would keep no more than full). FSDP2's hooks stay outside.
     """
+    blocks = _wanted_blocks(model, "run.compile")
     memory = cast(MemorySettings, model.memory)
-    for index, block in enumerate(_wanted_blocks(model, "run.compile")):
+    for index, block in enumerate(blocks):
         inner = block.forward
         forward = recomputed(memory.recompute, inner) if memory.recomputes(index) else inner
         block.forward = torch.compile(forward)
