@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "train": "cordee.train",
     "Report": "cordee.train",
-    "Parts": "cordee.build",
+    "Parts": "cordee.parts",
     "Run": "cordee.config.run",
     "load": "cordee.config.load",
     "override": "cordee.config.load",

@@ -23,7 +23,7 @@ from cordee.data.prepare import check_length, prepare, resolve
 from cordee.data.records import check_images
 from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
-from cordee.dist.start import PLAN_FILE, Launched, launched
+from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
 from cordee.metrics.sinks import last_event, write_whole
 from cordee.plan.cluster import local_cluster
@@ -188,10 +188,11 @@ class Ready:
     launches: bool
 
 
-def get_ready(run: Run, processes: int | None = None) -> Ready:
+def get_ready(run: Run, processes: int | None = None, data: bool = True) -> Ready:
     """Everything that can be found wrong before anything is started or written.
 
-    `processes` overrides what the run wants (1 for parts that cannot travel). When ranks are to be
+    `processes` overrides what the run wants (1 for parts that cannot travel); `data`: the run reads
+    run.data (a caller may bring its own). When ranks are to be
     launched, the data is laid out here, by the one process there is.
     """
     run = settle(run)
@@ -203,13 +204,26 @@ def get_ready(run: Run, processes: int | None = None) -> Ready:
     else:
         cluster = replace(local_cluster(), hosts=told.hosts)
         plan = make_plan(run, cluster, vocabulary_of(run), wanted)
-    if standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
+    check_compiler(run, plan.device)
+    if data and standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
         resolve(run.data.path, run.model)
     launches = plan.processes > 1 and not told.by_launcher and standing.finished is None
     if launches:
         with locked(run):
             lay_out_data(run)
     return Ready(run, plan, told, standing, launches)
+
+
+def check_compiler(run: Run, device: str) -> None:
+    """ConfigError when blocks are to be compiled and this host has nothing to compile with."""
+    name, there = compiler(device)
+    if run.run.compile == "blocks" and not there:
+        raise ConfigError(
+            "run.compile needs a compiler and Python's headers on every host",
+            values={"run.compile": run.run.compile, "compiler": name},
+            fix="run.compile=none, or install them (the environment variable CXX, on CUDA CC,"
+            " names another compiler)",
+        )
 
 
 def vocabulary_of(run: Run) -> int:

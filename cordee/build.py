@@ -1,14 +1,14 @@
 """Plan -> live RunState: every choice of a part is made here, once, in one `match` or one line.
 
-Not here: when anything happens (`train.py`). Parts that a library user brings ready-made (`Parts`)
-are taken as they are.
+Not here: when anything happens (`train.py`). Parts that a library user brings ready-made
+(`parts.py`) are taken as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
-from cordee.config.run import MemorySettings, Run
+from cordee.config.run import Run
 from cordee.data.loader import Loader
 from cordee.data.order import Order
+from cordee.data.samples import SampleLoader, Samples
 from cordee.data.source import DatasetInfo, TokenSource, open_dataset
 from cordee.dist.mesh import WORKERS, Mesh, make_mesh, places
 from cordee.dist.start import World
-from cordee.errors import ConfigError
 from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.axes import INSIDE
@@ -30,39 +30,21 @@ from cordee.layout.boxes import Place
 from cordee.layout.split import shard_rows
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec
+from cordee.model.precision import autocast_dtype
 from cordee.optim.clip import Totals, global_norm
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather, Matrix
-from cordee.parallel.apply import Live, compute_type, make_live, place_of, take_live
+from cordee.optim.scale import LossScale
+from cordee.parallel.apply import Live, make_live, place_of
 from cordee.parallel.engine import Engine, Microbatches, Work
+from cordee.parallel.foreign import guard, make_hub, take, whole_copy, whole_hub
 from cordee.parallel.pipeline import PipelineEngine
 from cordee.parallel.shard import Sharding, whole_rows
 from cordee.parallel.sums import IslandTotals
+from cordee.parts import Parts
 from cordee.plan.plan import Plan
 from cordee.sync.codecs import make_codec
 from cordee.sync.protocol import AllReduce, Alone, ByExchange, Compared, Sync
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Parts of a run that a caller brings ready-made; None means that the house builds it.
-
-    `model(tokens, targets)` must return the summed loss in nats; `loader` gives microbatches of
-    token ids. A classifier (model.kind) returns logits [rows, classes] where no targets are given.
-    Every rank must bring the same.
-    """
-
-    model: nn.Module | None = None
-    loader: Microbatches | None = None
-
-    def check(self, run: Run) -> None:
-        """ConfigError for what `run` asks of a part that is not the house's own."""
-        if self.model is not None and run.memory != MemorySettings():
-            raise ConfigError(
-                "memory.* is for the built-in model",
-                values={"model": type(self.model).__name__, **asdict(run.memory)},
-                fix="leave memory.* out, and checkpoint inside your module",
-            )
 
 
 @dataclass
@@ -85,11 +67,12 @@ class RunState:
     sync: Sync
     optimizer: Optimizers
     guard: Guard
+    scale: LossScale
     drill: Drill
     saver: Saver
     spoken: list[range]
     totals: Totals | None
-    held_out: TokenSource | None
+    held_out: TokenSource | Samples | None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -100,7 +83,8 @@ class RunState:
     @property
     def step_tokens(self) -> int:
         """Training tokens of one step, over all ranks."""
-        return self.run.batch.microbatches * self.run.batch.microbatch * self.run.data.sequence
+        rows = self.run.batch.microbatches * self.run.batch.microbatch
+        return rows if self.live.loss is not None else rows * self.run.data.sequence
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
@@ -124,8 +108,8 @@ class RunState:
 
     @property
     def microbatch_tokens(self) -> int:
-        """Targets of one microbatch: its tokens, or its images."""
-        return self.run.batch.microbatch * self.run.targets_per_row
+        """Targets of one microbatch: its tokens, images or samples."""
+        return self.engine.work.tokens // self.engine.work.total
 
     def speaks(self, losses: Sequence[Tensor]) -> list[float]:
         """This rank's losses, if its word counts."""
@@ -160,16 +144,20 @@ class RunState:
 
 def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -> RunState:
     """Initialise, distribute the data, distribute the model: in that order, on every rank."""
-    mesh = make_mesh(plan.layout, world.rank, world.device)
+    offload = run.memory.offload != "none"
+    mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
-    sharding = Sharding(plan.zero, canonical)
-    if parts.model is not None:
-        live = take_live(parts.model, mesh, world.device, sharding)
-    else:
-        stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
-        live = make_live(run, stages, mesh, data.vocabulary, world.device, sharding)
-    loader = parts.loader or make_loader(run, data, world.device)
-    engine = make_engine(run, plan, mesh, live, loader, sharding)
+    sharding = Sharding(plan.zero, canonical, offload)
+    live, whole = make_model(run, plan, mesh, data, world, sharding, parts)
+    loader = parts.loader or make_loader(run, data, world.device, parts.data)
+    work = make_work(run, plan, mesh, sharding, world, live)
+    engine = (
+        PipelineEngine(live, loader, mesh, work, run)
+        if plan.layout.pipeline > 1
+        else Engine(live, loader, mesh, work)
+    )
+    if parts.model is not None or run.model.hub:
+        guard(engine, whole, run.run.precision)
     drill = make_drill(run.fault, world.rank)
     return RunState(
         run=run,
@@ -184,6 +172,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         sync=make_sync(run, plan, mesh, canonical),
         optimizer=make_rule(run, mesh, live, engine.parameters),
         guard=Guard(run.guard.in_a_row),
+        scale=LossScale(dynamic=run.run.precision == "fp16"),
         drill=drill,
         saver=Saver(
             Path(run.run.dir) / "checkpoints",
@@ -194,8 +183,31 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         ),
         spoken=speakers(run, plan, live.stages),
         totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
-        held_out=open_dataset(data.folder, "held_out") if data.held_out else None,
+        held_out=open_held_out(data, parts.held_out),
     )
+
+
+def open_held_out(data: DatasetInfo, brought: Samples | None) -> TokenSource | Samples | None:
+    """What evaluation reads; None when nothing is held out."""
+    if brought is not None:
+        return brought
+    return open_dataset(data.folder, "held_out") if data.held_out else None
+
+
+def make_model(
+    run: Run, plan: Plan, mesh: Mesh, data: DatasetInfo, world: World, sharding: Sharding,
+    parts: Parts,
+) -> tuple[Live, nn.Module | None]:  # fmt: skip
+    """The model's part on this rank, and of a foreign one the whole (the guard compares them)."""
+    if parts.model is not None:
+        whole = whole_copy(parts.model)
+        live = take(parts.model, parts.loss, run, mesh, world.device, sharding)
+        return live, None if whole is None else whole.to(world.device)
+    if run.model.hub:
+        live = make_hub(run, mesh, data.vocabulary, world.device, sharding)
+        return live, whole_hub(run, world.device)
+    stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
+    return make_live(run, stages, mesh, data.vocabulary, world.device, sharding), None
 
 
 def is_canonical(run: Run, plan: Plan) -> bool:
@@ -217,35 +229,41 @@ def speakers(run: Run, plan: Plan, stages: Stages) -> list[range]:
     return told
 
 
-def make_engine(
-    run: Run, plan: Plan, mesh: Mesh, live: Live, loader: Microbatches, sharding: Sharding
-) -> Engine:
-    """What runs the microbatches of this rank."""
-    work = Work(
+def make_work(
+    run: Run, plan: Plan, mesh: Mesh, sharding: Sharding, world: World, live: Live
+) -> Work:
+    """What this rank's engine has to do."""
+    targets = 1 if live.loss is not None else run.targets_per_row
+    return Work(
         part=range(*plan.splits[mesh.worker]),
         total=run.batch.microbatches,
-        tokens=run.batch.microbatches * run.batch.microbatch * run.targets_per_row,
+        tokens=run.batch.microbatches * run.batch.microbatch * targets,
         seed=run.run.seed,
-        keyed=run.model.dropout > 0,
-        autocast=compute_type(run),
+        keyed=live.keyed,
+        autocast=autocast_dtype(run.run.precision),
         sharding=sharding,
+        device=world.device,
         balance_rate=run.model.moe.balance_rate,
     )
-    if mesh.size("pipeline") > 1:
-        return PipelineEngine(live, loader, mesh, work, run)
-    return Engine(live, loader, mesh, work)
 
 
-def make_loader(run: Run, data: DatasetInfo, device: str) -> Loader:
-    """The training split in its global order."""
+def make_loader(run: Run, data: DatasetInfo, device: str, brought: Samples | None) -> Microbatches:
+    """The training split, or the samples that were brought, in their global order."""
+    if brought is not None:
+        return SampleLoader(brought, make_order(run, len(brought)))
     source = open_dataset(data.folder, "train")
-    order = Order(
+    order = make_order(run, source.rows(run.data.sequence))
+    return Loader(source, order, run.data.sequence, device, run.data.prefetch)
+
+
+def make_order(run: Run, rows: int) -> Order:
+    """(seed, step, microbatch) -> rows."""
+    return Order(
         seed=run.run.seed,
-        rows=source.rows(run.data.sequence),
+        rows=rows,
         microbatch_rows=run.batch.microbatch,
         microbatches=run.batch.microbatches,
     )
-    return Loader(source, order, run.data.sequence, device, run.data.prefetch)
 
 
 def make_sync(run: Run, plan: Plan, mesh: Mesh, canonical: bool) -> Sync:

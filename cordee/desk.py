@@ -37,7 +37,8 @@ from cordee.plan.report import compare, count_text
 @dataclass(frozen=True)
 class Outcome:
     """What a step was: mean loss in nats before the update, global gradient norm before clipping,
-    learning rate, verdict, what all ranks said, gradient norm by layer (or None)."""
+    learning rate, verdict, what all ranks said, gradient norm by layer (or None), loss scale (None
+    where it never changes)."""
 
     loss: float
     grad_norm: float
@@ -45,6 +46,7 @@ class Outcome:
     verdict: Verdict
     tally: Tally
     layers: dict[str, float] | None
+    loss_scale: float | None = None
 
 
 class Desk:
@@ -104,6 +106,8 @@ class Desk:
             elapsed_s=tally.clock_s,
             skipped=at.skipped + (verdict.say is not Say.COMMIT),
             in_a_row=state.guard.in_a_row,
+            loss_scale=state.scale.value,
+            scale_steps=state.scale.good_steps,
         )
 
     # ---- records ----
@@ -145,6 +149,8 @@ class Desk:
             "skipped": skipped,
             "elapsed_s": round(at.elapsed_s, 3),
         }
+        if outcome.loss_scale is not None:
+            row["loss_scale"] = outcome.loss_scale
         self._sent, self._shared_s = sent, shared_s
         if skipped:
             self._tell_skipped(state, outcome)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ class HeldOut:
 class Scorer(Protocol):
     """What gives the loss of tokens (parallel/engine.py does)."""
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Summed loss in nats of int64 (rows, sequence + 1)."""
+    def loss(self, given: Any) -> Tensor:
+        """Summed loss in nats of int64 (rows, sequence + 1), or of a batch of a caller's own."""
         ...
 
     def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
@@ -53,14 +53,15 @@ class Scorer(Protocol):
 
 def evaluate(
     scorer: Scorer,
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     worker: tuple[int, int],
     gather: Callable[[Tensor], Tensor],
     bytes_per_token: float | None,
 ) -> HeldOut:
     """`batches` are int64 (rows, sequence + 1), all of them on every rank; `worker` is (index,
     count); `gather` stacks a small fp64 vector of every worker. Without `bytes_per_token` the model
-    is a classifier: its logits are asked for, and the first token of a row is its label."""
+    is a classifier: its logits are asked for, and the first token of a row is its label; or batches
+    are tuples, a caller's own."""
     index, count = worker
     parts = split_evenly(len(batches), count)
     most = max(map(len, parts))
@@ -68,23 +69,28 @@ def evaluate(
     scorer.modes(training=False)
     for place in range(most):
         mine = place < len(parts[index])
-        tokens = batches[parts[index][place] if mine else 0].to(scorer.device)
-        if bytes_per_token is None:
-            loss, guessed = _classified(scorer.infer(tokens[:, :-1], None), tokens[:, 0])
-        else:
-            loss, guessed = scorer.loss(tokens), 0.0
+        loss, guessed = _score(scorer, batches[parts[index][place] if mine else 0], bytes_per_token)
         if mine:
             sums[place], sums[most + place] = float(loss), guessed
     rows = gather(sums)
     places = [(w, place) for w, part in enumerate(parts) for place in range(len(part))]
     total = math.fsum(float(rows[w, place]) for w, place in places)
     if bytes_per_token is None:
-        images = sum(len(batch) for batch in batches)
+        brought = isinstance(batches[0], tuple)
+        count = sum(len(batch[0] if brought else batch) for batch in batches)
         guessed = math.fsum(float(rows[w, most + place]) for w, place in places)
-        return HeldOut(total / images, None, guessed / images, images)
+        return HeldOut(total / count, None, None if brought else guessed / count, count)
     tokens_count = sum(batch[:, 1:].numel() for batch in batches)
     loss_mean = total / tokens_count
     return HeldOut(loss_mean, loss_mean / math.log(2) / bytes_per_token, None, tokens_count)
+
+
+def _score(scorer: Scorer, batch: Any, bytes_per_token: float | None) -> tuple[Tensor, float]:
+    """Summed loss of a batch, and how many labels a classifier guessed."""
+    if isinstance(batch, tuple) or bytes_per_token is not None:
+        return scorer.loss(batch), 0.0
+    tokens = batch.to(scorer.device)
+    return _classified(scorer.infer(tokens[:, :-1], None), tokens[:, 0])
 
 
 def _classified(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:

@@ -30,7 +30,7 @@ def restore(state: RunState, desk: Desk) -> None:
         "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
     }  # fmt: skip
     if found is None:
-        state.progress = Progress(generation=generation)
+        state.progress = Progress(generation=generation, loss_scale=state.scale.value)
         desk.cut(state)
         desk.event("started", 0, began)
         desk.tell_start(state, None)
@@ -50,6 +50,8 @@ def restore(state: RunState, desk: Desk) -> None:
     state.sync.restore(found.meta["sync"])
     state.progress = replace(progress_of(found.meta), generation=generation)
     state.guard.in_a_row = state.progress.in_a_row
+    state.scale.value = state.progress.loss_scale
+    state.scale.good_steps = state.progress.scale_steps
     desk.cut(state)
     desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
     desk.tell_start(state, found.path.name)

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record
-from cordee.build import Parts, RunState, build
+from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
 from cordee.config.run import Run
 from cordee.data.loader import held_out
-from cordee.data.source import changed_sources
+from cordee.data.samples import batches, describe_samples
+from cordee.data.source import TokenSource, changed_sources
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.mesh import WORKERS
@@ -41,9 +42,11 @@ from cordee.fault.guard import Say
 from cordee.fault.leave import leaving
 from cordee.layout.axes import AXES, INSIDE
 from cordee.metrics.sinks import last_event
+from cordee.model.folder import cut
 from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
-from cordee.parallel.apply import cut, place_of
+from cordee.parallel.apply import place_of
+from cordee.parts import Parts
 from cordee.resume import restore
 from cordee.sample import generate, to_text
 
@@ -63,23 +66,24 @@ class Report:
 # ---- initialise ----------------------------------------------------------------------------------
 
 
-def train(run: Run, parts: Parts | None = None) -> Report:
+def train(run: Run, parts: Parts | None = None, **brought: Any) -> Report:
     """Runs `run` to its end, or on from where it stands; the one way in, also for the CLI.
 
-    Outside a launcher, the plan's ranks are started on this machine (not with `parts`, which
-    cannot travel). Raises CordeeError with exit code 2 before anything is started or written when
-    the command or its input is wrong.
+    `brought` are the fields of `Parts` by name: `train(run, model=module, loss=function,
+    data=samples)`. Outside a launcher, the plan's ranks are started on this machine (not with
+    parts, which cannot travel; under torchrun they are on every rank). Raises CordeeError with exit
+    code 2 before anything is started or written when the command or its input is wrong.
     """
-    if parts is not None:
-        parts.check(run)
-    ready = get_ready(run, processes=1 if parts is not None else None)
+    given = replace(parts or Parts(), **brought)
+    given.check(run)
+    ready = get_ready(run, processes=1 if given.any else None, data=given.data is None)
     if ready.standing.finished is not None:
         return Report(ready.run.run.dir, 0, ready.standing.finished)
     if ready.launches:
         code = launch_ranks(ready.run, ready.plan)
         last = last_event(Path(ready.run.run.dir))
         return Report(ready.run.run.dir, code, last if last.get("event") == "finished" else None)
-    return descend(ready, parts or Parts())
+    return descend(ready, given)
 
 
 def descend(ready: Ready, parts: Parts) -> Report:
@@ -90,7 +94,9 @@ def descend(ready: Ready, parts: Parts) -> Report:
     with (
         lock,
         leaving() as asked,
-        world(told, plan.device, plan.threads, run.launch.timeout_s) as here,
+        world(
+            told, plan.device, plan.threads, run.launch.timeout_s, run.memory.offload != "none"
+        ) as here,
     ):
         # Distribute the data: one process writes the snapshot; then one of each host, should hosts
         # share no disk; then the others read it. Which rows are whose follows from the order and
@@ -98,7 +104,11 @@ def descend(ready: Ready, parts: Parts) -> Report:
         mine = 0 if here.first else 1 if told.local_rank == 0 else 2
         for turn in range(3):
             if turn == mine:
-                data = lay_out_data(run)
+                data = (
+                    lay_out_data(run)
+                    if parts.data is None
+                    else describe_samples(parts.data, run.run.seed)
+                )
             if told.size > 1:
                 torch.distributed.barrier()
         # Distribute the model: replicated over islands, sharded inside them; then the state of the
@@ -144,7 +154,8 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.optimizer.set_lr(scale)
 
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
-    losses, partial = state.engine.forward_backward(number - 1)
+    loss_scale = state.scale.value
+    losses, partial = state.engine.forward_backward(number - 1, loss_scale)
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
 
@@ -154,13 +165,15 @@ def step(state: RunState, desk: Desk) -> Outcome:
         said, group = state.speaks(losses), state.mesh.group(*AXES)
         tally = gather_tally(said, desk.wishes(), state.spoken, group)
         gradients = state.engine.place(state.sync.agree(partial))
+        state.scale.unscale(gradients)
     del partial
     state.drill.point("step.agree", number)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
     norm = state.norm(gradients)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
-    verdict = state.guard.judge(mean_losses, float(norm))
+    overflow = state.scale.follow(mean_losses, float(norm))
+    verdict = state.guard.judge(mean_losses, float(norm), overflow)
     layers = desk.layers(state, gradients, number)
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
@@ -171,7 +184,9 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.sync.settle(number)
     state.progress = desk.advance(state, tally, verdict)
     loss = math.fsum(mean_losses) / len(mean_losses)
-    return Outcome(loss, float(norm), scale * state.optimizer.peak_lr, verdict, tally, layers)
+    lr = scale * state.optimizer.peak_lr
+    told = loss_scale if state.scale.dynamic else None
+    return Outcome(loss, float(norm), lr, verdict, tally, layers, told)
 
 
 def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:
@@ -217,13 +232,16 @@ def measure(state: RunState) -> HeldOut | None:
     run = state.run
     if state.held_out is None or not run.evaluate.tokens:
         return None
-    rows = max(1, run.batch.microbatch)
-    count = max(1, run.evaluate.tokens // (rows * run.data.sequence))
-    batches = list(held_out(state.held_out, run.data.sequence, rows, count))
+    rows = run.batch.microbatch
+    count = max(1, run.evaluate.tokens // state.step_tokens * run.batch.microbatches)
+    if isinstance(state.held_out, TokenSource):
+        given: list[Any] = list(held_out(state.held_out, run.data.sequence, rows, count))
+    else:
+        given = list(batches(state.held_out, rows, count))
     workers = state.mesh.size(*WORKERS)
     return evaluate(
         state.engine,
-        batches,
+        given,
         (state.mesh.worker, workers),
         lambda sums: gather_rows(sums, state.mesh.group(*WORKERS), workers),
         None if run.model.classifies else state.data.bytes_per_token,
@@ -282,7 +300,9 @@ def sample(state: RunState) -> str | None:
         return None
     prompt = torch.tensor(list(SAMPLE_PROMPT.encode()))
     state.engine.modes(training=False)
-    made = generate(
-        state.engine.logits, prompt, run.evaluate.sample, run.data.sequence, 0.8, run.run.seed
-    )
+    compiled = run.run.compile != "none"
+    # Every length of the window would be compiled anew.
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        count, window = run.evaluate.sample, run.data.sequence
+        made = generate(state.engine.logits, prompt, count, window, 0.8, run.run.seed)
     return to_text(made)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cordee.begin import lay_out_data, settle
-from cordee.build import Parts, RunState, build
+from cordee.begin import check_compiler, lay_out_data, settle
+from cordee.build import RunState, build
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.dist.start import Launched, world
 from cordee.dist.tally import Wishes, gather_tally
 from cordee.layout.axes import AXES
 from cordee.optim.clip import clip_gradients, limit_parameters
+from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 
@@ -34,12 +35,17 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     run = settle(override(run, values))
     data = lay_out_data(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, 1)
+    check_compiler(run, plan.device)
     losses: list[float] = []
-    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s) as here:
+    offload = run.memory.offload != "none"
+    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s, offload) as here:
         state = build(run, plan, here, data, Parts())
         for number, rate in enumerate(lr_of_step):
             state.optimizer.set_lr(rate / state.optimizer.peak_lr)
             loss, norm = step(state, number)
+            if state.scale.follow([loss], norm):
+                losses.append(loss)
+                continue
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 losses.append(math.inf)
                 break
@@ -51,11 +57,12 @@ def step(state: RunState, number: int) -> tuple[float, float]:
     """Step `number` (from 0) at the rate that is set: (mean loss before the update in nats, norm of
     the gradient before clipping), the same on all ranks. Nothing is updated if one is not finite.
     """
-    losses, partial = state.engine.forward_backward(number)
+    losses, partial = state.engine.forward_backward(number, state.scale.value)
     group = state.mesh.group(*AXES)
     tally = gather_tally(state.speaks(losses), Wishes(), state.spoken, group)
     loss = math.fsum(tally.losses) / state.engine.work.tokens
     gradients = state.engine.place(state.sync.agree(partial))
+    state.scale.unscale(gradients)
     norm = state.norm(gradients)
     if math.isfinite(loss) and math.isfinite(float(norm)):
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)

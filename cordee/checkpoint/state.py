@@ -1,7 +1,8 @@
 """The complete list of what survives: nothing else carries a run from one process to the next.
 
-parameters · optimiser state · `Progress` (below: step, tokens, clock, skips) · the sync protocol's
-state · digests of the data and of the configuration. Order of samples and dropout need no state:
+tensors (parameters, buffers) · optimiser state · `Progress` (below: step, tokens, clock, skips, loss
+scale) · the sync protocol's state · digests of data and configuration. Order of samples and dropout
+need no state:
 both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so that
 any layout may load them. Ranks that hold the same box share the writing: one of them writes it.
 """
@@ -22,7 +23,8 @@ from cordee.layout.boxes import Place, shape_of, volume, whole
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `generation` counts how often it was started."""
+    """Where a run stands. `generation` counts how often it was started, `scale_steps` the good
+    steps since the loss scale changed (optim/scale.py)."""
 
     step: int = 0
     tokens: int = 0
@@ -30,6 +32,8 @@ class Progress:
     skipped: int = 0
     in_a_row: int = 0
     generation: int = 0
+    loss_scale: float = 1.0
+    scale_steps: int = 0
 
 
 @dataclass(frozen=True)

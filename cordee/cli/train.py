@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         if ready.launches:
             code = launch_ranks(ready.run, ready.plan)
         else:
-            from cordee.build import Parts  # here torch comes in
+            from cordee.parts import Parts  # here torch comes in
             from cordee.train import descend
 
             code = descend(ready, Parts()).exit_code

@@ -6,6 +6,7 @@ names the values and the nearest fix; nothing has been started or written when o
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 
 from cordee.config.model import InitialSettings, ModelSettings
@@ -229,12 +230,8 @@ def _check_foreign(run: Run) -> None:
 
 
 def _check_run(run: Run) -> None:
-    if run.run.precision == "fp16":
-        raise ConfigError(
-            "fp16 needs loss scaling, which this version does not have",
-            values={"run.precision": "fp16"},
-            fix="run.precision=bf16",
-        )
+    if run.run.precision == "fp8":
+        _check_fp8(run)
     if run.sync.every != 1:
         raise ConfigError(
             "this version agrees every step",
@@ -282,6 +279,30 @@ def _check_exact(run: Run) -> None:
             values={"run.exact": True, "sync.codec": run.sync.codec},
             fix="sync.codec=identity",
         )
+
+
+def _check_fp8(run: Run) -> None:
+    """Every dim of an fp8 product, forward and backward, is a multiple of 16 (the library's)."""
+    model, rows = run.model, run.batch.microbatch
+    wide, long = math.lcm(16, 2 * model.heads), 16 // math.gcd(16, rows)
+    dims = {
+        "model.width": (model.width, _near(model.width, wide)),
+        "model.head_width": (model.query_width, _near(model.per_head, 16)),
+        "model.kv_heads": (model.kv_width, model.heads),
+        "model.ffn": (model.hidden_width, _near(model.hidden_width, 16)),
+        "data.sequence": (rows * run.data.sequence, _near(run.data.sequence, long)),
+    }
+    for key, (dim, near) in dims.items():
+        if dim % 16:
+            raise ConfigError(
+                "fp8 products need dims that are multiples of 16, the tokens of a microbatch too",
+                values={"run.precision": "fp8", f"dim of {key}": dim},
+                fix=f"{key}={near}",
+            )
+
+
+def _near(value: int, step: int) -> int:
+    return max(1, round(value / step)) * step
 
 
 def _check_fault(run: Run) -> None:

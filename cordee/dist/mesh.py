@@ -91,10 +91,11 @@ def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False
             made[ranks] = _group(ranks, layout.size)
         groups[named] = made[ranks]
     mesh = None
-    if layout.shard > 1:
+    if layout.shard > 1 or shard_always:
         kind = device.split(":")[0]
-        shards = list(members(layout, at, ("shard",)))
-        mesh = DeviceMesh.from_group(groups[("shard",)], kind, shards, mesh_dim_names=("shard",))
+        shards = members(layout, at, ("shard",))
+        group = groups[("shard",)] if layout.shard > 1 else _group(shards, layout.size)
+        mesh = DeviceMesh.from_group(group, kind, list(shards), mesh_dim_names=("shard",))
     return Mesh(layout, rank, at, groups, mesh)
 
 

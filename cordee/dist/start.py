@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +114,17 @@ def _hosts(env: Mapping[str, str], rank_name: str, size: int) -> int:
     return -(-size // max(1, of_host))
 
 
+def compiler(device: str) -> tuple[str, bool]:
+    """What torch.compile would build its kernels with on "cpu" or "cuda": (name, whether it and
+    Python's headers are there)."""
+    names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if device == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    found = any(shutil.which(name) for name in names)
+    return " or ".join(names), found and headers.exists()
+
+
 def follow_parent() -> None:
     """Dies with the process that launched this one (Linux), so that no orphan trains on."""
     parent = os.environ.get(PARENT)
@@ -138,10 +151,13 @@ def rank_environment(rank: int, size: int, store: str, threads: int) -> dict[str
 
 
 @contextmanager
-def world(told: Launched, device: str, threads: int, timeout_s: float) -> Iterator[World]:
+def world(
+    told: Launched, device: str, threads: int, timeout_s: float, always: bool = False
+) -> Iterator[World]:
     """Joins the process group, pins threads, and leaves the group at the end, whatever happened.
 
-    `device` is "cpu" or "cuda". Raises RunError when the others cannot be reached.
+    `device` is "cpu" or "cuda"; `always`: make a group also of one process (FSDP2 needs one).
+    Raises RunError when the others cannot be reached.
     """
     import torch  # late: errors above must not cost an import of torch
     import torch.distributed as dist
@@ -153,8 +169,12 @@ def world(told: Launched, device: str, threads: int, timeout_s: float) -> Iterat
     if device == "cuda":
         torch.cuda.set_device(told.local_rank)
         place = f"cuda:{told.local_rank}"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if told.size > 1 or told.by_launcher:
-        _join(told, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s)
+        _join(told, backend, timeout_s)
+    elif always:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield World(told.rank, told.size, told.local_rank, place, socket.gethostname(), os.getpid())
     finally:

@@ -40,11 +40,16 @@ class Guard:
         self.limit = limit
         self.in_a_row = 0
 
-    def judge(self, losses: Iterable[float], grad_norm: float) -> Verdict:
-        """`losses` are the mean losses of all microbatches in order, `grad_norm` the global one."""
+    def judge(self, losses: Iterable[float], grad_norm: float, excuse: str = "") -> Verdict:
+        """`losses` are the mean losses of all microbatches in order, `grad_norm` the global one.
+
+        A gradient that is not finite for a known reason, the `excuse`, is dropped and not counted.
+        """
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             cause = f"the loss of microbatch {_some(bad)} is not finite"
+        elif excuse:
+            return Verdict(Say.SKIP, excuse)
         elif not math.isfinite(grad_norm):
             cause = "the gradient is not finite"
         else:

@@ -113,6 +113,11 @@ def rotate(x_BTHE: Tensor, turns_TE2: Tensor) -> Tensor:
     A complex product: 0.18 ms forward and backward, against 0.35 to 0.53 ms for four ways to write
     it with halves and cosines.
     """
+    if torch.compiler.is_compiling():  # the compiler fuses this, and nothing of complex numbers
+        cos_T1E, sin_T1E = turns_TE2.unsqueeze(1).unbind(-1)
+        real, imaginary = x_BTHE.float().view(*x_BTHE.shape[:-1], -1, 2).unbind(-1)
+        turned = (real * cos_T1E - imaginary * sin_T1E, real * sin_T1E + imaginary * cos_T1E)
+        return torch.stack(turned, -1).flatten(-2)
     turns_T1E = torch.view_as_complex(turns_TE2).unsqueeze(1)
     pairs = torch.view_as_complex(x_BTHE.float().view(*x_BTHE.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turns_T1E).flatten(-2)

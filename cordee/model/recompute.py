@@ -18,14 +18,14 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from cordee.config.run import MemorySettings
 
 aten = torch.ops.aten
 KEPT = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default,
+    aten._grouped_mm.default, aten._scaled_mm.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -40,11 +40,20 @@ def run_block(
 ) -> Tensor:
     """`block(*inputs, **named)`, of block number `index`, keeping what `memory` says for the
     backward."""
-    if not (memory.recomputes(index) and torch.is_grad_enabled()):
-        return cast(Tensor, block(*inputs, **named))
-    contexts = _selective if memory.recompute == "selective" else noop_context_fn
-    again = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts, **named)
-    return cast(Tensor, again)
+    run = recomputed(memory.recompute, block) if memory.recomputes(index) else block
+    return cast(Tensor, run(*inputs, **named))
+
+
+def recomputed(kind: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` that keeps what `kind` (selective, full) says, while gradients are wanted."""
+    kept: dict[str, Any] = {"context_fn": _selective} if kind == "selective" else {}
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        return checkpoint(forward, *inputs, use_reentrant=False, **kept, **named)
+
+    return run
 
 
 def _selective() -> Any:

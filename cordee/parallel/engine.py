@@ -15,17 +15,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cordee.dist.exchange import Partial, gather_rows
 from cordee.dist.mesh import Mesh
 from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
+from cordee.model.folder import cut
 from cordee.model.moe import forget_load, mixtures, move_bias
+from cordee.model.precision import casting
 from cordee.parallel import shard
-from cordee.parallel.apply import Live, cut
+from cordee.parallel.apply import Live
 from cordee.parallel.shard import Sharding, local
 from cordee.parallel.sums import GradientSums
+
+Batch = tuple[Tensor, ...]
 
 
 class Microbatches(Protocol):
@@ -35,8 +39,8 @@ class Microbatches(Protocol):
         """Announces the microbatches of `step` that this rank computes."""
         ...
 
-    def microbatch(self, step: int, index: int) -> Tensor:
-        """Token ids (rows, sequence + 1), int64."""
+    def microbatch(self, step: int, index: int) -> Tensor | Batch:
+        """Token ids (rows, sequence + 1), int64, or a batch of the run's own loss."""
         ...
 
 
@@ -51,6 +55,7 @@ class Work:
     keyed: bool
     autocast: torch.dtype | None
     sharding: Sharding
+    device: str
     balance_rate: float = 0.0
 
 
@@ -65,7 +70,7 @@ class Engine:
         self.sharded = mesh.shard_mesh is not None
         self.modules = live.modules()
         self.parameters = {n: local(p.detach()).requires_grad_() for n, p in self.modules.items()}
-        self.device = next(iter(self.parameters.values())).device
+        self.device = torch.device(work.device)
         self.buffers = live.buffers()
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
@@ -73,9 +78,10 @@ class Engine:
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
-    def forward_backward(self, step: int) -> tuple[list[Tensor], Partial]:
-        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums)."""
-        self.begin(step)
+    def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
+        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
+        are `scale` times the gradient)."""
+        self.begin(step, scale)
         canonical = self.work.sharding.canonical
         losses: list[Tensor] = []
         partial: Partial = []
@@ -83,19 +89,19 @@ class Engine:
             if self.sharded:
                 last = index == self.work.part.stop - 1
                 shard.before_microbatch(self.live.chunks[0], last, self.work.sharding)
-            losses.append(self._microbatch(step, index))
+            losses.append(self._microbatch(step, index, scale))
             if canonical:
                 self._tree.feed(partial, index, self._take(), _add)
         return losses, partial if canonical else self.collect()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, scale: float) -> None:
         """Training mode, no gradients, and the loader knows what is wanted."""
         for chunk in self.live.chunks:
             chunk.train()
             self._clear(list(chunk.parameters()))
             forget_load(chunk)
         for moe in self._mixtures:
-            moe.aux_scale = 1.0 / self.work.tokens
+            moe.aux_scale = scale / self.work.tokens
         self._clear(list(self.modules.values()))
         began = time.perf_counter()
         self.loader.begin(step, self.work.part)
@@ -118,7 +124,9 @@ class Engine:
         mine = []
         for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
             if self.sharded and self.work.sharding.canonical:
-                gradient = cut(gradient, self.live.specs[name].box(self.mesh.layout, self.mesh.at))
+                box = self.live.specs[name].box(self.mesh.layout, self.mesh.at)
+                # Whole gradients are summed where they were made; offloaded rows are the host's.
+                gradient = cut(gradient, box).to(parameter.device)
             parameter.grad = gradient
             mine.append(gradient)
         return mine
@@ -128,11 +136,16 @@ class Engine:
         move_bias(self._mixtures, self._over_all, self.work.balance_rate)
 
     def tokens(self, step: int, index: int) -> Tensor:
-        """A microbatch of the loader on this rank's device; its time counts as data."""
-        began = time.perf_counter()
-        found = self.loader.microbatch(step, index).to(self.device, non_blocking=True)
-        self.data_s += time.perf_counter() - began
+        """A microbatch of token ids on this rank's device; its time counts as data."""
+        (found,) = self._load(step, index)
         return found
+
+    def batch(self, step: int, index: int) -> Batch:
+        """What the model, or the run's own loss, is called with for a microbatch."""
+        if self.live.loss is not None:
+            return self._load(step, index)
+        tokens = self.tokens(step, index)
+        return self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
 
     def split(self, tokens_BT: Tensor) -> Tensor:
         """The positions of [B, T] from which this rank attends."""
@@ -146,23 +159,24 @@ class Engine:
     # ---- without gradients ----
 
     @torch.no_grad()
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Summed loss in nats of int64 [rows, sequence + 1], the same on all ranks of an island."""
-        inputs, targets = self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
-        found = self.infer(inputs, targets)
-        return (
-            found if self.mesh.size("context") == 1 else self.live.wires["context"].total_now(found)
-        )
+    def loss(self, given: Tensor | Batch) -> Tensor:
+        """Summed loss in nats of int64 [rows, sequence + 1], or of a batch of the run's own loss;
+        the same on all ranks of an island."""
+        if not isinstance(given, Tensor):
+            return self.call(self.live.chunks[0], tuple(t.to(self.device) for t in given))
+        tokens = given.to(self.device)
+        found = self.infer(self.split(tokens[:, :-1]), self.split(tokens[:, 1:]))
+        return found if self.live.span.context == 1 else self.live.wires["context"].total_now(found)
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """fp32 [B, T, V] of int64 [B, T], whole on every rank; T may be anything."""
         length = tokens_BT.shape[1]
-        parts = self.mesh.size("context")
-        unit = self.mesh.size("tensor") * (2 * parts if parts > 1 else 1)
+        parts = self.live.span.context
+        unit = self.live.span.tensor * (2 * parts if parts > 1 else 1)
         padded = torch.nn.functional.pad(tokens_BT.to(self.device), (0, -length % unit))
         found = self.infer(self.split(padded), None)
-        if self.mesh.size("tensor") > 1:
+        if self.live.span.tensor > 1:
             found = self.live.wires["tensor"].gather_now(found, 2)
         if parts > 1:
             order = self.live.wires["context"].gather_now(
@@ -174,7 +188,16 @@ class Engine:
     @torch.no_grad()
     def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
         """Forward of this rank's positions: the loss, or logits of its part of the vocabulary."""
-        return self._call(inputs, targets, 0)
+        return self.call(self.live.chunks[0], (inputs, targets))
+
+    def call(self, model: nn.Module, batch: tuple[Tensor | None, ...], key: int = 0) -> Tensor:
+        """The model, or the run's own loss, of a batch."""
+        with casting(self.device.type, self.work.autocast):
+            if self.live.loss is not None:
+                return self.live.loss(model, *batch)
+            found = model(*batch, key) if key else model(*batch)
+        assert isinstance(found, Tensor)
+        return found
 
     def modes(self, training: bool) -> None:
         """Sets what dropout and the like do."""
@@ -183,21 +206,20 @@ class Engine:
 
     # ---- inside ----
 
-    def _microbatch(self, step: int, index: int) -> Tensor:
-        tokens = self.tokens(step, index)
-        inputs, targets = self.split(tokens[:, :-1]), self.split(tokens[:, 1:])
-        loss = self._call(inputs, targets, self.key(step, index))
-        torch.autograd.backward(loss / self.work.tokens)
+    def _load(self, step: int, index: int) -> Batch:
+        began = time.perf_counter()
+        found = self.loader.microbatch(step, index)
+        given = (found,) if isinstance(found, Tensor) else found
+        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in given)
+        self.data_s += time.perf_counter() - began
+        return batch
+
+    def _microbatch(self, step: int, index: int, scale: float) -> Tensor:
+        batch, key = self.batch(step, index), self.key(step, index)
+        loss = self.call(self.live.chunks[0], batch, key)
+        torch.autograd.backward(loss / self.work.tokens * scale)
         detached: Tensor = loss.detach()
         return detached
-
-    def _call(self, inputs: Tensor, targets: Tensor | None, key: int) -> Tensor:
-        model = self.live.chunks[0]
-        kind = self.work.autocast
-        with torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None):
-            found = model(inputs, targets, key) if key else model(inputs, targets)
-        assert isinstance(found, Tensor)
-        return found
 
     def _take(self) -> list[Tensor]:
         """This microbatch's whole gradients, taken off the parameters."""

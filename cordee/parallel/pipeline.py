@@ -39,6 +39,7 @@ class PipelineEngine(Engine):
         self.group = mesh.group("pipeline")
         self.mine = live.stages.of_rank(mesh.at["pipeline"])
         self.bytes_sent = 0
+        self._scale = 1.0
         positions = run.data.sequence // mesh.size("context")
         self._stream = (self.rows, positions // mesh.size("tensor"), self.width)
         self._schedule = self._make_schedule(run.layout.schedule, positions)
@@ -48,9 +49,10 @@ class PipelineEngine(Engine):
         """Whether this rank has the first stage, and the last one."""
         return 0 in self.mine, self.live.stages.last in self.mine
 
-    def forward_backward(self, step: int) -> tuple[list[Tensor], Partial]:
+    def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
         """As `Engine.forward_backward`; only ranks with the last stage return losses."""
-        self.begin(step)
+        self.begin(step, scale)
+        self._scale = scale / self.work.tokens
         first, last = self.ends
         part = self.work.part
         keys = torch.tensor([self.key(step, index) for index in part], dtype=torch.int64)
@@ -67,7 +69,7 @@ class PipelineEngine(Engine):
             *inputs, target=target, losses=losses if last else None, return_outputs=False, **given
         )
         self._count(len(part))
-        return [loss.detach() * self.work.tokens for loss in losses], self.collect()
+        return [loss.detach() / self._scale for loss in losses], self.collect()
 
     def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
         """Forward through all stages; the result is on every rank of the pipeline."""
@@ -131,7 +133,7 @@ class PipelineEngine(Engine):
         )
 
     def _mean(self, loss: Tensor, _: Tensor) -> Tensor:
-        return loss / self.work.tokens
+        return loss * self._scale
 
     def _count(self, microbatches: int) -> None:
         """Streams handed to other ranks: on to the next stage, and gradients back."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cordee.dist.exchange import gather_flat
@@ -23,10 +23,12 @@ from cordee.dist.exchange import gather_flat
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is sharded: level of ZeRO, and whether gradients stay whole (canonical)."""
+    """How a model is sharded: level of ZeRO, whether gradients stay whole (canonical), whether
+    shards and their gradients live in the host's memory (offload)."""
 
     zero: int = 1
     canonical: bool = False
+    offload: bool = False
 
 
 def shard(
@@ -35,11 +37,13 @@ def shard(
 ) -> None:  # fmt: skip
     """Shards every parameter over `mesh`, in dim 0 or the one that `dims` names; `units` are
     wrapped one by one, then the root."""
+    pinned = mesh.device_type != "cpu"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if how.offload else OffloadPolicy()
     placed = {p: Shard(dims.get(name) or 0) for name, p in model.named_parameters()}
     for module in (*units, model):
         fully_shard(
             module, mesh=mesh, reshard_after_forward=how.zero == 3,
-            shard_placement_fn=placed.__getitem__,
+            shard_placement_fn=placed.__getitem__, offload_policy=policy,
         )  # fmt: skip
     for unit in fsdp_modules(model):
         # Losses are divided by the global token count, so sums must not be divided again; gloo

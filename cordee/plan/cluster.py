@@ -37,6 +37,8 @@ class Cluster:
     """Peak dense floating-point operations per second of one accelerator or one core, fp32."""
     flops_bf16: float
     """The same in bf16 with fp32 sums."""
+    flops_fp8: float = 0.0
+    """The same in fp8; 0: not known to have it."""
     bf16_share: float = 0.0
     """Share of the bf16 peak that large products reach; 0: what is usual for such devices."""
     memory_bytes_per_s: float
@@ -56,7 +58,8 @@ class Cluster:
         return (self.devices if self.device == "cuda" else self.cores) * self.hosts
 
     def flops(self, precision: str) -> float:
-        """Peak of one accelerator or core in fp32 or bf16, operations per second."""
+        """Peak of one accelerator or core, operations per second: fp32's, or bf16's for what is
+        narrower (in fp8 are only the blocks' products; MFU counts against bf16)."""
         return self.flops_fp32 if precision == "fp32" else self.flops_bf16
 
 
@@ -68,22 +71,23 @@ CPU_TURBO = 1.25
 """Turbo clock over the clock that /proc/cpuinfo shows, where the kernel does not tell it."""
 
 _GPU = {
-    "A100": (80e9, 19.5e12, 312e12, 0.70, 2.04e12, 300e9, 25e9),
-    "H100": (80e9, 67e12, 989e12, 0.57, 3.35e12, 450e9, 50e9),
-    "H200": (141e9, 67e12, 989e12, 0.57, 4.8e12, 450e9, 50e9),
-    "B200": (180e9, 75e12, 2250e12, 0.48, 7.7e12, 900e9, 50e9),
+    "A100": (80e9, 19.5e12, 312e12, 0.0, 0.70, 2.04e12, 300e9, 25e9),
+    "H100": (80e9, 67e12, 989e12, 1979e12, 0.57, 3.35e12, 450e9, 50e9),
+    "H200": (141e9, 67e12, 989e12, 1979e12, 0.57, 4.8e12, 450e9, 50e9),
+    "B200": (180e9, 75e12, 2250e12, 4500e12, 0.48, 7.7e12, 900e9, 50e9),
 }
-"""Memory, fp32 and dense bf16 peak, share of it that training reaches, HBM bandwidth, NVLink one
-way, one NIC. NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (half of
-the bf16 figures given "with sparsity", half of the NVLink figures, which count both ways); NICs of
-200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares: costs.py."""
+"""Memory, fp32, dense bf16 and dense fp8 peak, share of bf16's that training reaches, HBM
+bandwidth, NVLink one way, one NIC. NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM
+and HGX B200 (half of the bf16 and fp8 figures given "with sparsity", half of the NVLink figures,
+which count both ways); NICs of 200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares:
+costs.py."""
 
 
 def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
     """`hosts` machines with `devices` accelerators each, from the table; ConfigError if unknown."""
     if kind not in _GPU:
         raise _unlike("there is no such device in the table", "kind", kind, list(_GPU))
-    memory, fp32, bf16, share, bandwidth, link, network = _GPU[kind]
+    memory, fp32, bf16, fp8, share, bandwidth, link, network = _GPU[kind]
     return Cluster(
         device="cuda",
         name=f"{devices} {kind}",
@@ -93,6 +97,7 @@ def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> 
         memory_bytes=int(memory),
         flops_fp32=fp32,
         flops_bf16=bf16,
+        flops_fp8=fp8,
         bf16_share=share,
         memory_bytes_per_s=bandwidth,
         link_bytes_per_s=link,
@@ -144,6 +149,7 @@ def cpu_only(cluster: Cluster) -> Cluster:
         memory_bytes=_memory_bytes(),
         flops_fp32=fp32,
         flops_bf16=bf16,
+        flops_fp8=0.0,
         bf16_share=0.0,
         memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
         link_bytes_per_s=CPU_LINK_BYTES_PER_S,
@@ -185,7 +191,7 @@ def read_cluster(path: str | Path) -> Cluster:
 def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
     if cluster.device not in ("cpu", "cuda"):
         raise _unlike("no such kind of device", "device", cluster.device, ["cpu", "cuda"])
-    free = ("devices", "bf16_share")
+    free = ("devices", "bf16_share", "flops_fp8")
     for key, value in asdict(cluster).items():
         if isinstance(value, int | float) and key not in free and value <= 0:
             raise ConfigError(

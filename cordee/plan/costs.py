@@ -181,9 +181,14 @@ def keys_per_query(length: int, device: str) -> float:
     return met / length
 
 
+def kind_of(cluster: Cluster, precision: str) -> Kind:
+    """The constants of these devices; fp16 and fp8 have bf16's, whose elements they share."""
+    return KINDS[cluster.device, "fp32" if precision == "fp32" else "bf16"]
+
+
 def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> dict[str, float]:
     """Seconds of one microbatch on one rank with the machine to itself, by stream."""
-    kind = KINDS[cluster.device, precision]
+    kind = kind_of(cluster, precision)
     element_bytes = 4 if precision == "fp32" or cluster.device == "cpu" else 2
     speed = matrix_share(cluster, precision) * cluster.flops(precision)
     speed *= work.tokens / (work.tokens + kind.rows)
@@ -196,8 +201,10 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
     )
     bandwidth = kind.bandwidth * cluster.memory_bytes_per_s
     bandwidth /= _slowdown(kind.serial_passes, threads, cluster)
+    # Not measured: as far from fp8's peak as from bf16's, the head's product too.
+    gain = cluster.flops_fp8 / cluster.flops_bf16 if precision == "fp8" else 1.0
     return {
-        "matrices": work.matrix_flops / speed,
+        "matrices": work.matrix_flops / (speed * gain),
         "attention": work.attention_flops / (kind.attention * speed),
         "elementwise": passes * element_bytes / bandwidth,
         "dispatch": kind.layer_s * work.layers,
@@ -206,15 +213,15 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
 
 def matrix_share(cluster: Cluster, precision: str) -> float:
     """Share of peak that large matrix products reach on these devices."""
-    told = cluster.bf16_share if precision == "bf16" else 0.0
-    return told or KINDS[cluster.device, precision].matrix
+    told = cluster.bf16_share if precision != "fp32" else 0.0
+    return told or kind_of(cluster, precision).matrix
 
 
 def update_s(
     run: Run, specs: Sequence[TensorSpec], cluster: Cluster, threads: int, layout: Layout
 ) -> float:
     """Seconds of clip and update on the rank with most work."""
-    kind = KINDS[cluster.device, run.run.precision]
+    kind = kind_of(cluster, run.run.precision)
     bytes_of = UNFUSED_BYTES if run.run.exact else UPDATE_BYTES
     name = run.optim.name
     traffic = 0.0
@@ -273,7 +280,7 @@ def interval(
 ) -> tuple[float, float]:
     """(low, high) factors of a predicted step; CPU ranks with several threads suffer most from
     other programs, and ranks that share cores from each other."""
-    kind = KINDS[cluster.device, precision]
+    kind = kind_of(cluster, precision)
     if cluster.device != "cpu":
         return kind.low, kind.high
     crowded = processes_per_host * threads > cluster.cores

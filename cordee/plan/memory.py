@@ -125,9 +125,12 @@ def rank_memory(
 ) -> Memory:
     """Memory of the rank that needs most: shard 0, whose rows are never fewer than another's."""
     held = state_bytes(run, specs, layout.shard, 0)
+    offload = run.memory.offload != "none"
+    if offload:
+        held = dict.fromkeys(held, 0)  # the host's, who is not counted
     whole = FP32 * sum(spec.elements for spec in specs)
     sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, layout.workers)
-    keeps_whole = wire.canonical or layout.shard == 1
+    keeps_whole = wire.canonical or (layout.shard == 1 and not offload)
     mine = whole if keeps_whole else held["gradients"]
     several = -(-run.batch.microbatches // layout.workers) > 1
     before = sums.most - 1 if wire.canonical else int(several and keeps_whole)
@@ -156,7 +159,7 @@ def rank_memory(
         "exchange buffers": _buffer_bytes(run, layout, wire, mine),
     }
     update = {
-        "gradients": mine,
+        "gradients": 0 if offload else mine,
         "update temporaries": _update_bytes(run, specs, held["parameters"]),
     }
     state = {
@@ -196,7 +199,7 @@ def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
     if run.model.classifies:
         return [(classifier.activation_bytes(run, device), 0.0)]
     model, tokens = run.model, run.batch.microbatch * run.data.sequence
-    element = 2 if run.run.precision == "bf16" else FP32
+    element = 2 if run.run.precision != "fp32" else FP32
     width, heads = model.width, model.heads
     norms = 2 * (FP32 + element) * width + 2 * FP32
     keys, kv_heads = model.kv_width, model.kv_heads or heads
@@ -224,7 +227,7 @@ def cast_share(run: Run, behind: float) -> float:
     """Part of the weights whose bf16 copies are held: all at the loss (autocast's cache), later
     those of blocks that keep them and of the one that is computed again."""
     again = sum(map(run.memory.recomputes, range(run.model.layers))) if behind else 0
-    return 1.0 - max(0, again - 1) / run.model.layers if run.run.precision == "bf16" else 0.0
+    return 1.0 - max(0, again - 1) / run.model.layers if run.run.precision != "fp32" else 0.0
 
 
 def _products_bytes(run: Run, element: int) -> int:
@@ -237,7 +240,7 @@ def _products_bytes(run: Run, element: int) -> int:
 
 def gathered_bytes(run: Run, specs: Sequence[TensorSpec], layout: Layout, canonical: bool) -> int:
     """Parameters gathered by FSDP2 at once: two blocks and the rest, or all when canonical."""
-    if layout.shard == 1:
+    if layout.shard == 1 and run.memory.offload == "none":
         return 0
     rest, blocks = unit_bytes(specs, layout.shard)
     layers = run.model.layers
@@ -266,7 +269,7 @@ def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
     logits = FP32 * chunk * vocabulary * (4 if run.model.logit_cap else 3)
     if run.memory.loss_chunk:
         # The head's gradient and its last part, and the gradient of the head's input.
-        element = 2 if run.run.precision == "bf16" else FP32
+        element = 2 if run.run.precision != "fp32" else FP32
         logits += run.model.width * (vocabulary * (FP32 + element) + tokens * element)
     block = _block_bytes(run)
     return {"logits": logits} if logits >= sum(block.values()) else block

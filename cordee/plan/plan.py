@@ -20,6 +20,7 @@ from cordee.layout.axes import AXES, INSIDE, Layout, settle
 from cordee.layout.stages import make_stages
 from cordee.layout.tensors import tensors
 from cordee.plan.cluster import Cluster, cpu_only
+from cordee.plan.devices import check_devices
 from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
@@ -130,14 +131,17 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
 
 
 def devices_of(run: Run, cluster: Cluster) -> Cluster:
-    """The cluster as the run wants it (launch.device); LayoutError when there is no such device."""
+    """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
+    it cannot do what the run asks."""
     if run.launch.device == "cuda" and cluster.device != "cuda":
         raise LayoutError(
             "there is no cuda device",
             values={"launch.device": "cuda", "devices": cluster.name},
             fix="launch.device=cpu",
         )
-    return cpu_only(cluster) if run.launch.device == "cpu" else cluster
+    found = cpu_only(cluster) if run.launch.device == "cpu" else cluster
+    check_devices(run, found)
+    return found
 
 
 def axes_given(run: Run) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.plan.cluster import Cluster
-from cordee.plan.costs import KINDS
+from cordee.plan.costs import kind_of
 from cordee.plan.memory import FITS
 from cordee.plan.plan import Plan
 from cordee.plan.search import MIB, Prediction, Ranking
@@ -90,12 +90,13 @@ def compare(plan: Plan, measured: Mapping[str, float]) -> str:
 
 def assumed(run: Run, cluster: Cluster) -> dict[str, str]:
     """What the figures rest on, in words."""
-    kind = KINDS[cluster.device, run.run.precision]
+    kind = kind_of(cluster, run.run.precision)
+    peak = "fp32" if run.run.precision == "fp32" else "bf16"
     unit = "core" if cluster.device == "cpu" else "device"
     told = {
         "devices": _devices(cluster),
         "peak": f"{cluster.flops(run.run.precision) / 1e9:,.0f} GFLOP/s a {unit}"
-        f" ({run.run.precision}), of which matrix products reach {kind.matrix:.0%}",
+        f" ({peak}), of which matrix products reach {kind.matrix:.0%}",
         "memory bandwidth": f"{cluster.memory_bytes_per_s / 1e9:,.0f} GB/s a {unit}",
         "link": f"{cluster.link_bytes_per_s / 1e9:,.2f} GB/s,"
         f" {cluster.link_s * 1e6:.0f} us between ranks of a host",

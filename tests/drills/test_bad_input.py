@@ -28,7 +28,12 @@ CASES = {
     "width": (("model.width=65",), "model.width"),
     "shared keys": (("model.kv_heads=3",), "model.kv_heads=2"),
     "exact by the clock": (("run.exact=true", "run.minutes=1"), "run.minutes"),
-    "fp16": (("run.precision=fp16",), "bf16"),
+    "fp8 on a CPU": (("run.precision=fp8", "launch.device=cpu"), "run.precision=bf16"),
+    "dims of fp8": (("run.precision=fp8", "model.ffn=100"), "model.ffn=96"),
+    "offload on a CPU": (
+        ("memory.offload=parameters", "launch.device=cpu"),
+        "memory.offload=none",
+    ),
     "missing file": (("nowhere.toml",), "nowhere.toml"),
 }
 
@@ -43,6 +48,15 @@ def test_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     assert "nearest fix" in done.stderr
     assert "Traceback" not in done.stderr
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiling_without_a_compiler(processes: int, run_dir: Path) -> None:
+    words = ("run.compile=blocks", "launch.device=cpu", f"launch.processes={processes}")
+    done = cordee("train", *SMALL, *words, f"run.dir={run_dir}", CXX="no-such-compiler")
+    assert done.returncode == 2, done.stderr
+    assert "no-such-compiler" in done.stderr and "run.compile=none" in done.stderr
+    assert not run_dir.exists()
 
 
 def test_malformed_toml(tmp_path: Path) -> None:

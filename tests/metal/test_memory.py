@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cordee.build import Parts
 from cordee.config.load import override
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.run import MemorySettings, Run
@@ -19,6 +18,7 @@ from cordee.layout.tensors import tensors
 from cordee.model.initial import initialise
 from cordee.model.loss import chunked_loss, head_loss
 from cordee.model.transformer import Transformer
+from cordee.parts import Parts
 from cordee.plan.memory import Wire, rank_memory
 from cordee.train import train as cordee_train
 from tests.conftest import SMALL, cordee, digest, rows, train

@@ -1,0 +1,71 @@
+"""What a caller may bring to a run instead of what the house builds: model, loss, data.
+
+Not here: how they are wrapped (`parallel/foreign.py`). Every rank must bring the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from cordee.config.run import MemorySettings, Run
+from cordee.data.samples import Samples
+from cordee.errors import ConfigError
+from cordee.parallel.apply import Loss
+from cordee.parallel.engine import Microbatches
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a run that a caller brings ready-made; None means that the house builds it.
+
+    `model` is any module. Alone, `model(tokens, targets)` must return the summed loss in nats. With
+    `loss`, `loss(model, *batch)` returns the summed loss of a batch, and `data` gives its samples
+    (see data/samples.py; `held_out` those of the evaluation); the mean is over samples. `loader`
+    gives microbatches of token ids.
+    """
+
+    model: nn.Module | None = None
+    loader: Microbatches | None = None
+    loss: Loss | None = None
+    data: Samples | None = None
+    held_out: Samples | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether something was brought, which cannot travel to other processes."""
+        return any(part is not None for part in vars(self).values())
+
+    def check(self, run: Run) -> None:
+        """ConfigError for what `run` asks of a part that is not the house's own."""
+        if (self.loss is None) != (self.data is None) or (self.loss and self.model is None):
+            raise ConfigError(
+                "a loss of your own needs your model and your data, and they need it",
+                values={n: getattr(self, n) is not None for n in ("model", "loss", "data")},
+                fix="cordee.train(run, model=module, loss=function, data=samples)",
+            )
+        if self.model is None:
+            return
+        name = type(self.model).__name__
+        if run.memory != MemorySettings():
+            raise ConfigError(
+                "memory.* is for the built-in model",
+                values={"model": name, **asdict(run.memory)},
+                fix="leave memory.* out, and checkpoint inside your module",
+            )
+        if run.run.compile != "none" or run.run.precision == "fp8":
+            told = {"run.compile": run.run.compile, "run.precision": run.run.precision}
+            raise ConfigError(
+                "run.compile and fp8 are for the blocks of the built-in model",
+                values={"model": name, **told},
+                fix="run.compile=none run.precision=bf16, and compile inside your module",
+            )
+        for axis in ("tensor", "pipeline", "context", "expert"):
+            degree = getattr(run.layout, axis)
+            if degree not in (1, "auto"):
+                raise ConfigError(
+                    "a module of your own is replicated or sharded, not cut otherwise",
+                    values={"model": name, f"layout.{axis}": degree},
+                    fix=f"layout.{axis}=1, or layout.shard={degree}",
+                )
