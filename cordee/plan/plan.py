@@ -14,28 +14,31 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from cordee.config.check import check_processes
-from cordee.config.run import LayoutSettings, Run
+from cordee.config.run import Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import AXES, INSIDE, Layout, settle
-from cordee.layout.tensors import tensors
+from cordee.layout.census import Census, model_census
+from cordee.layout.legal import broken
 from cordee.plan.cluster import Cluster, cpu_only
 from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
     Prediction,
     choose_threads,
-    layout_problems,
     predict,
     ranks_per_host,
     search,
-    too_big,
 )
+
+RANGES = ("splits", "stages")
+"""Fields of a plan that are [start, stop) pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything the runtime needs to know before it starts. `splits` are [start, stop) of each
-    worker's microbatches, in the order of `Layout.worker`."""
+    worker's microbatches, in the order of `Layout.worker`; `stages` are [start, stop) of each
+    stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled)."""
 
     layout: Layout
     processes: int
@@ -43,7 +46,9 @@ class Plan:
     device: Literal["cpu", "cuda"]
     protocol: Literal["exchange", "allreduce", "none"]
     codec: str
+    zero: int
     splits: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[int, int], ...]
     predicted: Prediction
     why: str
     note: str = ""
@@ -55,7 +60,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
-        return {**asdict(self), "layout": layout, "splits": [list(part) for part in self.splits]}
+        ranges = {name: [list(part) for part in getattr(self, name)] for name in RANGES}
+        return {**asdict(self), "layout": layout, **ranges}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -67,10 +73,11 @@ class Plan:
         values = _exactly(told, cls, "plan")
         values["layout"] = Layout(**_exactly(values["layout"], Layout, "layout"))
         values["predicted"] = Prediction(**_exactly(values["predicted"], Prediction, "predicted"))
-        pairs = values["splits"]
-        if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
-            raise _bad_plan("splits are pairs of whole numbers", str(pairs)[:80])
-        values["splits"] = tuple((start, stop) for start, stop in pairs)
+        for name in RANGES:
+            pairs = values[name]
+            if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
+                raise _bad_plan(f"{name} are pairs of whole numbers", str(pairs)[:80])
+            values[name] = tuple((start, stop) for start, stop in pairs)
         return cls(**values)
 
 
@@ -86,19 +93,22 @@ def make_plan(
     asked = processes
     if asked is None and run.launch.processes != "auto":
         asked = int(run.launch.processes)
-    if asked is not None or axes_given(run):
+    # Ranks without axes are islands, unless shards are asked for by what they keep.
+    islands = asked is not None and run.layout.zero in ("auto", 1)
+    if islands or axes_given(run):
+        counted = model_census(run.model, vocabulary)
         layout = settle(run.layout, asked if asked is not None else "auto")
-        _refuse(run, layout, cluster)
-        candidate = predict(run, cluster, layout, tuple(tensors(run.model, vocabulary)))
-        reason = too_big(candidate, cluster)
-        if reason is not None and not axes_given(run):
-            candidate, reason = _sharded(run, cluster, vocabulary, layout), None
-        if reason is not None:
+        _refuse(run, layout, cluster, counted)
+        candidate = predict(run, cluster, layout, counted)
+        reason = candidate.fitting.reason
+        if reason and not axes_given(run):
+            candidate, reason = _sharded(run, cluster, vocabulary, layout), ""
+        if reason:
             raise _does_not_fit(run, cluster, vocabulary, layout, reason)
         why = _why_asked(run, processes, layout, candidate)
     else:
-        ranking = search(run, cluster, vocabulary)
-        usable = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
+        ranking = search(run, cluster, vocabulary, asked)
+        usable = [c for c in ranking.ranked if c.layout.size in (asked, *range(cluster.slots + 1))]
         if not usable:
             raise _nothing_fits(run, cluster, vocabulary)
         candidate = usable[0]
@@ -113,9 +123,11 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
         processes=candidate.layout.size,
         threads=candidate.threads,
         device=cluster.device,
-        protocol=typing.cast(Any, candidate.wire.protocol),
-        codec=candidate.wire.codec,
+        protocol=typing.cast(Any, candidate.fitting.wire.protocol),
+        codec=candidate.fitting.wire.codec,
+        zero=candidate.fitting.zero,
         splits=tuple((part.start, part.stop) for part in splits(run, candidate.layout)),
+        stages=candidate.fitting.stages.parts,
         predicted=candidate.predicted,
         why=why,
         note=_note(run, cluster, candidate),
@@ -155,13 +167,11 @@ def _with_threads(made: Candidate) -> str:
     return f"{made.layout.describe()} x {made.threads} thread{'s' if made.threads > 1 else ''}"
 
 
-def _refuse(run: Run, layout: Layout, cluster: Cluster) -> None:
+def _refuse(run: Run, layout: Layout, cluster: Cluster, counted: Census) -> None:
     """Raises for a layout that cannot run here, whatever it costs."""
-    found = layout_problems(run, layout)
-    if found:
-        reason, fix = found[0]
+    if rules := broken(run, layout, counted):
         values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
-        raise LayoutError(reason, values=values, fix=fix)
+        raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
     if cluster.device == "cpu":
         check_processes(layout.size, cluster.slots)
     elif layout.size > cluster.slots:
@@ -188,21 +198,26 @@ def _does_not_fit(
     if not others:
         return _nothing_fits(run, cluster, vocabulary, layout)
     near = min(others, key=lambda c: (abs(c.layout.size - layout.size), c.predicted.step_s)).layout
-    processes = f"launch.processes={near.size}"
+    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(near))
     return LayoutError(
         f"{layout.describe()} does not fit: it {reason}",
         values={"layout": layout.describe(), "devices": cluster.name},
-        fix=f"layout.islands={near.island} layout.shard={near.shard} ({processes})",
+        fix=f"layout.islands={near.island} {words} (launch.processes={near.size})",
     )
+
+
+def _degrees(layout: Layout) -> list[tuple[str, int]]:
+    """Axes inside an island that cut something; shard 1 where none does."""
+    found = [(axis, getattr(layout, axis)) for axis in INSIDE if getattr(layout, axis) > 1]
+    return found or [("shard", 1)]
 
 
 def _nothing_fits(
     run: Run, cluster: Cluster, vocabulary: int, layout: Layout | None = None
 ) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
-    specs = tuple(tensors(run.model, vocabulary))
     shown = layout or Layout()
-    made = predict(run, cluster, shown, specs)
+    made = predict(run, cluster, shown, model_census(run.model, vocabulary))
     items = made.predicted.memory_items
     largest = max(items, key=lambda name: items[name])
     if "activations" in largest and run.batch.microbatch > 1:
@@ -215,7 +230,7 @@ def _nothing_fits(
         "no layout of these devices is legal and fits",
         values={
             "devices": cluster.name,
-            shown.describe(): too_big(made, cluster) or "fits, but is not what was asked for",
+            shown.describe(): made.fitting.reason or "fits, but is not what was asked for",
         },
         fix=fix,
     )
@@ -223,7 +238,9 @@ def _nothing_fits(
 
 def without_axes(run: Run) -> Run:
     """The run without degrees and ranks of its own: all layouts are its neighbours."""
-    return replace(run, layout=LayoutSettings(), launch=replace(run.launch, processes="auto"))
+    axes = dict.fromkeys(("islands", *INSIDE), "auto")
+    layout = replace(run.layout, **axes)  # type: ignore[arg-type]
+    return replace(run, layout=layout, launch=replace(run.launch, processes="auto"))
 
 
 def _why_asked(run: Run, processes: int | None, layout: Layout, made: Candidate) -> str:

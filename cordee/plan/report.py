@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.plan.cluster import Cluster
-from cordee.plan.costs import KINDS
+from cordee.plan.costs import kind_of
 from cordee.plan.memory import FITS
 from cordee.plan.plan import Plan
 from cordee.plan.search import MIB, Prediction, Ranking
@@ -90,7 +90,7 @@ def compare(plan: Plan, measured: Mapping[str, float]) -> str:
 
 def assumed(run: Run, cluster: Cluster) -> dict[str, str]:
     """What the figures rest on, in words."""
-    kind = KINDS[cluster.device, run.run.precision]
+    kind = kind_of(cluster, run.run.precision)
     unit = "core" if cluster.device == "cpu" else "device"
     told = {
         "devices": _devices(cluster),
@@ -172,7 +172,7 @@ def _rejected(ranking: Ranking) -> str:
     if not ranking.rejected:
         return ""
     rows = [(f"  {r.layout}", r.reason) for r in ranking.rejected]
-    # Layouts that are too large come one by one; the axes that are not run come last.
+    # Rules come first; what does not fit comes last, by number of ranks.
     shown = rows if len(rows) <= MOST_REJECTED else [*rows[: MOST_REJECTED - 4], *rows[-4:]]
     hidden = len(rows) - len(shown)
     more = f"\n  and {hidden} more (--json)" if hidden else ""
