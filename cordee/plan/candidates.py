@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cordee.config.run import Run
+from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import INSIDE, Layout
 from cordee.layout.census import Census
 from cordee.layout.legal import Broken, broken_alone
@@ -67,30 +67,48 @@ class Reasons:
 
 
 def candidates(
-    run: Run,
-    cluster: Cluster,
-    counted: Census,
-    processes: int | None,
-    reasons: Reasons,
+    wanted: LayoutSettings,
+    domains: Mapping[str, Sequence[int]],
+    counts: Sequence[int],
     everything: bool,
 ) -> Iterator[Layout]:
     """Layouts, fewest ranks first, consistent with the degrees given.
 
-    Without degrees given, all axes are combined on up to ON_PAPER ranks and on all devices;
-    `everything`: on every number of ranks.
+    Without degrees given, all axes are combined on up to ON_PAPER ranks and on the largest number,
+    islands and shards on the others; `everything`: what that leaves out.
     """
-    wanted = run.layout
     given = {axis: getattr(wanted, axis) for axis in INSIDE if getattr(wanted, axis) != "auto"}
-    counts = [processes] if processes is not None else rank_counts(cluster)
     if given or wanted.islands != "auto":
-        for count in counts:
+        for count in counts if not everything else ():
             yield from _as_given(wanted.islands, given, count)
         return
-    domains = {axis: _domain(run, cluster, counted, axis, counts, reasons) for axis in INSIDE}
-    few = {**{axis: [1] for axis in INSIDE}, "shard": domains["shard"]}
+    few = {**dict.fromkeys(INSIDE, (1,)), "shard": domains["shard"]}
     for count in counts:
-        whole = everything or count <= ON_PAPER or count == counts[-1]
-        yield from _combined(domains if whole else few, count)
+        combined = count <= ON_PAPER or count == counts[-1]
+        if not everything:
+            yield from _combined(domains if combined else few, count)
+        elif not combined:
+            layouts = _combined(domains, count)
+            yield from (made for made in layouts if made.island * made.shard < made.size)
+
+
+def all_domains(
+    run: Run, cluster: Cluster, counted: Census, counts: Sequence[int], reasons: Reasons
+) -> dict[str, list[int]]:
+    """Degrees of every axis inside an island that divide one of `counts`, are legal alone and worth
+    a try."""
+    degrees = sorted({d for count in counts for d in divisors(count)} - {1})
+    found: dict[str, list[int]] = {}
+    for axis in INSIDE:
+        found[axis] = [1]
+        for degree in degrees:
+            layout = Layout(**{axis: degree})
+            rules = [rule for rule in broken_alone(run, layout, counted) if rule.axis == axis]
+            if why := rules[0].why if rules else _never_quick(run, cluster, axis, degree):
+                reasons.add(axis, why, degree)
+            else:
+                found[axis].append(degree)
+    return found
 
 
 def rank_counts(cluster: Cluster) -> list[int]:
@@ -122,26 +140,6 @@ def _as_given(islands: int | str, given: Mapping[str, int], count: int) -> Itera
     copies, left = divmod(count, inside.size)
     if left == 0 and copies and islands in ("auto", copies):
         yield Layout(**{**given, "island": copies})
-
-
-def _domain(
-    run: Run,
-    cluster: Cluster,
-    counted: Census,
-    axis: str,
-    counts: Sequence[int],
-    reasons: Reasons,
-) -> list[int]:
-    """Degrees of `axis` that are legal alone and worth a try."""
-    found = [1]
-    for degree in sorted({d for count in counts for d in divisors(count)} - {1}):
-        layout = Layout(**{axis: degree})
-        rules = [rule for rule in broken_alone(run, layout, counted) if rule.axis == axis]
-        if why := rules[0].why if rules else _never_quick(run, cluster, axis, degree):
-            reasons.add(axis, why, degree)
-        else:
-            found.append(degree)
-    return found
 
 
 def _never_quick(run: Run, cluster: Cluster, axis: str, degree: int) -> str:

@@ -24,6 +24,7 @@ from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
     Prediction,
+    Ranking,
     choose_threads,
     predict,
     ranks_per_host,
@@ -110,7 +111,7 @@ def make_plan(
         ranking = search(run, cluster, vocabulary, asked)
         usable = [c for c in ranking.ranked if c.layout.size in (asked, *range(cluster.slots + 1))]
         if not usable:
-            raise _nothing_fits(run, cluster, vocabulary)
+            raise _nothing_fits(run, cluster, ranking)
         candidate = usable[0]
         why = why_first(usable)
     return finished(run, cluster, candidate, why)
@@ -186,22 +187,22 @@ def _sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> Ca
     """With the number of ranks given and whole copies too large: the best layout that shards."""
     ranking = search(run, cluster, vocabulary, islands.size)
     if not ranking.ranked:
-        raise _nothing_fits(run, cluster, vocabulary, islands)
+        raise _nothing_fits(run, cluster, ranking)
     return ranking.ranked[0]
 
 
 def _does_not_fit(
     run: Run, cluster: Cluster, vocabulary: int, layout: Layout, reason: str
 ) -> LayoutError:
-    ranked = search(without_axes(run), cluster, vocabulary).ranked
-    others = [c for c in ranked if c.layout.size <= cluster.slots]
+    ranking = search(without_axes(run), cluster, vocabulary)
+    others = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
     if not others:
-        return _nothing_fits(run, cluster, vocabulary, layout)
+        return _nothing_fits(run, cluster, ranking)
     near = min(others, key=lambda c: (abs(c.layout.size - layout.size), c.predicted.step_s)).layout
     words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(near))
     return LayoutError(
         f"{layout.describe()} does not fit: it {reason}",
-        values={"layout": layout.describe(), "devices": cluster.name},
+        values={"layout": layout.describe(), "devices": _devices(cluster)},
         fix=f"layout.islands={near.island} {words} (launch.processes={near.size})",
     )
 
@@ -212,28 +213,29 @@ def _degrees(layout: Layout) -> list[tuple[str, int]]:
     return found or [("shard", 1)]
 
 
-def _nothing_fits(
-    run: Run, cluster: Cluster, vocabulary: int, layout: Layout | None = None
-) -> LayoutError:
+def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
-    shown = layout or Layout()
-    made = predict(run, cluster, shown, model_census(run.model, vocabulary))
-    items = made.predicted.memory_items
-    largest = max(items, key=lambda name: items[name])
-    if "activations" in largest and run.batch.microbatch > 1:
+    values: dict[str, object] = {"devices": _devices(cluster)}
+    largest = ""
+    if ranking.tightest is not None:
+        layout, fitting = ranking.tightest
+        values[layout.describe()] = fitting.reason
+        largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
+    elif ranking.rejected:
+        values[ranking.rejected[0].layout] = ranking.rejected[0].reason
+    if largest in ("activations", "bf16 weights") and run.memory.recompute == "none":
+        fix = "memory.recompute=full"
+    elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
     elif cluster.device == "cuda":
-        fix = f"more devices to shard over (cordee plan layout.shard={2 * cluster.slots})"
+        fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:
         fix = "a smaller model.preset, or a machine with more memory"
-    return LayoutError(
-        "no layout of these devices is legal and fits",
-        values={
-            "devices": cluster.name,
-            shown.describe(): made.fitting.reason or "fits, but is not what was asked for",
-        },
-        fix=fix,
-    )
+    return LayoutError("no layout of these devices is legal and fits", values=values, fix=fix)
+
+
+def _devices(cluster: Cluster) -> str:
+    return f"{cluster.hosts} hosts of {cluster.name}" if cluster.hosts > 1 else cluster.name
 
 
 def without_axes(run: Run) -> Run:

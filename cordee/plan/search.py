@@ -8,15 +8,15 @@ kind of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import Census, Specs, census, model_census
 from cordee.layout.legal import broken, worker_microbatches
 from cordee.layout.stages import Stages, make_stages
-from cordee.plan.candidates import Reasons, Rejected, candidates
+from cordee.plan.candidates import Reasons, Rejected, all_domains, candidates, rank_counts
 from cordee.plan.cluster import Cluster
 from cordee.plan.costs import (
     STEP_S,
@@ -90,6 +90,8 @@ class Ranking:
 
     ranked: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...]
+    tightest: tuple[Layout, Fitting] | None
+    """Of those that do not fit, the one that needs least."""
 
 
 def search(
@@ -97,38 +99,52 @@ def search(
 ) -> Ranking:
     """Every layout of `processes` ranks (or of 1 to all devices), ranked by time, then memory.
 
-    Axes that the run gives are kept. Where some axes can be left out for smaller numbers of ranks
-    they are, unless nothing else fits. Pure, under a millisecond per layout.
+    Axes that the run gives are kept. Smaller numbers of ranks than there are devices are cut by
+    shards only, unless no layout of all devices is legal. Pure, a millisecond per layout.
     """
     counted = model_census(run.model, vocabulary)
+    counts = [processes] if processes is not None else rank_counts(cluster)
+    reasons, looked = Reasons(), _Looked()
     for everything in (False, True):
-        reasons = Reasons()
-        layouts = candidates(run, cluster, counted, processes, reasons, everything)
-        ranked = _ranked(run, cluster, counted, layouts, reasons)
-        if ranked:
+        domains = all_domains(run, cluster, counted, counts, reasons)
+        for layout in candidates(run.layout, domains, counts, everything):
+            looked.at(run, cluster, counted, layout, reasons)
+        if counts[-1] in looked.legal:
             break
-    ranked.sort(key=lambda c: (c.predicted.step_s, c.predicted.memory_bytes, c.layout.size))
-    return Ranking(tuple(ranked), tuple(reasons.lines()))
+    ranked = sorted(
+        looked.ranked,
+        key=lambda c: (c.predicted.step_s, c.predicted.memory_bytes, c.layout.size),
+    )
+    return Ranking(tuple(ranked), tuple(reasons.lines()), looked.tightest)
 
 
-def _ranked(
-    run: Run, cluster: Cluster, counted: Census, layouts: Iterable[Layout], reasons: Reasons
-) -> list[Candidate]:
-    """Predictions of those layouts that are legal and fit."""
-    found: list[Candidate] = []
-    stages: dict[int, Stages] = {}
-    for layout in layouts:
+@dataclass
+class _Looked:
+    """What a search has found so far; `legal` are the numbers of ranks of legal layouts."""
+
+    ranked: list[Candidate] = field(default_factory=list)
+    legal: set[int] = field(default_factory=set)
+    tightest: tuple[Layout, Fitting] | None = None
+    stages: dict[int, Stages] = field(default_factory=dict)
+
+    def at(
+        self, run: Run, cluster: Cluster, counted: Census, layout: Layout, reasons: Reasons
+    ) -> None:
+        """Predicts `layout`, or notes why it is out."""
         if rules := broken(run, layout, counted):
             reasons.note(rules[0], layout)
-            continue
-        if layout.pipeline not in stages:
-            stages[layout.pipeline] = _stages(run, counted, layout)
-        fitting = fit(run, cluster, layout, counted, stages[layout.pipeline])
-        if fitting.reason:
-            reasons.too_big(layout, fitting.reason, fitting.memory.total_bytes)
-        else:
-            found.append(predict(run, cluster, layout, counted, fitting))
-    return found
+            return
+        self.legal.add(layout.size)
+        if layout.pipeline not in self.stages:
+            self.stages[layout.pipeline] = _stages(run, counted, layout)
+        fitting = fit(run, cluster, layout, counted, self.stages[layout.pipeline])
+        if not fitting.reason:
+            self.ranked.append(predict(run, cluster, layout, counted, fitting))
+            return
+        needed = fitting.memory.total_bytes
+        reasons.too_big(layout, fitting.reason, needed)
+        if self.tightest is None or needed < self.tightest[1].memory.total_bytes:
+            self.tightest = layout, fitting
 
 
 def fit(
