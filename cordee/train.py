@@ -233,7 +233,7 @@ def measure(state: RunState) -> HeldOut | None:
     if state.held_out is None or not run.evaluate.tokens:
         return None
     rows = run.batch.microbatch
-    count = max(1, run.evaluate.tokens // state.step_tokens * run.batch.microbatches)
+    count = max(1, run.evaluate.tokens * run.batch.microbatches // state.step_tokens)
     if isinstance(state.held_out, TokenSource):
         given: list[Any] = list(held_out(state.held_out, run.data.sequence, rows, count))
     else:

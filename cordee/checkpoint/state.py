@@ -1,8 +1,8 @@
 """The complete list of what survives: nothing else carries a run from one process to the next.
 
-tensors (parameters, buffers) · optimiser state · `Progress` (below: step, tokens, clock, skips, loss
-scale) · the sync protocol's state · digests of data and configuration. Order of samples and dropout
-need no state:
+parameters, buffers · optimiser state · `Progress` (below: step, tokens, clock, skips, loss scale) ·
+the sync protocol's state · digests of data and configuration. Order of samples and dropout need no
+state:
 both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so that
 any layout may load them. Ranks that hold the same box share the writing: one of them writes it.
 """

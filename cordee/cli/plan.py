@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.errors import ConfigError
+from cordee.layout.census import model_census
 from cordee.layout.tensors import parameters
 from cordee.plan.cluster import Cluster, local_cluster, read_cluster
 from cordee.plan.plan import Plan, devices_of, finished, make_plan, without_axes
-from cordee.plan.report import assumed, count_text, plan_text
+from cordee.plan.rank import RankView, view_rank
+from cordee.plan.report import assumed, count_text, job_text, plan_text, rank_text
 from cordee.plan.search import Ranking, search
 
 
@@ -32,9 +35,10 @@ def run(argv: list[str]) -> int:
         "bytes, and why the others are out. Starts nothing.",
         "cordee plan small batch.microbatches=16\n"
         "  cordee plan xl run.precision=bf16 --cluster eight-h100.toml\n"
+        "  cordee plan xl layout.tensor=8 --cluster eight-h100.toml --dry-run --rank 3\n"
         "  cordee plan --models",
         "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
-        " [--models] [--json] [--save FILE]",
+        " [--models] [--json] [--save FILE] [--dry-run --rank R]",
     )
     made.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
     made.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
@@ -42,6 +46,8 @@ def run(argv: list[str]) -> int:
     made.add_argument("--models", action="store_true", help="list the presets")
     made.add_argument("--json", action="store_true", help="one JSON object")
     made.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
+    made.add_argument("--dry-run", action="store_true", help="show one rank: what it holds, sends")
+    made.add_argument("--rank", type=int, metavar="R", help="which rank (0)")
     words = read(made, argv, rest=1)
     if words.flags.models:
         print(_models(_at_least("--vocabulary", words.flags.vocabulary, 2), words.flags.json))
@@ -51,11 +57,20 @@ def run(argv: list[str]) -> int:
     vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
     top = _at_least("--top", words.flags.top, 1)
     cluster = read_cluster(words.flags.cluster) if words.flags.cluster else local_cluster()
+    if words.flags.rank is not None and not words.flags.dry_run:
+        told = {"--rank": words.flags.rank}
+        raise ConfigError("--rank is for --dry-run", values=told, fix="--dry-run --rank R")
     plan = make_plan(wanted, cluster, vocabulary)
     devices = devices_of(wanted, cluster)
-    ranking = search(without_axes(wanted), devices, vocabulary)
     if words.flags.save:
         _save(Path(words.flags.save), plan)
+    if words.flags.dry_run:
+        view = view_rank(
+            wanted, plan, words.flags.rank or 0, model_census(wanted.model, vocabulary)
+        )
+        print(_dry_run(wanted, devices, plan, view, None, words.flags.json))
+        return 0
+    ranking = search(without_axes(wanted), devices, vocabulary)
     if words.flags.json:
         print(json.dumps(_as_json(wanted, devices, plan, ranking, top)))
     else:
@@ -76,6 +91,23 @@ def _run_of(words: Words) -> Run:
             fix=f"did you mean {near[0]}?" if near else "cordee plan --models",
         )
     return replace(words, overrides=(f"model.preset={name}", *words.overrides)).load().run
+
+
+def _dry_run(
+    run: Run,
+    cluster: Cluster,
+    plan: Plan,
+    view: RankView,
+    rehearsal: Mapping[str, float] | None,
+    as_json: bool,
+) -> str:
+    """One rank of the plan: by the tables, and (`rehearsal`) as its modules were built."""
+    if as_json:
+        rank = {**asdict(view), "rehearsal": rehearsal}
+        layout = plan.to_dict()["layout"]
+        return json.dumps({"layout": layout, "zero": plan.zero, "why": plan.why, "rank": rank})
+    parts = [job_text(run, cluster, plan), f"layout   {plan.layout.describe()}"]
+    return "\n".join(parts) + "\n\n" + rank_text(view, rehearsal)
 
 
 def _models(vocabulary: int, as_json: bool) -> str:
@@ -106,7 +138,7 @@ def _as_json(
 ) -> dict[str, object]:
     ranked = [finished(run, cluster, c, "").to_dict() for c in ranking.ranked[:top]]
     for row in ranked:
-        del row["why"], row["splits"]
+        del row["why"], row["splits"], row["stages"]
     return {
         "picked": plan.to_dict(),
         "ranked": ranked,

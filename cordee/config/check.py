@@ -238,17 +238,11 @@ def _check_run(run: Run) -> None:
             values={"sync.every": run.sync.every},
             fix="sync.every=1",
         )
-    if run.data.placement == "replicate" and run.layout.shard not in (1, "auto"):
+    if run.layout.schedule == "interleaved" and run.layout.chunks < 2:
         raise ConfigError(
-            "replicated work is compared between whole islands of one",
-            values={"data.placement": "replicate", "layout.shard": run.layout.shard},
-            fix="layout.shard=1",
-        )
-    if run.optim.name == "adafactor" and run.layout.shard not in (1, "auto"):
-        raise ConfigError(
-            "adafactor keeps statistics of whole rows and columns, which shards do not have",
-            values={"optim.name": "adafactor", "layout.shard": run.layout.shard},
-            fix="optim.name=adamw",
+            "interleaved gives a rank two stages or more",
+            values={"layout.schedule": "interleaved", "layout.chunks": run.layout.chunks},
+            fix="layout.chunks=2, or layout.schedule=1f1b",
         )
     if run.run.exact:
         _check_exact(run)

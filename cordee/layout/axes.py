@@ -1,6 +1,7 @@
-"""Degrees of the axes: rank <-> coordinates, islands, groups, and why a layout is illegal.
+"""Degrees of the axes: rank <-> coordinates, islands, groups.
 
-Not here: what a tensor's slice is (`tensors.py`) or what a layout costs (`plan/`). An island is a
+Not here: what a tensor's slice is (`tensors.py`), why a layout is illegal (`legal.py`) or what it
+costs (`plan/`). An island is a
 set of ranks that holds one copy of the model; ranks of one island are neighbours in rank order, so
 that fast links stay inside. Traded away: arbitrary rank orders.
 """
@@ -20,8 +21,8 @@ AXES = ("island", "pipeline", "context", "expert", "shard", "tensor")
 INSIDE = AXES[1:]
 """Axes inside an island."""
 
-BUILT = AXES
-"""Axes this version can run; the others are in the tables and are refused with that reason."""
+DEALT = ("island", "expert", "shard")
+"""Axes whose ranks compute different microbatches, in the order in which those are dealt."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Layout:
     @property
     def workers(self) -> int:
         """Groups of ranks that compute different microbatches: island x expert x shard."""
-        return self.island * self.expert * self.shard
+        return math.prod(getattr(self, axis) for axis in DEALT)
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of `rank` on each axis."""
@@ -70,8 +71,14 @@ class Layout:
 
     def worker(self, rank: int) -> int:
         """Which share of the microbatches `rank` computes: by island, then expert, then shard."""
-        at = self.coordinates(rank)
-        return (at["island"] * self.expert + at["expert"]) * self.shard + at["shard"]
+        at, worker = self.coordinates(rank), 0
+        for axis in DEALT:
+            worker = worker * getattr(self, axis) + at[axis]
+        return worker
+
+    def stride(self, axis: str) -> int:
+        """Ranks from one to its next neighbour on `axis`."""
+        return math.prod(self.degrees[AXES.index(axis) + 1 :])
 
     def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
         """The groups of ranks that differ only in `axis`, each in order of that axis."""
@@ -121,41 +128,6 @@ def settle(wanted: LayoutSettings, processes: Auto) -> Layout:
                 fix=f"launch.processes={islands * product}, or leave layout.islands out",
             )
     return Layout(island=islands, **inside)
-
-
-def problems(layout: Layout, microbatches: int) -> list[tuple[str, str]]:
-    """Why this layout cannot run: (reason, nearest fix) pairs; empty when it can.
-
-    `microbatches` is M, the fixed list of work of a step.
-    """
-    found = []
-    for axis in AXES:
-        if axis not in BUILT and getattr(layout, axis) > 1:
-            found.append(
-                (
-                    f"layout.{axis}={getattr(layout, axis)}: this version runs the axes"
-                    " islands and shard",
-                    f"layout.{axis}=1",
-                )
-            )
-    if microbatches < layout.workers:
-        found.append(
-            (
-                f"{microbatches} microbatches cannot give work to {layout.workers} ranks"
-                f" ({layout.island} islands x shard {layout.shard})",
-                f"batch.microbatches={layout.workers}, or at most {microbatches} processes",
-            )
-        )
-    elif layout.shard > 1 and microbatches % layout.workers:
-        near = -(-microbatches // layout.workers) * layout.workers
-        found.append(
-            (
-                f"{microbatches} microbatches do not divide over {layout.workers} ranks, and"
-                " the ranks of a sharded island must compute equally many",
-                f"batch.microbatches={near}",
-            )
-        )
-    return found
 
 
 def _degree(value: Auto, key: str) -> int:

@@ -16,6 +16,30 @@ from cordee.layout.tensors import tensors
 
 
 @dataclass(frozen=True)
+class Part:
+    """The layers of one stage: [start, stop) blocks, and whether embedding or head are with them.
+
+    `first` and `last` are the layers as tensors know them: -1 is the embedding's, the number of
+    blocks the head's.
+    """
+
+    start: int
+    stop: int
+    embeds: bool
+    heads: bool
+
+    @property
+    def first(self) -> int:
+        """First layer, the embedding's included."""
+        return -1 if self.embeds else self.start
+
+    @property
+    def last(self) -> int:
+        """Last layer, the head's included."""
+        return self.stop if self.heads else self.stop - 1
+
+
+@dataclass(frozen=True)
 class Stages:
     """`parts[s]` are the [start, stop) layers of stage s; `ranks` share them as `schedule` says."""
 
@@ -37,6 +61,10 @@ class Stages:
     def of_rank(self, rank: int) -> list[int]:
         """Stages that the pipeline coordinate `rank` computes, in order."""
         return [stage for stage in range(len(self.parts)) if self.rank_of(stage) == rank]
+
+    def held(self, rank: int) -> list[Part]:
+        """What the pipeline coordinate `rank` holds, stage by stage."""
+        return [Part(*self.parts[s], s == 0, s == self.last) for s in self.of_rank(rank)]
 
     def stage_of(self, layer: int) -> int:
         """The stage that holds block `layer`; -1 and the number of layers are the two ends."""
@@ -62,6 +90,8 @@ def make_stages(
     model: ModelSettings, vocabulary: int, settings: LayoutSettings, ranks: int
 ) -> Stages:
     """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a layer)."""
+    if ranks == 1:
+        return Stages(((0, model.layers),), 1, settings.schedule)
     blocks, head = layer_costs(model, vocabulary)
     ends = balance([*blocks[:-1], blocks[-1] + head], stage_count(settings, ranks))
     return Stages(tuple(ends), ranks, settings.schedule)

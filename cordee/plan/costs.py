@@ -18,19 +18,17 @@ first machine (1-2 ranks, all protocols, shards, 0.1-11 M parameters) took 0.88 
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cordee.config.model import ModelSettings
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
-from cordee.layout.tensors import TensorSpec
-from cordee.plan.classifier import microbatch_counts
+from cordee.layout.census import ORIGIN, Specs, census
+from cordee.layout.stages import Part
 from cordee.plan.cluster import Cluster
+from cordee.plan.dealing import deals
 
-MUON_ITERATIONS = 5
-"""Newton-Schulz iterations of an orthogonalisation (Jordan 2024)."""
 MUON_SHARE = 0.88
 """Share of the bf16 peak that they reach on a CPU (192 to 768 wide: 0.76 to 0.98)."""
 
@@ -116,7 +114,8 @@ CLIP_BYTES = 12
 
 @dataclass(frozen=True)
 class Work:
-    """One microbatch, forward and backward: operations, and elements that passes go over."""
+    """One microbatch on one rank, forward and backward: operations, and elements that passes go
+    over. `tokens` are those that its attention sees."""
 
     tokens: int
     layers: float
@@ -124,48 +123,107 @@ class Work:
     matrix_flops: float
     attention_flops: float
     block_elements: float
-    logits: int
-    weights: int
+    logits: float
+    weights: float
     probabilities: float
     flops: float
     """Operations of the model as MFU counts them: only what the result needs."""
 
 
-def microbatch_work(run: Run, vocabulary: int, device: str) -> Work:
-    """Counts one microbatch of `run`.
+ALONE = Layout()
+"""One rank: nothing is cut."""
+
+
+def microbatch_work(
+    run: Run,
+    vocabulary: int,
+    device: str,
+    layout: Layout = ALONE,
+    parts: Sequence[Part] | None = None,
+) -> Work:
+    """Counts one microbatch of `run` on a rank that holds `parts` (None: every layer).
 
     6 operations per weight and token (forward 2, backward 4), and 12 x keys x width per token and
     layer for attention, where a causal query needs half of the sequence as keys (Chowdhery et al.
     2022, appendix B, count all of it); a CPU multiplies a little more (`keys_per_query`). The
-    embedding's look-up is free; a tied head is not.
+    embedding's look-up is free; a tied head is not. Routing is taken as balanced.
     """
-    if run.model.classifies:
-        return Work(**microbatch_counts(run))
-    model, tokens = run.model, run.batch.microbatch * run.data.sequence
-    width, ffn, layers = model.width, model.hidden_width, model.layers
-    gated = model.mlp == "gated"
-    block = 2 * width * (width + model.kv_width) + (3 if gated else 2) * width * ffn
-    weights = layers * block + vocabulary * width
-    keys = keys_per_query(run.data.sequence, device)
+    model, held = run.model, parts or [whole(run)]
+    tokens = run.batch.microbatch * run.data.sequence // layout.context
+    rows, layers, again = tokens / layout.tensor, 0, 0
+    met = met_again = elements = 0
     # Over the stream and the hidden layer, forward and backward; their sum is fitted.
-    elements = (36 if model.dropout else 24) * width + (7 if gated else 4) * ffn
-    matrix_flops, per_key = 6.0 * tokens * weights, 12.0 * tokens * layers * width
+    stream, hidden = 36 if model.dropout else 24, 7 if model.mlp == "gated" else 4
+    for moe, number, repeated in block_counts(run, held):
+        layers, again = layers + number, again + repeated
+        met += number * block_weights(model, moe)
+        met_again += repeated * block_weights(model, moe)
+        elements += number * (stream * model.width + hidden * hidden_width(model, moe))
+    head = vocabulary * model.width if held[-1].heads else 0
+    seen = keys_per_query(run.data.sequence, device)
+    keys = min(seen, model.window) if model.window else seen
+    per_key = 12.0 * rows * layers * model.query_width
+    matrix_flops = 6.0 * rows * (met + head)
     # A second forward of some blocks: a third of forward and backward, products only when full.
-    again = sum(map(run.memory.recomputes, range(layers)))
     twice = 1.0 + again / layers / 3
     selects = again if run.memory.recompute == "selective" and device == "cpu" else 0
-    products = 2.0 * tokens * again * block if run.memory.recompute == "full" else 0.0
+    products = 2.0 * rows * met_again if run.memory.recompute == "full" else 0.0
+    half = run.data.sequence / 2
     return Work(
         tokens=tokens,
         layers=layers * twice + selects * SELECTIVE_LAYERS,
         matrix_flops=matrix_flops + products,
         attention_flops=per_key * keys * twice,
-        block_elements=float(tokens) * layers * elements * twice,
-        logits=tokens * vocabulary,
-        weights=weights,
-        probabilities=float(tokens) * layers * model.heads * keys,
-        flops=matrix_flops + per_key * run.data.sequence / 2,
+        block_elements=rows * elements * twice,
+        logits=rows * vocabulary if head else 0.0,
+        weights=(met + head) / layout.tensor + _spare_weights(run, held, layout),
+        probabilities=rows * layers * model.heads * keys,
+        flops=matrix_flops + per_key * (min(half, model.window) if model.window else half),
     )
+
+
+def whole(run: Run) -> Part:
+    """All layers as one part."""
+    return Part(0, run.model.layers, True, True)
+
+
+def block_counts(run: Run, parts: Sequence[Part]) -> list[tuple[bool, int, int]]:
+    """(whether they have experts, blocks, blocks computed again) in `parts`, both kinds."""
+    dense = run.model.moe.dense_layers if run.model.moe.experts else run.model.layers
+    every = run.memory.recompute_every
+    found = []
+    for moe in (False, True):
+        number = again = 0
+        for part in parts:
+            start = max(part.start, dense) if moe else part.start
+            stop = max(start, part.stop if moe else min(part.stop, dense))
+            number += stop - start
+            again += -(-stop // every) - -(-start // every)
+        found.append((moe, number, again if run.memory.recompute != "none" else 0))
+    return [(moe, number, again) for moe, number, again in found if number]
+
+
+def hidden_width(model: ModelSettings, moe: bool) -> int:
+    """Hidden features that a token goes through in a block."""
+    if not moe:
+        return model.hidden_width
+    return (model.moe.active + model.moe.shared) * model.expert_width
+
+
+def block_weights(model: ModelSettings, moe: bool) -> int:
+    """Weights of a block that a token meets."""
+    attention = 2 * model.width * (model.query_width + model.kv_width)
+    router = model.moe.experts * model.width if moe else 0
+    sides = 3 if model.mlp == "gated" else 2
+    return attention + router + sides * model.width * hidden_width(model, moe)
+
+
+def _spare_weights(run: Run, parts: Sequence[Part], layout: Layout) -> float:
+    """Weights of experts on one rank beyond those that a token meets."""
+    model, blocks = run.model, dict((moe, n) for moe, n, _ in block_counts(run, parts))
+    sides = (3 if model.mlp == "gated" else 2) * model.width * model.expert_width
+    held = model.moe.experts / layout.expert - model.moe.active / layout.tensor
+    return blocks.get(True, 0) * sides * held
 
 
 def keys_per_query(length: int, device: str) -> float:
@@ -218,51 +276,26 @@ def matrix_share(cluster: Cluster, precision: str) -> float:
 
 
 def update_s(
-    run: Run, specs: Sequence[TensorSpec], cluster: Cluster, threads: int, layout: Layout
+    run: Run,
+    specs: Specs,
+    cluster: Cluster,
+    threads: int,
+    layout: Layout,
+    parts: Sequence[Part] | None = None,
 ) -> float:
-    """Seconds of clip and update on the rank with most work."""
+    """Seconds of clip and update on the rank with most work of those that hold `parts`."""
     kind = kind_of(cluster, run.run.precision)
     bytes_of = UNFUSED_BYTES if run.run.exact else UPDATE_BYTES
-    name = run.optim.name
-    traffic = 0.0
-    for spec in specs:
-        rule = "adamw" if name == "muon" and spec.group != "matrices" else name
-        traffic += spec.elements * (bytes_of[rule] + CLIP_BYTES) / layout.shard
+    name, traffic = run.optim.name, 0.0
+    for held in census(specs).held(layout, ORIGIN, parts):
+        rule = "adamw" if name == "muon" and held.spec.group != "matrices" else name
+        traffic += held.elements * (bytes_of[rule] + CLIP_BYTES)
     slow = _slowdown(kind.serial_passes, threads, cluster)
     seconds = traffic / cluster.memory_bytes_per_s * slow
-    if name != "muon":
-        return seconds
-    flops, _ = dealt(specs, sharers(run, layout))
+    flops = sum(deal.flops for deal in deals(run, specs, layout, parts))
     share = MUON_SHARE if cluster.device == "cpu" else matrix_share(cluster, "bf16")
     speed = share * cluster.flops("bf16")
     return seconds + flops / speed * _slowdown(kind.serial_matrix, threads, cluster)
-
-
-def sharers(run: Run, layout: Layout) -> int:
-    """Ranks over which Muon deals its matrices: the island's, or all that hold whole copies."""
-    if layout.shard > 1:
-        return layout.shard
-    return 1 if run.data.placement == "replicate" else layout.size
-
-
-def dealt(specs: Sequence[TensorSpec], ranks: int) -> tuple[float, int]:
-    """Muon's matrices dealt dearest first to the least loaded (optim/muon.py, `deal`).
-
-    Returns the most (operations, elements) that one rank gets.
-    """
-    shapes = [spec.shape for spec in specs if spec.group == "matrices"]
-    heap = [(0.0, rank, 0) for rank in range(min(ranks, len(shapes)))]
-    for shape in sorted(shapes, key=newton_schulz_flops, reverse=True):
-        flops, rank, elements = heap[0]
-        added = (flops + newton_schulz_flops(shape), rank, elements + math.prod(shape))
-        heapq.heapreplace(heap, added)
-    return max(load[0] for load in heap), max(load[2] for load in heap)
-
-
-def newton_schulz_flops(shape: tuple[int, ...]) -> float:
-    """Operations of Muon's orthogonalisation: 5 times X Xt, its square and a product with X."""
-    short, long = min(shape), max(shape)
-    return MUON_ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
 
 
 def contention(cluster: Cluster, processes_per_host: int, threads: int) -> float:

@@ -1,27 +1,29 @@
 """Bytes of one rank, item by item: state that stays, and what the worst moment of a step adds.
 
-State is counted from the table of tensors and is exact: the shards' bytes add up to the whole.
-Activations are counted as autograd keeps them for the built-in model (model/transformer.py). Bytes
-allocated at the peak were met within 1 % for six runs of 0.1 to 11 M parameters (torch's profiler,
-one process, fp32 and bf16). Not here: the process itself (interpreter, torch), which is
+State is counted from the table of tensors and is exact: the ranks' bytes add up to the whole.
+Activations are counted block by block (`activations.py`). Bytes allocated
+at the peak were met within 1 % for six runs of 0.1 to 11 M parameters (torch's profiler, one
+process, fp32 and bf16). Not here: the process itself (interpreter, torch), which is
 `OVERHEAD_BYTES` and stands beside the state, not in it. Traded away: what glibc's allocator wastes
 is one measured formula (`slack_bytes`); CUDA's is left to `FITS`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
-from cordee.layout.split import canonical_subtrees, shard_rows, split_evenly
-from cordee.layout.tensors import TensorSpec
-from cordee.plan import classifier
-from cordee.plan.costs import CHUNKED_UP_TO, keys_per_query
+from cordee.layout.census import ORIGIN, Census, Held, Specs, census, in_block
+from cordee.layout.legal import worker_microbatches
+from cordee.layout.split import canonical_subtrees, split_evenly
+from cordee.layout.stages import Part, Stages, make_stages
+from cordee.plan.activations import FP32, attended_tokens, element_bytes, rank_moments
+from cordee.plan.costs import block_counts, hidden_width
+from cordee.plan.pipeline import in_flight
 
-FP32 = 4
 OVERHEAD_BYTES: Mapping[str, int] = {"cpu": 250 << 20, "cuda": 900 << 20}
 """Interpreter and torch (cpu); context and communicators outside torch's allocator (cuda)."""
 
@@ -108,194 +110,234 @@ def tree_sums(run: Run, layout: Layout) -> TreeSums:
     return TreeSums(most, ends, total)
 
 
-def state_bytes(run: Run, specs: Sequence[TensorSpec], shards: int, index: int) -> dict[str, int]:
-    """Parameters, one gradient and optimiser state that shard `index` of `shards` holds."""
-    found = {"parameters": 0, "gradients": 0, "optimiser": 0}
-    for spec in specs:
-        rows = len(shard_rows(spec.shape[0], shards, index))
-        size = FP32 * rows * _row(spec)
-        found["parameters"] += size
-        found["gradients"] += size
-        found["optimiser"] += _optimiser_bytes(run.optim.name, spec, rows)
-    return found
+def rank_state_bytes(
+    run: Run, specs: Specs, layout: Layout, stages: Stages, at: Mapping[str, int]
+) -> dict[str, int]:
+    """Parameters, one gradient and optimiser state that the rank at coordinates `at` holds, to the
+    byte: tensors shaped like parameters (or their rows and columns), without counters of steps."""
+    return _state(run, census(specs), layout, stages.held(at["pipeline"]), at)
 
 
 def rank_memory(
-    run: Run, specs: Sequence[TensorSpec], layout: Layout, wire: Wire, device: str
+    run: Run,
+    specs: Specs,
+    layout: Layout,
+    wire: Wire,
+    device: str,
+    zero: int = 1,
+    stages: Stages | None = None,
 ) -> Memory:
-    """Memory of the rank that needs most: shard 0, whose rows are never fewer than another's."""
-    held = state_bytes(run, specs, layout.shard, 0)
-    offload = run.memory.offload != "none"
-    if offload:
-        held = dict.fromkeys(held, 0)  # the host's, who is not counted
-    whole = FP32 * sum(spec.elements for spec in specs)
-    sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, layout.workers)
-    keeps_whole = wire.canonical or (layout.shard == 1 and not offload)
-    mine = whole if keeps_whole else held["gradients"]
-    several = -(-run.batch.microbatches // layout.workers) > 1
-    before = sums.most - 1 if wire.canonical else int(several and keeps_whole)
-    # Gradients of this backward need room of their own, unless earlier ones take them in.
-    grows = mine if wire.canonical or not before else 0
-    gathered = gathered_bytes(run, specs, layout, wire.canonical)
-    moments = [
-        {
-            "gradients": int(before * mine + grows * behind),
-            # FSDP2 adds whole gradients up until the last microbatch, then reduces unit by unit.
-            "gradients to reduce": 0 if keeps_whole else whole if several else _unit(run, specs),
-            "gathered parameters": gathered,
-            "activations": activations,
-            **(_block_bytes(run) if behind else _top_bytes(run, specs)),
-            "bf16 weights": int(whole // 2 * cast_share(run, behind)),
+    """Memory of the rank that needs most: of the first along each axis that cuts tensors, whose
+    parts are never smaller than another's, on the worst stage of a pipeline."""
+    counted = census(specs)
+    stages = stages or make_stages(run.model, counted.vocabulary, run.layout, layout.pipeline)
+    ranks = (
+        _Rank(run, counted, layout, wire, device, zero, parts, index)
+        for index, parts in unlike(run, stages)
+    )
+    return max((rank.memory() for rank in ranks), key=lambda memory: memory.total_bytes)
+
+
+def unlike(run: Run, stages: Stages) -> list[tuple[int, list[Part]]]:
+    """Pipeline coordinates whose layers differ from those of all before, with what they hold. Of
+    those that are alike the first holds most microbatches at a time."""
+    found: dict[tuple[object, ...], tuple[int, list[Part]]] = {}
+    every = run.memory.recompute_every
+    for index in range(stages.ranks):
+        parts = stages.held(index)
+        looks = tuple(
+            (*block_counts(run, [part]), part.start % every, part.embeds, part.heads)
+            for part in parts
+        )
+        found.setdefault(looks, (index, parts))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One pipeline coordinate of a layout, the first along all other axes."""
+
+    run: Run
+    counted: Census
+    layout: Layout
+    wire: Wire
+    device: str
+    zero: int
+    parts: list[Part]
+    index: int
+
+    def memory(self) -> Memory:
+        """State, and what each phase of a step adds to it."""
+        run, layout, wire = self.run, self.layout, self.wire
+        held = _state(run, self.counted, layout, self.parts, ORIGIN)
+        whole = FP32 * self.counted.elements(layout, ORIGIN, self.parts, "tensor")
+        sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, layout.workers)
+        mine = whole if wire.canonical or layout.shard == 1 else held["gradients"]
+        units = unit_bytes(self.counted, layout, self.parts)
+        gathered = self._gathered(*units)
+        moments = self._moments(whole, mine, sums, units)
+        backward = max(moments, key=lambda items: sum(items.values()))
+        summed = {"gradients": sums.most * mine, "gathered parameters": gathered}
+        agree = {
+            "gradients": sums.ends * mine,
+            "exchange buffers": max(_buffer_bytes(run, layout, wire, mine), self._flat_bytes()),
         }
-        for activations, behind in activation_moments(run, device)
-    ]
-    backward = max(moments, key=lambda items: sum(items.values()))
-    summed = {
-        "gradients": sums.most * mine,
-        "gathered parameters": gathered,
-    }
-    agree = {
-        "gradients": sums.ends * mine,
-        "exchange buffers": _buffer_bytes(run, layout, wire, mine),
-    }
-    update = {
-        "gradients": 0 if offload else mine,
-        "update temporaries": _update_bytes(run, specs, held["parameters"]),
-    }
-    state = {
-        "parameters": held["parameters"],
-        "optimiser": held["optimiser"],
-        "allocator slack": slack_bytes(run, layout, device),
-    }
-    phases = {"backward": backward, "sum": summed, "agree": agree, "update": update}
-    return Memory(state, phases)
+        update = {
+            "gradients": mine,
+            "update temporaries": _update_bytes(run, self.counted, held["parameters"]),
+        }
+        state = {
+            "parameters": held["parameters"],
+            "optimiser": held["optimiser"],
+            "allocator slack": self._slack_bytes(),
+        }
+        phases = {"backward": backward, "sum": summed, "agree": agree, "update": update}
+        return Memory(state, phases)
+
+    def _moments(
+        self, whole: int, mine: int, sums: TreeSums, units: tuple[int, int, int]
+    ) -> Iterator[dict[str, int]]:
+        """What is alive beside the state at each moment of a backward that may be the worst."""
+        run, layout, canonical = self.run, self.layout, self.wire.canonical
+        flights = self._flights()
+        several = worker_microbatches(run, layout) > 1
+        # Where shards reduce as they go (or at the last microbatch), earlier gradients are there.
+        keeps = canonical or layout.shard == 1 or self.zero > 1
+        before = sums.most - 1 if canonical else int(several and keeps)
+        # Gradients of this backward need room of their own, unless earlier ones take them in.
+        grows = mine if canonical or not before else 0
+        to_reduce, gathered = self._to_reduce(whole, several, *units), self._gathered(*units)
+        for moment, part in rank_moments(run, self.device, layout, self.parts, flights):
+            yield {
+                "gradients": int(before * mine + grows * moment.behind),
+                "gradients to reduce": to_reduce,
+                "gathered parameters": gathered,
+                "activations": moment.held_bytes,
+                **(self._loss_bytes(flights) if moment.loss else _block_bytes(run, layout, part)),
+                "bf16 weights": int(whole // 2 * cast_share(run, moment.behind, max(flights))),
+            }
+
+    def _flights(self) -> list[int]:
+        each = worker_microbatches(self.run, self.layout)
+        return in_flight(self.run.layout, self.layout.pipeline, self.index, each)
+
+    def _to_reduce(self, whole: int, several: bool, rest: int, blocks: int, number: int) -> int:
+        """Whole gradients that FSDP2 has not reduced yet: all until the last microbatch (zero 1),
+        or those of one unit."""
+        if self.wire.canonical or self.layout.shard == 1:
+            return 0
+        return whole if several and self.zero == 1 else max(rest, blocks // number)
+
+    def _gathered(self, rest: int, blocks: int, number: int) -> int:
+        """Parameters gathered by FSDP2 at once: all, or (zero 3) two blocks and the rest."""
+        if self.layout.shard == 1:
+            return 0
+        return rest + (blocks * min(2, number) // number if self.zero == 3 else blocks)
+
+    def _flat_bytes(self) -> int:
+        """The largest flat buffer in which gradients are summed inside the island."""
+        sums = summed_elements(self.counted, self.layout, self.parts, ORIGIN)
+        return FP32 * max(sums.values(), default=0)
+
+    def _loss_bytes(self, flights: Sequence[int]) -> dict[str, int]:
+        """The larger of the logits at the loss and what the last block's backward works with.
+
+        A schedule that runs several forwards first keeps what their losses' backwards need."""
+        run, layout = self.run, self.layout
+        tokens = attended_tokens(run, layout)
+        vocabulary = self.counted.vocabulary // layout.tensor
+        chunk = min(tokens, run.memory.loss_chunk or tokens)
+        cap = bool(run.model.logit_cap)
+        logits = FP32 * chunk * vocabulary * (4 if cap else 3)
+        kept = FP32 * chunk * vocabulary * (2 if cap else 1)
+        if run.memory.loss_chunk:
+            # The head's gradient and its last part, and the gradient of the head's input.
+            element = element_bytes(run)
+            kept = run.model.width * (vocabulary * FP32 + tokens * element)
+            logits += kept + run.model.width * vocabulary * element
+        logits += (flights[-1] - 1) * kept
+        block = _block_bytes(run, layout, self.parts[-1])
+        return {"logits": logits} if logits >= sum(block.values()) else block
+
+    def _slack_bytes(self) -> int:
+        """CPU: resident bytes beside what is allocated; 0 on CUDA, where allocated bytes are
+        meant."""
+        if self.device != "cpu":
+            return 0
+        ranks = SLACK_RANKS_BYTES if self.layout.size > 1 else 0
+        # What is computed again is allocated again and scatters the heap as if it had been kept.
+        plain = replace(self.run, memory=MemorySettings())
+        moments = rank_moments(plain, self.device, self.layout, self.parts, self._flights())
+        churn = max(moment.held_bytes for moment, _ in moments)
+        return SLACK_BYTES + ranks + int(SLACK_SHARE * churn)
 
 
-def slack_bytes(run: Run, layout: Layout, device: str) -> int:
-    """CPU: resident bytes beside what is allocated; 0 on CUDA, where allocated bytes are meant."""
-    if device != "cpu":
-        return 0
-    ranks = SLACK_RANKS_BYTES if layout.size > 1 else 0
-    # What is computed again is allocated again and scatters the heap as if it had been kept.
-    churn = activation_bytes(replace(run, memory=MemorySettings()), device)
-    return SLACK_BYTES + ranks + int(SLACK_SHARE * churn)
+def _state(
+    run: Run,
+    counted: Census,
+    layout: Layout,
+    parts: Sequence[Part],
+    at: Mapping[str, int],
+) -> dict[str, int]:
+    found = {"parameters": 0, "gradients": 0, "optimiser": 0}
+    for held in counted.held(layout, at, parts):
+        found["parameters"] += FP32 * held.elements
+        found["gradients"] += FP32 * held.elements
+        found["optimiser"] += _optimiser_bytes(run.optim.name, held)
+    return found
 
 
-def activation_bytes(run: Run, device: str) -> int:
-    """The most activations held at once (see `activation_moments`)."""
-    return max(held for held, _ in activation_moments(run, device))
-
-
-def activation_moments(run: Run, device: str) -> list[tuple[int, float]]:
-    """(bytes autograd holds of one microbatch, part of the backward that is behind) at the loss and
-    at each block that is computed again.
-
-    Without recomputation activations shrink faster than gradients grow, so the loss is the worst.
-
-    Per token and block: both block norms keep a unit vector (fp32) and an output; queries and keys
-    a unit vector each (fp32); queries, keys, values and the output projection's input one each; the
-    MLP two hidden vectors, four when gated; dropout its masks.
-    """
-    if run.model.classifies:
-        return [(classifier.activation_bytes(run, device), 0.0)]
-    model, tokens = run.model, run.batch.microbatch * run.data.sequence
-    element = 2 if run.run.precision != "fp32" else FP32
-    width, heads = model.width, model.heads
-    norms = 2 * (FP32 + element) * width + 2 * FP32
-    keys, kv_heads = model.kv_width, model.kv_heads or heads
-    queries = FP32 * (width + keys + heads + kv_heads) if model.qk_norm else 0
-    # Queries and what attention gives; keys and values, which a CPU repeats for each query head.
-    held = width if device == "cpu" else keys
-    attention = 2 * element * (width + held) + heads * _kept_per_head(run, device, element)
-    mlp = (4 if model.mlp == "gated" else 2) * element * model.hidden_width
-    masks = 2 * width * (element if device == "cpu" else 1) if model.dropout else 0
-    last = (FP32 + element) * width
-    whole = norms + queries + attention + mlp + masks
-    kept = FP32 * width + (_products_bytes(run, element) if run.memory.recompute != "full" else 0)
-    again = [run.memory.recomputes(index) for index in range(model.layers)]
-    below = [0.0, *itertools.accumulate(kept if block else whole for block in again)]
-    moments = [(int(tokens * (below[-1] + last)), 0.0)]
-    for index in range(model.layers):
-        if again[index]:
-            # Its turn: it holds all that it computes again; what came after it is gone.
-            behind = (model.layers - index) / (model.layers + 1)
-            moments.append((int(tokens * (below[index] + FP32 * width + whole)), behind))
-    return moments
-
-
-def cast_share(run: Run, behind: float) -> float:
+def cast_share(run: Run, behind: float, flights: int = 1) -> float:
     """Part of the weights whose bf16 copies are held: all at the loss (autocast's cache), later
-    those of blocks that keep them and of the one that is computed again."""
-    again = sum(map(run.memory.recomputes, range(run.model.layers))) if behind else 0
-    return 1.0 - max(0, again - 1) / run.model.layers if run.run.precision != "fp32" else 0.0
+    those of blocks that keep them and of the one that is computed again. Every further microbatch
+    in flight keeps copies of its own."""
+    layers, memory = run.model.layers, run.memory
+    again = -(-layers // memory.recompute_every) if memory.recompute != "none" else 0
+    now = 1.0 - max(0, again - 1) / layers if behind else 1.0
+    return now + (flights - 1) * (1 - again / layers) if run.run.precision != "fp32" else 0.0
 
 
-def _products_bytes(run: Run, element: int) -> int:
-    """What selective recomputation keeps of a block per token: results of matrix products."""
-    model = run.model
-    hidden = (2 if model.mlp == "gated" else 1) * model.hidden_width
-    # Queries, keys, values, what attention gives, its projection, and the MLP's last product.
-    return element * (4 * model.width + 2 * model.kv_width + hidden)
-
-
-def gathered_bytes(run: Run, specs: Sequence[TensorSpec], layout: Layout, canonical: bool) -> int:
-    """Parameters gathered by FSDP2 at once: two blocks and the rest, or all when canonical."""
-    if layout.shard == 1 and run.memory.offload == "none":
-        return 0
-    rest, blocks = unit_bytes(specs, layout.shard)
-    layers = run.model.layers
-    return rest + (blocks if canonical else blocks * min(2, layers) // layers)
-
-
-def unit_bytes(specs: Sequence[TensorSpec], shards: int) -> tuple[int, int]:
-    """Gathered fp32 bytes: (embedding, last norm and head; all blocks), as FSDP2 pads them."""
+def unit_bytes(specs: Specs, layout: Layout, parts: Sequence[Part]) -> tuple[int, int, int]:
+    """Gathered fp32 bytes as FSDP2 pads them: (embedding, last norm and head; all blocks), and the
+    number of blocks."""
     rest = blocks = 0
-    for spec in specs:
-        padded = FP32 * shards * len(shard_rows(spec.shape[0], shards, 0)) * _row(spec)
-        if spec.name.startswith("blocks."):
+    for held in census(specs).held(layout, ORIGIN, parts):
+        padded = FP32 * layout.shard * held.elements
+        if in_block(held.spec):
             blocks += padded
         else:
             rest += padded
-    return rest, blocks
+    return rest, blocks, sum(part.stop - part.start for part in parts)
 
 
-def _top_bytes(run: Run, specs: Sequence[TensorSpec]) -> dict[str, int]:
-    """The larger of the logits at the loss and what the last block's backward works with."""
-    if run.model.classifies:
-        return {"backward temporaries": classifier.temporary_bytes(run)}
-    tokens = run.batch.microbatch * run.data.sequence
-    vocabulary = specs[0].shape[0]
-    chunk = min(tokens, run.memory.loss_chunk or tokens)
-    logits = FP32 * chunk * vocabulary * (4 if run.model.logit_cap else 3)
-    if run.memory.loss_chunk:
-        # The head's gradient and its last part, and the gradient of the head's input.
-        element = 2 if run.run.precision != "fp32" else FP32
-        logits += run.model.width * (vocabulary * (FP32 + element) + tokens * element)
-    block = _block_bytes(run)
-    return {"logits": logits} if logits >= sum(block.values()) else block
+def summed_elements(
+    specs: Specs, layout: Layout, parts: Sequence[Part] | None, at: Mapping[str, int]
+) -> dict[tuple[str, ...], int]:
+    """Elements of gradients that the rank at `at` sums inside its island, by the axes it sums them
+    over (TensorSpec.summed)."""
+    found: dict[tuple[str, ...], int] = {}
+    for held in census(specs).held(layout, at, parts):
+        if axes := held.spec.summed(layout):
+            found[axes] = found.get(axes, 0) + held.elements
+    return found
 
 
-def _block_bytes(run: Run) -> dict[str, int]:
+def _block_bytes(run: Run, layout: Layout, part: Part) -> dict[str, int]:
     """What a block's backward works with."""
-    tokens = run.batch.microbatch * run.data.sequence
-    return {"backward temporaries": FP32 * tokens * (run.model.hidden_width + run.model.width)}
-
-
-def _kept_per_head(run: Run, device: str, element: int) -> float:
-    """Bytes per token and head: the probabilities, or one sum where they are not kept."""
-    if device != "cpu" or run.data.sequence > CHUNKED_UP_TO:
-        return FP32
-    return element * keys_per_query(run.data.sequence, device)
+    hidden = hidden_width(run.model, run.model.is_moe(part.stop - 1)) / layout.tensor
+    tokens = attended_tokens(run, layout)
+    return {"backward temporaries": int(FP32 * tokens * (hidden + run.model.width))}
 
 
 def _buffer_bytes(run: Run, layout: Layout, wire: Wire, mine: int) -> int:
     """Flat buffers while ranks agree on a gradient of `mine` bytes (dist/exchange.py)."""
-    if run.data.placement == "replicate" or layout.workers == 1:
+    if run.data.placement == "replicate" or layout.workers == 1 or wire.protocol == "none":
         return 0
-    if not wire.canonical:
-        return mine if wire.protocol == "allreduce" else 0
-    sums, on_wire = tree_sums(run, layout), wire.element_bytes
-    received = sums.total / layout.workers
+    if wire.protocol == "allreduce":
+        return mine
+    members = layout.workers if wire.canonical else layout.island
+    sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, members)
+    received, on_wire = sums.total / members, wire.element_bytes
     # Per element: flat copies, what is sent, received and gathered, and decoded where it differs.
     each = sums.ends * (FP32 + on_wire) + (received + 1) * on_wire
     if wire.codec != "identity":
@@ -303,33 +345,26 @@ def _buffer_bytes(run: Run, layout: Layout, wire: Wire, mine: int) -> int:
     return int(mine // FP32 * each)
 
 
-def _update_bytes(run: Run, specs: Sequence[TensorSpec], mine: int) -> int:
+def _update_bytes(run: Run, counted: Census, mine: int) -> int:
     """What the rule holds beside its state: muon its updates in fp32 and bf16, adam's kernels that
     are not fused a copy of all parameters."""
     if run.optim.name == "muon":
-        matrices = sum(spec.elements for spec in specs if spec.group == "matrices")
-        whole = sum(spec.elements for spec in specs)
-        return mine * matrices * 6 // (FP32 * whole)
+        matrices = sum(
+            kind.spec.elements * len(kind.layers)
+            for kind in counted.kinds
+            if kind.spec.group == "matrices"
+        )
+        return mine * matrices * 6 // (FP32 * counted.parameters)
     return mine if run.run.exact and run.optim.name in ("adam", "adamw") else 0
 
 
-def _optimiser_bytes(name: str, spec: TensorSpec, rows: int) -> int:
+def _optimiser_bytes(name: str, held: Held) -> int:
     if name == "adafactor":
-        factored = len(spec.shape) > 1
-        return FP32 * (rows + _row(spec) if factored and rows else rows * _row(spec))
-    rule = "adamw" if name == "muon" and spec.group != "matrices" else name
-    return STATE_BYTES[rule] * rows * _row(spec)
-
-
-def _unit(run: Run, specs: Sequence[TensorSpec]) -> int:
-    """Bytes of the largest unit that FSDP2 reduces at once: a block, or embedding and head."""
-    rest, blocks = unit_bytes(specs, 1)
-    return max(rest, blocks // run.model.layers)
-
-
-def _row(spec: TensorSpec) -> int:
-    """Elements of one row of dim 0."""
-    return spec.elements // spec.shape[0]
+        rows, columns = math.prod(held.shape[:-1]), math.prod((*held.shape[:-2], held.shape[-1]))
+        factored = len(held.shape) > 1
+        return FP32 * held.count * (rows + columns) if factored else FP32 * held.elements
+    rule = "adamw" if name == "muon" and held.spec.group != "matrices" else name
+    return STATE_BYTES[rule] * held.elements
 
 
 def _aligned(count: int, workers: int) -> bool:

@@ -1,26 +1,38 @@
-"""Bytes that a rank sends in a step, item by item, and the time they take.
+"""What ranks agree on and how: protocol, bytes between islands, and the time of all messages.
 
 W members agree on n elements of e bytes: the exchange sends (W-1)/W x n x e for each canonical
 subtree of a rank's range and once more for the gather; the fused all-reduce 2 (W-1)/W x n x 4
-(Thakur et al. 2005). FSDP2 inside an island gathers every block twice and the rest once per
-microbatch and reduces once per step. Latency and bandwidth are two numbers per link (Hockney 1994);
-r ranks of a group on a host see r times one rank's network. Not here: congestion and overlap on
-CPU, where messages need the same cores.
+(Thakur et al. 2005). Bytes of the axes inside an island are counted in `wires.py`. Latency and
+bandwidth are two numbers per link (Hockney 1994); r ranks of a group on a host see r times one
+rank's network. Not here: congestion, and overlap on CPU, where messages need the same cores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.layout.axes import Layout
+from cordee.layout.census import ORIGIN, Census, Specs, census
+from cordee.layout.legal import canonical, worker_microbatches
 from cordee.layout.split import canonical_subtrees, split_evenly
-from cordee.layout.tensors import TensorSpec
+from cordee.layout.stages import Part
+from cordee.plan.activations import FP32
 from cordee.plan.cluster import Cluster
-from cordee.plan.costs import dealt, fresh_s, sharers
-from cordee.plan.memory import FP32, TreeSums, Wire, tree_sums, unit_bytes
+from cordee.plan.costs import block_counts, fresh_s, whole
+from cordee.plan.dealing import Deal, deals
+from cordee.plan.memory import TreeSums, Wire, summed_elements, tree_sums
+from cordee.plan.wires import (
+    expert_bytes,
+    sequence_bytes,
+    shard_bytes,
+    stream_bytes,
+    sum_bytes,
+    tensor_bytes,
+)
 
 BF16 = 2
 """Bytes of an element of Muon's updates on the wire."""
@@ -33,7 +45,7 @@ MESSAGE_S = 20e-6
 """Each further message of a direct exchange: they are posted together and leave in turn."""
 
 OVERLAP = 0.8
-"""CUDA: part of FSDP2's messages that can hide behind the computation of the same microbatch."""
+"""CUDA: part of messages that can hide behind computation: FSDP2's, a ring's and a pipeline's."""
 
 COUNTED = "gradients"
 """The item that the run itself counts (metrics.jsonl, bytes_sent)."""
@@ -47,11 +59,23 @@ class Traffic:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a rank does in a step: the layers it holds, how it shards (zero), and the seconds that
+    it computes, behind which messages can hide."""
+
+    parts: Sequence[Part]
+    zero: int = 1
+    compute_s: float = 0.0
+
+
 def choose_wire(run: Run, layout: Layout) -> Wire:
     """The protocol, codec and order of summation of this run on this layout.
 
     Given: as given (ConfigError when both cannot act). auto: exchange when exact or with a rounding
-    codec, all-reduce between islands otherwise, none when there is one island.
+    codec, all-reduce between islands otherwise, none when there is one island. The exchange runs
+    over all that compute microbatches, in canonical order, where islands and shards are the only
+    axes; else islands exchange their sums.
     """
     wanted, codec = run.sync.protocol, run.sync.codec
     if wanted == "allreduce" and codec != "identity":
@@ -60,58 +84,75 @@ def choose_wire(run: Run, layout: Layout) -> Wire:
             values={"sync.protocol": wanted, "sync.codec": codec},
             fix="sync.protocol=exchange, or sync.codec=identity",
         )
-    replicated = run.data.placement == "replicate"
-    if run.run.exact or (wanted == "exchange" and not replicated):
-        protocol = "exchange"
-    elif replicated or layout.workers == 1:
-        protocol = "none"
-    elif codec != "identity":
-        protocol = "exchange"
-    else:
-        protocol = "none" if layout.island == 1 else "allreduce"
-    return Wire(protocol, codec, run.run.exact or protocol == "exchange")
+    if canonical(run, layout):
+        return Wire("exchange", codec, True)
+    if run.data.placement == "replicate" or layout.island == 1:
+        return Wire("none", codec, False)
+    by_exchange = wanted == "exchange" or codec != "identity"
+    return Wire("exchange" if by_exchange else "allreduce", codec, False)
 
 
 def traffic(
     run: Run,
-    specs: Sequence[TensorSpec],
+    specs: Specs,
     layout: Layout,
     wire: Wire,
     cluster: Cluster,
-    backward_s: float = 0.0,
+    load: Load | None = None,
 ) -> Traffic:
-    """What the busiest rank sends; messages can hide behind `backward_s` of computation."""
+    """What the busiest rank sends in a step, and the seconds that computation does not hide."""
+    counted, load = census(specs), load or Load(parts=[whole(run)])
     sent: dict[str, int] = {}
     seconds: dict[str, float] = {}
     sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, layout.workers)
-    sent[COUNTED] = gradient_bytes(specs, layout, wire, run, sums.ends)
-    seconds["agree"] = _agree_s(run, specs, layout, wire, cluster, sent[COUNTED])
+    sent[COUNTED] = gradient_bytes(counted, layout, wire, run, sums.ends, load.parts)
+    mine = FP32 * _agreed(counted, layout, wire, load.parts)
+    seconds["agree"] = _agree_s(run, layout, wire, cluster, mine, sent[COUNTED])
     if layout.shard > 1:
-        gathered, reduced, units = _sharded(run, specs, layout, wire)
+        gathered, reduced, units = shard_bytes(
+            run, counted, layout, load.parts, load.zero, wire.canonical
+        )
         sent["parameters gathered"], sent["gradients reduced"] = gathered, reduced
-        seconds["shard"] = _shard_s(run, layout, cluster, gathered + reduced, units, backward_s)
-    shared = _shared_updates(run, specs, layout)
-    if shared:
-        sent["updates shared"] = shared
-        seconds["updates shared"] = _share_s(run, layout, cluster, shared)
+        seconds["shard"] = _shard_s(run, layout, cluster, gathered + reduced, units, load)
+    for name, count, messages in _inside(run, counted, layout, load):
+        sent[name] = count
+        hides = name == "pipeline" or (name == "context" and run.layout.attention == "ring")
+        hidden = OVERLAP if hides and cluster.device != "cpu" else 0.0
+        seconds[name] = (1 - hidden) * _inside_s(layout, cluster, name, count, messages)
+    if summed := sum_bytes(counted, layout, load.parts, ORIGIN):
+        sent["gradients summed"] = summed
+        seconds["gradients summed"] = _sum_s(counted, layout, cluster, load.parts)
+    if shared := [deal for deal in deals(run, counted, layout, load.parts) if deal.ranks > 1]:
+        sent["updates shared"] = sum(map(_shared_bytes, shared))
+        seconds["updates shared"] = sum(_share_s(layout, cluster, deal) for deal in shared)
     return Traffic({k: v for k, v in sent.items() if v}, {k: v for k, v in seconds.items() if v})
 
 
 def gradient_bytes(
-    specs: Sequence[TensorSpec], layout: Layout, wire: Wire, run: Run, subtrees: int
+    specs: Specs,
+    layout: Layout,
+    wire: Wire,
+    run: Run,
+    subtrees: int,
+    parts: Sequence[Part] | None = None,
 ) -> int:
-    """Bytes of gradients that a rank with so many canonical subtrees sends, as it counts them."""
-    whole = sum(spec.elements for spec in specs)
+    """Bytes of gradients that a rank which holds `parts` and has so many canonical subtrees sends
+    to other islands (canonical: to all workers), as it counts them."""
     if run.data.placement == "replicate":
         return 8 * (layout.island - 1)
-    if wire.canonical:
-        members = layout.workers
-        slice_bytes = -(-whole // members) * wire.element_bytes
+    mine = _agreed(census(specs), layout, wire, parts)
+    if wire.protocol == "exchange":
+        members = layout.workers if wire.canonical else layout.island
+        slice_bytes = -(-mine // members) * wire.element_bytes
         return (subtrees + 1) * (members - 1) * slice_bytes if members > 1 else 0
     if wire.protocol == "allreduce":
-        mine = whole if layout.shard == 1 else unit_sum(specs, layout.shard)
         return int(2 * (layout.island - 1) / layout.island * mine * FP32)
     return 0
+
+
+def _agreed(counted: Census, layout: Layout, wire: Wire, parts: Sequence[Part] | None) -> int:
+    """Elements of the gradient that a rank brings to the agreement."""
+    return counted.elements(layout, ORIGIN, parts, "tensor" if wire.canonical else "shard")
 
 
 def rank_subtrees(run: Run, layout: Layout, wire: Wire, worker: int) -> int:
@@ -131,11 +172,6 @@ def splits(run: Run, layout: Layout) -> list[range]:
     return split_evenly(total, layout.workers)
 
 
-def unit_sum(specs: Sequence[TensorSpec], shards: int) -> int:
-    """Elements that the first shard holds."""
-    return sum(unit_bytes(specs, shards)) // (FP32 * shards)
-
-
 @dataclass(frozen=True)
 class _Reach:
     """What one rank of a group sees: the slowest link and the share that crosses it."""
@@ -146,10 +182,14 @@ class _Reach:
     direct_bytes_per_s: float
 
 
-def _reach(cluster: Cluster, members: int, stride: int) -> _Reach:
-    """A group of `members` ranks, `stride` apart, on the hosts that a full job needs."""
+def _reach(cluster: Cluster, layout: Layout, axes: Sequence[str]) -> _Reach:
+    """The group of ranks that differ in `axes` only, on the hosts that a full job needs."""
     per_host = max(1, cluster.slots // cluster.hosts)
-    together = max(1, per_host // stride)
+    members = together = 1
+    for axis in axes:
+        degree = getattr(layout, axis)
+        members *= degree
+        together *= min(degree, max(1, per_host // layout.stride(axis)))
     hosts = -(-members // together)
     link = cluster.link_bytes_per_s
     # gloo waits at each of a ring's hops; NCCL's inside a host are a small part of one latency.
@@ -157,95 +197,111 @@ def _reach(cluster: Cluster, members: int, stride: int) -> _Reach:
     if hosts == 1:
         return _Reach(cluster.link_s, hops, link, link)
     hops += (hosts - 1) * cluster.network_s
-    ring = min(link, min(together, members) * cluster.network_bytes_per_s)
+    ring = min(link, together * cluster.network_bytes_per_s)
     # Direct messages: (hosts-1)/hosts of the bytes cross the rank's own network card.
     across = (hosts - 1) / hosts
     direct = 1 / (across / cluster.network_bytes_per_s + (1 - across) / link)
     return _Reach(max(cluster.link_s, cluster.network_s), hops, ring, direct)
 
 
-def _agree_s(
-    run: Run,
-    specs: Sequence[TensorSpec],
-    layout: Layout,
-    wire: Wire,
-    cluster: Cluster,
-    sent: int,
-) -> float:
-    """Seconds until all ranks hold the whole gradient."""
+def _agree_s(run: Run, layout: Layout, wire: Wire, cluster: Cluster, mine: int, sent: int) -> float:
+    """Seconds until all ranks hold the sum of gradients of which each brings `mine` bytes."""
     if not sent:
         return 0.0
-    whole = FP32 * sum(spec.elements for spec in specs)
     if run.data.placement == "replicate":
         # Every island reads its gradient once to digest it.
-        return _reach(cluster, layout.island, 1).latency_s + whole / cluster.memory_bytes_per_s
-    if wire.canonical:
-        reach = _reach(cluster, layout.workers, 1)
-        passes = 10 * whole / cluster.memory_bytes_per_s
-        rounds = 2 * (reach.latency_s + (layout.workers - 2) * MESSAGE_S)
-        encoded = whole * wire.element_bytes / FP32
-        fresh = fresh_s(cluster, encoded, 3) + fresh_s(cluster, whole, 1)
+        reach = _reach(cluster, layout, ("island",))
+        return reach.latency_s + mine / cluster.memory_bytes_per_s
+    if wire.protocol == "exchange":
+        members = layout.workers if wire.canonical else layout.island
+        axes = ("island", "shard") if wire.canonical else ("island",)
+        reach = _reach(cluster, layout, axes)
+        passes = 10 * mine / cluster.memory_bytes_per_s
+        rounds = 2 * (reach.latency_s + (members - 2) * MESSAGE_S)
+        encoded = mine * wire.element_bytes / FP32
+        fresh = fresh_s(cluster, encoded, 3) + fresh_s(cluster, mine, 1)
         return rounds + sent / reach.direct_bytes_per_s + passes + fresh
-    reach = _reach(cluster, layout.island, layout.shard)
-    mine = whole // layout.shard
-    passes = 2 * mine / cluster.memory_bytes_per_s
-    return 2 * reach.ring_s + sent / reach.ring_bytes_per_s + passes + fresh_s(cluster, mine, 1)
+    return _total_s(layout, cluster, ("island",), mine)
 
 
-def _sharded(
-    run: Run, specs: Sequence[TensorSpec], layout: Layout, wire: Wire
-) -> tuple[int, int, int]:
-    """FSDP2 in one step: (bytes gathered, bytes reduced, collectives) of one rank.
+def _total_s(layout: Layout, cluster: Cluster, axes: Sequence[str], size: int) -> float:
+    """Seconds of one all-reduce of `size` bytes."""
+    reach = _reach(cluster, layout, axes)
+    members: int = math.prod(getattr(layout, axis) for axis in axes)
+    sent = 2 * (members - 1) / members * size
+    passes = 2 * size / cluster.memory_bytes_per_s
+    return 2 * reach.ring_s + sent / reach.ring_bytes_per_s + passes + fresh_s(cluster, size, 1)
 
-    Canonical runs keep parameters gathered after a backward, so only the first microbatch gathers a
-    block twice, and they leave the reduction to the exchange.
-    """
-    rest, blocks = unit_bytes(specs, layout.shard)
-    share = (layout.shard - 1) / layout.shard
-    count = -(-run.batch.microbatches // layout.workers)
-    if wire.canonical:
-        times_blocks, times_rest, reductions = count + 1, 1, 0
-    else:
-        times_blocks, times_rest, reductions = 2 * count, count, 1
-    gathered = share * (times_blocks * blocks + times_rest * rest)
-    reduced = share * reductions * (blocks + rest)
-    layers = run.model.layers
-    units = times_blocks * layers + times_rest + reductions * (layers + 1)
-    return int(gathered), int(reduced), units
+
+def _sum_s(counted: Census, layout: Layout, cluster: Cluster, parts: Sequence[Part]) -> float:
+    """Seconds of the sums inside an island."""
+    sums = summed_elements(counted, layout, parts, ORIGIN)
+    return math.fsum(_total_s(layout, cluster, axes, FP32 * size) for axes, size in sums.items())
 
 
 def _shard_s(
-    run: Run, layout: Layout, cluster: Cluster, sent: int, units: int, backward_s: float
+    run: Run, layout: Layout, cluster: Cluster, sent: int, units: int, load: Load
 ) -> float:
     """Seconds of FSDP2's messages that computation does not hide."""
-    reach = _reach(cluster, layout.shard, 1)
+    reach = _reach(cluster, layout, ("shard",))
     fixed = GATHER_S if cluster.device == "cpu" else reach.ring_s
     messages = units * fixed + sent / reach.ring_bytes_per_s
     if cluster.device == "cpu":
         # Reductions and gathers copy in and out; gloo reduces at half of the link's rate.
         return messages + sent / reach.ring_bytes_per_s
     exposed = messages / max(1, units)
-    return exposed + max(0.0, messages - OVERLAP * backward_s)
+    # What is sent once a step hides behind its first forward and its last backward.
+    behind = load.compute_s / (worker_microbatches(run, layout) if load.zero == 1 else 1)
+    return exposed + max(0.0, messages - OVERLAP * behind)
 
 
-def _shared_updates(run: Run, specs: Sequence[TensorSpec], layout: Layout) -> int:
+def _inside(run: Run, counted: Census, layout: Layout, load: Load) -> list[tuple[str, int, int]]:
+    """(axis, bytes, messages) of activations that a rank sends in a step."""
+    each, parts = worker_microbatches(run, layout), load.parts
+    blocks, again, experts = 0, 0, 0
+    for moe, number, repeated in block_counts(run, parts):
+        blocks, again = blocks + number, again + repeated
+        experts += (4 * number + 2 * repeated) * moe
+    found = []
+    if layout.tensor > 1:
+        sent = tensor_bytes(run, layout, parts, counted.vocabulary)
+        found.append(("tensor", each * sent, each * (8 * blocks + 4 * again + 6)))
+    if layout.context > 1:
+        hops = 1 if run.layout.attention == "gather" else layout.context - 1
+        sent = sequence_bytes(run, layout, parts)
+        found.append(("context", each * sent, each * hops * (2 * blocks + again)))
+    if layout.expert > 1:
+        found.append(("expert", each * expert_bytes(run, layout, parts), each * experts))
+    if layout.pipeline > 1:
+        ways = sum((not part.embeds) + (not part.heads) for part in parts)
+        found.append(("pipeline", each * ways * stream_bytes(run, layout), each * ways))
+    return found
+
+
+def _inside_s(layout: Layout, cluster: Cluster, axis: str, sent: int, messages: int) -> float:
+    """Seconds of an axis's activations on their way."""
+    reach = _reach(cluster, layout, (axis,))
+    direct = axis in ("expert", "pipeline")
+    fixed = reach.latency_s if direct else reach.ring_s
+    bandwidth = reach.direct_bytes_per_s if direct else reach.ring_bytes_per_s
+    copies = sent / bandwidth if cluster.device == "cpu" else 0.0
+    return messages * fixed + sent / bandwidth + copies
+
+
+def _shared_bytes(deal: Deal) -> int:
     """Bytes of Muon's bf16 updates that the busiest rank sends (optim/muon.py).
 
-    Whole copies: one gather, padded to the rank with most elements. Shards: rows go to the matrix's
+    Whole copies: one gather, padded to the rank with most elements. Parts: they go to the matrix's
     owner and come back.
     """
-    ranks = sharers(run, layout)
-    if run.optim.name != "muon" or ranks == 1:
-        return 0
-    _, most = dealt(specs, ranks)
-    if layout.shard == 1:
-        return most * BF16 * (ranks - 1)
-    rows = sum(spec.elements for spec in specs if spec.group == "matrices") // ranks
-    return (rows - most // ranks + most - most // ranks) * BF16
+    if not deal.cut:
+        return deal.elements * BF16 * (deal.ranks - 1)
+    rows, most = deal.all_elements // deal.ranks, deal.elements
+    return (rows - most // deal.ranks + most - most // deal.ranks) * BF16
 
 
-def _share_s(run: Run, layout: Layout, cluster: Cluster, sent: int) -> float:
-    ranks = sharers(run, layout)
-    reach = _reach(cluster, ranks, 1)
-    rounds = reach.latency_s if layout.shard == 1 else 2 * reach.latency_s
-    return rounds + (ranks - 1) * MESSAGE_S + sent / reach.direct_bytes_per_s
+def _share_s(layout: Layout, cluster: Cluster, deal: Deal) -> float:
+    reach = _reach(cluster, layout, deal.axes)
+    rounds = 2 * reach.latency_s if deal.cut else reach.latency_s
+    messages = (deal.ranks - 1) * MESSAGE_S
+    return rounds + messages + _shared_bytes(deal) / reach.direct_bytes_per_s

@@ -14,30 +14,33 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from cordee.config.check import check_processes
-from cordee.config.run import LayoutSettings, Run
+from cordee.config.run import Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import AXES, INSIDE, Layout, settle
-from cordee.layout.stages import make_stages
-from cordee.layout.tensors import tensors
+from cordee.layout.census import Census, model_census
+from cordee.layout.legal import broken
 from cordee.plan.cluster import Cluster, cpu_only
 from cordee.plan.devices import check_devices
 from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
     Prediction,
+    Ranking,
     choose_threads,
-    layout_problems,
     predict,
     ranks_per_host,
     search,
-    too_big,
 )
+
+RANGES = ("splits", "stages")
+"""Fields of a plan that are [start, stop) pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything the runtime needs to know before it starts. `splits` are [start, stop) of each
-    worker's microbatches, in the order of `Layout.worker`."""
+    worker's microbatches, in the order of `Layout.worker`; `stages` are [start, stop) of each
+    stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled)."""
 
     layout: Layout
     processes: int
@@ -45,8 +48,8 @@ class Plan:
     device: Literal["cpu", "cuda"]
     protocol: Literal["exchange", "allreduce", "none"]
     codec: str
-    splits: tuple[tuple[int, int], ...]
     zero: int
+    splits: tuple[tuple[int, int], ...]
     stages: tuple[tuple[int, int], ...]
     predicted: Prediction
     why: str
@@ -59,8 +62,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
-        splits, stages = ([list(part) for part in pairs] for pairs in (self.splits, self.stages))
-        return {**asdict(self), "layout": layout, "splits": splits, "stages": stages}
+        ranges = {name: [list(part) for part in getattr(self, name)] for name in RANGES}
+        return {**asdict(self), "layout": layout, **ranges}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -72,7 +75,7 @@ class Plan:
         values = _exactly(told, cls, "plan")
         values["layout"] = Layout(**_exactly(values["layout"], Layout, "layout"))
         values["predicted"] = Prediction(**_exactly(values["predicted"], Prediction, "predicted"))
-        for name in ("splits", "stages"):
+        for name in RANGES:
             pairs = values[name]
             if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
                 raise _bad_plan(f"{name} are pairs of whole numbers", str(pairs)[:80])
@@ -92,21 +95,24 @@ def make_plan(
     asked = processes
     if asked is None and run.launch.processes != "auto":
         asked = int(run.launch.processes)
-    if asked is not None or axes_given(run):
+    # Ranks without axes are islands, unless shards are asked for by what they keep.
+    islands = asked is not None and run.layout.zero in ("auto", 1)
+    if islands or axes_given(run):
+        counted = model_census(run.model, vocabulary)
         layout = settle(run.layout, asked if asked is not None else "auto")
-        _refuse(run, layout, cluster)
-        candidate = predict(run, cluster, layout, tuple(tensors(run.model, vocabulary)))
-        reason = too_big(candidate, cluster)
-        if reason is not None and not axes_given(run):
-            candidate, reason = _sharded(run, cluster, vocabulary, layout), None
-        if reason is not None:
+        _refuse(run, layout, cluster, counted)
+        candidate = predict(run, cluster, layout, counted)
+        reason = candidate.fitting.reason
+        if reason and not axes_given(run):
+            candidate, reason = _sharded(run, cluster, vocabulary, layout), ""
+        if reason:
             raise _does_not_fit(run, cluster, vocabulary, layout, reason)
         why = _why_asked(run, processes, layout, candidate)
     else:
-        ranking = search(run, cluster, vocabulary)
-        usable = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
+        ranking = search(run, cluster, vocabulary, asked)
+        usable = [c for c in ranking.ranked if c.layout.size in (asked, *range(cluster.slots + 1))]
         if not usable:
-            raise _nothing_fits(run, cluster, vocabulary)
+            raise _nothing_fits(run, cluster, ranking)
         candidate = usable[0]
         why = why_first(usable)
     return finished(run, cluster, candidate, why)
@@ -119,11 +125,11 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
         processes=candidate.layout.size,
         threads=candidate.threads,
         device=cluster.device,
-        protocol=typing.cast(Any, candidate.wire.protocol),
-        codec=candidate.wire.codec,
+        protocol=typing.cast(Any, candidate.fitting.wire.protocol),
+        codec=candidate.fitting.wire.codec,
+        zero=candidate.fitting.zero,
         splits=tuple((part.start, part.stop) for part in splits(run, candidate.layout)),
-        zero=1 if run.layout.zero == "auto" else run.layout.zero,
-        stages=make_stages(run.model, 256, run.layout, candidate.layout.pipeline).parts,
+        stages=candidate.fitting.stages.parts,
         predicted=candidate.predicted,
         why=why,
         note=_note(run, cluster, candidate),
@@ -166,13 +172,11 @@ def _with_threads(made: Candidate) -> str:
     return f"{made.layout.describe()} x {made.threads} thread{'s' if made.threads > 1 else ''}"
 
 
-def _refuse(run: Run, layout: Layout, cluster: Cluster) -> None:
+def _refuse(run: Run, layout: Layout, cluster: Cluster, counted: Census) -> None:
     """Raises for a layout that cannot run here, whatever it costs."""
-    found = layout_problems(run, layout)
-    if found:
-        reason, fix = found[0]
+    if rules := broken(run, layout, counted):
         values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
-        raise LayoutError(reason, values=values, fix=fix)
+        raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
     if cluster.device == "cpu":
         check_processes(layout.size, cluster.slots)
     elif layout.size > cluster.slots:
@@ -187,54 +191,62 @@ def _sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> Ca
     """With the number of ranks given and whole copies too large: the best layout that shards."""
     ranking = search(run, cluster, vocabulary, islands.size)
     if not ranking.ranked:
-        raise _nothing_fits(run, cluster, vocabulary, islands)
+        raise _nothing_fits(run, cluster, ranking)
     return ranking.ranked[0]
 
 
 def _does_not_fit(
     run: Run, cluster: Cluster, vocabulary: int, layout: Layout, reason: str
 ) -> LayoutError:
-    ranked = search(without_axes(run), cluster, vocabulary).ranked
-    others = [c for c in ranked if c.layout.size <= cluster.slots]
+    ranking = search(without_axes(run), cluster, vocabulary)
+    others = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
     if not others:
-        return _nothing_fits(run, cluster, vocabulary, layout)
+        return _nothing_fits(run, cluster, ranking)
     near = min(others, key=lambda c: (abs(c.layout.size - layout.size), c.predicted.step_s)).layout
-    processes = f"launch.processes={near.size}"
+    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(near))
     return LayoutError(
         f"{layout.describe()} does not fit: it {reason}",
-        values={"layout": layout.describe(), "devices": cluster.name},
-        fix=f"layout.islands={near.island} layout.shard={near.shard} ({processes})",
+        values={"layout": layout.describe(), "devices": _devices(cluster)},
+        fix=f"layout.islands={near.island} {words} (launch.processes={near.size})",
     )
 
 
-def _nothing_fits(
-    run: Run, cluster: Cluster, vocabulary: int, layout: Layout | None = None
-) -> LayoutError:
+def _degrees(layout: Layout) -> list[tuple[str, int]]:
+    """Axes inside an island that cut something; shard 1 where none does."""
+    found = [(axis, getattr(layout, axis)) for axis in INSIDE if getattr(layout, axis) > 1]
+    return found or [("shard", 1)]
+
+
+def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
-    specs = tuple(tensors(run.model, vocabulary))
-    shown = layout or Layout()
-    made = predict(run, cluster, shown, specs)
-    items = made.predicted.memory_items
-    largest = max(items, key=lambda name: items[name])
-    if "activations" in largest and run.batch.microbatch > 1:
+    values: dict[str, object] = {"devices": _devices(cluster)}
+    largest = ""
+    if ranking.tightest is not None:
+        layout, fitting = ranking.tightest
+        values[layout.describe()] = fitting.reason
+        largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
+    elif ranking.rejected:
+        values[ranking.rejected[0].layout] = ranking.rejected[0].reason
+    if largest in ("activations", "bf16 weights") and run.memory.recompute == "none":
+        fix = "memory.recompute=full"
+    elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
     elif cluster.device == "cuda":
-        fix = f"more devices to shard over (cordee plan layout.shard={2 * cluster.slots})"
+        fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:
         fix = "a smaller model.preset, or a machine with more memory"
-    return LayoutError(
-        "no layout of these devices is legal and fits",
-        values={
-            "devices": cluster.name,
-            shown.describe(): too_big(made, cluster) or "fits, but is not what was asked for",
-        },
-        fix=fix,
-    )
+    return LayoutError("no layout of these devices is legal and fits", values=values, fix=fix)
+
+
+def _devices(cluster: Cluster) -> str:
+    return f"{cluster.hosts} hosts of {cluster.name}" if cluster.hosts > 1 else cluster.name
 
 
 def without_axes(run: Run) -> Run:
     """The run without degrees and ranks of its own: all layouts are its neighbours."""
-    return replace(run, layout=LayoutSettings(), launch=replace(run.launch, processes="auto"))
+    axes = dict.fromkeys(("islands", *INSIDE), "auto")
+    layout = replace(run.layout, **axes)  # type: ignore[arg-type]
+    return replace(run, layout=layout, launch=replace(run.launch, processes="auto"))
 
 
 def _why_asked(run: Run, processes: int | None, layout: Layout, made: Candidate) -> str:

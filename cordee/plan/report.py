@@ -15,6 +15,7 @@ from cordee.plan.cluster import Cluster
 from cordee.plan.costs import kind_of
 from cordee.plan.memory import FITS
 from cordee.plan.plan import Plan
+from cordee.plan.rank import RankView
 from cordee.plan.search import MIB, Prediction, Ranking
 
 HEADINGS = (
@@ -32,7 +33,7 @@ BAR = 24
 def plan_text(run: Run, cluster: Cluster, plan: Plan, ranking: Ranking, top: int = 8) -> str:
     """The whole page: job, ranked layouts, what was dropped, memory, time, assumptions."""
     parts = [
-        _job(run, cluster, plan),
+        job_text(run, cluster, plan),
         ranked_table(plan, ranking, top),
         _rejected(ranking),
         _memory(plan),
@@ -88,6 +89,44 @@ def compare(plan: Plan, measured: Mapping[str, float]) -> str:
     return _columns(rows, left=(0, 4))
 
 
+def rank_text(view: RankView, rehearsal: Mapping[str, float] | None = None) -> str:
+    """One rank as a table; `rehearsal` is what building its modules gave: parameters, bytes,
+    modules, seconds, memory (bytes)."""
+    at = ", ".join(f"{axis} {place}" for axis, place in view.coordinates.items())
+    stages = " and ".join(
+        f"{start} to {stop - 1} (stage {stage})"
+        for stage, (start, stop) in zip(view.stages, view.layers, strict=True)
+    )
+    first, last = view.microbatches
+    part = f"{view.parameters:,} of {count_text(view.model_parameters)}"
+    rows = [
+        ("  stands at", at),
+        ("  layers", stages),
+        ("  microbatches", f"{first} to {last - 1} of a step (worker {view.worker})"),
+        *((f"  {axis} group", _ranks(group)) for axis, group in view.groups.items()),
+        ("  holds", f"{part} parameters, in {view.tensors:,} tensors"),
+        *((f"  {name}", f"{size:,} bytes") for name, size in view.state_bytes.items()),
+        *((f"  sends, {axis}", f"{size:,} bytes") for axis, size in view.sent_bytes.items()),
+    ]
+    if rehearsal is not None:
+        built = int(rehearsal["parameters"])
+        agrees = "as above" if built == view.parameters else f"above: {view.parameters:,}"
+        rows += [
+            ("  built on meta", f"{built:,} parameters ({agrees})"),
+            ("  its bytes", f"{int(rehearsal['bytes']):,}"),
+            ("  its modules", f"{int(rehearsal['modules']):,}"),
+            ("  building took", f"{seconds_text(rehearsal['seconds'])},"
+             f" {_mib(rehearsal['memory'])} MiB of memory"),
+        ]  # fmt: skip
+    return f"rank {view.rank} of {view.ranks}\n" + _columns(rows, left=(0, 1))
+
+
+def _ranks(group: Sequence[int]) -> str:
+    """Ranks with equal steps between them."""
+    shown = ", ".join(map(str, group if len(group) <= 8 else group[:3]))
+    return shown if len(group) <= 8 else f"{shown} ... {group[-1]} ({len(group)} ranks)"
+
+
 def assumed(run: Run, cluster: Cluster) -> dict[str, str]:
     """What the figures rest on, in words."""
     kind = kind_of(cluster, run.run.precision)
@@ -136,7 +175,8 @@ def _assumptions(run: Run, cluster: Cluster) -> str:
     return "assumed\n" + _columns([(f"  {k}", v) for k, v in told.items()], left=(0, 1))
 
 
-def _job(run: Run, cluster: Cluster, plan: Plan) -> str:
+def job_text(run: Run, cluster: Cluster, plan: Plan) -> str:
+    """Model, step and devices in three lines."""
     batch, model = run.batch, run.model
     exact = ", exact" if run.run.exact else ""
     heads = f", {model.heads} heads{f' ({model.kv_heads} of keys)' if model.kv_heads else ''}"
@@ -161,7 +201,7 @@ def _devices(cluster: Cluster) -> str:
 def _row(place: str, layout: Layout, threads: int, told: Prediction, mine: bool) -> tuple[str, ...]:
     return (
         place,
-        layout.describe(),
+        layout.describe().removeprefix("1 island x "),
         f"{layout.size} x {threads}",
         f"{told.step_s * 1e3:,.1f}",
         f"{told.low_s * 1e3:,.0f} - {told.high_s * 1e3:,.0f}",
@@ -176,7 +216,7 @@ def _rejected(ranking: Ranking) -> str:
     if not ranking.rejected:
         return ""
     rows = [(f"  {r.layout}", r.reason) for r in ranking.rejected]
-    # Layouts that are too large come one by one; the axes that are not run come last.
+    # Rules come first; what does not fit comes last, by number of ranks.
     shown = rows if len(rows) <= MOST_REJECTED else [*rows[: MOST_REJECTED - 4], *rows[-4:]]
     hidden = len(rows) - len(shown)
     more = f"\n  and {hidden} more (--json)" if hidden else ""
@@ -188,7 +228,9 @@ def _memory(plan: Plan) -> str:
     rows = [*told.memory_items.items(), ("in all", told.memory_bytes)]
     lines = _bars([(name, size, _mib(size)) for name, size in rows], total="in all")
     process = f"  and {_mib(told.overhead_bytes)} MiB for the process itself"
-    return "memory of the fullest rank at the worst moment, MiB\n" + lines + "\n" + process
+    zero = f" (zero {plan.zero})" if plan.layout.shard > 1 else ""
+    title = f"memory of the fullest rank at the worst moment, MiB{zero}"
+    return title + "\n" + lines + "\n" + process
 
 
 def _time(plan: Plan) -> str:

@@ -1,19 +1,22 @@
 """All layouts of the given devices: enumerate, drop with a reason, predict, rank.
 
-Not here: what is done with the winner (`plan.py`). Exhaustive: with the axes that run (islands and
-shard) there are few hundred layouts even for 100,000 ranks, so nothing is approximated by a
-heuristic. Traded away: microbatch size and M are the user's; they change the descent.
+Not here: what is done with the winner (`plan.py`), why a layout is illegal (`layout/legal.py`).
+Exhaustive over the degrees that `candidates.py` gives, so nothing is approximated by a heuristic.
+Traded away: microbatch size and M are the user's, they change the descent; so are schedule and
+kind of attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from cordee.config.run import LayoutSettings, Run
-from cordee.layout.axes import BUILT, INSIDE, Layout, problems
-from cordee.layout.tensors import TensorSpec, tensors
-from cordee.plan import classifier
+from cordee.config.run import Run
+from cordee.layout.axes import Layout
+from cordee.layout.census import Census, Specs, census, model_census
+from cordee.layout.legal import broken, worker_microbatches
+from cordee.layout.stages import Stages, make_stages
+from cordee.plan.candidates import Reasons, Rejected, all_domains, candidates, rank_counts
 from cordee.plan.cluster import Cluster
 from cordee.plan.costs import (
     STEP_S,
@@ -23,16 +26,9 @@ from cordee.plan.costs import (
     microbatch_work,
     update_s,
 )
-from cordee.plan.memory import (
-    FITS,
-    OVERHEAD_BYTES,
-    Wire,
-    rank_memory,
-)
-from cordee.plan.network import choose_wire, gradient_bytes, rank_subtrees, traffic
-
-ON_PAPER = 8
-"""Numbers of processes up to this are in the table also where there are fewer cores."""
+from cordee.plan.memory import FITS, OVERHEAD_BYTES, Memory, Wire, rank_memory, unlike
+from cordee.plan.network import Load, choose_wire, gradient_bytes, rank_subtrees, traffic
+from cordee.plan.pipeline import bubble
 
 MIB = 1 << 20
 
@@ -67,21 +63,25 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A legal layout that fits, with its prediction."""
+class Fitting:
+    """How a layout is cut into stages and sharded, the memory of its fullest rank, and why that
+    does not fit into its device (or host, on CPU); empty when it does."""
 
-    layout: Layout
-    threads: int
+    stages: Stages
     wire: Wire
-    predicted: Prediction
+    zero: int
+    memory: Memory
+    reason: str
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A layout, or some that differ in one degree, and why they are out."""
+class Candidate:
+    """A legal layout with its prediction."""
 
-    layout: str
-    reason: str
+    layout: Layout
+    threads: int
+    fitting: Fitting
+    predicted: Prediction
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Ranking:
 
     ranked: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...]
+    tightest: tuple[Layout, Fitting] | None
+    """Of those that do not fit, the one that needs least."""
 
 
 def search(
@@ -97,99 +99,79 @@ def search(
 ) -> Ranking:
     """Every layout of `processes` ranks (or of 1 to all devices), ranked by time, then memory.
 
-    Axes that the run gives are kept. Pure, a millisecond per layout.
+    Axes that the run gives are kept. Smaller numbers of ranks than there are devices are cut by
+    shards only, unless no layout of all devices is legal. Pure, a millisecond per layout.
     """
-    specs = tuple(tensors(run.model, vocabulary))
-    ranked: list[Candidate] = []
-    rejected: list[Rejected] = []
-    idle: list[int] = []
-    uneven: list[int] = []
-    barred = shards_barred(run)
-    if barred is not None:
-        rejected.append(Rejected("shard", barred[0]))
-    for layout in candidates(run.layout, cluster, processes):
-        if barred is not None and layout.shard > 1:
-            continue
-        crowd = _crowd(run, layout, idle, uneven)
-        if crowd is not None:
-            crowd.append(layout.size)
-            continue
-        reason = illegal(run, layout, cluster)
-        if reason is None:
-            made = predict(run, cluster, layout, specs)
-            reason = too_big(made, cluster)
-            if reason is None:
-                ranked.append(made)
-                continue
-        rejected.append(Rejected(layout.describe(), reason))
-    rejected += _crowds(run.batch.microbatches, idle, uneven)
-    ranked.sort(key=lambda c: (c.predicted.step_s, c.predicted.memory_bytes, c.layout.size))
-    return Ranking(tuple(ranked), (*rejected, *_not_built(cluster, processes)))
+    counted = model_census(run.model, vocabulary)
+    counts = [processes] if processes is not None else rank_counts(cluster)
+    reasons, looked = Reasons(), _Looked()
+    for everything in (False, True):
+        domains = all_domains(run, cluster, counted, counts, reasons)
+        for layout in candidates(run.layout, domains, counts, everything):
+            looked.at(run, cluster, counted, layout, reasons)
+        if counts[-1] in looked.legal:
+            break
+    ranked = sorted(
+        looked.ranked,
+        key=lambda c: (c.predicted.step_s, c.predicted.memory_bytes, c.layout.size),
+    )
+    return Ranking(tuple(ranked), tuple(reasons.lines()), looked.tightest)
 
 
-def candidates(
-    wanted: LayoutSettings, cluster: Cluster, processes: int | None = None
-) -> Iterator[Layout]:
-    """Layouts of the axes that run, fewest ranks first, consistent with the degrees given."""
-    given = {axis: getattr(wanted, axis) for axis in INSIDE if getattr(wanted, axis) != "auto"}
-    any_given = bool(given) or wanted.islands != "auto"
-    counts = [processes] if processes is not None else _counts(cluster)
-    for count in counts:
-        shards = [int(given.get("shard", 1))] if any_given else _divisors(count)
-        for shard in shards:
-            islands, left = divmod(count, shard)
-            if left or wanted.islands not in ("auto", islands):
-                continue
-            if any(int(given.get(axis, 1)) > 1 for axis in INSIDE if axis != "shard"):
-                continue
-            yield Layout(island=islands, shard=shard)
+@dataclass
+class _Looked:
+    """What a search has found so far; `legal` are the numbers of ranks of legal layouts."""
+
+    ranked: list[Candidate] = field(default_factory=list)
+    legal: set[int] = field(default_factory=set)
+    tightest: tuple[Layout, Fitting] | None = None
+    stages: dict[int, Stages] = field(default_factory=dict)
+
+    def at(
+        self, run: Run, cluster: Cluster, counted: Census, layout: Layout, reasons: Reasons
+    ) -> None:
+        """Predicts `layout`, or notes why it is out."""
+        if rules := broken(run, layout, counted):
+            reasons.note(rules[0], layout)
+            return
+        self.legal.add(layout.size)
+        if layout.pipeline not in self.stages:
+            self.stages[layout.pipeline] = _stages(run, counted, layout)
+        fitting = fit(run, cluster, layout, counted, self.stages[layout.pipeline])
+        if not fitting.reason:
+            self.ranked.append(predict(run, cluster, layout, counted, fitting))
+            return
+        needed = fitting.memory.total_bytes
+        reasons.too_big(layout, fitting.reason, needed)
+        if self.tightest is None or needed < self.tightest[1].memory.total_bytes:
+            self.tightest = layout, fitting
 
 
-def illegal(run: Run, layout: Layout, cluster: Cluster) -> str | None:
-    """Why `layout` cannot run, whatever it costs; None when it can."""
-    found = layout_problems(run, layout)
-    if found:
-        return found[0][0]
-    if cluster.device == "cuda" and layout.size > cluster.slots:
-        return f"{layout.size} processes but {cluster.slots} devices"
-    return None
+def fit(
+    run: Run, cluster: Cluster, layout: Layout, specs: Specs, stages: Stages | None = None
+) -> Fitting:
+    """What shards keep whole: as given, else the first of 1, 2, 3 that fits (the last if none)."""
+    counted, wire = census(specs), choose_wire(run, layout)
+    stages = stages or _stages(run, counted, layout)
+    given = run.layout.zero
+    whole = layout.shard == 1 or layout.pipeline > 1 or wire.canonical
+    for zero in (1,) if whole else (1, 2, 3) if given == "auto" else (int(given),):
+        memory = rank_memory(run, counted, layout, wire, cluster.device, zero, stages)
+        reason = _too_big(memory, layout, cluster)
+        if not reason:
+            break
+    return Fitting(stages, wire, zero, memory, reason)
 
 
-def layout_problems(run: Run, layout: Layout) -> list[tuple[str, str]]:
-    """(reason, nearest fix) pairs: axes, microbatches, rules that shards break, useless shards."""
-    replicated = run.data.placement == "replicate"
-    # Replicated islands each compute every microbatch, so only one island's share must divide.
-    found = problems(replace(layout, island=1) if replicated else layout, run.batch.microbatches)
-    found += classifier.barred(run, layout)
-    if layout.shard > 1:
-        barred = shards_barred(run)
-        found += [barred] if barred is not None else []
-        if layout.shard > run.model.width:
-            reason = f"shard {layout.shard} exceeds model.width={run.model.width}: some ranks would"
-            found.append((f"{reason} hold no row", f"layout.shard={run.model.width}"))
-    return found
-
-
-def shards_barred(run: Run) -> tuple[str, str] | None:
-    """(reason, nearest fix) when this run cannot shard at all."""
-    if run.data.placement == "replicate":
-        return "replicated work is compared between whole islands of one rank", "layout.shard=1"
-    if run.optim.name == "adafactor":
-        return "adafactor keeps statistics of whole rows and columns", "optim.name=adamw"
-    return None
-
-
-def too_big(made: Candidate, cluster: Cluster) -> str | None:
-    """Why a candidate does not fit into its device (or host, on CPU); None when it does."""
-    ranks = ranks_per_host(made.layout, cluster) if cluster.device == "cpu" else 1
-    needed = (made.predicted.memory_bytes + made.predicted.overhead_bytes) * ranks
+def _too_big(memory: Memory, layout: Layout, cluster: Cluster) -> str:
+    ranks = ranks_per_host(layout, cluster) if cluster.device == "cpu" else 1
+    needed = (memory.total_bytes + OVERHEAD_BYTES[cluster.device]) * ranks
     if needed <= FITS * cluster.memory_bytes:
-        return None
-    item = max(made.predicted.memory_items, key=lambda k: made.predicted.memory_items[k])
-    size = made.predicted.memory_items[item]
+        return ""
+    item = max(memory.items, key=lambda name: memory.items[name])
     return (
         f"needs {needed / MIB:,.0f} MiB of {FITS * cluster.memory_bytes / MIB:,.0f} MiB"
-        f" ({item} {size / MIB:,.0f} MiB a rank)"
+        f" ({item} {memory.items[item] / MIB:,.0f} MiB a rank)"
     )
 
 
@@ -207,32 +189,33 @@ def ranks_per_host(layout: Layout, cluster: Cluster) -> int:
     return -(-layout.size // cluster.hosts)
 
 
-def predict(run: Run, cluster: Cluster, layout: Layout, specs: Sequence[TensorSpec]) -> Candidate:
-    """Time, bytes and memory of one step of `run` on `layout`."""
-    wire = choose_wire(run, layout)
+def predict(
+    run: Run, cluster: Cluster, layout: Layout, specs: Specs, fitting: Fitting | None = None
+) -> Candidate:
+    """Time, bytes and memory of one step of `run` on `layout`, which must be legal."""
+    counted = census(specs)
+    fitting = fitting or fit(run, cluster, layout, counted)
+    wire, memory = fitting.wire, fitting.memory
     threads = choose_threads(run, layout, cluster)
-    precision = run.run.precision
-    work = microbatch_work(run, specs[0].shape[0], cluster.device)
     slow = contention(cluster, ranks_per_host(layout, cluster), threads)
-    rounds = _rounds(run, layout, slow)
-    streams = microbatch_s(work, cluster, precision, threads)
-    times = {name: rounds * seconds for name, seconds in streams.items()}
-    sent = traffic(run, specs, layout, wire, cluster, sum(times.values()))
-    times["update"] = slow * update_s(run, specs, cluster, threads, layout)
+    load, times = _slowest(run, cluster, layout, counted, fitting)
+    sent = traffic(run, counted, layout, wire, cluster, load)
+    update = update_s(run, counted, cluster, threads, layout, load.parts)
+    times["update"] = slow * update
     times.update({name: slow * seconds for name, seconds in sent.seconds.items()})
     times["step"] = STEP_S
     step_s = sum(times.values())
+    precision = run.run.precision
     low, high = interval(cluster, precision, ranks_per_host(layout, cluster), threads)
-    memory = rank_memory(run, specs, layout, wire, cluster.device)
-    tokens = run.batch.microbatches * work.tokens
+    tokens = run.batch.microbatches * run.batch.microbatch * run.data.sequence
+    work = microbatch_work(run, counted.vocabulary, cluster.device)
+    subtrees = rank_subtrees(run, layout, wire, worker=0)
     predicted = Prediction(
         step_s=step_s,
         low_s=low * step_s,
         high_s=high * step_s,
         tokens_per_s=tokens / step_s,
-        bytes_sent=gradient_bytes(
-            specs, layout, wire, run, rank_subtrees(run, layout, wire, worker=0)
-        ),
+        bytes_sent=gradient_bytes(counted, layout, wire, run, subtrees, fitting.stages.held(0)),
         bytes_items=sent.sent_bytes,
         memory_bytes=memory.total_bytes,
         overhead_bytes=OVERHEAD_BYTES[cluster.device],
@@ -241,9 +224,34 @@ def predict(run: Run, cluster: Cluster, layout: Layout, specs: Sequence[TensorSp
         flops=run.batch.microbatches * work.flops,
         peak_flops=cluster.flops(precision)
         * min(layout.size * (threads if cluster.device == "cpu" else 1), cluster.slots),
-        parameters=sum(spec.elements for spec in specs),
+        parameters=counted.parameters,
     )
-    return Candidate(layout, threads, wire, predicted)
+    return Candidate(layout, threads, fitting, predicted)
+
+
+def _stages(run: Run, counted: Census, layout: Layout) -> Stages:
+    return make_stages(run.model, counted.vocabulary, run.layout, layout.pipeline)
+
+
+def _slowest(
+    run: Run, cluster: Cluster, layout: Layout, counted: Census, fitting: Fitting
+) -> tuple[Load, dict[str, float]]:
+    """The pipeline rank that computes longest, and its seconds of a step by stream."""
+    threads = choose_threads(run, layout, cluster)
+    slow = contention(cluster, ranks_per_host(layout, cluster), threads)
+    rounds = _rounds(run, layout, slow)
+    slowest: dict[str, float] = {}
+    for _, parts in unlike(run, fitting.stages):
+        work = microbatch_work(run, counted.vocabulary, cluster.device, layout, parts)
+        streams = microbatch_s(work, cluster, run.run.precision, threads)
+        if sum(streams.values()) > sum(slowest.values()):
+            slowest, held = streams, parts
+    times = {name: rounds * seconds for name, seconds in slowest.items()}
+    load = Load(held, fitting.zero, sum(times.values()))
+    if layout.pipeline > 1:
+        each = worker_microbatches(run, layout)
+        times["bubble"] = load.compute_s * bubble(run.layout, layout.pipeline, each)
+    return load, times
 
 
 def _rounds(run: Run, layout: Layout, slow: float) -> float:
@@ -255,61 +263,3 @@ def _rounds(run: Run, layout: Layout, slow: float) -> float:
     if run.data.placement == "replicate":
         return total * slow
     return max(-(-total // layout.workers), total / layout.workers * slow)
-
-
-def _counts(cluster: Cluster) -> list[int]:
-    """Numbers of ranks to consider: all small ones, powers of two, divisors of all devices."""
-    slots = cluster.slots
-    most = max(slots, ON_PAPER) if cluster.device == "cpu" else slots
-    powers = {1 << k for k in range(most.bit_length())}
-    found = set(range(1, min(most, ON_PAPER) + 1)) | powers | set(_divisors(slots))
-    return sorted(count for count in found if count <= most)
-
-
-def _divisors(count: int) -> list[int]:
-    small = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
-    return sorted({*small, *(count // d for d in small)})
-
-
-def _crowd(run: Run, layout: Layout, idle: list[int], uneven: list[int]) -> list[int] | None:
-    """The list that a layout belongs to when M microbatches do not do for its ranks."""
-    if run.data.placement == "replicate":
-        return None
-    if layout.workers > run.batch.microbatches:
-        return idle
-    return uneven if layout.shard > 1 and run.batch.microbatches % layout.workers else None
-
-
-def _crowds(microbatches: int, idle: list[int], uneven: list[int]) -> Iterator[Rejected]:
-    """One line for all numbers of ranks that exceed M, one for those that do not divide it."""
-    if uneven:
-        yield Rejected(
-            f"shards on {_numbers(uneven)} ranks",
-            f"{microbatches} microbatches do not divide over them, as shards need",
-        )
-    if idle:
-        yield Rejected(
-            f"{_numbers(idle)} ranks",
-            f"{microbatches} microbatches give work to at most {microbatches} ranks"
-            f" (batch.microbatches={max(idle)})",
-        )
-
-
-def _numbers(counts: Sequence[int]) -> str:
-    """Different numbers as text: all when they are few, else the first and last."""
-    found = sorted(set(counts))
-    if len(found) > 6:
-        return f"{found[0]} to {found[-1]}"
-    return ", ".join(map(str, found))
-
-
-def _not_built(cluster: Cluster, processes: int | None) -> Iterator[Rejected]:
-    """Axes that the tables know and this version does not run, grouped."""
-    most = processes or max(cluster.slots, ON_PAPER if cluster.device == "cpu" else 1)
-    degrees = ", ".join(str(1 << k) for k in range(1, min(most, ON_PAPER).bit_length()))
-    if degrees:
-        built = " and ".join(f"{axis}s" if axis == "island" else axis for axis in BUILT)
-        others = [axis for axis in INSIDE if axis not in (*BUILT, "expert")]
-        told = f"this version runs the axes {built}"
-        yield Rejected(f"{', '.join(others)} of {degrees}", told)
-        yield Rejected(f"expert of {degrees}", f"the model has no experts; {told}")

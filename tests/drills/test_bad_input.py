@@ -23,7 +23,7 @@ CASES = {
         ("layout.shard=2", "launch.processes=2", "batch.microbatches=5"),
         "batch.microbatches",
     ),
-    "unbuilt axis": (("layout.tensor=2", "launch.processes=2"), "layout.tensor"),
+    "heads that do not divide": (("layout.tensor=3", "launch.processes=3"), "layout.tensor=2"),
     "many processes": (("launch.processes=5000", "batch.microbatches=5000"), "launch.processes"),
     "width": (("model.width=65",), "model.width"),
     "shared keys": (("model.kv_heads=3",), "model.kv_heads=2"),

@@ -20,11 +20,14 @@ from cordee.config.run import Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import Layout
 from cordee.layout.split import Node, TreeSum, split_evenly
+from cordee.layout.stages import make_stages
 from cordee.layout.tensors import TensorSpec, parameters, tensors
+from cordee.plan.activations import activation_bytes
 from cordee.plan.cluster import Cluster, gpu_cluster
-from cordee.plan.costs import dealt, keys_per_query, microbatch_work, newton_schulz_flops
-from cordee.plan.memory import activation_bytes, rank_memory, state_bytes, tree_sums
-from cordee.plan.network import choose_wire, gradient_bytes, rank_subtrees, traffic
+from cordee.plan.costs import keys_per_query, microbatch_work, whole
+from cordee.plan.dealing import dealt, newton_schulz_flops
+from cordee.plan.memory import rank_memory, rank_state_bytes, tree_sums
+from cordee.plan.network import Load, choose_wire, gradient_bytes, rank_subtrees, traffic
 from cordee.plan.plan import make_plan
 from cordee.plan.search import predict, search
 
@@ -47,6 +50,12 @@ def run_of(*overrides: str) -> Run:
 
 def specs_of(run: Run, vocabulary: int = 256) -> tuple[TensorSpec, ...]:
     return tuple(tensors(run.model, vocabulary))
+
+
+def state_bytes(run: Run, specs: tuple[TensorSpec, ...], shards: int, index: int) -> dict[str, int]:
+    layout = Layout(shard=shards)
+    stages = make_stages(run.model, specs[0].shape[0], run.layout, 1)
+    return rank_state_bytes(run, specs, layout, stages, layout.coordinates(index))
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -90,7 +99,7 @@ def test_operations_by_hand() -> None:
     assert work.matrix_flops == 6 * tokens * (layers * 12 * w * w + 256 * w)
     assert work.flops - work.matrix_flops == 6 * tokens * layers * length * w
     assert work.attention_flops == work.flops - work.matrix_flops
-    assert newton_schulz_flops((2, 3)) == 5 * (4 * 2 * 2 * 3 + 2 * 2**3)
+    assert newton_schulz_flops((1, 2, 3)) == 5 * (4 * 2 * 2 * 3 + 2 * 2**3)
     plan = make_plan(run, CPU)
     assert plan.predicted.flops == 4 * work.flops
     assert plan.predicted.parameters == 1_049_984
@@ -108,13 +117,13 @@ def test_keys_per_query_is_what_chunks_meet(length: int) -> None:
 @settings(deadline=None, max_examples=40)
 def test_muons_matrices_are_dealt_to_the_least_loaded(ranks: int, preset: str, gated: bool) -> None:
     run = run_of(f"model.preset={preset}", f"model.mlp={'gated' if gated else 'relu2'}")
-    shapes = [s.shape for s in specs_of(run) if s.group == "matrices"]
+    shapes = [(1, *s.shape) for s in specs_of(run) if s.group == "matrices"]
     load, elements = [0.0] * ranks, [0] * ranks
     for shape in sorted(shapes, key=newton_schulz_flops, reverse=True):
         least = min(range(ranks), key=lambda rank: (load[rank], rank))
         load[least] += newton_schulz_flops(shape)
         elements[least] += math.prod(shape)
-    assert dealt(specs_of(run), ranks) == (max(load), max(elements))
+    assert dealt(shapes, ranks) == (max(load), max(elements))
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -223,12 +232,17 @@ def test_allreduce_and_shard_bytes_by_hand() -> None:
     assert (wire.protocol, wire.canonical) == ("allreduce", False)
     assert traffic(run, specs, layout, wire, CPU).sent_bytes == {"gradients": 2 * 3 * 4 * n // 4}
     sharded = Layout(shard=4)
-    sent = traffic(run, specs, sharded, choose_wire(run, sharded), CPU).sent_bytes
     rest = 4 * (2 * 256 * 64 + 64)
     blocks = 4 * n - rest
-    # Two microbatches a rank: blocks gathered in forward and backward, the rest once each.
-    assert sent["parameters gathered"] == (2 * 2 * blocks + 2 * rest) * 3 // 4
-    assert sent["gradients reduced"] == (blocks + rest) * 3 // 4
+    # Two microbatches a rank: zero 3 gathers blocks for forward and backward, the rest once each.
+    gathered = {1: 4 * n, 2: 4 * n, 3: 2 * 2 * blocks + 2 * rest}
+    reduced = {1: 4 * n, 2: 2 * 4 * n, 3: 2 * 4 * n}
+    wire = choose_wire(run, sharded)
+    for zero in (1, 2, 3):
+        load = Load([whole(run)], zero)
+        sent = traffic(run, specs, sharded, wire, CPU, load).sent_bytes
+        assert sent["parameters gathered"] == gathered[zero] * 3 // 4
+        assert sent["gradients reduced"] == reduced[zero] * 3 // 4
 
 
 def test_memory_items_add_up_and_shards_need_less() -> None:

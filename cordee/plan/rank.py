@@ -1,0 +1,66 @@
+"""One rank of a plan: where it stands, what it holds and what it sends, from the tables alone.
+
+What `cordee plan --dry-run --rank R` prints, and what building that rank's modules is held against.
+Not here: the modules (`parallel/`), text (`report.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cordee.config.run import Run
+from cordee.layout.axes import AXES
+from cordee.layout.census import Specs, census
+from cordee.layout.stages import Stages
+from cordee.plan.memory import rank_state_bytes
+from cordee.plan.plan import Plan
+from cordee.plan.wires import axis_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankView:
+    """Rank `rank` of `ranks`. `layers` are [start, stop) blocks of each of its stages; `groups` the
+    ranks that differ from it along one axis; `sent_bytes` of a step by axis."""
+
+    rank: int
+    ranks: int
+    coordinates: Mapping[str, int]
+    stages: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+    worker: int
+    microbatches: tuple[int, int]
+    groups: Mapping[str, tuple[int, ...]]
+    tensors: int
+    parameters: int
+    model_parameters: int
+    state_bytes: Mapping[str, int]
+    sent_bytes: Mapping[str, int]
+
+
+def view_rank(run: Run, plan: Plan, rank: int, specs: Specs) -> RankView:
+    """Rank `rank` of `plan`; LayoutError when there is no such rank."""
+    counted, layout = census(specs), plan.layout
+    at = layout.coordinates(rank)
+    stages = Stages(plan.stages, layout.pipeline, run.layout.schedule)
+    held = list(counted.held(layout, at, stages.held(at["pipeline"])))
+    worker = layout.worker(rank)
+    return RankView(
+        rank=rank,
+        ranks=layout.size,
+        coordinates=at,
+        stages=tuple(stages.of_rank(at["pipeline"])),
+        layers=tuple(plan.stages[stage] for stage in stages.of_rank(at["pipeline"])),
+        worker=worker,
+        microbatches=plan.splits[worker],
+        groups={
+            axis: tuple(layout.rank({**at, axis: i}) for i in range(getattr(layout, axis)))
+            for axis in AXES
+            if getattr(layout, axis) > 1
+        },
+        tensors=sum(part.count for part in held if part.elements),
+        parameters=sum(part.elements for part in held),
+        model_parameters=counted.parameters,
+        state_bytes=rank_state_bytes(run, counted, layout, stages, at),
+        sent_bytes=axis_bytes(run, counted, layout, stages, at, plan.zero),
+    )
