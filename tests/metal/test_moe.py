@@ -27,7 +27,7 @@ from cordee.model.initial import initial_tensor, initialise
 from cordee.model.moe import MoE, forget_load, mixtures, move_bias
 from cordee.model.span import same
 from cordee.model.transformer import Transformer
-from cordee.parallel.apply import make_span, split_attention
+from cordee.parallel.apply import make_span
 from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import deal_experts
 from cordee.parallel.tensor import split_sequence
@@ -362,7 +362,9 @@ def one_microbatch(
     split_sequence(model, tensor, span)
     if layout.context > 1:
         group = mesh.group("context")
-        split_attention(model, GatherAttention(group, mesh.at["context"], layout.context))
+        attend = GatherAttention(group, mesh.at["context"], layout.context)
+        for block in model.parts():
+            block.attention.attend = attend
     deal_experts(model, experts, sequence)
     for moe in mixtures(model):
         moe.aux_scale = 0.01
