@@ -246,9 +246,6 @@ def test_levers_of_blocks_are_refused_without_blocks(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match="blocks of the built-in model"):
         cordee_train(run, Parts(model=torch.nn.Linear(2, 2)))
     assert not run_dir.exists()
-    mesh = make_mesh(Layout(), 0, "cpu")
-    with pytest.raises(ConfigError, match="models with blocks"):
-        apply(torch.nn.Linear(2, 2), mesh, "cpu", True, run)
 
 
 # ---- compile -------------------------------------------------------------------------------------
