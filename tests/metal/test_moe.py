@@ -206,7 +206,7 @@ def test_parameters_and_buffers_are_the_table(mlp: str, changes: dict[str, objec
     built = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert built == [(spec.name, spec.shape) for spec in tensors(settings, 64)]
     others = model.state_dict().keys() - {name for name, _ in built}
-    assert others == {name for name, _, _ in buffers(settings)}
+    assert others == {spec.name for spec in buffers(settings)}
     model.to_empty(device="cpu")
     initialise(model, LIVELY, 0, 2)
     for moe in mixtures(model):
