@@ -532,7 +532,6 @@ def test_layouts_that_can() -> None:
         (with_moe(active=0), "model.moe.active=1"),
         (with_moe(dense_layers=2), "model.moe.dense_layers=1"),
         (with_moe(capacity=-1.0), "model.moe.capacity=0"),
-        (replace(SMALL, kind="conv"), "model.moe.experts=0"),
     ],
 )
 def test_mixtures_that_cannot_be(model: ModelSettings, fix: str) -> None:
