@@ -112,9 +112,10 @@ def _dry_run(
     run: Run, cluster: Cluster, plan: Plan, view: RankView, vocabulary: int, as_json: bool
 ) -> str:
     """One rank of the plan: by the tables, and as its modules were built."""
+    from cordee.metrics.meter import peak_bytes
     from cordee.parallel.rehearse import rehearse
 
-    rehearsal = rehearse(run, plan, view.rank, vocabulary)
+    rehearsal = {**rehearse(run, plan, view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:
         rank = {**asdict(view), "rehearsal": rehearsal}
         layout = plan.to_dict()["layout"]

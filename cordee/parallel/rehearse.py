@@ -20,7 +20,6 @@ from cordee.config.run import Run
 from cordee.dist.mesh import make_mesh
 from cordee.errors import RunError
 from cordee.layout.stages import Stages
-from cordee.metrics.meter import peak_bytes
 from cordee.optim.groups import make_optimizer
 from cordee.parallel.apply import Live, on_meta
 from cordee.parallel.shard import Sharding, local
@@ -33,7 +32,7 @@ ITEMS = ("parameters", "optimiser")
 
 def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, float]:
     """Builds rank `rank` of `plan` on meta: its parameters, bytes (with the optimiser's), tensors
-    and modules, the seconds it took and the peak memory of this process in bytes.
+    and modules, and the seconds it took.
 
     Raises LayoutError when there is no such rank, RunError when a tensor is not what the plan says.
     """
@@ -54,7 +53,6 @@ def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, floa
             "tensors": sum(bool(tensor.numel()) for tensor in held.values()),
             "modules": sum(len(list(chunk.modules())) for chunk in live.chunks),
             "seconds": time.perf_counter() - began,
-            "memory": peak_bytes(),
         }
 
 
