@@ -113,7 +113,7 @@ def _dry_run(
 ) -> str:
     """One rank of the plan: by the tables, and as its modules were built."""
     from cordee.metrics.meter import peak_bytes
-    from cordee.parallel.rehearse import rehearse
+    from cordee.rehearse import rehearse
 
     rehearsal = {**rehearse(run, plan, view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cordee.build import make_rule
 from cordee.config.load import load
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
@@ -24,12 +25,13 @@ from cordee.errors import LayoutError, RunError
 from cordee.layout.axes import Layout
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import buffers, tensors
+from cordee.optim.groups import make_optimizer
 from cordee.parallel.apply import make_live, make_stage, on_meta, surviving_buffers
-from cordee.parallel.rehearse import agree, rehearse, state_bytes
 from cordee.parallel.shard import Sharding, local
 from cordee.plan.cluster import gpu_cluster
 from cordee.plan.memory import rank_state_bytes
 from cordee.plan.plan import Plan, make_plan
+from cordee.rehearse import agree, rehearse, state_bytes
 from cordee.testing import launch
 from tests.conftest import clean_environment, cordee
 
@@ -102,7 +104,8 @@ def real(world: World, jobs: Sequence[tuple[str, ...]]) -> Told:
         live = make_live(run, stages, mesh, 60, "cpu", Sharding(plan.zero))
         held = {n: local(p.detach()) for n, p in live.modules().items()}
         assert all(tensor.device.type == "cpu" for tensor in held.values())
-        sizes = [sum(items.values()) for items in state_bytes(run, held).values()]
+        built = state_bytes(held, make_rule(run, mesh, live, held))
+        sizes = [sum(items.values()) for items in built.values()]
         modules = sum(len(list(chunk.modules())) for chunk in live.chunks)
         there = [tensor.numel() for tensor in held.values() if tensor.numel()]
         found.append((sum(there), sum(sizes), len(there), modules))
@@ -160,7 +163,8 @@ def test_a_difference_names_the_tensor() -> None:
     stages = Stages(plan.stages, 1, run.layout.schedule)
     live = on_meta(run, stages, make_mesh(Layout(), 0, "cpu"), 60, Sharding())
     held = {name: p.detach() for name, p in live.modules().items()}
-    agree(run, plan, 0, live, state_bytes(run, held))
+    rule = make_optimizer(run.optim, held.items(), fused=False)
+    agree(run, plan, 0, live, state_bytes(held, rule))
     name = "blocks.1.mlp.up.weight"
     wrong: list[dict[str, torch.Tensor]] = [
         {**held, name: held[name][1:]},
@@ -168,7 +172,8 @@ def test_a_difference_names_the_tensor() -> None:
     ]
     for tensors_held in wrong:
         with pytest.raises(RunError, match="planned") as raised:
-            agree(run, plan, 0, live, state_bytes(run, tensors_held))
+            rule = make_optimizer(run.optim, tensors_held.items(), fused=False)
+            agree(run, plan, 0, live, state_bytes(tensors_held, rule))
         assert raised.value.exit_code == 1 and raised.value.values["tensor"] == name
 
 

@@ -1,9 +1,9 @@
 """One rank of any plan built on this machine: its real modules, on meta, among ranks that are not.
 
-The recipe of a real run (`apply.on_meta`) under torch's fake process group, whose collectives send
-nothing, and the real update rule over what it leaves; every tensor's bytes are held against the
-plan's. Not here: memory, values, a step, and compilation, which changes no parameter. Traded away:
-models that are not the house's own.
+A real run's mesh, recipe (`apply.on_meta`) and update rule (`build.make_rule`) under torch's fake
+process group, whose collectives send nothing; every tensor's bytes are held against the plan's. Not
+here: memory, values, a step, and compilation, which changes no parameter. Traded away: models that
+are not the house's own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import Tensor
 
+from cordee.build import make_rule
 from cordee.config.run import Run
 from cordee.dist.mesh import make_mesh
 from cordee.errors import RunError
 from cordee.layout.stages import Stages
-from cordee.optim.groups import make_optimizer
+from cordee.optim.groups import Optimizers
 from cordee.parallel.apply import Live, on_meta
 from cordee.parallel.shard import Sharding, local
 from cordee.plan.memory import rank_state_bytes
@@ -37,7 +38,8 @@ def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, floa
     Raises LayoutError when there is no such rank, RunError when a tensor is not what the plan says.
     """
     began = time.perf_counter()
-    run = replace(run, run=replace(run.run, compile="none"))
+    # exact: no fused kernels, whose state is the same and which refuse the meta device.
+    run = replace(run, run=replace(run.run, compile="none", exact=True))
     offload = run.memory.offload != "none"
     stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
     plan.layout.coordinates(rank)
@@ -45,7 +47,7 @@ def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, floa
         mesh = make_mesh(plan.layout, rank, "cpu", offload)
         live = on_meta(run, stages, mesh, vocabulary, Sharding(plan.zero, offload=offload))
         held = {name: local(p.detach()) for name, p in live.modules().items()}
-        built = state_bytes(run, held)
+        built = state_bytes(held, make_rule(run, mesh, live, held))
         agree(run, plan, rank, live, built)
         return {
             "parameters": sum(tensor.numel() for tensor in held.values()),
@@ -56,11 +58,9 @@ def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, floa
         }
 
 
-def state_bytes(run: Run, held: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Bytes of each of ITEMS by tensor, of parameters on meta and their real update rule's state
-    without counters of steps."""
-    # The fused kernels' state is the same, and they refuse the meta device.
-    rule = make_optimizer(run.optim, held.items(), fused=False)
+def state_bytes(held: Mapping[str, Tensor], rule: Optimizers) -> dict[str, dict[str, int]]:
+    """Bytes of each of ITEMS by tensor: this rank's parameters, and what their update rule keeps
+    but counters of steps."""
     built = {name: dict.fromkeys(ITEMS, 0) for name in held}
     for name, tensor in held.items():
         built[name]["parameters"] = tensor.nbytes
