@@ -172,7 +172,7 @@ def _zero(run: Run, layout: Layout) -> Iterator[Broken]:
     elif canonical(run, layout) and layout.shard > 1:
         why = f"keeps whole gradients where their order is canonical, which {asked} forbids"
         yield _rule(layout, "shard", why, "layout.zero=1")
-    elif layout.size > 1 and layout.shard == 1:
+    elif layout.size > 1 and layout.shard == 1 and run.memory.offload == "none":
         why = f"leaves nothing to {asked}"
         yield _rule(layout, "shard", why, "layout.zero=1, or layout.shard=2")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.stages import Part
+from cordee.plan import classifier
 from cordee.plan.costs import ALONE, CHUNKED_UP_TO, keys_per_query, whole
 
 FP32 = 4
@@ -51,6 +52,8 @@ def stage_moments(run: Run, device: str, layout: Layout, part: Part) -> list[Mom
     """What one microbatch holds of one stage: before its backward, and at each block that is
     computed again. Without recomputation activations shrink faster than gradients grow, so the
     first moment is the worst."""
+    if run.model.classifies:
+        return [Moment(classifier.activation_bytes(run, device), 0.0, True)]
     split = attended_tokens(run, layout) / layout.tensor
     stream = FP32 * run.model.width * split
     last = _head_input(run, layout) if part.heads else 0.0
