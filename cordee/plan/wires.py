@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import Specs, census
-from cordee.layout.legal import worker_microbatches
+from cordee.layout.legal import canonical, worker_microbatches
 from cordee.layout.stages import Part, Stages
 from cordee.layout.traffic import context_bytes, expert_bytes
 from cordee.plan.activations import FP32, attended_tokens, element_bytes
@@ -43,7 +43,8 @@ def axis_bytes(
         "pipeline": each * pipeline_bytes(run, layout, stages, at["pipeline"]),
         "context": each * sequence_bytes(run, layout, parts),
         "expert": each * rows_bytes(run, layout, parts),
-        "shard": sum(shard_bytes(run, specs, layout, parts, zero)[:2]),
+        "shard": sum(shard_bytes(run, specs, layout, parts, zero, canonical(run, layout))[:2]),
+        "sequence": each * balance_bytes(run, layout, parts),
         "tensor": each * tensor_bytes(run, layout, parts, counted.vocabulary),
         SUMS: sum_bytes(specs, layout, parts, at),
     }
@@ -114,6 +115,17 @@ def rows_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
             )
             sent += mixed * number * (rows + forwards * counts)
     return int(sent)
+
+
+def balance_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
+    """Of one microbatch on the axes that split a sequence: the assignments of every expert, which
+    the balance loss of a mixture adds up in each forward."""
+    ranks, moe = layout.context * layout.tensor, run.model.moe
+    if ranks == 1 or moe.balance != "loss":
+        return 0
+    once = 2 * (ranks - 1) * COUNT_BYTES * moe.experts // ranks
+    counts = block_counts(run, parts)
+    return once * sum(blocks + again for mixed, blocks, again in counts if mixed)
 
 
 def pipeline_bytes(run: Run, layout: Layout, stages: Stages, rank: int) -> int:
