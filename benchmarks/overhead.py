@@ -29,12 +29,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cordee import Run, override
 from cordee.begin import get_ready, lay_out_data
-from cordee.build import Parts, RunState, build, make_model
+from cordee.build import RunState, build
 from cordee.data.source import open_dataset
 from cordee.desk import Desk
 from cordee.dist.start import World
 from cordee.fault.leave import Asked
 from cordee.metrics.meter import peak_bytes, resident_bytes
+from cordee.model.initial import initialise
+from cordee.model.transformer import Transformer
+from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.testing import launch
@@ -77,7 +80,8 @@ class ByHand:
 
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
-        model = make_model(run, 256)
+        model = Transformer(run.model, 256)
+        initialise(model, run.initial, run.run.seed, run.model.layers)
         self.model = DistributedDataParallel(model) if world.size > 1 else model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True

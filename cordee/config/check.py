@@ -147,12 +147,6 @@ def _check_moe(run: Run) -> None:
     moe = run.model.moe
     if not moe.experts:
         return
-    if run.model.kind != "transformer":
-        raise ConfigError(
-            "experts stand in a transformer's blocks; classifiers have none",
-            values={"model.moe.experts": moe.experts, "model.kind": run.model.kind},
-            fix="model.moe.experts=0",
-        )
     if moe.active > moe.experts:
         raise ConfigError(
             "a token cannot use more experts than there are",

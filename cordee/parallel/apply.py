@@ -87,6 +87,15 @@ def make_live(
     run: Run, stages: Stages, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding
 ) -> Live:
     """Builds the model of `run` for the rank of `mesh`, with its initial values on `device`."""
+    live = on_meta(run, stages, mesh, vocabulary, sharding)
+    for model in live.chunks:
+        to_memory(model, device, sharding)
+        fill(model, live.every, mesh, run)
+    return live
+
+
+def on_meta(run: Run, stages: Stages, mesh: Mesh, vocabulary: int, sharding: Sharding) -> Live:
+    """All of `make_live` but memory and values: modules, seams and shards on the meta device."""
     every = {spec.name: spec for spec in tensors(run.model, vocabulary)}
     kept = {spec.name: spec for spec in buffers(run.model)}
     wires, span, attend = make_wires(mesh), make_span(mesh), make_attention(run, mesh)
@@ -101,8 +110,6 @@ def make_live(
             for block in model.parts():
                 block.attention.attend = attend or block.attention.attend
         finish(model, every, mesh, run, sharding, wires["shard"])
-        to_memory(model, device, sharding)
-        fill(model, every, mesh, run)
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}

@@ -231,9 +231,11 @@ def _degrees(layout: Layout) -> list[tuple[str, int]]:
 def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
     values: dict[str, object] = {"devices": _devices(cluster)}
-    largest = ""
+    largest, idle = "", 1
     if ranking.tightest is not None:
         layout, fitting = ranking.tightest
+        if layout.workers == run.batch.microbatches:  # no shard more without work for it
+            idle = cluster.slots // layout.size
         values[layout.describe()] = fitting.reason
         largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
     elif ranking.rejected:
@@ -242,6 +244,8 @@ def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
         fix = "memory.recompute=full"
     elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
+    elif cluster.device == "cuda" and idle > 1:
+        fix = f"batch.microbatches={idle * run.batch.microbatches}, to cut the model over more"
     elif cluster.device == "cuda":
         fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:

@@ -113,7 +113,7 @@ def rank_text(view: RankView, rehearsal: Mapping[str, float] | None = None) -> s
         agrees = "as above" if built == view.parameters else f"above: {view.parameters:,}"
         rows += [
             ("  built on meta", f"{built:,} parameters ({agrees})"),
-            ("  its bytes", f"{int(rehearsal['bytes']):,}"),
+            ("  its bytes", f"{int(rehearsal['bytes']):,}, optimiser included"),
             ("  its modules", f"{int(rehearsal['modules']):,}"),
             ("  building took", f"{seconds_text(rehearsal['seconds'])},"
              f" {_mib(rehearsal['memory'])} MiB of memory"),

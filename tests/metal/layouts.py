@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from cordee.begin import lay_out_data, settle
-from cordee.build import Parts, RunState, build
+from cordee.build import RunState, build
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import open_checkpoint
 from cordee.checkpoint.state import pieces, reader
 from cordee.config.load import load
 from cordee.config.run import Run
+from cordee.dist.mesh import Mesh
 from cordee.dist.start import World
+from cordee.layout.stages import make_stages
+from cordee.model.initial import initialise
+from cordee.model.transformer import Transformer
+from cordee.parallel.apply import Live, make_live
+from cordee.parallel.shard import Sharding
+from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.train import whole
@@ -37,6 +44,20 @@ class Curve:
     losses: list[float]
     norms: list[float]
     parameters: dict[str, Tensor]
+
+
+def plain_model(run: Run, vocabulary: int = 256) -> Transformer:
+    """The run's transformer on one CPU, whole, initialised, as a loop by hand would have it."""
+    model = Transformer(run.model, vocabulary)
+    model.memory = run.memory
+    initialise(model, run.initial, run.run.seed, run.model.layers)
+    return model
+
+
+def live_model(run: Run, mesh: Mesh, sharding: Sharding, vocabulary: int = 256) -> Live:
+    """The run's model for the rank of `mesh`, on the CPU."""
+    stages = make_stages(run.model, vocabulary, run.layout, mesh.layout.pipeline)
+    return make_live(run, stages, mesh, vocabulary, "cpu", sharding)
 
 
 def run_of(folder: str, *words: str) -> Run:

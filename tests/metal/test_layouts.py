@@ -114,11 +114,45 @@ def test_the_curve_is_the_frozen_one(oracle: Curve) -> None:
     assert oracle.norms == pytest.approx(frozen["norms"], rel=1e-3)
 
 
+MIXED = (
+    *DENSE, "model.moe.experts=4", "model.moe.active=2", "model.moe.dense_layers=1",
+    "model.moe.width=32", "model.moe.shared=1", "model.moe.router=sigmoid",
+)  # fmt: skip
+"""Experts in all blocks but the first, dropless."""
+BIASED = ("model.moe.balance=bias", "model.moe.balance_rate=0.01")
+EXPERTS = [
+    words(expert=4), *(words(**{"expert": 2, axis: 2}) for axis in AXES),
+    words(shard=2, tensor=2), words(shard=2, context=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("balance", [(), BIASED], ids=["loss", "bias"])
+def test_experts_under_every_axis(balance: tuple[str, ...], tmp_path: Path) -> None:
+    job = (*MIXED, *balance)
+    one = launch(curves, str(tmp_path), [job], STEPS, ranks=1)[0][0]
+    dense = json.loads((GOLDEN / "curve_dense.json").read_text())
+    assert one.losses[-1] < one.losses[0] - 0.5
+    assert one.losses != pytest.approx(dense["losses"], rel=1e-3)
+    for ranks, jobs in ((2, [words(**{a: 2}) for a in (*AXES, "expert")]), (4, EXPERTS)):
+        found = launch(curves, str(tmp_path), [(*job, *axes) for axes in jobs], STEPS, ranks=ranks)
+        for axes, made in zip(jobs, found[0], strict=True):
+            print(axes)
+            close(made, one, 1e-5, 1e-4)
+
+
 MOVES = [
     words(islands=4), words(shard=4), words(tensor=2, islands=2), words(pipeline=2, shard=2),
     words(context=2, tensor=2), words(pipeline=2, tensor=2, schedule="zero_bubble"),
     words(shard=2, context=2), words(islands=2, pipeline=2),
 ]  # fmt: skip
+
+
+def test_experts_move_between_layouts(tmp_path: Path) -> None:
+    places = [words(expert=4), words(expert=2, shard=2), words(tensor=2, pipeline=2)]
+    job = (*MIXED, *BIASED)
+    pairs = [((*job, *a), (*job, *b)) for a, b in itertools.permutations(places, 2)]
+    for undisturbed, resumed in launch(moved, str(tmp_path), pairs, ranks=4, deadline_s=280)[0]:
+        assert resumed == pytest.approx(undisturbed, rel=1e-6)
 
 
 def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from cordee.model.initial import initial_tensor, initialise
 from cordee.model.moe import MoE, forget_load, mixtures, move_bias
 from cordee.model.span import same
 from cordee.model.transformer import Transformer
-from cordee.parallel.apply import make_span, split_attention
+from cordee.parallel.apply import make_span
 from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import deal_experts
 from cordee.parallel.tensor import split_sequence
@@ -205,7 +205,7 @@ def test_parameters_and_buffers_are_the_table(mlp: str, changes: dict[str, objec
     built = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert built == [(spec.name, spec.shape) for spec in tensors(settings, 64)]
     others = model.state_dict().keys() - {name for name, _ in built}
-    assert others == {name for name, _, _ in buffers(settings)}
+    assert others == {spec.name for spec in buffers(settings)}
     model.to_empty(device="cpu")
     initialise(model, LIVELY, 0, 2)
     for moe in mixtures(model):
@@ -361,7 +361,9 @@ def one_microbatch(
     split_sequence(model, tensor, span)
     if layout.context > 1:
         group = mesh.group("context")
-        split_attention(model, GatherAttention(group, mesh.at["context"], layout.context))
+        attend = GatherAttention(group, mesh.at["context"], layout.context)
+        for block in model.parts():
+            block.attention.attend = attend
     deal_experts(model, experts, sequence)
     for moe in mixtures(model):
         moe.aux_scale = 0.01
@@ -500,7 +502,6 @@ def test_ranks_without_tokens_take_part_and_even_ones_send_what_the_formula_says
         (with_moe(active=0), "model.moe.active=1"),
         (with_moe(dense_layers=2), "model.moe.dense_layers=1"),
         (with_moe(capacity=-1.0), "model.moe.capacity=0"),
-        (replace(SMALL, kind="conv"), "model.moe.experts=0"),
     ],
 )
 def test_mixtures_that_cannot_be(model: ModelSettings, fix: str) -> None:

@@ -26,6 +26,7 @@ from cordee.dist.mesh import Mesh, make_mesh
 from cordee.errors import CheckpointError, LayoutError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensors
+from cordee.model.folder import cut
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
 from cordee.optim.clip import (
@@ -46,7 +47,6 @@ from cordee.optim.muon import (
     product_dtype,
 )
 from cordee.optim.schedule import factor
-from cordee.parallel.apply import cut
 from cordee.parallel.shard import Sharding, reshard, shard
 
 RULES = tuple(DEFAULT_LR)

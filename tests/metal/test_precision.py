@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cordee.begin import lay_out_data, settle
-from cordee.build import Parts, build, make_model
+from cordee.build import build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.config.load import load, override
 from cordee.config.run import MemorySettings, Run
@@ -24,14 +24,16 @@ from cordee.layout.axes import Layout
 from cordee.model.fp8 import E4M3, E5M2, fp8_product, quantise, scaled_product, use_fp8
 from cordee.model.precision import casting
 from cordee.optim.scale import FIRST, GOOD_STEPS, LEAST, MOST, LossScale
-from cordee.parallel.apply import apply
 from cordee.parallel.engine import Engine, Work
+from cordee.parallel.shard import Sharding
+from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.testing import World, launch
 from cordee.train import step
 from cordee.train import train as cordee_train
 from tests.conftest import SMALL, cordee, digest, events, rows, train
+from tests.metal.layouts import live_model, plain_model
 
 FP16 = ("run.precision=fp16", "run.exact=true", "run.steps=16", "evaluate.tokens=0")
 
@@ -205,10 +207,10 @@ def fp8_run(**memory: str) -> Run:
 
 def trained(run: Run, fp8: bool, steps: int) -> tuple[list[float], list[Tensor]]:
     """Losses of plain SGD on one batch, and the last gradients."""
-    model = make_model(run, 256)
+    model = plain_model(run)
     names = [name for name, _ in model.named_parameters()]
     if fp8:
-        for block in model.blocks:  # type: ignore[union-attr]
+        for block in model.parts():
             use_fp8(block)
     assert [name for name, _ in model.named_parameters()] == names
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(2))
@@ -244,9 +246,6 @@ def test_levers_of_blocks_are_refused_without_blocks(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match="blocks of the built-in model"):
         cordee_train(run, Parts(model=torch.nn.Linear(2, 2)))
     assert not run_dir.exists()
-    mesh = make_mesh(Layout(), 0, "cpu")
-    with pytest.raises(ConfigError, match="models with blocks"):
-        apply(torch.nn.Linear(2, 2), mesh, "cpu", True, run)
 
 
 # ---- compile -------------------------------------------------------------------------------------
@@ -272,9 +271,8 @@ def test_compiled_selective_keeps_products_and_no_more() -> None:
     kept = {}
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(2))
     for kind in ("none", "selective", "full"):
-        model = make_model(override(run, {"memory.recompute": kind}), 256)
-        mesh = make_mesh(Layout(), 0, "cpu")
-        model = apply(model, mesh, "cpu", True, override(run, {"memory.recompute": kind}))
+        wanted = override(run, {"memory.recompute": kind})
+        model = live_model(wanted, make_mesh(Layout(), 0, "cpu"), Sharding()).chunks[0]
         assert model.memory == MemorySettings()
         held: dict[int, int] = {}
 
@@ -306,22 +304,19 @@ def gradients_of(world: World, offload: str, canonical: bool) -> list[Tensor]:
     """Gradients of three microbatches, as they lie on the parameters."""
     run = fp8_run(offload=offload)
     mesh = make_mesh(Layout(), 0, world.device, offload != "none")
-    model = apply(make_model(run, 256), mesh, world.device, canonical, run)
+    sharding = Sharding(canonical=canonical, offload=offload != "none")
     work = Work(
-        part=range(3), total=3, tokens=96, seed=0, dropout=False, autocast=None,
-        canonical=canonical, device=world.device,
+        part=range(3), total=3, tokens=96, seed=0, keyed=False, autocast=None,
+        sharding=sharding, device=world.device,
     )  # fmt: skip
-    engine = Engine(model, Rows(), mesh, work)
+    engine = Engine(live_model(run, mesh, sharding), Rows(), mesh, work)
     assert engine.sharded == (offload != "none")
     found = []
     for number in range(2):
         _, partial = engine.forward_backward(number)
         found = engine.place(partial[0][1])
-        placed = [p.grad for p in engine.parameters]
-        assert all(
-            g is not None and g.device == p.device
-            for g, p in zip(placed, engine.parameters, strict=True)
-        )
+        parts = engine.parameters.values()
+        assert all(p.grad is not None and p.grad.device == p.device for p in parts)
     return [gradient.clone() for gradient in found]
 
 
