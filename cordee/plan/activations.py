@@ -25,6 +25,9 @@ FP32 = 4
 PLACED_BYTES = 36
 """Of each row of a token for an expert: places before and after sorting, and its weight."""
 
+FILLED_ROWS = 16
+"""Rows of zeros of an expert on a CPU in bf16, on average: half of what moe.py fills up to."""
+
 
 def element_bytes(run: Run) -> int:
     """Bytes of what matrix products read: fp16 and fp8 are planned as bf16."""
@@ -108,7 +111,9 @@ def _block(run: Run, device: str, layout: Layout, moe: bool) -> tuple[float, flo
     split = tokens / layout.tensor
     norms = 2 * FP32 * (model.width + 1) * split + element * model.width * tokens
     masks = 2 * model.width * (element if device == "cpu" else 1) * split if model.dropout else 0
-    mixed, products = _experts(run, layout) if moe else _mlp(run, layout, model.hidden_width)
+    mixed, products = (
+        _experts(run, device, layout) if moe else _mlp(run, layout, model.hidden_width)
+    )
     full = norms + _attention(run, device, layout) + mixed + masks
     kept = FP32 * model.width * split
     if run.memory.recompute == "selective":
@@ -145,7 +150,7 @@ def _mlp(run: Run, layout: Layout, width: int) -> tuple[float, float]:
     return kept, element * ((2 if gated else 1) * hidden + model.width * tokens)
 
 
-def _experts(run: Run, layout: Layout) -> tuple[float, float]:
+def _experts(run: Run, device: str, layout: Layout) -> tuple[float, float]:
     """The same of experts, which work on split tokens: the router's fp32 input and scores, each
     chosen row on its way in and out, hidden vectors, places of rows (integers) and weights; shared
     experts as an MLP."""
@@ -153,7 +158,10 @@ def _experts(run: Run, layout: Layout) -> tuple[float, float]:
     moe, gated = model.moe, model.mlp == "gated"
     split = attended_tokens(run, layout) / layout.tensor
     rows = split * moe.active
-    kept = element * (2 * model.width + (4 if gated else 2) * model.expert_width) * rows
+    hidden = (4 if gated else 2) * model.expert_width
+    kept = element * (2 * model.width + hidden) * rows
+    if device == "cpu" and run.run.precision == "bf16":
+        kept += element * (model.width + hidden) * FILLED_ROWS * moe.experts / layout.expert
     kept += PLACED_BYTES * rows + FP32 * (moe.experts + (moe.router == "sigmoid")) * split
     products = element * (model.width + (2 if gated else 1) * model.expert_width) * rows
     products += FP32 * moe.experts * split

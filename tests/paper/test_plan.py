@@ -299,7 +299,10 @@ def test_activations_are_what_autograd_keeps() -> None:
         specs = [spec for spec in tensors(run.model, 256) if len(spec.shape) > 1]
         cast = [spec.elements for spec in specs if not re.search("embed|router", spec.name)]
         weights = 2 * sum(cast) if bf16 else 0
-        assert real == pytest.approx(activation_bytes(run, "cpu") + logits + weights, rel=0.01)
+        told = activation_bytes(run, "cpu") + logits + weights
+        # In bf16 a CPU fills experts' rows up: how many rows of zeros hangs on the routing.
+        filled = bf16 and run.model.moe.experts
+        assert real == pytest.approx(told, rel=0.04 if filled else 0.01)
 
 
 # ---- monotony and scale --------------------------------------------------------------------------
