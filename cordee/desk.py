@@ -69,6 +69,7 @@ class Desk:
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
+        self._inside: Mapping[str, int] = {}
         self._shared_s = 0.0
         self._changed: set[str] = set()
         self._complained = ""
@@ -144,6 +145,7 @@ class Desk:
             "lr": outcome.lr,
             "tokens": at.tokens,
             **self.meter.row(state.step_tokens, sent - self._sent),
+            "bytes_inside": self._sent_inside(state),
             "islands": state.plan.layout.island,
             "quorum": at.generation,
             "skipped": skipped,
@@ -180,7 +182,8 @@ class Desk:
         )
 
     def evaluated(self, state: RunState, scored: HeldOut | None) -> None:
-        """An evaluation in between."""
+        """An evaluation in between; what it sent belongs to no step."""
+        self._sent_inside(state)
         if scored is None:
             return
         known = {
@@ -257,6 +260,12 @@ class Desk:
         if self._first:
             for sink in (self._metrics, self._layers, self._events):
                 sink.sync()
+
+    def _sent_inside(self, state: RunState) -> dict[str, int]:
+        """Bytes that this rank has sent on each axis since the last call."""
+        before, self._inside = self._inside, state.engine.bytes_sent
+        since = {axis: sent - before.get(axis, 0) for axis, sent in self._inside.items()}
+        return {axis: sent for axis, sent in since.items() if sent}
 
     def _of_keeper(self, event: str, step: int, known: Mapping[str, Any]) -> None:
         self.event(event, step, known)

@@ -104,7 +104,10 @@ def clip_gradients(
         case "agc":
             for (name, parameter, _), grad in zip(named, grads, strict=True):
                 if not name.startswith(LAST_LAYERS):
-                    clip_units(parameter.detach(), grad, settings.limit)
+                    # A stack of experts is as many matrices.
+                    stacked = grad.ndim == 3 and ".moe." in name
+                    pair = (parameter.detach(), grad)
+                    clip_units(*(t.flatten(0, 1) if stacked else t for t in pair), settings.limit)
         case "none":
             pass
 

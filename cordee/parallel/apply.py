@@ -38,11 +38,11 @@ from cordee.parallel.shard import Sharding, local, shard
 from cordee.parallel.tensor import split_sequence
 
 WIRES = {
-    "tensor": ("tensor",), "context": ("context",), "expert": ("expert",),
+    "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "shard": ("shard",),
     "sequence": ("context", "tensor"),
 }  # fmt: skip
-"""Sets of axes that talk inside a forward: split matrices, sequences, experts, and both halves of
-a sequence's split."""
+"""Sets of axes that talk inside a forward: split matrices, sequences, experts, shards, and both
+halves of a sequence's split."""
 
 Loss = Callable[..., Tensor]
 """(model, *batch) -> summed loss of the batch."""
@@ -74,6 +74,14 @@ class Live:
         """The modules' own parameters by name (DTensors where FSDP2 cuts them)."""
         return {name: p for chunk in self.chunks for name, p in chunk.named_parameters()}
 
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """What this rank's wires have sent so far, keys and values of attention among it."""
+        found = {name: wire.bytes_sent for name, wire in self.wires.items()}
+        if self.attend is not None:
+            found["context"] += self.attend.bytes_sent
+        return found
+
 
 def make_live(
     run: Run, stages: Stages, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding
@@ -101,7 +109,7 @@ def on_meta(run: Run, stages: Stages, mesh: Mesh, vocabulary: int, sharding: Sha
             deal_experts(model, wires["expert"], wires["sequence"])
             for block in model.parts():
                 block.attention.attend = attend or block.attention.attend
-        finish(model, every, mesh, run, sharding)
+        finish(model, every, mesh, run, sharding, wires["shard"])
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}
@@ -157,8 +165,9 @@ def narrow(model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh) -> Non
 
 
 def finish(
-    model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh, run: Run, sharding: Sharding
-) -> None:
+    model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh, run: Run, sharding: Sharding,
+    wire: Wire,
+) -> None:  # fmt: skip
     """What is done to blocks (fp8, recompute and compile), then the shards."""
     if run.run.precision == "fp8":
         for block in blocks_of(model):
@@ -167,7 +176,7 @@ def finish(
         compile_blocks(model, run.memory)
     if mesh.shard_mesh is not None:
         dims = {name: every[name].shard for name, _ in model.named_parameters()}
-        shard(model, mesh.shard_mesh, blocks_of(model), dims, sharding)
+        shard(model, mesh.shard_mesh, blocks_of(model), dims, sharding, wire)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

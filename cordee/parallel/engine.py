@@ -75,6 +75,8 @@ class Engine:
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
         self._mixtures = [moe for chunk in live.chunks for moe in mixtures(chunk)]
+        self.stream_bytes = 0
+        """Bytes that this rank has sent from stage to stage."""
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
@@ -93,6 +95,13 @@ class Engine:
             if canonical:
                 self._tree.feed(partial, index, self._take(), _add)
         return losses, partial if canonical else self.collect()
+
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """Bytes that this rank has sent inside its island so far, by axis; "sums" are gradients
+        added over several axes at once."""
+        found = {**self.live.bytes_sent, "pipeline": self.stream_bytes}
+        return {**found, "sums": self.sums.bytes_sent}
 
     def begin(self, step: int, scale: float) -> None:
         """Training mode, no gradients, and the loader knows what is wanted."""

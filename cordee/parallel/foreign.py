@@ -63,7 +63,7 @@ def make_hub(run: Run, mesh: Mesh, vocabulary: int, device: str, sharding: Shard
     narrow(model, every, mesh)
     model.retie()
     set_seams(model, wires["tensor"])
-    finish(model, every, mesh, run, sharding)
+    finish(model, every, mesh, run, sharding, wires["shard"])
     to_memory(model, device, sharding)
     model.retie()
     model.remake_buffers()
@@ -88,9 +88,10 @@ def take(
         for name, p in model.named_parameters()
     }
     kept = buffer_specs(model)
+    wires = make_wires(mesh)
     if mesh.shard_mesh is not None:
-        shard(model, mesh.shard_mesh, blocks_of(model), {}, sharding)
-    return Live([model], every, every, kept, {}, ONE_STAGE, Span(), loss=loss)
+        shard(model, mesh.shard_mesh, blocks_of(model), {}, sharding, wires["shard"])
+    return Live([model], every, every, kept, wires, ONE_STAGE, Span(), loss=loss)
 
 
 def buffer_specs(model: nn.Module) -> dict[str, TensorSpec]:

@@ -91,6 +91,7 @@ def make_plan(
     `processes` is what a launcher has started; else launch.processes; else the search chooses.
     Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
     """
+    _check_vocabulary(run, vocabulary)
     cluster = devices_of(run, cluster)
     asked = processes
     if asked is None and run.launch.processes != "auto":
@@ -148,6 +149,16 @@ def devices_of(run: Run, cluster: Cluster) -> Cluster:
     found = cpu_only(cluster) if run.launch.device == "cpu" else cluster
     check_devices(run, found)
     return found
+
+
+def _check_vocabulary(run: Run, vocabulary: int) -> None:
+    """ConfigError when the data has tokens that the model has no row for."""
+    if 0 < run.model.vocabulary < vocabulary and not run.model.classifies:
+        raise ConfigError(
+            "the data has more tokens than the model's vocabulary",
+            values={"model.vocabulary": run.model.vocabulary, "data": vocabulary},
+            fix=f"model.vocabulary={vocabulary}, or 0: as many as the data has",
+        )
 
 
 def axes_given(run: Run) -> bool:

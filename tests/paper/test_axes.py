@@ -22,6 +22,7 @@ from cordee.layout.census import census, model_census
 from cordee.layout.legal import problems
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import TensorSpec, parameters, tensors
+from cordee.layout.traffic import context_bytes
 from cordee.plan.activations import stage_moments
 from cordee.plan.cluster import gpu_cluster
 from cordee.plan.costs import block_counts, microbatch_work, whole
@@ -32,7 +33,7 @@ from cordee.plan.plan import Plan, make_plan
 from cordee.plan.rank import view_rank
 from cordee.plan.report import rank_text
 from cordee.plan.search import search
-from cordee.plan.wires import axis_bytes, context_bytes, pipeline_bytes
+from cordee.plan.wires import axis_bytes, pipeline_bytes
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.dense_layers=1")
 LLAMA_405B = (
