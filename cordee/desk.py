@@ -223,8 +223,9 @@ class Desk:
         images = f"images of {image.channels} x {image.side} x {image.side}"
         row = images if run.model.classifies else f"x {run.data.sequence} tokens"
         row = row if state.live.loss is None else "samples"
+        size = count_text(plan.predicted.parameters)
         self.screen.say(
-            f"model   {state.brought or run.model.name}: {count_text(plan.predicted.parameters)} parameters;"
+            f"model   {state.brought or run.model.name}: {size} parameters;"
             f" {batch.microbatches} microbatches x {batch.microbatch} {row}"
             f" a step, {run.optim.name}, {run.run.precision}"
         )

@@ -32,7 +32,7 @@ def loss(model, features, labels):
 keras.utils.set_random_seed(0)  # every rank brings the same model
 model = KerasModel(keras.Sequential([
     keras.Input((8,)), keras.layers.Dense(32, activation="relu"),
-    keras.layers.BatchNormalization(), keras.layers.Dense(4),
+    keras.layers.LayerNormalization(), keras.layers.Dense(4),
 ]))  # fmt: skip
 words = ["run.dir=runs/keras", "run.steps=100", "optim.name=adamw", "optim.lr=0.01"]
 run = cordee.load(None, [*words, "batch.microbatch=16", *sys.argv[1:]]).run

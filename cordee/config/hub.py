@@ -46,7 +46,7 @@ def shape_of(path: str) -> ModelSettings:
     config = read_config(path, "model.hub")
     inner = config.get("text_config")
     told = inner if isinstance(inner, dict) else config
-    found = {key: _whole(told, names) for key, names in NAMES.items()}
+    found: dict[str, Any] = {key: _whole(told, names) for key, names in NAMES.items()}
     if not found["width"] or not found["layers"]:
         raise ConfigError(
             f"{CONFIG} does not tell the size of a language model",
