@@ -138,7 +138,8 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
 
 def unpredicted(plan: Plan, parameters: int) -> Plan:
     """The plan of a model that paper does not know: where it runs, and no figures but its size."""
-    nothing: dict[str, Any] = {f.name: {} if "Mapping" in str(f.type) else 0 for f in fields(Prediction)}
+    kinds = {f.name: str(f.type) for f in fields(Prediction)}
+    nothing: dict[str, Any] = {n: {} if "Mapping" in kind else 0 for n, kind in kinds.items()}
     predicted = Prediction(**{**nothing, "parameters": parameters})
     return replace(plan, predicted=predicted, note="the model is the caller's: nothing is foretold")
 
