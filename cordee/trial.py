@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from cordee.begin import check_compiler, lay_out_data, settle
 from cordee.build import RunState, build
+from cordee.config.hub import on_paper
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.dist.start import Launched, world
@@ -33,7 +34,7 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     values = {"run.seed": seed, **alone, **limits}
     run = settle(override(run, values))
     data = lay_out_data(run)
-    plan = make_plan(run, local_cluster(), data.vocabulary, 1)
+    plan = make_plan(on_paper(run), local_cluster(), data.vocabulary, 1)
     check_compiler(run, plan.device)
     losses: list[float] = []
     offload = run.memory.offload != "none"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cordee.cli.arguments import Words, parser, read, say
 from cordee.config.check import check
+from cordee.config.hub import on_paper
 from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> int:
         return 0
     wanted = _run_of(words)
     check(wanted)
+    wanted = on_paper(wanted)
     vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
     top = _at_least("--top", words.flags.top, 1)
     cluster = read_cluster(words.flags.cluster) if words.flags.cluster else local_cluster()

@@ -24,6 +24,10 @@ CUT = ("pipeline", "context", "expert", "tensor")
 
 FP8 = 16
 """What dims of fp8 products are multiples of (the library's kernels)."""
+_HOUSE = (
+    "model.heads", "model.kv_heads", "the MLP's hidden width (model.ffn)", "the vocabulary",
+)  # fmt: skip
+_HUB = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ def _barred(run: Run, layout: Layout) -> Iterator[Broken]:
         if run.optim.name == "adafactor" and axis in ("shard", "tensor", "expert"):
             why = "cuts matrices, and adafactor keeps statistics of whole rows and columns"
             yield _rule(layout, axis, why, "optim.name=adamw")
+        if run.model.hub and axis in CUT and (axis != "tensor" or run.layout.tensor == "auto"):
+            why = "cuts the house's models; of transformers' shard does, and tensor where given"
+            yield _rule(layout, axis, why, one)
         if run.model.kind != "transformer" and axis in CUT:
             why = "cuts transformers; classifiers are replicated or sharded"
             yield _rule(layout, axis, why, f"{one}, or layout.shard={getattr(layout, axis)}")
@@ -125,22 +132,26 @@ def _cut(run: Run, layout: Layout, counted: Census) -> Iterator[Broken]:
 
 def _tensor(run: Run, layout: Layout, counted: Census) -> str:
     model, degree = run.model, layout.tensor
-    sizes = {"model.heads": model.heads, "model.kv_heads": model.kv_heads or model.heads}
+    names = _HUB if model.hub else _HOUSE
+    heads = (model.heads, model.kv_heads or model.heads)
+    sizes = dict(zip(names, heads, strict=False))
     if not model.is_moe(0):
-        sizes["the MLP's hidden width (model.ffn)"] = model.hidden_width
+        sizes[names[2]] = model.hidden_width
     if model.is_moe(model.layers - 1) and model.moe.shared:
         shared = model.moe.shared * model.expert_width
         sizes["the shared experts' width (model.moe.shared x width)"] = shared
-    sizes["the vocabulary"] = counted.vocabulary
+    sizes[names[3]] = counted.vocabulary
     for name, size in sizes.items():
         if size % degree:
-            told = f"{name}={size}" if name.startswith("model.") else f"{name}, {size}"
+            told = f"{name}, {size}" if " " in name else f"{name}={size}"
             return f"does not divide {told}"
     if run.run.precision == "fp8":
         widths = {"queries": model.query_width, "keys": model.kv_width, **_hidden(model)}
         for name, size in widths.items():
             if size // degree % FP8:
                 return f"leaves {size // degree} of {size} {name}, and fp8 wants multiples of {FP8}"
+    if model.hub:  # its stream is whole on every rank
+        return ""
     chunks = 2 * layout.context if layout.context > 1 else 1
     if run.data.sequence % chunks == 0 and run.data.sequence % (chunks * degree):
         there = f" in {chunks} chunks" if chunks > 1 else ""

@@ -106,8 +106,9 @@ def clip_gradients(
                 if not name.startswith(LAST_LAYERS):
                     # A stack of experts is as many matrices.
                     stacked = grad.ndim == 3 and ".moe." in name
-                    pair = (parameter.detach(), grad)
-                    clip_units(*(t.flatten(0, 1) if stacked else t for t in pair), settings.limit)
+                    last = 1 if stacked else 0
+                    weight = parameter.detach().flatten(0, last)
+                    clip_units(weight, grad.flatten(0, last), settings.limit)
         case "none":
             pass
 

@@ -53,7 +53,8 @@ class Live:
     """A model's part on this rank: `chunks` are its stages in order, `specs` describe its own
     parameters, `every` those of the whole model, `kept` the whole model's buffers that survive;
     `wires` count what each axis sends. `loss` computes a batch's loss where the model does not;
-    `keyed`: its forward takes a key for dropout."""
+    `keyed`: its forward takes a key for dropout; `brought`: it is a caller's, and draws from
+    torch's own generators."""
 
     chunks: Sequence[nn.Module]
     specs: Mapping[str, TensorSpec]
@@ -65,6 +66,7 @@ class Live:
     attend: GatherAttention | RingAttention | None = None
     loss: Loss | None = None
     keyed: bool = False
+    brought: bool = False
 
     def buffers(self) -> dict[str, Tensor]:
         """This rank's buffers that survive, by name."""

@@ -137,6 +137,14 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
     )
 
 
+def unpredicted(plan: Plan, parameters: int) -> Plan:
+    """The plan of a model that paper does not know: where it runs, and no figures but its size."""
+    kinds = {f.name: str(f.type) for f in fields(Prediction)}
+    nothing: dict[str, Any] = {n: {} if "Mapping" in kind else 0 for n, kind in kinds.items()}
+    predicted = Prediction(**{**nothing, "parameters": parameters})
+    return replace(plan, predicted=predicted, note="the model is the caller's: nothing is foretold")
+
+
 def devices_of(run: Run, cluster: Cluster) -> Cluster:
     """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
     it cannot do what the run asks."""
