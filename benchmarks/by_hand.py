@@ -238,7 +238,8 @@ class ByHand:
     def _shard(self, net: Any, mesh: DeviceMesh) -> None:
         keep = self.run.layout.zero != 3
         for unit in (*net.blocks, net):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=not keep)
+            # The rest is needed last in a forward and first in a backward.
+            fully_shard(unit, mesh=mesh, reshard_after_forward=not keep and unit is not net)
 
         def before(last: bool) -> None:
             net.set_requires_gradient_sync(last or self.sync_each)
