@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.config.check import DEFAULT_MINUTES, check
+from cordee.config.hub import on_paper
 from cordee.config.load import RUN_FILE, differences, dump, flatten, load, override
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
@@ -25,9 +26,9 @@ from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.launch import launch
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
-from cordee.metrics.sinks import last_event, write_whole
+from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import Plan, make_plan
+from cordee.plan.plan import Plan, make_plan, unpredicted
 
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
@@ -42,7 +43,7 @@ class Standing:
 
 def settle(run: Run) -> Run:
     """Fills what depends on other keys: name, folder and a limit; checks everything on paper."""
-    name = run.run.name or run.model.preset
+    name = run.run.name or run.model.name
     values: dict[str, Any] = {"run.name": name, "run.dir": run.run.dir or f"runs/{name}"}
     if not (run.run.steps or run.run.tokens or run.run.minutes):
         values["run.minutes"] = DEFAULT_MINUTES
@@ -51,8 +52,9 @@ def settle(run: Run) -> Run:
     return settled
 
 
-def look(run: Run) -> Standing:
-    """Reads the run's folder; ConfigError when it belongs to another run or may not be resumed."""
+def look(run: Run, brought: str = "") -> Standing:
+    """Reads the run's folder; ConfigError when it belongs to another run or may not be resumed.
+    `brought` names the model that the caller brings."""
     folder = Path(run.run.dir)
     kept = folder / RUN_FILE
     if not kept.exists():
@@ -66,6 +68,14 @@ def look(run: Run) -> Standing:
             f"the folder {folder} belongs to another run; these keys differ (there -> here)",
             values=shown,
             fix=f"run.dir={_free_name(folder)}, or the same keys again to go on with that run",
+        )
+    first = next(iter(read_lines(folder / "events.jsonl")), {})
+    if brought != first.get("brought", brought):
+        there, here = (name or "the house's own" for name in (first["brought"], brought))
+        raise ConfigError(
+            f"the folder {folder} belongs to a run of another model",
+            values={"there": there, "here": here},
+            fix=f"run.dir={_free_name(folder)}, or bring that model again to go on with that run",
         )
     if run.run.resume == "never":
         raise ConfigError(
@@ -178,6 +188,17 @@ def _free_name(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
+class Brought:
+    """What a caller brings, as far as paper must know it: the type's name and the parameters of a
+    model ("" and 0: the house's), whether there are samples, whether there is anything at all."""
+
+    model: str = ""
+    parameters: int = 0
+    data: bool = False
+    any: bool = False
+
+
+@dataclass(frozen=True)
 class Ready:
     """A run that may begin: settled, checked, planned. `launches`: this process starts ranks."""
 
@@ -188,24 +209,32 @@ class Ready:
     launches: bool
 
 
-def get_ready(run: Run, processes: int | None = None, data: bool = True) -> Ready:
+def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     """Everything that can be found wrong before anything is started or written.
 
-    `processes` overrides what the run wants (1 for parts that cannot travel); `data`: the run reads
-    run.data (a caller may bring its own). When ranks are to be
-    launched, the data is laid out here, by the one process there is.
+    What is `brought` cannot travel to other processes: outside a launcher there is one. When ranks
+    are to be launched, the data is laid out here, by the one process there is.
     """
     run = settle(run)
-    standing = look(run)
+    standing = look(run, brought.model)
     told = launched()
-    wanted = _processes(run, told, processes)
+    wanted = _processes(run, told, 1 if brought.any else None)
     if made := told.read_plan():
         plan = Plan.from_json(made)
     else:
         cluster = replace(local_cluster(), hosts=told.hosts)
-        plan = make_plan(run, cluster, vocabulary_of(run), wanted)
+        planned, symbols = on_paper(run), vocabulary_of(run)
+        if not brought.model:
+            _check_vocabulary(planned, symbols)
+        plan = make_plan(planned, cluster, symbols, wanted)
+        if brought.model:
+            plan = unpredicted(plan, brought.parameters)
     check_compiler(run, plan.device)
-    if data and standing.finished is None and not (Path(run.run.dir) / DATA_FOLDER).exists():
+    if (
+        not brought.data
+        and standing.finished is None
+        and not (Path(run.run.dir) / DATA_FOLDER).exists()
+    ):
         resolve(run.data.path, run.model)
     launches = plan.processes > 1 and not told.by_launcher and standing.finished is None
     if launches:
@@ -224,6 +253,16 @@ def check_compiler(run: Run, device: str) -> None:
             fix="run.compile=none, or install them (the environment variable CXX, on CUDA CC,"
             " names another compiler)",
         )
+
+
+def _check_vocabulary(run: Run, symbols: int) -> None:
+    if run.model.vocabulary and run.model.vocabulary < symbols:
+        raise ConfigError(
+            "the data has more symbols than the model's vocabulary",
+            values={"model": run.model.name, "vocabulary": run.model.vocabulary, "data": symbols},
+            fix="data of that vocabulary (cordee data prepare)" if run.model.hub
+            else f"model.vocabulary={symbols}",
+        )  # fmt: skip
 
 
 def vocabulary_of(run: Run) -> int:

@@ -52,7 +52,8 @@ class RunState:
     """A live run on this rank. What survives a restart is listed in checkpoint/state.py.
 
     `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
-    counts for which microbatch's loss (see `gather_tally`).
+    counts for which microbatch's loss (see `gather_tally`); `brought` is the type of a model that
+    the caller brought.
     """
 
     run: Run
@@ -73,6 +74,7 @@ class RunState:
     spoken: list[range]
     totals: Totals | None
     held_out: TokenSource | Samples | None
+    brought: str = ""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -85,6 +87,12 @@ class RunState:
         """Training tokens of one step, over all ranks."""
         rows = self.run.batch.microbatches * self.run.batch.microbatch
         return rows if self.live.loss is not None else rows * self.run.data.sequence
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text a target stands for; None where it stands for an image or a sample."""
+        foreign = self.run.model.classifies or self.live.loss is not None
+        return None if foreign else self.data.bytes_per_token
 
     def held(self) -> list[Holding]:
         """All tensors of this rank that survive."""
@@ -157,7 +165,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         else Engine(live, loader, mesh, work)
     )
     if parts.model is not None or run.model.hub:
-        guard(engine, whole, run.run.precision)
+        guard(engine, whole, run)
     drill = make_drill(run.fault, world.rank)
     return RunState(
         run=run,
@@ -184,6 +192,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         spoken=speakers(run, plan, live.stages),
         totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
         held_out=open_held_out(data, parts.held_out),
+        brought=parts.model_name,
     )
 
 

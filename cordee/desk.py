@@ -69,6 +69,7 @@ class Desk:
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
+        self._inside: Mapping[str, int] = {}
         self._shared_s = 0.0
         self._changed: set[str] = set()
         self._complained = ""
@@ -144,6 +145,7 @@ class Desk:
             "lr": outcome.lr,
             "tokens": at.tokens,
             **self.meter.row(state.step_tokens, sent - self._sent),
+            "bytes_inside": self._sent_inside(state),
             "islands": state.plan.layout.island,
             "quorum": at.generation,
             "skipped": skipped,
@@ -180,7 +182,8 @@ class Desk:
         )
 
     def evaluated(self, state: RunState, scored: HeldOut | None) -> None:
-        """An evaluation in between."""
+        """An evaluation in between; what it sent belongs to no step."""
+        self._sent_inside(state)
         if scored is None:
             return
         known = {
@@ -190,7 +193,7 @@ class Desk:
             "tokens": scored.tokens,
         }
         self.event("evaluated", state.progress.step, known)
-        told = _held_out(scored.bits_per_byte, scored.accuracy)
+        told = _held_out(scored.bits_per_byte, scored.accuracy, scored.loss)
         self.screen.say(f"step {state.progress.step:>5}  held out: {told}")
 
     def rejected(self, path: Path, reason: str) -> None:
@@ -222,8 +225,10 @@ class Desk:
         image = run.model.image
         images = f"images of {image.channels} x {image.side} x {image.side}"
         row = images if run.model.classifies else f"x {run.data.sequence} tokens"
+        row = row if state.live.loss is None else "samples"
+        size = count_text(plan.predicted.parameters)
         self.screen.say(
-            f"model   {run.model.preset}: {count_text(plan.predicted.parameters)} parameters;"
+            f"model   {state.brought or run.model.name}: {size} parameters;"
             f" {batch.microbatches} microbatches x {batch.microbatch} {row}"
             f" a step, {run.optim.name}, {run.run.precision}"
         )
@@ -234,22 +239,22 @@ class Desk:
     def tell_end(self, state: RunState, finished: Mapping[str, Any]) -> None:
         """The last lines on the screen: held-out loss, sample, plan check, what next."""
         self.screen.close()
-        bits, accuracy = finished["held_out_bits_per_byte"], finished["held_out_accuracy"]
+        scores = ("held_out_bits_per_byte", "held_out_accuracy", "held_out_loss")
+        bits, accuracy, loss = (finished[name] for name in scores)
         if finished["sample"]:
             self.screen.say("sample\n" + _indented(finished["sample"]))
         self.screen.say(compare(state.plan, self.meter.measured()))
-        if bits is not None or accuracy is not None:
+        if loss is not None:
             entropy = state.data.entropy_bits
             known = "" if entropy is None else f"  (the source's entropy is {entropy:.4f})"
-            self.screen.say(f"held out   {_held_out(bits, accuracy)}{known}")
+            self.screen.say(f"held out   {_held_out(bits, accuracy, loss)}{known}")
         self.screen.say(f"weights    {finished['weights_sha256']}")
         folder = state.run.run.dir
         self.screen.say(f"run        {folder}  ({finished['steps']} steps)")
-        sample = "" if state.run.model.classifies else f"cordee sample {folder} · "
-        self.screen.say(
-            f"next       cordee report {folder} · {sample}cordee lr"
-            " · cordee train run.minutes=5 run.dir=..."
-        )
+        writes = state.bytes_per_token is not None and not state.brought
+        sample = f" · cordee sample {folder}" if writes else ""
+        more = "" if state.brought else " · cordee lr · cordee train run.minutes=5 run.dir=..."
+        self.screen.say(f"next       cordee report {folder}{sample}{more}")
 
     def close(self) -> None:
         """Gives the terminal back and writes what still waits."""
@@ -257,6 +262,12 @@ class Desk:
         if self._first:
             for sink in (self._metrics, self._layers, self._events):
                 sink.sync()
+
+    def _sent_inside(self, state: RunState) -> dict[str, int]:
+        """Bytes that this rank has sent on each axis since the last call."""
+        before, self._inside = self._inside, state.engine.bytes_sent
+        since = {axis: sent - before.get(axis, 0) for axis, sent in self._inside.items()}
+        return {axis: sent for axis, sent in since.items() if sent}
 
     def _of_keeper(self, event: str, step: int, known: Mapping[str, Any]) -> None:
         self.event(event, step, known)
@@ -296,14 +307,16 @@ def _finite(value: float) -> float | None:
 
 
 def _bits_per_byte(state: RunState, loss: float) -> float | None:
-    """A mean loss in nats a token as bits per byte; None for classifiers."""
-    if state.run.model.classifies:
+    """A mean loss in nats a token as bits per byte; None where targets are no tokens."""
+    if state.bytes_per_token is None:
         return None
-    return _finite(loss / math.log(2) / state.data.bytes_per_token)
+    return _finite(loss / math.log(2) / state.bytes_per_token)
 
 
-def _held_out(bits: float | None, accuracy: float | None) -> str:
-    return f"{accuracy:.2%} of images right" if bits is None else f"{bits:.4f} bits per byte"
+def _held_out(bits: float | None, accuracy: float | None, loss: float) -> str:
+    if bits is not None:
+        return f"{bits:.4f} bits per byte"
+    return f"loss {loss:.4f}" if accuracy is None else f"{accuracy:.2%} of images right"
 
 
 def _indented(text: str) -> str:

@@ -37,6 +37,11 @@ class Parts:
         """Whether something was brought, which cannot travel to other processes."""
         return any(part is not None for part in vars(self).values())
 
+    @property
+    def model_name(self) -> str:
+        """Type of the model that was brought; "" when the house builds it."""
+        return "" if self.model is None else type(self.model).__name__
+
     def check(self, run: Run) -> None:
         """ConfigError for what `run` asks of a part that is not the house's own."""
         if (self.loss is None) != (self.data is None) or (self.loss and self.model is None):
@@ -47,7 +52,7 @@ class Parts:
             )
         if self.model is None:
             return
-        name = type(self.model).__name__
+        name = self.model_name
         if run.memory != MemorySettings():
             raise ConfigError(
                 "memory.* is for the built-in model",

@@ -27,6 +27,7 @@ def restore(state: RunState, desk: Desk) -> None:
     began = {
         "layout": state.plan.layout.describe(), "ranks": state.world.size, "why": state.plan.why,
         "generation": generation, "entropy_bits": state.data.entropy_bits,
+        "brought": state.brought,
         "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
     }  # fmt: skip
     if found is None:

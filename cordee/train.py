@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.begin import Ready, get_ready, launch_ranks, lay_out_data, locked, record
+from cordee.begin import Brought, Ready, get_ready, launch_ranks, lay_out_data, locked, record
 from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
@@ -76,7 +76,10 @@ def train(run: Run, parts: Parts | None = None, **brought: Any) -> Report:
     """
     given = replace(parts or Parts(), **brought)
     given.check(run)
-    ready = get_ready(run, processes=1 if given.any else None, data=given.data is None)
+    model = given.model
+    count = 0 if model is None else sum(p.numel() for p in model.parameters())
+    told = Brought(given.model_name, count, given.data is not None, given.any)
+    ready = get_ready(run, told)
     if ready.standing.finished is not None:
         return Report(ready.run.run.dir, 0, ready.standing.finished)
     if ready.launches:
@@ -244,7 +247,7 @@ def measure(state: RunState) -> HeldOut | None:
         given,
         (state.mesh.worker, workers),
         lambda sums: gather_rows(sums, state.mesh.group(*WORKERS), workers),
-        None if run.model.classifies else state.data.bytes_per_token,
+        state.bytes_per_token,
     )
 
 
@@ -294,7 +297,7 @@ def whole(state: RunState, name: str) -> Tensor:
 def sample(state: RunState) -> str | None:
     """A text that the model writes; every rank of an island takes part."""
     run = state.run
-    if not run.evaluate.sample or state.data.tokenizer != "bytes":
+    if not run.evaluate.sample or state.data.tokenizer != "bytes" or state.brought:
         return None
     if state.mesh.at["island"]:
         return None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from cordee.begin import check_compiler, lay_out_data, settle
 from cordee.build import RunState, build
+from cordee.config.hub import on_paper
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.dist.start import Launched, world
@@ -28,13 +29,12 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     Parameters, order of samples and dropout follow `seed`. Ends early after a loss or gradient that
     is not finite (the last value then is infinity). Writes nothing but the run's data.
     """
-    values = {
-        "run.seed": seed, "layout.islands": "auto", "layout.shard": "auto",
-        "run.steps": max(1, len(lr_of_step)), "run.minutes": 0.0, "run.tokens": 0,
-    }  # fmt: skip
+    alone = {f"layout.{name}": value for name, value in vars(Run().layout).items()}
+    limits = {"run.steps": max(1, len(lr_of_step)), "run.minutes": 0.0, "run.tokens": 0}
+    values = {"run.seed": seed, **alone, **limits}
     run = settle(override(run, values))
     data = lay_out_data(run)
-    plan = make_plan(run, local_cluster(), data.vocabulary, 1)
+    plan = make_plan(on_paper(run), local_cluster(), data.vocabulary, 1)
     check_compiler(run, plan.device)
     losses: list[float] = []
     offload = run.memory.offload != "none"

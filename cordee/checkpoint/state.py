@@ -2,9 +2,9 @@
 
 parameters, buffers · optimiser state · `Progress` (below: step, tokens, clock, skips, loss scale) ·
 the sync protocol's state · digests of data and configuration. Order of samples and dropout need no
-state:
-both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so that
-any layout may load them. Ranks that hold the same box share the writing: one of them writes it.
+state: both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so
+that any layout may load them. Ranks that hold the same box share the writing: one of them writes
+it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import run_of
+from cordee.cli.places import refuse_brought, run_of
 from cordee.config.load import flatten
 from cordee.config.run import Run
 from cordee.errors import ConfigError
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
             fix="--shard-mb 2000",
         )  # fmt: skip
     if hf:
+        refuse_brought("export --to hf", folder)
         step, size = _folder(folder, wanted, output, int(words.flags.shard_mb * 1e6))
     else:
         step, size = _file(folder, wanted, output)

@@ -11,6 +11,7 @@ from pathlib import Path
 from cordee.config.load import RUN_FILE, load
 from cordee.config.run import Run
 from cordee.errors import ConfigError
+from cordee.metrics.sinks import read_lines
 
 RECORDS = (RUN_FILE, "metrics.jsonl", "events.jsonl")
 """A folder that holds one of these is a run's."""
@@ -62,6 +63,18 @@ def run_of(verb: str, word: str | None) -> tuple[Path, Run]:
             fix=f"put {RUN_FILE} back, or cordee report {folder}, which needs the records only",
         )
     return folder, load(str(folder / RUN_FILE)).run
+
+
+def refuse_brought(verb: str, folder: Path) -> None:
+    """ConfigError when the run's model came from a caller: its code is not in the folder."""
+    events = read_lines(folder / "events.jsonl")
+    brought = next((e["brought"] for e in events if e.get("brought")), "")
+    if brought:
+        raise ConfigError(
+            f"cordee {verb} cannot build a model that a program brought",
+            values={"RUN": str(folder), "model": brought},
+            fix=f"cordee export {folder}, which writes its weights by the module's own names",
+        )
 
 
 def checkpoint_folder(verb: str, word: str | None) -> Path:

@@ -1,19 +1,19 @@
 """`cordee plan`: what a run will cost, which layout is best, and why not the others.
 
-Paper: it starts no process and imports no torch. The table goes to standard output, as does the one
-JSON object of --json.
+Paper: it starts no process and imports no torch, but for --dry-run, which builds one rank's modules
+on meta. The table goes to standard output, as does the one JSON object of --json.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from cordee.cli.arguments import Words, parser, read, say
 from cordee.config.check import check
+from cordee.config.hub import on_paper
 from cordee.config.model import ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
@@ -35,7 +35,8 @@ def run(argv: list[str]) -> int:
         "bytes, and why the others are out. Starts nothing.",
         "cordee plan small batch.microbatches=16\n"
         "  cordee plan xl run.precision=bf16 --cluster eight-h100.toml\n"
-        "  cordee plan xl layout.tensor=8 --cluster eight-h100.toml --dry-run --rank 3\n"
+        "  cordee plan recipes/llama3-405b.toml --cluster recipes/h100-16384.toml"
+        " --dry-run --rank 9000\n"
         "  cordee plan --models",
         "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
         " [--models] [--json] [--save FILE] [--dry-run --rank R]",
@@ -46,29 +47,28 @@ def run(argv: list[str]) -> int:
     made.add_argument("--models", action="store_true", help="list the presets")
     made.add_argument("--json", action="store_true", help="one JSON object")
     made.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
-    made.add_argument("--dry-run", action="store_true", help="show one rank: what it holds, sends")
-    made.add_argument("--rank", type=int, metavar="R", help="which rank (0)")
+    made.add_argument("--dry-run", action="store_true", help="build one rank's modules on meta")
+    made.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
     words = read(made, argv, rest=1)
     if words.flags.models:
         print(_models(_at_least("--vocabulary", words.flags.vocabulary, 2), words.flags.json))
         return 0
     wanted = _run_of(words)
     check(wanted)
+    wanted = on_paper(wanted)
     vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
     top = _at_least("--top", words.flags.top, 1)
     cluster = read_cluster(words.flags.cluster) if words.flags.cluster else local_cluster()
-    if words.flags.rank is not None and not words.flags.dry_run:
-        told = {"--rank": words.flags.rank}
-        raise ConfigError("--rank is for --dry-run", values=told, fix="--dry-run --rank R")
+    rank = _rank_of(words, wanted)
     plan = make_plan(wanted, cluster, vocabulary)
     devices = devices_of(wanted, cluster)
+    view = None
+    if rank is not None:
+        view = view_rank(wanted, plan, rank, model_census(wanted.model, vocabulary))
     if words.flags.save:
         _save(Path(words.flags.save), plan)
-    if words.flags.dry_run:
-        view = view_rank(
-            wanted, plan, words.flags.rank or 0, model_census(wanted.model, vocabulary)
-        )
-        print(_dry_run(wanted, devices, plan, view, None, words.flags.json))
+    if view is not None:
+        print(_dry_run(wanted, devices, plan, view, vocabulary, words.flags.json))
         return 0
     ranking = search(without_axes(wanted), devices, vocabulary)
     if words.flags.json:
@@ -93,15 +93,31 @@ def _run_of(words: Words) -> Run:
     return replace(words, overrides=(f"model.preset={name}", *words.overrides)).load().run
 
 
+def _rank_of(words: Words, wanted: Run) -> int | None:
+    """The rank of a dry run; None when there is none to be."""
+    rank: int | None = words.flags.rank
+    if words.flags.dry_run is not (rank is not None):
+        told = {"--dry-run": words.flags.dry_run, "--rank": rank}
+        raise ConfigError(
+            "--dry-run and --rank go together", values=told, fix=f"--dry-run --rank {rank or 0}"
+        )
+    if words.flags.dry_run and wanted.model.hub:
+        raise ConfigError(
+            "--dry-run builds the house's own models",
+            values={"model.hub": wanted.model.hub},
+            fix="cordee plan --models lists them",
+        )
+    return rank
+
+
 def _dry_run(
-    run: Run,
-    cluster: Cluster,
-    plan: Plan,
-    view: RankView,
-    rehearsal: Mapping[str, float] | None,
-    as_json: bool,
+    run: Run, cluster: Cluster, plan: Plan, view: RankView, vocabulary: int, as_json: bool
 ) -> str:
-    """One rank of the plan: by the tables, and (`rehearsal`) as its modules were built."""
+    """One rank of the plan: by the tables, and as its modules were built."""
+    from cordee.metrics.meter import peak_bytes
+    from cordee.rehearse import rehearse
+
+    rehearsal = {**rehearse(run, plan, view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:
         rank = {**asdict(view), "rehearsal": rehearsal}
         layout = plan.to_dict()["layout"]

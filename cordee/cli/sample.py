@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read
-from cordee.cli.places import run_of
+from cordee.cli.places import refuse_brought, run_of
 from cordee.config.run import Run
 from cordee.data.source import read_info
 from cordee.errors import ConfigError
@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
             fix="--tokens 300 --temperature 0.8",
         )
     folder, wanted = run_of("sample", words.run)
+    refuse_brought("sample", folder)
     place = folder / "data"
     info = read_info(place if place.exists() else Path(wanted.data.path))
     if info.tokenizer != "bytes":
@@ -55,12 +56,22 @@ def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[s
     import torch
 
     from cordee.cli.weights import open_weights, weights
+    from cordee.model.hub import empty_model, read_hub
     from cordee.model.transformer import Transformer
     from cordee.sample import generate, to_text
 
     found = open_weights("sample", word)
-    model = Transformer(wanted.model, vocabulary)
-    model.load_state_dict(weights(found))
+    hub = read_hub(wanted.model.hub) if wanted.model.hub else None
+    model = Transformer(wanted.model, vocabulary) if hub is None else empty_model(hub, "cpu")
+    # A tied parameter is stored once.
+    kept = model.load_state_dict(weights(found), strict=False)
+    odd = [*kept.unexpected_keys, *(set(kept.missing_keys) - set(hub.ties if hub else ()))]
+    if odd:
+        raise ConfigError(
+            "the run's weights are not those of the model that its run.toml describes",
+            values={"RUN": word, "tensor": odd[0], "differ": len(odd)},
+            fix="cordee export, and a few lines with the model that made them",
+        )
     model.eval()
     prompt = torch.tensor(list(flags.prompt.encode()), dtype=torch.int64)
     made = generate(

@@ -23,12 +23,12 @@ MOST_PROCESSES_PER_CORE = 8
 def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_ranges(run)
+    _check_foreign(run)
     if run.model.classifies:
         _check_classifier(run)
     else:
         _check_model(run)
         _check_moe(run)
-    _check_foreign(run)
     _check_run(run)
     _check_fault(run)
 
@@ -147,12 +147,6 @@ def _check_moe(run: Run) -> None:
     moe = run.model.moe
     if not moe.experts:
         return
-    if run.model.kind != "transformer":
-        raise ConfigError(
-            "experts stand in a transformer's blocks; classifiers have none",
-            values={"model.moe.experts": moe.experts, "model.kind": run.model.kind},
-            fix="model.moe.experts=0",
-        )
     if moe.active > moe.experts:
         raise ConfigError(
             "a token cannot use more experts than there are",
@@ -213,6 +207,19 @@ def _check_foreign(run: Run) -> None:
         )  # fmt: skip
     if not run.model.hub:
         return
+    given, house = vars(run.model), vars(ModelSettings(hub=run.model.hub))
+    if other := {f"model.{k}": v for k, v in given.items() if v != house[k]}:
+        raise ConfigError(
+            "the folder's config.json says what the model is; other model keys would not act",
+            values={"model.hub": run.model.hub, **other},
+            fix=f"leave {next(iter(other))} out",
+        )
+    if run.run.precision == "fp8":
+        raise ConfigError(
+            "fp8 is for the blocks of the house's own models",
+            values={"model.hub": run.model.hub, "run.precision": "fp8"},
+            fix="run.precision=bf16",
+        )
     odd = [axis for axis in ("pipeline", "context", "expert")
            if getattr(run.layout, axis) not in (1, "auto")]  # fmt: skip
     if odd:

@@ -7,6 +7,7 @@ means "the usual" or "off" where the sentence says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -73,8 +74,8 @@ class ModelSettings:
     layers: int = 5
     """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
     width: int = 128
-    """Width of the residual stream; a multiple of model.heads unless model.head_width is given."""
-    """Width of the residual stream, a multiple of model.heads; channels (conv), units (mlp)."""
+    """Width of the residual stream, a multiple of model.heads unless model.head_width is given;
+    channels (conv), units (mlp)."""
     heads: int = 4
     """Attention heads; each is head_width wide."""
     kv_heads: int = 0
@@ -107,6 +108,11 @@ class ModelSettings:
     """Mixture of experts."""
     image: ImageSettings = field(default_factory=ImageSettings)
     """Images, for the classifiers."""
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its folder's name, or its preset's."""
+        return Path(self.hub).resolve().name if self.hub else self.preset
 
     @property
     def classifies(self) -> bool:

@@ -58,7 +58,7 @@ class Wire:
         return x if self.group is None else _part(x, self, dim)
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """`sent[r]` rows of x [n, ...] to rank r; returns the rows from all ranks, in rank order."""
+        """`sent[r]` rows of x [n, ...] to rank r; returns all ranks' rows for us, in rank order."""
         if self.group is None:
             return x
         return _exchange(x, self, list(sent), list(received))

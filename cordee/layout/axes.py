@@ -54,8 +54,9 @@ class Layout:
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of `rank` on each axis."""
         if not 0 <= rank < self.size:
+            near = min(max(rank, 0), self.size - 1)
             raise LayoutError(
-                "no such rank", values={"rank": rank, "ranks": self.size}, fix="0 <= rank < ranks"
+                "no such rank", values={"rank": rank, "ranks": self.size}, fix=f"rank {near}"
             )
         position = {}
         for axis in reversed(AXES):

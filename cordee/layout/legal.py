@@ -22,6 +22,13 @@ from cordee.layout.stages import stage_count
 CUT = ("pipeline", "context", "expert", "tensor")
 """Axes inside an island other than shard."""
 
+FP8 = 16
+"""What dims of fp8 products are multiples of (the library's kernels)."""
+_HOUSE = (
+    "model.heads", "model.kv_heads", "the MLP's hidden width (model.ffn)", "the vocabulary",
+)  # fmt: skip
+_HUB = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -47,7 +54,7 @@ def problems(run: Run, layout: Layout, vocabulary: int = 256) -> list[tuple[str,
 
 def broken(run: Run, layout: Layout, counted: Census) -> list[Broken]:
     """Every rule that `layout` breaks; those of the model come before those of the batch."""
-    found = [*broken_alone(run, layout, counted), *_zero(run, layout)]
+    found = [*broken_alone(run, layout, counted), *_zero(run, layout), *_rows(run, layout)]
     return [*found, *_microbatches(run, layout), *_rounds(run, layout)]
 
 
@@ -87,9 +94,25 @@ def _barred(run: Run, layout: Layout) -> Iterator[Broken]:
         if run.optim.name == "adafactor" and axis in ("shard", "tensor", "expert"):
             why = "cuts matrices, and adafactor keeps statistics of whole rows and columns"
             yield _rule(layout, axis, why, "optim.name=adamw")
+        if run.model.hub and axis in CUT and (axis != "tensor" or run.layout.tensor == "auto"):
+            why = "cuts the house's models; of transformers' shard does, and tensor where given"
+            yield _rule(layout, axis, why, one)
         if run.model.kind != "transformer" and axis in CUT:
             why = "cuts transformers; classifiers are replicated or sharded"
             yield _rule(layout, axis, why, f"{one}, or layout.shard={getattr(layout, axis)}")
+        yield from _split_units(run, layout, axis)
+
+
+def _split_units(run: Run, layout: Layout, axis: str) -> Iterator[Broken]:
+    """What must be seen whole to be clipped or dropped, and `axis` cuts."""
+    moe = run.model.moe
+    if run.clip.kind == "agc" and (axis == "tensor" or (axis == "shard" and moe.experts)):
+        what = "rows of matrices" if axis == "tensor" else "experts"
+        why = f"cuts {what}, which are the units that clip.kind=agc compares"
+        yield _rule(layout, axis, why, f"clip.kind=norm, or layout.{axis}=1")
+    if moe.experts and moe.capacity and axis in ("tensor", "context"):
+        why = f"splits tokens, and would decide which of them model.moe.capacity={moe.capacity:g}"
+        yield _rule(layout, axis, f"{why} drops", "model.moe.capacity=0")
 
 
 def _cut(run: Run, layout: Layout, counted: Census) -> Iterator[Broken]:
@@ -109,17 +132,26 @@ def _cut(run: Run, layout: Layout, counted: Census) -> Iterator[Broken]:
 
 def _tensor(run: Run, layout: Layout, counted: Census) -> str:
     model, degree = run.model, layout.tensor
-    sizes = {"model.heads": model.heads, "model.kv_heads": model.kv_heads or model.heads}
+    names = _HUB if model.hub else _HOUSE
+    heads = (model.heads, model.kv_heads or model.heads)
+    sizes = dict(zip(names, heads, strict=False))
     if not model.is_moe(0):
-        sizes["the MLP's hidden width (model.ffn)"] = model.hidden_width
+        sizes[names[2]] = model.hidden_width
     if model.is_moe(model.layers - 1) and model.moe.shared:
         shared = model.moe.shared * model.expert_width
         sizes["the shared experts' width (model.moe.shared x width)"] = shared
-    sizes["the vocabulary"] = counted.vocabulary
+    sizes[names[3]] = counted.vocabulary
     for name, size in sizes.items():
         if size % degree:
-            told = f"{name}={size}" if name.startswith("model.") else f"{name}, {size}"
+            told = f"{name}, {size}" if " " in name else f"{name}={size}"
             return f"does not divide {told}"
+    if run.run.precision == "fp8":
+        widths = {"queries": model.query_width, "keys": model.kv_width, **_hidden(model)}
+        for name, size in widths.items():
+            if size // degree % FP8:
+                return f"leaves {size // degree} of {size} {name}, and fp8 wants multiples of {FP8}"
+    if model.hub:  # its stream is whole on every rank
+        return ""
     chunks = 2 * layout.context if layout.context > 1 else 1
     if run.data.sequence % chunks == 0 and run.data.sequence % (chunks * degree):
         there = f" in {chunks} chunks" if chunks > 1 else ""
@@ -127,8 +159,19 @@ def _tensor(run: Run, layout: Layout, counted: Census) -> str:
     return ""
 
 
+def _hidden(model: ModelSettings) -> dict[str, int]:
+    """Hidden features that tensor ranks share, by what has them."""
+    found = {} if model.is_moe(0) else {"hidden features": model.hidden_width}
+    if model.is_moe(model.layers - 1) and model.moe.shared:
+        found["hidden features of shared experts"] = model.moe.shared * model.expert_width
+    return found
+
+
 def _context(run: Run, degree: int) -> str:
+    tokens = run.batch.microbatch * run.data.sequence // degree
     if run.data.sequence % (2 * degree) == 0:
+        if run.run.precision == "fp8" and tokens % FP8:
+            return f"leaves {tokens} tokens of a microbatch, and fp8 wants multiples of {FP8}"
         return ""
     return f"does not cut data.sequence={run.data.sequence} into 2 x context equal chunks"
 
@@ -172,9 +215,19 @@ def _zero(run: Run, layout: Layout) -> Iterator[Broken]:
     elif canonical(run, layout) and layout.shard > 1:
         why = f"keeps whole gradients where their order is canonical, which {asked} forbids"
         yield _rule(layout, "shard", why, "layout.zero=1")
-    elif layout.size > 1 and layout.shard == 1:
+    elif layout.size > 1 and layout.shard == 1 and run.memory.offload == "none":
         why = f"leaves nothing to {asked}"
         yield _rule(layout, "shard", why, "layout.zero=1, or layout.shard=2")
+
+
+def _rows(run: Run, layout: Layout) -> Iterator[Broken]:
+    """Norms whose order is canonical are summed by rows of dim 0, which experts' shards are not."""
+    if run.model.moe.experts and layout.shard > 1 and canonical(run, layout):
+        told = "run.exact" if run.run.exact else f"sync.codec={run.sync.codec}"
+        if run.sync.protocol == "exchange" and not run.run.exact:
+            told = "sync.protocol=exchange"
+        why = f"cuts inside experts, whose norms {told} cannot add in canonical order"
+        yield _rule(layout, "shard", why, "layout.shard=1")
 
 
 def _pipeline(run: Run, layout: Layout) -> Iterator[Broken]:

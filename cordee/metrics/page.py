@@ -54,7 +54,9 @@ def _head(records: Records, summary: Summary) -> str:
     about = [str(begin.get("time", ""))[:19].replace("T", " ")]
     if records.run:
         m, d = records.run.model, records.run.data
-        about.append(f"{m.preset}: {m.layers} layers of width {m.width}")
+        name = str(begin.get("brought") or m.name)
+        house = name == m.preset
+        about.append(f"{name}: {m.layers} layers of width {m.width}" if house else name)
         row = "images, a label and {} bytes each" if m.classifies else "{} tokens a sequence"
         about.append(f"{d.path}, {row.format(d.sequence - m.classifies)}")
         about.append(f"{records.run.optim.name}, {records.run.run.precision}")
@@ -248,6 +250,8 @@ def _simple(
 
 def _plan_table(summary: Summary) -> str:
     """What the plan predicted beside the medians of the last steps."""
+    if not summary.predicted.get("step_s"):
+        return ""
     rows = []
     for name, label, show in (
         ("step_s", "Time of a step", seconds),

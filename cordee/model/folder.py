@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cordee.config.hub import CONFIG, read_config, read_json
 from cordee.errors import ConfigError, DataError
 from cordee.layout.boxes import Box
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BESIDE = (
@@ -74,12 +74,10 @@ class Folder:
 def open_folder(path: str, key: str) -> Folder:
     """Reads config.json and finds the weights; ConfigError names `key`, which said `path`."""
     folder = Path(path)
-    config = _json(folder / CONFIG, {key: path})
-    if not isinstance(config, dict):
-        raise ConfigError(f"{CONFIG} is no JSON object", values={key: path})
+    config = read_config(path, key)
     files: dict[str, str] = {}
     if (folder / INDEX).is_file():
-        index = _json(folder / INDEX, {key: path})
+        index = read_json(folder / INDEX, {key: path})
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in found.values()
@@ -178,21 +176,6 @@ def _names(file: Path) -> list[str]:
             "a file of weights cannot be read",
             values={"file": str(file), "error": str(error)},
             fix="copy the file again from where it came",
-        ) from error
-
-
-def _json(file: Path, values: Mapping[str, object]) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"no folder of a transformers model: {file.name} cannot be read",
-            values={**values, "error": error.strerror},
-            fix=f"the path of a folder with {CONFIG} (nothing is downloaded)",
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{file.name} is no valid JSON", values={**values, "error": str(error)}
         ) from error
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -28,7 +28,7 @@ from cordee.errors import ConfigError
 from cordee.layout.boxes import Box
 from cordee.layout.tensors import TensorSpec, group_of
 from cordee.model.folder import Folder, cut, open_folder
-from cordee.model.initial import tensor_seed
+from cordee.model.initial import seeded, tensor_seed
 from cordee.model.loss import chunked_loss, summed_cross_entropy
 from cordee.model.recompute import run_block
 from cordee.model.span import Seam, same
@@ -131,7 +131,7 @@ class Hub:
             names = [name for name, _ in module.named_buffers(recurse=False)]
             if not names:
                 continue
-            with _seeded(0, torch.device("cpu")):
+            with seeded(0, torch.device("cpu")):
                 made = [_started(module, rule, fill, recurse=False) for fill in (0, 1)]
             for name in names:
                 full = f"{path}.{name}".lstrip(".")
@@ -253,8 +253,8 @@ class HubModel(nn.Module):
         return run_block(self.memory, place, layer, *args, **named)
 
     def _dropped(self, key: int, device: torch.device) -> AbstractContextManager[Any]:
-        seeded = self.training and self.source.dropout
-        return _seeded(key, device) if seeded else nullcontext()
+        drops = self.training and self.source.dropout
+        return seeded(key, device) if drops else nullcontext()
 
 
 def pattern_of(name: str) -> str:
@@ -293,6 +293,14 @@ def read_hub(path: str) -> Hub:
     return hub
 
 
+def empty_model(hub: Hub, device: str) -> HubModel:
+    """The uncut model on `device`: buffers have their values, parameters wait for theirs."""
+    model = HubModel(hub).to_empty(device=device)
+    model.retie()
+    model.remake_buffers()
+    return model
+
+
 class _Drawn:
     """Values by the model's own rules: a unit (a decoder layer, the embedding, ...) at a time, on
     the CPU, from a generator of (seed, unit), so that any layout gets the same numbers."""
@@ -306,7 +314,7 @@ class _Drawn:
     def __call__(self, name: str, box: Box) -> Tensor:
         unit = next(u for u in self.units if name.startswith(u + "."))
         if self._held[0] != unit:
-            with _seeded(tensor_seed(self.seed, unit), torch.device("cpu")):
+            with seeded(tensor_seed(self.seed, unit), torch.device("cpu")):
                 module = self.plain.get_submodule(unit)
                 made = _started(module, self.plain._init_weights, float("nan"), recurse=True)
             self._held = unit, {f"{unit}.{n}": p.detach() for n, p in made.named_parameters()}
@@ -347,14 +355,6 @@ def _units(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator[str]
             yield from _units(full, child, layers)
         else:
             yield full
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators are a function of `seed`; outside, they go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _transformers() -> ModuleType:

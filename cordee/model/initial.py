@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -180,3 +181,11 @@ def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, 
         if settings.residual == "depth_scaled":
             return settings.matrices, settings.gain / math.sqrt(2.0 * layers)
     return settings.matrices, settings.gain
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators are a function of `seed`; outside, they go on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -104,7 +104,11 @@ def clip_gradients(
         case "agc":
             for (name, parameter, _), grad in zip(named, grads, strict=True):
                 if not name.startswith(LAST_LAYERS):
-                    clip_units(parameter.detach(), grad, settings.limit)
+                    # A stack of experts is as many matrices.
+                    stacked = grad.ndim == 3 and ".moe." in name
+                    last = 1 if stacked else 0
+                    weight = parameter.detach().flatten(0, last)
+                    clip_units(weight, grad.flatten(0, last), settings.limit)
         case "none":
             pass
 

@@ -38,11 +38,11 @@ from cordee.parallel.shard import Sharding, local, shard
 from cordee.parallel.tensor import split_sequence
 
 WIRES = {
-    "tensor": ("tensor",), "context": ("context",), "expert": ("expert",),
+    "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "shard": ("shard",),
     "sequence": ("context", "tensor"),
 }  # fmt: skip
-"""Sets of axes that talk inside a forward: split matrices, sequences, experts, and both halves of
-a sequence's split."""
+"""Sets of axes that talk inside a forward: split matrices, sequences, experts, shards, and both
+halves of a sequence's split."""
 
 Loss = Callable[..., Tensor]
 """(model, *batch) -> summed loss of the batch."""
@@ -53,7 +53,8 @@ class Live:
     """A model's part on this rank: `chunks` are its stages in order, `specs` describe its own
     parameters, `every` those of the whole model, `kept` the whole model's buffers that survive;
     `wires` count what each axis sends. `loss` computes a batch's loss where the model does not;
-    `keyed`: its forward takes a key for dropout."""
+    `keyed`: its forward takes a key for dropout; `brought`: it is a caller's, and draws from
+    torch's own generators."""
 
     chunks: Sequence[nn.Module]
     specs: Mapping[str, TensorSpec]
@@ -65,6 +66,7 @@ class Live:
     attend: GatherAttention | RingAttention | None = None
     loss: Loss | None = None
     keyed: bool = False
+    brought: bool = False
 
     def buffers(self) -> dict[str, Tensor]:
         """This rank's buffers that survive, by name."""
@@ -74,11 +76,28 @@ class Live:
         """The modules' own parameters by name (DTensors where FSDP2 cuts them)."""
         return {name: p for chunk in self.chunks for name, p in chunk.named_parameters()}
 
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """What this rank's wires have sent so far, keys and values of attention among it."""
+        found = {name: wire.bytes_sent for name, wire in self.wires.items()}
+        if self.attend is not None:
+            found["context"] += self.attend.bytes_sent
+        return found
+
 
 def make_live(
     run: Run, stages: Stages, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding
 ) -> Live:
     """Builds the model of `run` for the rank of `mesh`, with its initial values on `device`."""
+    live = on_meta(run, stages, mesh, vocabulary, sharding)
+    for model in live.chunks:
+        to_memory(model, device, sharding)
+        fill(model, live.every, mesh, run)
+    return live
+
+
+def on_meta(run: Run, stages: Stages, mesh: Mesh, vocabulary: int, sharding: Sharding) -> Live:
+    """All of `make_live` but memory and values: modules, seams and shards on the meta device."""
     every = {spec.name: spec for spec in tensors(run.model, vocabulary)}
     kept = {spec.name: spec for spec in buffers(run.model)}
     wires, span, attend = make_wires(mesh), make_span(mesh), make_attention(run, mesh)
@@ -92,9 +111,7 @@ def make_live(
             deal_experts(model, wires["expert"], wires["sequence"])
             for block in model.parts():
                 block.attention.attend = attend or block.attention.attend
-        finish(model, every, mesh, run, sharding)
-        to_memory(model, device, sharding)
-        fill(model, every, mesh, run)
+        finish(model, every, mesh, run, sharding, wires["shard"])
         chunks.append(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     specs = {name: every[name] for name in names}
@@ -150,8 +167,9 @@ def narrow(model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh) -> Non
 
 
 def finish(
-    model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh, run: Run, sharding: Sharding
-) -> None:
+    model: nn.Module, every: Mapping[str, TensorSpec], mesh: Mesh, run: Run, sharding: Sharding,
+    wire: Wire,
+) -> None:  # fmt: skip
     """What is done to blocks (fp8, recompute and compile), then the shards."""
     if run.run.precision == "fp8":
         for block in blocks_of(model):
@@ -160,7 +178,7 @@ def finish(
         compile_blocks(model, run.memory)
     if mesh.shard_mesh is not None:
         dims = {name: every[name].shard for name, _ in model.named_parameters()}
-        shard(model, mesh.shard_mesh, blocks_of(model), dims, sharding)
+        shard(model, mesh.shard_mesh, blocks_of(model), dims, sharding, wire)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from cordee.dist.mesh import Mesh
 from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
 from cordee.model.folder import cut
+from cordee.model.initial import seeded
 from cordee.model.moe import forget_load, mixtures, move_bias
 from cordee.model.precision import casting
 from cordee.parallel import shard
@@ -78,6 +80,8 @@ class Engine:
         self._mixtures = [moe for chunk in live.chunks for moe in mixtures(chunk)]
         self._units = [unit for chunk in live.chunks for unit in shard.fsdp_modules(chunk)]
         self._training = False
+        self.stream_bytes = 0
+        """Bytes that this rank has sent from stage to stage."""
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
@@ -94,8 +98,15 @@ class Engine:
                 shard.before_microbatch(self._units, last, self.work.sharding)
             losses.append(self._microbatch(step, index, scale))
             if canonical:
-                self._tree.feed(partial, index, self._take(), _add)
+                self._tree.feed(partial, index, self.take(), _add)
         return losses, partial if canonical else self.collect()
+
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """Bytes that this rank has sent inside its island so far, by axis; "sums" are gradients
+        added over several axes at once."""
+        found = {**self.live.bytes_sent, "pipeline": self.stream_bytes}
+        return {**found, "sums": self.sums.bytes_sent}
 
     def begin(self, step: int, scale: float) -> None:
         """Training mode, no gradients, and the loader knows what is wanted."""
@@ -221,13 +232,20 @@ class Engine:
 
     def _microbatch(self, step: int, index: int, scale: float) -> Tensor:
         batch, key = self.batch(step, index), self.key(step, index)
-        loss = self.call(self.live.chunks[0], batch, key)
+        with self._drawing(step, index):
+            loss = self.call(self.live.chunks[0], batch, key)
         torch.autograd.backward(loss / self.work.tokens * scale)
         detached: Tensor = loss.detach()
         return detached
 
-    def _take(self) -> list[Tensor]:
-        """This microbatch's whole gradients, taken off the parameters."""
+    def _drawing(self, step: int, index: int) -> AbstractContextManager[None]:
+        """What a caller's own model draws depends on the microbatch, not on who computes it."""
+        if not self.live.brought:
+            return nullcontext()
+        return seeded(microbatch_key(self.work.seed, step, index), self.device)
+
+    def take(self) -> list[Tensor]:
+        """This microbatch's whole gradients (where sums are canonical), taken off the modules."""
         # While FSDP2 keeps parameters gathered, the module's parameters are the whole ones.
         parameters = list(self.live.chunks[0].parameters())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

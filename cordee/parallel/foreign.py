@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
 from cordee.dist.wire import Wire
-from cordee.errors import ConfigError
+from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import INSIDE
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec, group_of
-from cordee.model.hub import HubModel, read_hub
+from cordee.model.hub import HubModel, empty_model, read_hub
+from cordee.model.initial import seeded
 from cordee.model.keras import KerasModel
 from cordee.model.precision import autocast_dtype
 from cordee.model.span import Span
@@ -63,7 +64,7 @@ def make_hub(run: Run, mesh: Mesh, vocabulary: int, device: str, sharding: Shard
     narrow(model, every, mesh)
     model.retie()
     set_seams(model, wires["tensor"])
-    finish(model, every, mesh, run, sharding)
+    finish(model, every, mesh, run, sharding, wires["shard"])
     to_memory(model, device, sharding)
     model.retie()
     model.remake_buffers()
@@ -88,9 +89,11 @@ def take(
         for name, p in model.named_parameters()
     }
     kept = buffer_specs(model)
+    wires = make_wires(mesh)
     if mesh.shard_mesh is not None:
-        shard(model, mesh.shard_mesh, blocks_of(model), {}, sharding)
-    return Live([model], every, every, kept, {}, ONE_STAGE, Span(), loss=loss)
+        shard(model, mesh.shard_mesh, blocks_of(model), {}, sharding, wires["shard"])
+    span = Span()
+    return Live([model], every, every, kept, wires, ONE_STAGE, span, loss=loss, brought=True)
 
 
 def buffer_specs(model: nn.Module) -> dict[str, TensorSpec]:
@@ -110,11 +113,8 @@ def whole_hub(run: Run, device: str) -> nn.Module | None:
     hub = read_hub(run.model.hub)
     if sum(4 * spec.elements for spec in hub.specs()) > WHOLE_BYTES:
         return None
-    model = HubModel(hub)
+    model = empty_model(hub, device)
     model.autocast = autocast_dtype(run.run.precision)
-    model.to_empty(device=device)
-    model.retie()
-    model.remake_buffers()
     values = hub.values(run.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -122,28 +122,52 @@ def whole_hub(run: Run, device: str) -> nn.Module | None:
     return model
 
 
-def guard(engine: Engine, whole: nn.Module | None, precision: str) -> None:
+def guard(engine: Engine, whole: nn.Module | None, run: Run) -> None:
     """Tries the live model on the run's first microbatch; RunError when it is not the whole one."""
     engine.loader.begin(0, range(1))
     batch = engine.batch(0, 0)
     model, mesh = engine.live.chunks[0], engine.mesh
-    # Every shard sees the same batch, and FSDP2 adds their gradients up.
-    shards = float(mesh.size("shard"))
+    whole_gradients = engine.sharded and engine.work.sharding.canonical
     states = {name: buffer.clone() for name, buffer in engine.buffers.items()}
+    if run.run.exact and mesh.layout.size > 1:
+        _check_still(engine, model, batch)
 
     def step() -> None:
         _backward(engine, model, batch)
-        gradients = engine.collect()[0][1]
-        torch._foreach_div_(gradients, shards)
+        if whole_gradients:
+            gradients = engine.place(engine.take())
+        else:
+            # Every shard sees the same batch, and FSDP2 adds their gradients up.
+            gradients = engine.collect()[0][1]
+            torch._foreach_div_(gradients, float(mesh.size("shard")))
         descend(list(engine.parameters.values()), gradients, RATE)
 
     cut = Tried(functools.partial(_loss, engine, model, batch), step)
     wire = Wire(mesh.group(*INSIDE), mesh.size(*INSIDE), mesh.index(*INSIDE))
     tried = None if whole is None else _whole(engine, whole, batch)
-    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    tolerance = 1e-5 if run.run.precision == "fp32" else 2e-2
     probe(cut, list(engine.parameters.values()), wire, tried, tolerance)
     for name, buffer in engine.buffers.items():
         buffer.copy_(states[name])
+
+
+def _check_still(engine: Engine, model: nn.Module, batch: Batch) -> None:
+    """LayoutError when a forward of training moves what is not trained: which rank computes which
+    microbatch would be in the result."""
+    held = {name: buffer.clone() for name, buffer in engine.buffers.items()}
+    model.train()
+    with torch.no_grad(), seeded(0, engine.device):
+        engine.call(model, batch)
+    reshard(model)
+    moved = [name for name, old in held.items() if not torch.equal(old, engine.buffers[name])]
+    for name in moved:
+        engine.buffers[name].copy_(held[name])
+    if moved:
+        raise LayoutError(
+            "states that a forward moves (BatchNorm's) depend on which rank computes what",
+            values={"run.exact": True, "moved": moved[:3], "ranks": engine.mesh.layout.size},
+            fix="run.exact=false, or one process, or a model without them",
+        )
 
 
 def _whole(engine: Engine, whole: nn.Module, batch: Batch) -> Tried:

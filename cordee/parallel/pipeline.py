@@ -38,7 +38,6 @@ class PipelineEngine(Engine):
         self.rows = run.batch.microbatch
         self.group = mesh.group("pipeline")
         self.mine = live.stages.of_rank(mesh.at["pipeline"])
-        self.bytes_sent = 0
         self._scale = 1.0
         positions = run.data.sequence // mesh.size("context")
         self._stream = (self.rows, positions // mesh.size("tensor"), self.width)
@@ -145,4 +144,4 @@ class PipelineEngine(Engine):
             if 0 <= other <= stages.last and stages.rank_of(other) != me
         ]
         rows, positions, width = self._stream
-        self.bytes_sent += len(away) * microbatches * rows * positions * width * 4
+        self.stream_bytes += len(away) * microbatches * rows * positions * width * 4

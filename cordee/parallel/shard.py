@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Shard
 
 from cordee.dist.exchange import gather_flat
+from cordee.dist.wire import Wire, scatter_flat
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,55 @@ class Sharding:
     offload: bool = False
 
 
+class _Counted:
+    """FSDP2's two collectives as the library has them, counted on a wire: what is handed to others
+    is a part for each of them, the input of a gather or the output of a sum."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent or gathered."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def count(self, part: Tensor) -> None:
+        """Notes a collective whose parts are like `part`."""
+        self.wire.bytes_sent += (self.wire.size - 1) * part.nbytes
+
+
+class _Gather(_Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        self.count(input_tensor)
+        return gather_flat(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Scatter(_Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+        async_op: bool = False,
+    ) -> Any:  # fmt: skip
+        self.count(output_tensor)
+        return scatter_flat(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
 def shard(
     model: nn.Module, mesh: DeviceMesh, units: Sequence[nn.Module], dims: Mapping[str, int | None],
-    how: Sharding,
+    how: Sharding, wire: Wire,
 ) -> None:  # fmt: skip
     """Shards every parameter over `mesh`, in dim 0 or the one that `dims` names; `units` are
-    wrapped one by one, then the root."""
+    wrapped one by one, then the root. `wire` counts what FSDP2 sends."""
+    gather: Any = _Gather(wire)
+    scatter: Any = _Scatter(wire)
     pinned = mesh.device_type != "cpu"
     policy = CPUOffloadPolicy(pin_memory=pinned) if how.offload else OffloadPolicy()
     placed = {p: Shard(dims.get(name) or 0) for name, p in model.named_parameters()}
     for module in (*units, model):
+        # The rest is needed last in a forward and first in a backward: it stays between them.
+        again = how.zero == 3 and module is not model
         fully_shard(
-            module, mesh=mesh, reshard_after_forward=how.zero == 3,
+            module, mesh=mesh, reshard_after_forward=again,
             shard_placement_fn=placed.__getitem__, offload_policy=policy,
         )  # fmt: skip
     for unit in fsdp_modules(model):
@@ -50,6 +89,8 @@ def shard(
         # has no pre-multiplied sum either.
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_gradient_divide_factor(1.0)
+        unit.set_custom_all_gather(gather)
+        unit.set_custom_reduce_scatter(scatter)
         if how.canonical:
             unit.set_requires_gradient_sync(False)
         if how.canonical or how.zero < 3:

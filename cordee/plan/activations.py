@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.stages import Part
+from cordee.plan import classifier
 from cordee.plan.costs import ALONE, CHUNKED_UP_TO, keys_per_query, whole
 
 FP32 = 4
+
+PLACED_BYTES = 36
+"""Of each row of a token for an expert: places before and after sorting, and its weight."""
+
+FILLED_ROWS = 16
+"""Rows of zeros of an expert on a CPU in bf16, on average: half of what moe.py fills up to."""
 
 
 def element_bytes(run: Run) -> int:
@@ -51,6 +58,8 @@ def stage_moments(run: Run, device: str, layout: Layout, part: Part) -> list[Mom
     """What one microbatch holds of one stage: before its backward, and at each block that is
     computed again. Without recomputation activations shrink faster than gradients grow, so the
     first moment is the worst."""
+    if run.model.classifies:
+        return [Moment(classifier.activation_bytes(run, device), 0.0, True)]
     split = attended_tokens(run, layout) / layout.tensor
     stream = FP32 * run.model.width * split
     last = _head_input(run, layout) if part.heads else 0.0
@@ -102,7 +111,9 @@ def _block(run: Run, device: str, layout: Layout, moe: bool) -> tuple[float, flo
     split = tokens / layout.tensor
     norms = 2 * FP32 * (model.width + 1) * split + element * model.width * tokens
     masks = 2 * model.width * (element if device == "cpu" else 1) * split if model.dropout else 0
-    mixed, products = (_experts if moe else _mlp)(run, layout)
+    mixed, products = (
+        _experts(run, device, layout) if moe else _mlp(run, layout, model.hidden_width)
+    )
     full = norms + _attention(run, device, layout) + mixed + masks
     kept = FP32 * model.width * split
     if run.memory.recompute == "selective":
@@ -129,28 +140,34 @@ def _attention(run: Run, device: str, layout: Layout) -> float:
     return (kept + model.heads * per_head * tokens) / layout.tensor
 
 
-def _mlp(run: Run, layout: Layout) -> tuple[float, float]:
-    """Bytes of a dense MLP: (all that is kept, results of products)."""
+def _mlp(run: Run, layout: Layout, width: int) -> tuple[float, float]:
+    """Bytes of an MLP with `width` hidden features: (all that is kept, results of products)."""
     model, element = run.model, element_bytes(run)
     tokens = attended_tokens(run, layout)
     gated = model.mlp == "gated"
-    hidden = model.hidden_width * tokens / layout.tensor
+    hidden = width * tokens / layout.tensor
     kept = element * ((4 if gated else 2) * hidden + model.width * tokens)
     return kept, element * ((2 if gated else 1) * hidden + model.width * tokens)
 
 
-def _experts(run: Run, layout: Layout) -> tuple[float, float]:
-    """The same of experts, which work on split tokens: the router's input and scores, each chosen
-    row on its way in and out, hidden vectors; shared experts as an MLP."""
+def _experts(run: Run, device: str, layout: Layout) -> tuple[float, float]:
+    """The same of experts, which work on split tokens: the router's fp32 input and scores, each
+    chosen row on its way in and out, hidden vectors, places of rows (integers) and weights; shared
+    experts as an MLP."""
     model, element = run.model, element_bytes(run)
-    tokens, gated = attended_tokens(run, layout), model.mlp == "gated"
-    split = tokens / layout.tensor
-    rows = split * model.moe.active
+    moe, gated = model.moe, model.mlp == "gated"
+    split = attended_tokens(run, layout) / layout.tensor
+    rows = split * moe.active
     hidden = (4 if gated else 2) * model.expert_width
-    kept = element * (model.width * split + (2 * model.width + hidden) * rows)
-    kept += 2 * FP32 * model.moe.experts * split
-    if not model.moe.shared:
-        return kept, 0.0
-    shared = model.moe.shared * model.expert_width * tokens / layout.tensor
-    kept += element * ((4 if gated else 2) * shared + model.width * tokens)
-    return kept, element * ((2 if gated else 1) * shared + model.width * tokens)
+    kept = element * (2 * model.width + hidden) * rows
+    if device == "cpu" and run.run.precision == "bf16":
+        kept += element * (model.width + hidden) * FILLED_ROWS * moe.experts / layout.expert
+    kept += PLACED_BYTES * rows + FP32 * (moe.experts + (moe.router == "sigmoid")) * split
+    products = element * (model.width + (2 if gated else 1) * model.expert_width) * rows
+    products += FP32 * moe.experts * split
+    if not moe.shared:
+        return kept + FP32 * model.width * split, products
+    shared = _mlp(run, layout, moe.shared * model.expert_width)
+    # What shared experts read is the router's input, unless that was cast, or gathered for them.
+    own = 0.0 if element == FP32 and layout.tensor == 1 else FP32 * model.width * split
+    return kept + own + shared[0], products + shared[1]

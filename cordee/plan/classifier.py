@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from cordee.config.run import Run
-from cordee.layout.axes import Layout
 
 FP32 = 4
 
@@ -79,15 +78,3 @@ def temporary_bytes(run: Run) -> int:
     model = run.model
     positions = model.image.side**2 if model.kind == "conv" else 1
     return 3 * FP32 * run.batch.microbatch * positions * model.width
-
-
-def barred(run: Run, layout: Layout) -> list[tuple[str, str]]:
-    """(reason, nearest fix) for axes that cut what a classifier does not have."""
-    if not run.model.classifies:
-        return []
-    axes = ("tensor", "pipeline", "context", "expert")
-    return [
-        (f"classifiers are replicated or sharded, not cut by {axis}", f"layout.{axis}=1")
-        for axis in axes
-        if getattr(layout, axis) > 1
-    ]

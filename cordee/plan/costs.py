@@ -26,6 +26,7 @@ from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import ORIGIN, Specs, census
 from cordee.layout.stages import Part
+from cordee.plan.classifier import microbatch_counts
 from cordee.plan.cluster import Cluster
 from cordee.plan.dealing import deals
 
@@ -149,6 +150,8 @@ def microbatch_work(
     embedding's look-up is free; a tied head is not. Routing is taken as balanced.
     """
     model, held = run.model, parts or [whole(run)]
+    if model.classifies:
+        return Work(**microbatch_counts(run))
     tokens = run.batch.microbatch * run.data.sequence // layout.context
     rows, layers, again = tokens / layout.tensor, 0, 0
     met = met_again = elements = 0

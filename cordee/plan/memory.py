@@ -20,6 +20,7 @@ from cordee.layout.census import ORIGIN, Census, Held, Specs, census, in_block
 from cordee.layout.legal import worker_microbatches
 from cordee.layout.split import canonical_subtrees, split_evenly
 from cordee.layout.stages import Part, Stages, make_stages
+from cordee.plan import classifier
 from cordee.plan.activations import FP32, attended_tokens, element_bytes, rank_moments
 from cordee.plan.costs import block_counts, hidden_width
 from cordee.plan.pipeline import in_flight
@@ -170,9 +171,11 @@ class _Rank:
         """State, and what each phase of a step adds to it."""
         run, layout, wire = self.run, self.layout, self.wire
         held = _state(run, self.counted, layout, self.parts, ORIGIN)
+        if run.memory.offload != "none":
+            held = dict.fromkeys(held, 0)  # the host's, who is not counted
         whole = FP32 * self.counted.elements(layout, ORIGIN, self.parts, "tensor")
         sums = tree_sums(run, layout) if wire.canonical else TreeSums(1, 1, layout.workers)
-        mine = whole if wire.canonical or layout.shard == 1 else held["gradients"]
+        mine = whole if self._keeps_whole else held["gradients"]
         units = unit_bytes(self.counted, layout, self.parts)
         gathered = self._gathered(*units)
         moments = self._moments(whole, mine, sums, units)
@@ -183,7 +186,7 @@ class _Rank:
             "exchange buffers": max(_buffer_bytes(run, layout, wire, mine), self._flat_bytes()),
         }
         update = {
-            "gradients": mine,
+            "gradients": mine if held["gradients"] else 0,
             "update temporaries": _update_bytes(run, self.counted, held["parameters"]),
         }
         state = {
@@ -202,7 +205,7 @@ class _Rank:
         flights = self._flights()
         several = worker_microbatches(run, layout) > 1
         # Where shards reduce as they go (or at the last microbatch), earlier gradients are there.
-        keeps = canonical or layout.shard == 1 or self.zero > 1
+        keeps = self._keeps_whole or self.zero > 1
         before = sums.most - 1 if canonical else int(several and keeps)
         # Gradients of this backward need room of their own, unless earlier ones take them in.
         grows = mine if canonical or not before else 0
@@ -217,6 +220,16 @@ class _Rank:
                 "bf16 weights": int(whole // 2 * cast_share(run, moment.behind, max(flights))),
             }
 
+    @property
+    def _keeps_whole(self) -> bool:
+        """Whether gradients are whole from the start: nothing reduces them inside the backward."""
+        return self.wire.canonical or not self._gathers
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether FSDP2 stands between parameters and modules (for offload, on one rank too)."""
+        return self.layout.shard > 1 or self.run.memory.offload != "none"
+
     def _flights(self) -> list[int]:
         each = worker_microbatches(self.run, self.layout)
         return in_flight(self.run.layout, self.layout.pipeline, self.index, each)
@@ -224,13 +237,13 @@ class _Rank:
     def _to_reduce(self, whole: int, several: bool, rest: int, blocks: int, number: int) -> int:
         """Whole gradients that FSDP2 has not reduced yet: all until the last microbatch (zero 1),
         or those of one unit."""
-        if self.wire.canonical or self.layout.shard == 1:
+        if self._keeps_whole:
             return 0
         return whole if several and self.zero == 1 else max(rest, blocks // number)
 
     def _gathered(self, rest: int, blocks: int, number: int) -> int:
         """Parameters gathered by FSDP2 at once: all, or (zero 3) two blocks and the rest."""
-        if self.layout.shard == 1:
+        if not self._gathers:
             return 0
         return rest + (blocks * min(2, number) // number if self.zero == 3 else blocks)
 
@@ -244,6 +257,8 @@ class _Rank:
 
         A schedule that runs several forwards first keeps what their losses' backwards need."""
         run, layout = self.run, self.layout
+        if run.model.classifies:
+            return {"backward temporaries": classifier.temporary_bytes(run)}
         tokens = attended_tokens(run, layout)
         vocabulary = self.counted.vocabulary // layout.tensor
         chunk = min(tokens, run.memory.loss_chunk or tokens)

@@ -26,7 +26,7 @@ from cordee.plan.costs import block_counts, fresh_s, whole
 from cordee.plan.dealing import Deal, deals
 from cordee.plan.memory import TreeSums, Wire, summed_elements, tree_sums
 from cordee.plan.wires import (
-    expert_bytes,
+    rows_bytes,
     sequence_bytes,
     shard_bytes,
     stream_bytes,
@@ -271,7 +271,7 @@ def _inside(run: Run, counted: Census, layout: Layout, load: Load) -> list[tuple
         sent = sequence_bytes(run, layout, parts)
         found.append(("context", each * sent, each * hops * (2 * blocks + again)))
     if layout.expert > 1:
-        found.append(("expert", each * expert_bytes(run, layout, parts), each * experts))
+        found.append(("expert", each * rows_bytes(run, layout, parts), each * experts))
     if layout.pipeline > 1:
         ways = sum((not part.embeds) + (not part.heads) for part in parts)
         found.append(("pipeline", each * ways * stream_bytes(run, layout), each * ways))

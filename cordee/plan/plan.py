@@ -91,6 +91,7 @@ def make_plan(
     `processes` is what a launcher has started; else launch.processes; else the search chooses.
     Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
     """
+    _check_vocabulary(run, vocabulary)
     cluster = devices_of(run, cluster)
     asked = processes
     if asked is None and run.launch.processes != "auto":
@@ -136,6 +137,14 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
     )
 
 
+def unpredicted(plan: Plan, parameters: int) -> Plan:
+    """The plan of a model that paper does not know: where it runs, and no figures but its size."""
+    kinds = {f.name: str(f.type) for f in fields(Prediction)}
+    nothing: dict[str, Any] = {n: {} if "Mapping" in kind else 0 for n, kind in kinds.items()}
+    predicted = Prediction(**{**nothing, "parameters": parameters})
+    return replace(plan, predicted=predicted, note="the model is the caller's: nothing is foretold")
+
+
 def devices_of(run: Run, cluster: Cluster) -> Cluster:
     """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
     it cannot do what the run asks."""
@@ -148,6 +157,16 @@ def devices_of(run: Run, cluster: Cluster) -> Cluster:
     found = cpu_only(cluster) if run.launch.device == "cpu" else cluster
     check_devices(run, found)
     return found
+
+
+def _check_vocabulary(run: Run, vocabulary: int) -> None:
+    """ConfigError when the data has tokens that the model has no row for."""
+    if 0 < run.model.vocabulary < vocabulary and not run.model.classifies:
+        raise ConfigError(
+            "the data has more tokens than the model's vocabulary",
+            values={"model.vocabulary": run.model.vocabulary, "data": vocabulary},
+            fix=f"model.vocabulary={vocabulary}, or 0: as many as the data has",
+        )
 
 
 def axes_given(run: Run) -> bool:
@@ -220,9 +239,11 @@ def _degrees(layout: Layout) -> list[tuple[str, int]]:
 def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
     values: dict[str, object] = {"devices": _devices(cluster)}
-    largest = ""
+    largest, idle = "", 1
     if ranking.tightest is not None:
         layout, fitting = ranking.tightest
+        if layout.workers == run.batch.microbatches:  # no shard more without work for it
+            idle = cluster.slots // layout.size
         values[layout.describe()] = fitting.reason
         largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
     elif ranking.rejected:
@@ -231,6 +252,8 @@ def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
         fix = "memory.recompute=full"
     elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
+    elif cluster.device == "cuda" and idle > 1:
+        fix = f"batch.microbatches={idle * run.batch.microbatches}, to cut the model over more"
     elif cluster.device == "cuda":
         fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:

@@ -70,6 +70,8 @@ def compare(plan: Plan, measured: Mapping[str, float]) -> str:
     above the process before the model was built). Keys that are missing are left out.
     """
     told = plan.predicted
+    if not told.step_s:
+        return plan.note
     rows = [("plan against run", "predicted", "measured", "ratio", "")]
     if math.isfinite(step_s := measured.get("step_s", math.nan)) and step_s > 0:
         inside = told.low_s <= step_s <= told.high_s
@@ -113,7 +115,7 @@ def rank_text(view: RankView, rehearsal: Mapping[str, float] | None = None) -> s
         agrees = "as above" if built == view.parameters else f"above: {view.parameters:,}"
         rows += [
             ("  built on meta", f"{built:,} parameters ({agrees})"),
-            ("  its bytes", f"{int(rehearsal['bytes']):,}"),
+            ("  its bytes", f"{int(rehearsal['bytes']):,}, optimiser included"),
             ("  its modules", f"{int(rehearsal['modules']):,}"),
             ("  building took", f"{seconds_text(rehearsal['seconds'])},"
              f" {_mib(rehearsal['memory'])} MiB of memory"),
@@ -184,7 +186,7 @@ def job_text(run: Run, cluster: Cluster, plan: Plan) -> str:
     if model.classifies:
         heads, row = f" ({model.kind})", f"images of {model.image.pixels} bytes"
     return (
-        f"model    {model.preset}: {count_text(plan.predicted.parameters)} parameters,"
+        f"model    {model.name}: {count_text(plan.predicted.parameters)} parameters,"
         f" {model.layers} layers x width {model.width}{heads}\n"
         f"step     {batch.microbatches} microbatches x {batch.microbatch} {row},"
         f" {run.optim.name}, {run.run.precision}{exact}\n"

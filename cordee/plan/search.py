@@ -154,7 +154,8 @@ def fit(
     counted, wire = census(specs), choose_wire(run, layout)
     stages = stages or _stages(run, counted, layout)
     given = run.layout.zero
-    whole = layout.shard == 1 or layout.pipeline > 1 or wire.canonical
+    alone = layout.shard == 1 and run.memory.offload == "none"
+    whole = alone or layout.pipeline > 1 or wire.canonical
     for zero in (1,) if whole else (1, 2, 3) if given == "auto" else (int(given),):
         memory = rank_memory(run, counted, layout, wire, cluster.device, zero, stages)
         reason = _too_big(memory, layout, cluster)

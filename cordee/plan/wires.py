@@ -9,19 +9,22 @@ each other, and time (`network.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import Specs, census
-from cordee.layout.legal import worker_microbatches
+from cordee.layout.legal import canonical, worker_microbatches
 from cordee.layout.stages import Part, Stages
+from cordee.layout.traffic import context_bytes, expert_bytes
 from cordee.plan.activations import FP32, attended_tokens, element_bytes
 from cordee.plan.costs import block_counts
 from cordee.plan.memory import summed_elements, unit_bytes
 
 SUMS = "sums"
 """What `axis_bytes` calls gradients summed inside an island, over several axes at once."""
+
+COUNT_BYTES = 8
+"""What says how many rows an expert gets."""
 
 
 def axis_bytes(
@@ -39,8 +42,9 @@ def axis_bytes(
     found = {
         "pipeline": each * pipeline_bytes(run, layout, stages, at["pipeline"]),
         "context": each * sequence_bytes(run, layout, parts),
-        "expert": each * expert_bytes(run, layout, parts),
-        "shard": sum(shard_bytes(run, specs, layout, parts, zero)[:2]),
+        "expert": each * rows_bytes(run, layout, parts),
+        "shard": sum(shard_bytes(run, specs, layout, parts, zero, canonical(run, layout))[:2]),
+        "sequence": each * balance_bytes(run, layout, parts),
         "tensor": each * tensor_bytes(run, layout, parts, counted.vocabulary),
         SUMS: sum_bytes(specs, layout, parts, at),
     }
@@ -95,36 +99,33 @@ def sequence_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
     return sum((blocks - again) * once + again * twice for _, blocks, again in counts)
 
 
-def context_bytes(
-    method: Literal["gather", "ring"],
-    tokens: int,
-    kv_width: int,
-    element_bytes: int,
-    parts: int,
-    forwards: int = 1,
-) -> int:
-    """Bytes that each of `parts` ranks sends for one attention layer and one microbatch.
-
-    `tokens` are those of the whole microbatch, `kv_width` the width of this rank's keys,
-    `forwards` 2 where the block is computed again. Keys and values go round or to all, n - 1 own
-    parts; back come their gradients (gather), or both once more, gradients in fp32 (ring).
-    """
-    own = 2 * (tokens // parts) * kv_width
-    backward = element_bytes + (FP32 if method == "ring" else 0)
-    return (parts - 1) * own * (forwards * element_bytes + backward)
-
-
-def expert_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
-    """Of one microbatch on the axis expert: each token's row to its experts and back, and the same
-    in the backward; twice more forward where a block is computed again."""
-    ranks = layout.expert
+def rows_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
+    """Of one microbatch on the axis expert: the counts of every forward, and each token's row to
+    its experts and back, which balanced routing spreads evenly."""
+    ranks, moe = layout.expert, run.model.moe
     if ranks == 1:
         return 0
-    rows = attended_tokens(run, layout) // layout.tensor * run.model.moe.active
-    away = rows * (ranks - 1) // ranks * run.model.width * element_bytes(run)
-    return sum(
-        (4 * blocks + 2 * again) * away for moe, blocks, again in block_counts(run, parts) if moe
-    )
+    tokens = attended_tokens(run, layout) // layout.tensor
+    counts = (ranks - 1) * moe.experts // ranks * COUNT_BYTES
+    sent = 0.0
+    for mixed, blocks, again in block_counts(run, parts):
+        for forwards, number in ((1, blocks - again), (2, again)):
+            rows = expert_bytes(
+                tokens, moe.active, run.model.width, ranks, element_bytes(run), forwards
+            )
+            sent += mixed * number * (rows + forwards * counts)
+    return int(sent)
+
+
+def balance_bytes(run: Run, layout: Layout, parts: Sequence[Part]) -> int:
+    """Of one microbatch on the axes that split a sequence: the assignments of every expert, which
+    the balance loss of a mixture adds up in each forward."""
+    ranks, moe = layout.context * layout.tensor, run.model.moe
+    if ranks == 1 or moe.balance != "loss":
+        return 0
+    once = 2 * (ranks - 1) * COUNT_BYTES * moe.experts // ranks
+    counts = block_counts(run, parts)
+    return once * sum(blocks + again for mixed, blocks, again in counts if mixed)
 
 
 def pipeline_bytes(run: Run, layout: Layout, stages: Stages, rank: int) -> int:

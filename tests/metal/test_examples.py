@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import clean_environment
+from tests.conftest import clean_environment, events
 
 PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "quadratic.py"
 
@@ -35,6 +36,21 @@ def test_loss_follows_the_formula(ranks: int) -> None:
     worst = max(abs(loss / (found[0] * ratio**t) - 1) for t, loss in enumerate(found))
     assert worst < 1e-5
     assert found == losses(1)
+
+
+@pytest.mark.parametrize("name", ["any_module", "keras_model"])
+def test_a_brought_model_learns(name: str, tmp_path: Path) -> None:
+    if name == "keras_model" and importlib.util.find_spec("keras") is None:
+        pytest.skip('needs pip install "cordee[keras]"')
+    program = PROGRAM.with_name(f"{name}.py")
+    done = subprocess.run(
+        [sys.executable, str(program), "run.steps=60", f"run.dir={tmp_path / 'run'}"],
+        env=clean_environment(), capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    loss = float(done.stdout.split("loss ")[1].split()[0])
+    assert loss == pytest.approx(events(tmp_path / "run")[-1]["held_out_loss"], abs=1e-4)
+    assert loss < 0.7
+    assert len(program.read_text().splitlines()) <= 42
 
 
 def test_it_is_as_short_as_it_says() -> None:

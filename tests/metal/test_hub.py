@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cordee.cli.main import main
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
 from cordee.dist.mesh import Mesh, make_mesh
@@ -24,6 +25,8 @@ from cordee.model.hub import Hub, HubModel, read_hub
 from cordee.parallel.probe import Tried, descend, probe
 from cordee.parallel.seams import check_hub_layout, set_seams
 from cordee.testing import World, launch
+from tests.conftest import cordee as command
+from tests.conftest import digest, events, rows
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "cordee[hf]"')
 
@@ -296,3 +299,76 @@ def test_a_model_without_knobs_of_ours_names_the_knob() -> None:
     with pytest.raises(ConfigError, match="no model with this knob") as raised:
         equivalent(ModelSettings(), 256)
     assert "model.mlp=gated" in str(raised.value.fix)
+
+
+WORDS = (
+    "data.path=builtin:markov", "data.tokens=20000", "data.sequence=16", "batch.microbatch=2",
+    "batch.microbatches=4", "run.precision=fp32", "run.steps=10", "launch.threads=1",
+    "evaluate.tokens=1024", "optim.name=adamw", "optim.lr=0.003", "checkpoint.every=1",
+)  # fmt: skip
+
+
+def trained(place: Path, path: str, *words: str, code: int = 0) -> list[float]:
+    """The losses of `cordee train` of the folder `path`."""
+    done = command("train", f"model.hub={path}", f"run.dir={place}", *WORDS, *words)
+    assert done.returncode == code, done.stderr[-3000:]
+    return [float(str(row["loss"])) for row in rows(place)]
+
+
+def test_the_command_trains_a_folder_on_any_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With weights and tied: shard x tensor is killed, islands go on; then every verb."""
+    bare = folder_of("tied", tmp_path / "bare", vocab_size=64, num_key_value_heads=2)
+    config = transformers.AutoConfig.from_pretrained(bare)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    source, cut = str(tmp_path / "source"), tmp_path / "cut"
+    one = trained(tmp_path / "one", source, "launch.processes=1", "evaluate.sample=0")
+    four = ("layout.shard=2", "layout.tensor=2", "fault.kill=step.agree:8:3")
+    trained(cut, source, *four, code=1)
+    assert trained(cut, source, "layout.islands=2") == pytest.approx(one, rel=1e-5)
+    assert "resumed" in [event["event"] for event in events(cut)]
+    ends = [events(folder)[-1] for folder in (tmp_path / "one", cut)]
+    assert ends[1]["held_out_loss"] == pytest.approx(ends[0]["held_out_loss"], rel=1e-5)
+    assert one[-1] < one[0]
+    for words in (["report"], ["fingerprint"], ["export", "--to", "hf"], ["export"]):
+        assert main([words[0], str(cut), *words[1:]]) == 0
+    assert digest(cut) in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(cut / "hf")
+    held = (cut / "model.safetensors").exists()
+    assert held and theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert main(["sample", str(cut)]) == 2  # its tokens are no text
+
+
+def test_a_folder_writes_text_and_is_exact(tmp_path: Path) -> None:
+    """Without weights, on text: one digest for one process and for shards; then a sample."""
+    source = folder_of("llama", tmp_path / "llama", vocab_size=256)
+    (tmp_path / "text").write_text("to be or not to be, that is the question\n" * 300)
+    words = (f"data.path={tmp_path / 'text'}", "data.tokens=0", "run.exact=true", "run.steps=4")
+    found = set()
+    for place, layout in enumerate(("launch.processes=1", "layout.shard=2")):
+        trained(tmp_path / str(place), source, *words, layout, "evaluate.sample=8")
+        found.add(digest(tmp_path / str(place)))
+    assert len(found) == 1
+    said = command("sample", str(tmp_path / "1"), "--tokens", "8", "--json")
+    assert said.returncode == 0, said.stderr
+    assert len(json.loads(said.stdout)["text"]) >= 4
+
+
+def test_the_command_refuses_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder_of("llama", tmp_path / "llama", num_key_value_heads=2, vocab_size=64)
+    place = tmp_path / "run"
+    for words, fix in (
+        (["layout.tensor=4"], "layout.tensor=2"),
+        (["layout.pipeline=2"], "layout.pipeline=1"),
+        (["model.layers=7"], "leave model.layers out"),
+        (["run.precision=fp8"], "run.precision=bf16"),
+        ([f"model.hub={tmp_path / 'no'}"], "config.json"),
+        (["data.path=builtin:stdlib"], "data of that vocabulary"),
+    ):
+        given = ["data.path=builtin:markov", f"model.hub={source}", f"run.dir={place}", *words]
+        assert main(["train", *given]) == 2
+        assert fix in capsys.readouterr().err, words
+        assert not place.exists()

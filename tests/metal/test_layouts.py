@@ -76,14 +76,17 @@ def test_each_axis_at_two(oracle: Curve, tmp_path: Path) -> None:
     check(2, TWO, oracle, tmp_path)
 
 
+@pytest.mark.slow
 def test_each_axis_at_four_and_every_pair(oracle: Curve, tmp_path: Path) -> None:
     check(4, FOUR, oracle, tmp_path)
 
 
+@pytest.mark.slow
 def test_three_axes(oracle: Curve, tmp_path: Path) -> None:
     check(8, EIGHT, oracle, tmp_path)
 
 
+@pytest.mark.slow
 def test_dropout_and_levers_are_the_same_under_every_axis(tmp_path: Path) -> None:
     bare = [(*DENSE, *lever) for lever in LEVERS]
     oracles = launch(curves, str(tmp_path), bare, 5, ranks=1)[0]
@@ -126,18 +129,27 @@ EXPERTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("balance", [(), BIASED], ids=["loss", "bias"])
-def test_experts_under_every_axis(balance: tuple[str, ...], tmp_path: Path) -> None:
-    job = (*MIXED, *balance)
-    one = launch(curves, str(tmp_path), [job], STEPS, ranks=1)[0][0]
+def check_experts(ranks: int, job: tuple[str, ...], jobs: list[tuple[str, ...]], at: Path) -> None:
+    one = launch(curves, str(at), [job], STEPS, ranks=1)[0][0]
     dense = json.loads((GOLDEN / "curve_dense.json").read_text())
     assert one.losses[-1] < one.losses[0] - 0.5
     assert one.losses != pytest.approx(dense["losses"], rel=1e-3)
-    for ranks, jobs in ((2, [words(**{a: 2}) for a in (*AXES, "expert")]), (4, EXPERTS)):
-        found = launch(curves, str(tmp_path), [(*job, *axes) for axes in jobs], STEPS, ranks=ranks)
-        for axes, made in zip(jobs, found[0], strict=True):
-            print(axes)
-            close(made, one, 1e-5, 1e-4)
+    whole = [(*job, *axes) for axes in jobs]
+    found = launch(curves, str(at), whole, STEPS, ranks=ranks, deadline_s=280)[0]
+    for axes, made in zip(jobs, found, strict=True):
+        print(axes)
+        close(made, one, 1e-5, 1e-4)
+
+
+def test_experts_at_two(tmp_path: Path) -> None:
+    jobs = [words(**{axis: 2}) for axis in (*AXES, "expert")]
+    check_experts(2, MIXED, jobs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", [(), BIASED], ids=["loss", "bias"])
+def test_experts_beside_every_axis(balance: tuple[str, ...], tmp_path: Path) -> None:
+    check_experts(4, (*MIXED, *balance), EXPERTS, tmp_path)
 
 
 MOVES = [
@@ -147,6 +159,7 @@ MOVES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_experts_move_between_layouts(tmp_path: Path) -> None:
     places = [words(expert=4), words(expert=2, shard=2), words(tensor=2, pipeline=2)]
     job = (*MIXED, *BIASED)

@@ -22,6 +22,7 @@ from cordee.layout.census import census, model_census
 from cordee.layout.legal import problems
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import TensorSpec, parameters, tensors
+from cordee.layout.traffic import context_bytes
 from cordee.plan.activations import stage_moments
 from cordee.plan.cluster import gpu_cluster
 from cordee.plan.costs import block_counts, microbatch_work, whole
@@ -32,7 +33,7 @@ from cordee.plan.plan import Plan, make_plan
 from cordee.plan.rank import view_rank
 from cordee.plan.report import rank_text
 from cordee.plan.search import search
-from cordee.plan.wires import axis_bytes, context_bytes, pipeline_bytes
+from cordee.plan.wires import axis_bytes, pipeline_bytes
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.dense_layers=1")
 LLAMA_405B = (
@@ -352,7 +353,8 @@ def test_one_rank_of_a_plan(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     assert told["parameters"] == sum(volume(s.box(layout, at)) for s in mine)
     assert told["tensors"] == len(mine)
     assert plan_command([*words, "--rank", "5"]) == 0
-    assert "built on meta" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "built on meta" in shown and "(as above)" in shown
     view = view_rank(run, make_plan(run, gpu_cluster("H100", 1), processes=1), 0, specs_of(run))
     built = {"parameters": 5, "bytes": 20, "modules": 3, "seconds": 0.25, "memory": 1 << 20}
     assert "above: 1,049,984" in rank_text(view, built) and "250 ms" in rank_text(view, built)

@@ -68,6 +68,22 @@ CASES = {
     "adafactor": (("optim.name=adafactor",), {"tensor": 2}, "rows and columns", "adamw"),
     "replicated": (("data.placement=replicate",), {"context": 2}, "whole islands of one",
                    "layout.context=1"),
+    "units of agc": (("clip.kind=agc",), {"tensor": 2}, "rows of matrices", "clip.kind=norm"),
+    "experts of agc": ((*MOE, "clip.kind=agc"), {"shard": 2}, "cuts experts", "clip.kind=norm"),
+    "exact experts": ((*MOE, "run.exact=true", "run.steps=1"), {"shard": 2}, "run.exact",
+                      "layout.shard=1"),
+    "exchanged experts": ((*MOE, "sync.codec=bf16"), {"shard": 2}, "sync.codec=bf16",
+                          "layout.shard=1"),
+    "capacity": ((*MOE, "model.moe.capacity=1.5"), {"tensor": 2}, "model.moe.capacity=1.5",
+                 "model.moe.capacity=0"),
+    "capacity of positions": ((*MOE, "model.moe.capacity=1"), {"context": 2}, "splits tokens",
+                              "model.moe.capacity=0"),
+    "fp8 heads": (("run.precision=fp8", "model.heads=8", "model.width=64"), {"tensor": 8},
+                  "leaves 8 of 64 queries", "layout.tensor=4"),
+    "fp8 hidden": (("run.precision=fp8", "model.ffn=336"), {"tensor": 2}, "leaves 168 of 336",
+                   "layout.tensor=1"),
+    "fp8 tokens": (("run.precision=fp8", "data.sequence=48", "batch.microbatch=1"),
+                   {"context": 2}, "leaves 24 tokens", "layout.context=1"),
     "classifiers": (("model.kind=conv",), {"tensor": 2}, "classifiers", "layout.tensor=1"),
 }  # fmt: skip
 
@@ -150,6 +166,9 @@ def test_plans_refuse_before_anything_starts() -> None:
         with pytest.raises(LayoutError) as raised:
             make_plan(run_of("batch.microbatches=8", *words), cluster)
         assert raised.value.exit_code == 2 and raised.value.fix and raised.value.values
+    with pytest.raises(ConfigError, match=r"model\.vocabulary=300"):
+        make_plan(run_of("model.vocabulary=299"), cluster, vocabulary=300)
+    assert make_plan(run_of("model.vocabulary=300"), cluster, vocabulary=300)
     with pytest.raises(ConfigError, match=r"layout\.chunks=2"):
         check(run_of("layout.schedule=interleaved", "layout.chunks=1"))
 

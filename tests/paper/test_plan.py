@@ -6,6 +6,7 @@ Machine-independent: every cluster is made here. Text, files and refusals: test_
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -264,10 +265,15 @@ def test_memory_items_add_up_and_shards_need_less() -> None:
 def test_activations_are_what_autograd_keeps() -> None:
     torch = pytest.importorskip("torch")
     transformer = pytest.importorskip("cordee.model.transformer")
+    experts = ["model.width=64", "model.heads=4", "model.layers=3", "model.moe.experts=8",
+               "model.moe.active=2", "model.moe.width=48"]  # fmt: skip
     for overrides in (
         ["model.width=64", "model.heads=4", "model.layers=2", "data.sequence=200"],
         ["model.width=96", "model.heads=6", "model.layers=1", "model.mlp=gated"],
         ["model.width=64", "model.heads=4", "model.layers=2", "run.precision=bf16"],
+        [*experts, "model.mlp=gated", "model.moe.router=sigmoid"],
+        [*experts, "model.moe.active=1", "model.moe.dense_layers=1", "model.moe.shared=1"],
+        [*experts, "run.precision=bf16", "model.moe.shared=2"],
     ):
         run = run_of(*overrides, "batch.microbatch=2")
         model = transformer.Transformer(run.model, 256)
@@ -290,8 +296,13 @@ def test_activations_are_what_autograd_keeps() -> None:
             model(tokens[:, :-1], tokens[:, 1:])
         real = sum(size for pointer, size in kept.items() if pointer not in own)
         logits = 2 * 4 * 2 * run.data.sequence * 256
-        weights = 2 * parameters(run.model, 256) if bf16 else 0
-        assert real == pytest.approx(activation_bytes(run, "cpu") + logits + weights, rel=0.01)
+        specs = [spec for spec in tensors(run.model, 256) if len(spec.shape) > 1]
+        cast = [spec.elements for spec in specs if not re.search("embed|router", spec.name)]
+        weights = 2 * sum(cast) if bf16 else 0
+        told = activation_bytes(run, "cpu") + logits + weights
+        # In bf16 a CPU fills experts' rows up: how many rows of zeros hangs on the routing.
+        filled = bf16 and run.model.moe.experts
+        assert real == pytest.approx(told, rel=0.04 if filled else 0.01)
 
 
 # ---- monotony and scale --------------------------------------------------------------------------

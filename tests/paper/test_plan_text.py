@@ -80,6 +80,8 @@ def golden_text(name: str) -> str:
         (gpu_cluster("A100", 2), ["batch.microbatches=8", "launch.processes=3"], None,
          "more processes than devices", "launch.processes=2"),
         (CPU, ["launch.device=cuda"], None, "no cuda device", "launch.device=cpu"),
+        (gpu_cluster("H100", 8, hosts=2048), ["model.preset=llama3-405b"], None,
+         "no layout", "batch.microbatches=2048"),
         (CPU, ["optim.name=adafactor", "layout.shard=2"], None, "rows and columns", "adamw"),
     ],
 )  # fmt: skip
