@@ -76,7 +76,10 @@ class Engine:
         self.buffers = live.buffers()
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
+        # Found once: to look through all modules in every microbatch costs 1 % of a small step.
         self._mixtures = [moe for chunk in live.chunks for moe in mixtures(chunk)]
+        self._units = [unit for chunk in live.chunks for unit in shard.fsdp_modules(chunk)]
+        self._training = False
         self.stream_bytes = 0
         """Bytes that this rank has sent from stage to stage."""
         self.data_s = 0.0
@@ -92,7 +95,7 @@ class Engine:
         for index in self.work.part:
             if self.sharded:
                 last = index == self.work.part.stop - 1
-                shard.before_microbatch(self.live.chunks[0], last, self.work.sharding)
+                shard.before_microbatch(self._units, last, self.work.sharding)
             losses.append(self._microbatch(step, index, scale))
             if canonical:
                 self._tree.feed(partial, index, self.take(), _add)
@@ -107,11 +110,12 @@ class Engine:
 
     def begin(self, step: int, scale: float) -> None:
         """Training mode, no gradients, and the loader knows what is wanted."""
+        if not self._training:
+            self.modes(training=True)
         for chunk in self.live.chunks:
-            chunk.train()
             self._clear(list(chunk.parameters()))
-            forget_load(chunk)
         for moe in self._mixtures:
+            forget_load(moe)
             moe.aux_scale = scale / self.work.tokens
         self._clear(list(self.modules.values()))
         began = time.perf_counter()
@@ -212,6 +216,7 @@ class Engine:
 
     def modes(self, training: bool) -> None:
         """Sets what dropout and the like do."""
+        self._training = training
         for chunk in self.live.chunks:
             chunk.train(training)
 
@@ -254,9 +259,8 @@ class Engine:
         return rows.sum(0).view(numbers.shape)
 
     def _reshard(self) -> None:
-        if self.sharded:
-            for chunk in self.live.chunks:
-                shard.reshard(chunk)
+        for unit in self._units:
+            unit.reshard()
 
     @staticmethod
     def _clear(parameters: Sequence[Tensor]) -> None:

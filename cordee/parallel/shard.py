@@ -102,12 +102,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def before_microbatch(model: nn.Module, last: bool, how: Sharding) -> None:
-    """Whether the coming backward reduces; before it, gradients only add up."""
+def before_microbatch(units: Sequence[FSDPModule], last: bool, how: Sharding) -> None:
+    """Tells all `units` whether the coming backward reduces; before it, gradients only add up."""
     if how.canonical:
         return
-    for module in fsdp_modules(model):
-        module.set_requires_gradient_sync(last or how.zero > 1)
+    for module in units:
+        module.set_requires_gradient_sync(last or how.zero > 1, recurse=False)
         module.set_is_last_backward(last)
 
 

@@ -31,8 +31,8 @@ class GradientSums:
             if axes:
                 self._classes.setdefault(axes, []).append(place)
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """In place; one flat all-reduce for each set of axes."""
+    def add(self, gradients: list[Tensor]) -> None:
+        """Puts the sums in place of `gradients`; one flat all-reduce for each set of axes."""
         for axes, places in self._classes.items():
             some = [gradients[place] for place in places]
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
@@ -40,8 +40,8 @@ class GradientSums:
             size = self.mesh.size(*axes)
             self.bytes_sent += 2 * (size - 1) * flat.nbytes // size
             parts = torch.split(flat, [t.numel() for t in some])
-            for tensor, part in zip(some, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            for place, part in zip(places, parts, strict=True):
+                gradients[place] = part.view(gradients[place].shape)
 
 
 class IslandTotals:
@@ -58,6 +58,7 @@ class IslandTotals:
             name: 1.0 / mesh.size(*(a for a in spec.shared(mesh.layout) if a != "island"))
             for name, spec in specs.items()
         }
+        self._found: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -66,13 +67,20 @@ class IslandTotals:
 
     def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
         """fp64 totals of all tensors of the model, given this rank's own `names` and numbers."""
-        places = torch.tensor([self._place[name] for name in names], dtype=torch.int64)
-        share = torch.tensor([self._share[name] for name in names], dtype=torch.float64)
+        places, shares = self._known(tuple(names), numbers.device)
         row = torch.zeros(len(self._place), dtype=torch.float64, device=numbers.device)
-        row[places.to(row.device)] = numbers.double() * share.to(row.device)
+        row[places] = numbers.double() * shares
         return gather_rows(row, self.group, self.size).sum(0)
 
     def own(self, names: Sequence[str], numbers: Tensor) -> Tensor:
         """fp64 totals of `names` alone, in their order (every rank of the island must ask)."""
-        places = [self._place[name] for name in names]
+        places, _ = self._known(tuple(names), numbers.device)
         return self.every(names, numbers)[places]
+
+    def _known(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places and shares of `names`; the same few sets of names come in every step."""
+        if (names, device) not in self._found:
+            places = torch.tensor([self._place[name] for name in names], dtype=torch.int64)
+            shares = torch.tensor([self._share[name] for name in names], dtype=torch.float64)
+            self._found[names, device] = places.to(device), shares.to(device)
+        return self._found[names, device]
