@@ -91,7 +91,7 @@ def own_pieces(layout: tuple[int, ...], at: tuple[int, ...]) -> list[Piece]:
     parameters = {name: nn.Parameter(local[f"model/{name}"]) for name in CUTS}
     optimizer = {k.removeprefix("optim/"): t for k, t in local.items() if k.startswith("optim/")}
     places = {name: place_of(name, layout, at) for name in CUTS}
-    return pieces(holdings(parameters, optimizer, lambda tensor: tensor, places))
+    return pieces(holdings(parameters, optimizer, places))
 
 
 def save(layout: tuple[int, ...], folder: Path) -> Checkpoint:
@@ -130,7 +130,7 @@ def test_copies_share_the_writing_evenly() -> None:
             name: Place(((0, len(p)), (0, 10)), (len(p), 10), ("island", "tensor"), copy, 4)
             for name, p in parameters.items()
         }
-        dealt = pieces(holdings(parameters, {}, lambda tensor: tensor, places))
+        dealt = pieces(holdings(parameters, {}, places))
         written.append({p.name: p.tensor.nbytes for p in dealt})
     assert sorted(name for own in written for name in own) == sorted(
         f"model/w{number}" for number in range(23)
@@ -142,7 +142,7 @@ def test_copies_share_the_writing_evenly() -> None:
 def test_a_parameter_that_is_not_its_box_is_refused() -> None:
     places = {"w": Place(((0, 3),), (6,))}
     with pytest.raises(CheckpointError, match="not the box"):
-        holdings({"w": nn.Parameter(torch.ones(6))}, {}, lambda tensor: tensor, places)
+        holdings({"w": nn.Parameter(torch.ones(6))}, {}, places)
 
 
 def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
 from cordee.dist.mesh import Mesh, make_mesh
+from cordee.dist.wire import Wire
 from cordee.errors import CheckpointError, LayoutError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensors
@@ -540,7 +541,8 @@ def _sharded_forward_is_the_forward(mesh: Mesh) -> None:
     tokens = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))
     plain, cut = made(), made()
     assert mesh.shard_mesh is not None
-    shard(cut, mesh.shard_mesh, list(cut.parts()), {}, Sharding())
+    wire = Wire(mesh.group("shard"), mesh.size("shard"), mesh.index("shard"))
+    shard(cut, mesh.shard_mesh, list(cut.parts()), {}, Sharding(), wire)
     a, b = plain.loss(tokens), cut.loss(tokens)
     assert torch.equal(a, b)
     a.backward()

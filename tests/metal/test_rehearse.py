@@ -211,7 +211,8 @@ def test_one_rank_of_16384(axes: tuple[str, ...], rank: int) -> None:
     assert built["bytes"] == state["parameters"] + state["optimiser"]
 
 
-def test_refusals_come_before_torch() -> None:
+def test_refusals_come_before_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2}))
     cluster = ["--cluster", str(ROOT / "recipes/h100-16384.toml")]
     words = ["tiny", "batch.microbatches=8", "layout.shard=4", *cluster, "--dry-run"]
     wrong = {
@@ -220,7 +221,7 @@ def test_refusals_come_before_torch() -> None:
         "--dry-run --rank 0": words,
         "--dry-run --rank 2": [*words[:-1], "--rank", "2"],
         "layout.tensor=2": [*words, "layout.tensor=3", "--rank", "0"],
-        "cordee plan --models": [*words, "model.hub=somewhere", "--rank", "0"],
+        "cordee plan --models": [*words, f"model.hub={tmp_path}", "--rank", "0"],
     }
     code = (
         "import sys, json; from cordee.cli.main import main\n"
