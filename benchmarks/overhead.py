@@ -43,7 +43,7 @@ from cordee.plan.plan import make_plan
 from cordee.testing import launch
 from cordee.train import step
 
-STEPS_A_BLOCK = 6
+STEPS_A_BLOCK = 2
 
 
 def settings(folder: str, ranks: int, precision: str, exact: bool = False) -> Run:
@@ -185,7 +185,7 @@ def main() -> None:
     """Runs all comparisons and prints ratios; the last line is one JSON object with --json."""
     parser = argparse.ArgumentParser(description="Cordée's loop against one written by hand")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--memory-of", default="")
     parser.add_argument("--folder", default="")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -113,11 +113,11 @@ class Engine:
         if not self._training:
             self.modes(training=True)
         for chunk in self.live.chunks:
-            self._clear(list(chunk.parameters()))
+            self._clear(chunk.parameters())
         for moe in self._mixtures:
             forget_load(moe)
             moe.aux_scale = scale / self.work.tokens
-        self._clear(list(self.modules.values()))
+        self._clear([*self.modules.values(), *self.parameters.values()])
         began = time.perf_counter()
         self.loader.begin(step, self.work.part)
         self.data_s = time.perf_counter() - began
@@ -129,7 +129,7 @@ class Engine:
             torch.zeros_like(mine) if p.grad is None else local(p.grad)
             for p, mine in zip(self.modules.values(), self.parameters.values(), strict=True)
         ]
-        self._clear(list(self.modules.values()))
+        self._clear(self.modules.values())
         self.sums.add(grads)
         return [((self.work.part.start, self.work.part.stop), grads)]
 
@@ -263,7 +263,7 @@ class Engine:
             unit.reshard()
 
     @staticmethod
-    def _clear(parameters: Sequence[Tensor]) -> None:
+    def _clear(parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
             parameter.grad = None
 

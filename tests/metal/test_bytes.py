@@ -76,6 +76,7 @@ def counted(state: RunState) -> Counted:
     step(state, 1)
     sent = {axis: now - before[axis] for axis, now in state.engine.bytes_sent.items()}
     loads = [moe.load for chunk in state.live.chunks for moe in mixtures(chunk)]
+    load = torch.stack(loads) if loads else torch.zeros(0, 0)
     gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
     # Rules count their steps in tensors without a dim; those are no part of a parameter.
     rule = [t for t in state.optimizer.tensors().values() if t.ndim]
@@ -84,8 +85,11 @@ def counted(state: RunState) -> Counted:
         "gradients": sum(g.nbytes for g in gradients),
         "optimiser": sum(t.nbytes for t in rule),
     }
+    del gradients
+    state.engine.begin(2, 1.0)
+    left = [p.grad for p in (*state.parameters.values(), *state.live.modules().values())]
+    assert not any(g is not None for g in left), "one step's gradients do not outlive the next"
     layout, zero = state.plan.layout, state.plan.zero
-    load = torch.stack(loads) if loads else torch.zeros(0, 0)
     sent = {axis: size for axis, size in sent.items() if size}
     return Counted(layout, state.live.stages, zero, held, sent, load)
 
