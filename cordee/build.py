@@ -34,7 +34,7 @@ from cordee.model.precision import autocast_dtype
 from cordee.optim.clip import Totals, global_norm
 from cordee.optim.groups import Optimizers, make_optimizer, split_groups
 from cordee.optim.muon import Gather, Matrix
-from cordee.optim.scale import LossScale
+from cordee.optim.scale import LEAST, LossScale
 from cordee.parallel.apply import Live, make_live, place_of
 from cordee.parallel.engine import Engine, Microbatches, Work
 from cordee.parallel.foreign import guard, make_hub, take, whole_copy, whole_hub
@@ -180,7 +180,10 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         sync=make_sync(run, plan, mesh, canonical),
         optimizer=make_rule(run, mesh, live, engine.parameters),
         guard=Guard(run.guard.in_a_row),
-        scale=LossScale(dynamic=run.run.precision == "fp16"),
+        scale=LossScale(
+            dynamic=run.run.precision == "fp16" and not run.run.loss_scale,
+            fixed=run.run.loss_scale or LEAST,
+        ),
         drill=drill,
         saver=Saver(
             Path(run.run.dir) / "checkpoints",

@@ -239,6 +239,8 @@ def _check_foreign(run: Run) -> None:
 def _check_run(run: Run) -> None:
     if run.run.precision == "fp8":
         _check_fp8(run)
+    if run.run.loss_scale:
+        _check_loss_scale(run)
     if run.sync.every != 1:
         raise ConfigError(
             "this version agrees every step",
@@ -279,6 +281,25 @@ def _check_exact(run: Run) -> None:
             "a rounding codec rounds sums that depend on the number of islands",
             values={"run.exact": True, "sync.codec": run.sync.codec},
             fix="sync.codec=identity",
+        )
+
+
+def _check_loss_scale(run: Run) -> None:
+    scale, precision = run.run.loss_scale, run.run.precision
+    told = {"run.loss_scale": scale, "run.precision": precision}
+    if precision != "fp16":
+        raise ConfigError(
+            f"{precision} has the range of fp32 and needs no loss scaling"
+            if precision != "fp8" else "fp8 products have scales of their own",
+            values=told,
+            fix="run.loss_scale=0, or run.precision=fp16",
+        )  # fmt: skip
+    if scale.bit_count() != 1 or not 1 <= scale <= 2**24:
+        near = min((2**power for power in range(25)), key=lambda found: abs(found - scale))
+        raise ConfigError(
+            "a loss scale is a power of two from 1 to 2^24: dividing by others rounds",
+            values=told,
+            fix=f"run.loss_scale={near}",
         )
 
 

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): small gradients do not become zero.
+"""Loss scaling for fp16 (Micikevicius et al. 2018): small gradients do not become zero.
 
 The loss is multiplied before backward and the agreed gradient divided after it. Scales are powers
 of two, so both are exact. Not here: what is done with a step that overflowed (`fault/guard.py`).
@@ -21,15 +21,15 @@ GOOD_STEPS = 2000
 
 
 class LossScale:
-    """The factor on the loss; 1 for ever where it is not `dynamic`.
+    """The factor on the loss; `fixed` for ever where it is not `dynamic`.
 
     `value` and `good_steps` survive a restart. All ranks give it the same agreed numbers, so all
     hold the same scale.
     """
 
-    def __init__(self, dynamic: bool) -> None:
+    def __init__(self, dynamic: bool, fixed: float = LEAST) -> None:
         self.dynamic = dynamic
-        self.value = FIRST if dynamic else LEAST
+        self.value = FIRST if dynamic else fixed
         self.good_steps = 0
 
     def unscale(self, gradients: Sequence[Tensor]) -> None:

@@ -107,8 +107,10 @@ def before_microbatch(units: Sequence[FSDPModule], last: bool, how: Sharding) ->
     if how.canonical:
         return
     for module in units:
-        module.set_requires_gradient_sync(last or how.zero > 1, recurse=False)
-        module.set_is_last_backward(last)
+        reduces = last or how.zero > 1
+        module.set_requires_gradient_sync(reduces, recurse=False)
+        # What was sent is let go only after a "last" backward; else it lives to the next one.
+        module.set_is_last_backward(reduces)
 
 
 def reshard(model: nn.Module) -> None:

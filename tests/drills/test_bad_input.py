@@ -29,6 +29,8 @@ CASES = {
     "shared keys": (("model.kv_heads=3",), "model.kv_heads=2"),
     "exact by the clock": (("run.exact=true", "run.minutes=1"), "run.minutes"),
     "fp8 on a CPU": (("run.precision=fp8", "launch.device=cpu"), "run.precision=bf16"),
+    "loss scaling with bf16": (("run.loss_scale=1024",), "run.loss_scale=0"),
+    "a scale that rounds": (("run.loss_scale=1000", "run.precision=fp16"), "run.loss_scale=1024"),
     "dims of fp8": (("run.precision=fp8", "model.ffn=100"), "model.ffn=96"),
     "offload on a CPU": (
         ("memory.offload=parameters", "launch.device=cpu"),

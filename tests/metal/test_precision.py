@@ -97,6 +97,13 @@ def test_fp16_is_near_fp32(tmp_path: Path) -> None:
     assert not any("loss_scale" in row for row in rows(tmp_path / "fp32"))
 
 
+def test_a_fixed_scale_stays_and_is_exact(tmp_path: Path) -> None:
+    for name, scale in (("found", ()), ("fixed", (f"run.loss_scale={int(FIRST)}",))):
+        train(tmp_path / name, *FP16, *scale)
+    assert digest(tmp_path / "found") == digest(tmp_path / "fixed")
+    assert not any("loss_scale" in row for row in rows(tmp_path / "fixed"))
+
+
 def test_an_overflow_gives_the_same_bits_anywhere_and_survives_a_kill(tmp_path: Path) -> None:
     spoilt = (*FP16, "fault.poison=5:0", "guard.in_a_row=1")
     layouts = {"one": ("launch.processes=1",), "two": ("launch.processes=2",),
