@@ -39,8 +39,8 @@ class RunSettings:
     the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have it) and the rest in
     bf16."""
     loss_scale: int = 0
-    """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000 good
-    steps); a power of two stays as it is."""
+    """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000
+    good steps); a power of two stays as it is."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch.compile of every block (slow first step, fast ones after, other last bits)."""
     resume: Literal["auto", "never"] = "auto"
