@@ -75,8 +75,10 @@ def test_parameter_limits_hold_for_their_group_alone(layout: str, run_dir: Path)
 @pytest.mark.parametrize(
     ("rule", "clip"),
     [
-        ("sgd", "none"), ("momentum", "value"), ("adam", "normalise"), ("adamw", "agc"),
-        ("muon", "norm"), ("adafactor", "norm"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+            ("sgd", "none"), ("momentum", "value"), ("adam", "normalise"), ("adafactor", "norm"),
+        )),
+        ("adamw", "agc"), ("muon", "norm"),
     ],
 )  # fmt: skip
 def test_every_rule_goes_on_in_the_same_bits(rule: str, clip: str, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_full_disk_is_said_survived_and_made_good(clean: str, run_dir: Path) -
     assert [e["event"] for e in events(run_dir)].count("checkpoint_failed") >= 1
 
 
+@pytest.mark.slow
 def test_no_room_at_the_end_fails_loudly_and_the_same_command_ends_it(
     clean: str, run_dir: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_disk_that_is_full_or_read_only_for_a_while(
     assert clean in last
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(clean: str, run_dir: Path) -> None:
     run = Running(run_dir, "launch.processes=2")
     run.until(25)

@@ -157,10 +157,12 @@ class Alone:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
+    @torch.no_grad()
     def loss(self, given: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.model(given[:, :-1], given[:, 1:])
         return loss
 
+    @torch.no_grad()
     def infer(self, inputs: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         found: torch.Tensor = self.model(inputs, targets)
         return found

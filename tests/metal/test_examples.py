@@ -28,7 +28,7 @@ def losses(ranks: int) -> tuple[float, ...]:
     return tuple(told["losses"])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_follows_the_formula(ranks: int) -> None:
     found = losses(ranks)
     assert len(found) == 1000

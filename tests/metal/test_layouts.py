@@ -98,6 +98,7 @@ def test_dropout_and_levers_are_the_same_under_every_axis(tmp_path: Path) -> Non
         close(made, oracles[place // len(LEVERED)], 1e-5, 1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_stays_near(oracle: Curve, tmp_path: Path) -> None:
     job = [*DENSE, "run.precision=bf16"]
     one = launch(curves, str(tmp_path), [tuple(job)], STEPS, ranks=1)[0][0]
@@ -172,6 +173,7 @@ def test_experts_move_between_layouts(tmp_path: Path) -> None:
         assert resumed == pytest.approx(undisturbed, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     ring = [*zip(MOVES, MOVES[1:] + MOVES[:1], strict=True)]
     across = [(MOVES[i], MOVES[i - 3]) for i in range(len(MOVES))]

@@ -104,6 +104,7 @@ def test_a_fixed_scale_stays_and_is_exact(tmp_path: Path) -> None:
     assert not any("loss_scale" in row for row in rows(tmp_path / "fixed"))
 
 
+@pytest.mark.slow
 def test_an_overflow_gives_the_same_bits_anywhere_and_survives_a_kill(tmp_path: Path) -> None:
     spoilt = (*FP16, "fault.poison=5:0", "guard.in_a_row=1")
     layouts = {"one": ("launch.processes=1",), "two": ("launch.processes=2",),

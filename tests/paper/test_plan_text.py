@@ -17,33 +17,15 @@ from pathlib import Path
 import pytest
 
 from cordee.cli.plan import run as plan_command
-from cordee.config.load import load
 from cordee.config.presets import model_presets
-from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.plan.cluster import Cluster, gpu_cluster, local_cluster, read_cluster
 from cordee.plan.plan import Plan, make_plan, without_axes
 from cordee.plan.report import compare, plan_text
 from cordee.plan.search import search
+from tests.paper.test_plan import CPU, run_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-CPU = Cluster(
-    device="cpu",
-    name="test CPU, 4 cores",
-    cores=4,
-    memory_bytes=16 << 30,
-    flops_fp32=100e9,
-    flops_bf16=200e9,
-    memory_bytes_per_s=20e9,
-    link_bytes_per_s=1.3e9,
-    link_s=120e-6,
-)
-
-
-def run_of(*overrides: str) -> Run:
-    return load(None, overrides).run
-
 
 GOLDEN_CASES = {
     "plan_cpu": (CPU, 256, ["model.preset=small", "batch.microbatches=8"]),
