@@ -11,13 +11,14 @@ It is taken where its order is ours: two members with one subtree each, since a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cordee.dist.flat import gather_flat
 from cordee.layout.split import Node, canonical_subtrees, fold
 
 
@@ -37,12 +38,6 @@ class Codec(Protocol):
     def decode(self, payload: Tensor) -> Tensor:
         """payload -> fp32."""
         ...
-
-
-# torch renamed its flat all-gather; both names are the same collective.
-gather_flat: Callable[..., object] = getattr(
-    dist, "all_gather_single", None
-) or dist.all_gather_into_tensor
 
 
 class Exchange:

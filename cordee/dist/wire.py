@@ -15,12 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.exchange import gather_flat
-
-# torch renamed its flat reduce-scatter; both names are the same collective.
-scatter_flat: Callable[..., object] = getattr(
-    dist, "reduce_scatter_single", None
-) or dist.reduce_scatter_tensor
+from cordee.dist.flat import gather_flat, scatter_flat
 
 
 class Wire:

@@ -54,13 +54,14 @@ class Meter:
         step_s = time.perf_counter() - self._step_began
         self._steps_s.append(step_s)
         self.bytes_sent = bytes_sent
+        self._memory_bytes = self.memory_bytes()
         return {
             "tokens_per_s": round(tokens / step_s, 1),
             "step_s": round(step_s, 6),
             "data_s": round(self._phases.get("data", 0.0), 6),
             "comm_s": round(self._phases.get("comm", 0.0), 6),
             "bytes_sent": bytes_sent,
-            "memory_bytes": self.memory_bytes(),
+            "memory_bytes": self._memory_bytes,
             "mfu": self._mfu(step_s),
         }
 
@@ -71,12 +72,12 @@ class Meter:
         return max(0, peak_bytes() - self._began)
 
     def measured(self) -> dict[str, float]:
-        """What is held against the plan: median step, bytes of a step, memory."""
+        """What is held against the plan: median step, bytes of a step, memory of the steps."""
         steps = self._steps_s[len(self._steps_s) // 10 :] or [math.nan]
         return {
             "step_s": median(steps),
             "bytes_sent": float(self.bytes_sent),
-            "memory_bytes": float(self.memory_bytes()),
+            "memory_bytes": float(self._memory_bytes),
         }
 
     def _mfu(self, step_s: float) -> float | None:

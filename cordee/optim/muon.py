@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.exchange import gather_flat
+from cordee.dist.flat import gather_flat
 from cordee.errors import LayoutError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.exchange import gather_flat
+from cordee.dist.flat import gather_flat
 from cordee.layout.split import context_chunks
 from cordee.model.attention import CHUNK, causal_attention, hidden, visible
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from cordee.dist.exchange import gather_flat
-from cordee.dist.wire import Wire, scatter_flat
+from cordee.dist.flat import gather_flat, scatter_flat
+from cordee.dist.wire import Wire
 
 
 @dataclass(frozen=True)

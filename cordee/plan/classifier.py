@@ -43,6 +43,8 @@ def microbatch_counts(run: Run) -> dict[str, Any]:
     return {
         "tokens": images * run.data.sequence,
         "layers": DISPATCH[model.kind] * model.layers,
+        "routers": 0.0,
+        "experts": 0.0,
         "matrix_flops": flops,
         "attention_flops": 0.0,
         "block_elements": float(PASSES[model.kind] * images * width * positions),

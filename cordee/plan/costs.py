@@ -14,6 +14,7 @@ and no recomputation of a published table (72 rows, 125 M - 13 B parameters, 8-5
 with 6 % mean error, 0.93 to 1.35; other software moves them more. `low` and `high` are wider than
 both, for other machines: a kind is not a measured device. Whole steps of 13 short runs on the
 first machine (1-2 ranks, all protocols, shards, 0.1-11 M parameters) took 0.88 to 1.10 of the plan.
+A mixture's fixed time is from 28 such rows with 4 to 32 experts.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class Kind:
     weights (casts, adding up gradients), over attention's probabilities where they are kept."""
     layer_s: float
     """Fixed time of a layer and microbatch, forward and backward (dispatch of its operations)."""
+    router_s: float = 0.0
+    expert_s: float = 0.0
+    """What a mixture adds to it, and each of its experts on the rank (a CPU runs one by one)."""
     serial_matrix: float = 0.0
     serial_passes: float = 0.0
     """t threads are t / (1 + serial x (t - 1)) as fast as one."""
@@ -84,13 +88,13 @@ STEP_S = 2e-3
 KINDS: Mapping[tuple[str, str], Kind] = {
     ("cpu", "fp32"): Kind(
         matrix=0.99, attention=0.74, bandwidth=0.193, per_logit=11, per_weight=2.0,
-        per_probability=3.0, layer_s=1.0e-3, serial_matrix=0.075, serial_passes=0.2,
-        low=0.85, high=1.35,
+        per_probability=3.0, layer_s=1.0e-3, router_s=2.2e-3, expert_s=0.28e-3,
+        serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.35,
     ),
     ("cpu", "bf16"): Kind(
         matrix=0.92, attention=0.71, bandwidth=0.54, per_logit=23, per_weight=2.0,
-        per_probability=5.7, layer_s=2.4e-3, serial_matrix=0.075, serial_passes=0.2,
-        low=0.85, high=1.45,
+        per_probability=5.7, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3,
+        serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.45,
     ),
     ("cuda", "fp32"): Kind(
         matrix=0.75, rows=250, attention=0.38, bandwidth=0.7, per_logit=12, per_weight=3,
@@ -121,6 +125,9 @@ class Work:
     tokens: int
     layers: float
     """Blocks by their fixed cost: a third more for each that is computed again."""
+    routers: float
+    experts: float
+    """Mixtures, and experts on this rank in all of them, counted likewise."""
     matrix_flops: float
     attention_flops: float
     block_elements: float
@@ -155,10 +162,12 @@ def microbatch_work(
     tokens = run.batch.microbatch * run.data.sequence // layout.context
     rows, layers, again = tokens / layout.tensor, 0, 0
     met = met_again = elements = 0
+    routers = 0.0
     # Over the stream and the hidden layer, forward and backward; their sum is fitted.
     stream, hidden = 36 if model.dropout else 24, 7 if model.mlp == "gated" else 4
     for moe, number, repeated in block_counts(run, held):
         layers, again = layers + number, again + repeated
+        routers += (number + repeated / 3) * moe
         met += number * block_weights(model, moe)
         met_again += repeated * block_weights(model, moe)
         elements += number * (stream * model.width + hidden * hidden_width(model, moe))
@@ -175,6 +184,8 @@ def microbatch_work(
     return Work(
         tokens=tokens,
         layers=layers * twice + selects * SELECTIVE_LAYERS,
+        routers=routers,
+        experts=routers * model.moe.experts / layout.expert,
         matrix_flops=matrix_flops + products,
         attention_flops=per_key * keys * twice,
         block_elements=rows * elements * twice,
@@ -268,7 +279,9 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
         "matrices": work.matrix_flops / (speed * gain),
         "attention": work.attention_flops / (kind.attention * speed),
         "elementwise": passes * element_bytes / bandwidth,
-        "dispatch": kind.layer_s * work.layers,
+        "dispatch": kind.layer_s * work.layers
+        + kind.router_s * work.routers
+        + kind.expert_s * work.experts,
     }
 
 

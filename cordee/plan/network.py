@@ -37,6 +37,10 @@ from cordee.plan.wires import (
 BF16 = 2
 """Bytes of an element of Muon's updates on the wire."""
 
+SEAM_S = 1.2e-3
+"""CPU: fixed time of a message between layers: copies, and the wait for ranks that are not in step
+(tensor and context on two ranks of one thread, 1 M parameters)."""
+
 GATHER_S = 1.9e-3
 """CPU: fixed time of gathering or reducing one unit with FSDP2 (hooks, copies in and out); with it,
 two ranks and 0.2 to 7 M parameters were met within 15 %."""
@@ -283,6 +287,8 @@ def _inside_s(layout: Layout, cluster: Cluster, axis: str, sent: int, messages: 
     reach = _reach(cluster, layout, (axis,))
     direct = axis in ("expert", "pipeline")
     fixed = reach.latency_s if direct else reach.ring_s
+    if cluster.device == "cpu" and axis != "pipeline":
+        fixed = max(fixed, SEAM_S)
     bandwidth = reach.direct_bytes_per_s if direct else reach.ring_bytes_per_s
     copies = sent / bandwidth if cluster.device == "cpu" else 0.0
     return messages * fixed + sent / bandwidth + copies

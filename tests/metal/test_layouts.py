@@ -186,7 +186,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
 
 
 def freeze() -> None:
-    """Writes the golden curve anew: `python tests/metal/test_layouts.py`."""
+    """Writes the golden curve anew: `python -m tests.metal.test_layouts`."""
     made = launch(curves, "/tmp/cordee-golden", [DENSE], STEPS, ranks=1)[0][0]
     text = json.dumps({"losses": made.losses, "norms": made.norms}, indent=1)
     (GOLDEN / "curve_dense.json").write_text(text + "\n")

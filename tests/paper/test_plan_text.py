@@ -1,7 +1,7 @@
 """The plan as text, as JSON and as a command; clusters from TOML; what is refused.
 
 The golden tables are rewritten by running this file as a program
-(`python tests/paper/test_plan_text.py`) and are reviewed as diffs. They are machine-independent:
+(`python -m tests.paper.test_plan_text`) and are reviewed as diffs. They are machine-independent:
 every cluster is made here.
 """
 
