@@ -15,7 +15,8 @@ from cordee.cli.arguments import parser, read, say
 from cordee.cli.places import find_run
 from cordee.errors import ConfigError
 from cordee.metrics.page import page
-from cordee.metrics.report import read_run, summarise
+from cordee.metrics.records import read_run
+from cordee.metrics.report import summarise
 from cordee.metrics.sinks import write_whole
 
 

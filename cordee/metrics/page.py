@@ -17,8 +17,12 @@ from cordee.config.load import field_doc, flatten
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.metrics.charts import Chart, Line, extremes, figure, means, number, smooth
-from cordee.metrics.report import Column, Records, Summary, amount, mean_ratio, seconds
+from cordee.metrics.records import Column, Records
+from cordee.metrics.report import Summary, amount, computing, mean_ratio, seconds
 from cordee.metrics.style import SCRIPT, STYLE
+
+SENT = {"bytes_sent": "Sent in a step", "bytes_inside": "Sent in a step inside the island"}
+"""Columns of bytes that a rank sends, and what their charts are called."""
 
 POINTS = 800
 """Points of a line; a figure is some 500 pixels wide, and each bucket keeps both its extremes."""
@@ -94,8 +98,9 @@ def _figures(records: Records) -> str:
         _simple(records, "Tokens a second", "tokens_per_s", smoothed=True),
         _step_parts(records),
         _simple(records, "Memory of a rank", "memory_bytes", size=True),
-        _simple(records, "Sent in a step", "bytes_sent", size=True),
     ]
+    sent = [name for name in SENT if any(records.seen(name))] or [*SENT][:1]
+    speed += [_simple(records, SENT[name], name, size=True) for name in sent]
     if len(set(records.seen("islands"))) > 1:
         speed.append(_simple(records, "Islands", "islands"))
     span = (records.steps[0], records.steps[-1])
@@ -202,7 +207,7 @@ def _step_parts(records: Records) -> Chart:
     factor, unit = (1000.0, "ms a step") if typical[0] < 1 else (1.0, "s a step")
     lines = []
     for label, column, colour in (
-        ("compute", rest, "var(--c0)"),
+        (computing(records), rest, "var(--c0)"),
         ("communication", comm, "var(--c1)"),
         ("waiting for data", data, "var(--c4)"),
     ):

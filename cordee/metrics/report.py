@@ -1,35 +1,25 @@
-"""What a run's folder says: its records, read with patience, and a verdict by plain rules.
+"""What a run's records say: a summary, and a verdict by plain rules.
 
-PAPER: no torch, no numpy. A half-written last line, a missing file or a missing key is met in any
-folder of a run that lives or was killed, so each is an absence and no error. Not here: the page
-(`page.py`), the command (`cli/report.py`). Traded away: statistics; every rule of the verdict is a
+PAPER: no torch, no numpy. Not here: reading them (`records.py`), the page (`page.py`), the command
+(`cli/report.py`). Traded away: statistics; every rule of the verdict is a
 comparison of medians that a reader can do by eye on the chart beside it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import socket
 import time
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
-from cordee.config.load import load
-from cordee.config.run import Run
-from cordee.errors import ConfigError
+from cordee.metrics.records import Records, number
 
-COLUMNS = (
-    "loss", "bits_per_byte", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_s",
-    "comm_s", "bytes_sent", "memory_bytes", "mfu", "islands", "skipped", "elapsed_s",
-)  # fmt: skip
 MEDIANS = (
-    "step_s", "data_s", "comm_s", "tokens_per_s", "bytes_sent", "memory_bytes", "mfu", "grad_norm",
+    "step_s", "data_s", "comm_s", "tokens_per_s", "bytes_sent", "bytes_inside",
+    "memory_bytes", "mfu", "grad_norm",
 )  # fmt: skip
 SILENT_S = 120.0
 """A run without a last event is taken to be running if it wrote something this recently."""
@@ -38,32 +28,7 @@ MUCH_DATA, MUCH_COMMUNICATION = 0.15, 0.35
 GREW, APART = 10.0, 100.0
 """A layer's gradient explodes when it grew so many times; blocks should not lie further apart."""
 
-Column = list[float | None]
 State = Literal["finished", "running", "stopped"]
-
-
-@dataclass(frozen=True)
-class Records:
-    """A run's folder in memory; columns are as long as `steps`, None where nothing was written."""
-
-    folder: Path
-    steps: list[int]
-    columns: Mapping[str, Column]
-    layer_steps: list[int]
-    layers: Mapping[str, Column]
-    events: list[dict[str, Any]]
-    predicted: Mapping[str, float]
-    run: Run | None
-    written: float
-    """Time of the last write, in seconds since the epoch; 0 when there is none."""
-
-    def seen(self, name: str) -> list[float]:
-        """The values of a column that were written, in order."""
-        return [v for v in self.columns[name] if v is not None]
-
-    def event(self, name: str) -> dict[str, Any] | None:
-        """The last event of that name."""
-        return next((e for e in reversed(self.events) if e.get("event") == name), None)
 
 
 @dataclass(frozen=True)
@@ -93,32 +58,11 @@ class Summary:
     predicted: dict[str, float]
 
 
-def read_run(folder: Path) -> Records:
-    """Reads a run's folder. A step written twice (a run that went back) counts as last written."""
-    steps, layers = _Table(COLUMNS), _Table(())
-    for record in _lines(folder / "metrics.jsonl"):
-        steps.add(record.get("step"), record)
-    for record in _lines(folder / "layers.jsonl"):
-        layers.add(record.get("step"), record.get("grad_norm"))
-    files = [folder / n for n in ("metrics.jsonl", "events.jsonl", "layers.jsonl", "run.toml")]
-    return Records(
-        folder=folder,
-        steps=steps.steps,
-        columns=steps.columns,
-        layer_steps=layers.steps,
-        layers=layers.columns,
-        events=[e for e in _lines(folder / "events.jsonl") if isinstance(e.get("event"), str)],
-        predicted=_predicted(folder / "plan.json"),
-        run=_run_of(folder / "run.toml"),
-        written=max((f.stat().st_mtime for f in files if f.is_file()), default=0.0),
-    )
-
-
 def summarise(records: Records, now: float | None = None) -> Summary:
     """State, last values, medians of the last steps, and the verdict. `now` is for tests."""
     state = _state(records, time.time() if now is None else now)
     end = records.event("finished") or {}
-    held_out = [_number(e.get("held_out_bits_per_byte")) for e in records.events]
+    held_out = [number(e.get("held_out_bits_per_byte")) for e in records.events]
     seen = [v for v in held_out if v is not None]
     losses = records.seen("loss")
     remarks = [_about_end(records, state), *_about_loss(records), *_about_held_out(records)]
@@ -137,7 +81,7 @@ def summarise(records: Records, now: float | None = None) -> Summary:
         last_step=records.steps[-1] if records.steps else None,
         last_loss=losses[-1] if losses else None,
         held_out_bits_per_byte=seen[-1] if seen else None,
-        held_out_accuracy=_number(end.get("held_out_accuracy")),
+        held_out_accuracy=number(end.get("held_out_accuracy")),
         weights_sha256=digest if isinstance(digest, str) else None,
         skipped=sum(1 for v in records.columns["skipped"] if v),
         verdict=" ".join([headline, *others]),
@@ -171,72 +115,6 @@ def amount(value: float, unit: str = "") -> str:
         if abs(value) >= power:
             return f"{value / power:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".strip()
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file one by one (a long run's do not fit a small machine's memory);
-    what is not one, such as a torn last line, is passed over."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
-class _Table:
-    """Columns over steps, filled line by line: the lines themselves are not kept."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.fixed = bool(names)
-        self.steps: list[int] = []
-        self.columns: dict[str, Column] = {name: [] for name in names}
-
-    def add(self, step: object, values: object) -> None:
-        """One step's values. A step that is not later than the last one takes back what came after:
-        the run had gone back to a checkpoint."""
-        if not isinstance(step, int) or not isinstance(values, dict):
-            return
-        if self.steps and step <= self.steps[-1]:
-            del self.steps[bisect_left(self.steps, step) :]
-            for column in self.columns.values():
-                del column[len(self.steps) :]
-        for name in () if self.fixed else values:
-            if name not in self.columns:
-                self.columns[name] = [None] * len(self.steps)
-        self.steps.append(step)
-        for name, column in self.columns.items():
-            value = values.get(name)
-            short = value.__class__ is float and value - value == 0  # nearly all: a finite float
-            column.append(value if short else _number(value))
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def _predicted(path: Path) -> dict[str, float]:
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = plan.get("predicted") if isinstance(plan, dict) else None
-    numbers = {k: _number(v) for k, v in found.items()} if isinstance(found, dict) else {}
-    return {k: v for k, v in numbers.items() if v is not None}
-
-
-def _run_of(path: Path) -> Run | None:
-    """The run's configuration; None where it is missing or another version's."""
-    try:
-        return load(str(path)).run
-    except ConfigError:
-        return None
 
 
 def _state(records: Records, now: float) -> State:
@@ -304,7 +182,7 @@ def _about_held_out(records: Records) -> list[Remark]:
     points = [
         (e.get("step"), loss)
         for e in records.events
-        if (loss := _number(e.get("held_out_loss"))) is not None
+        if (loss := number(e.get("held_out_loss"))) is not None
     ]
     if len(points) < 3:
         return []
@@ -322,13 +200,24 @@ def _about_time(records: Records) -> list[Remark]:
         return []
     data, comm = ((last_median(records, n) or 0.0) / step for n in ("data_s", "comm_s"))
     rest = max(0.0, 1 - data - comm)
-    text = f"A step takes {seconds(step)}: {rest:.0%} compute, {comm:.0%} communication,"
+    text = f"A step takes {seconds(step)}: {rest:.0%} {computing(records)},"
+    text += f" {comm:.0%} communication{' between islands' * inside(records)},"
     text += f" {data:.0%} waiting for data."
     if data > MUCH_DATA:
         return [Remark("bad", text + " Reading is too slow; data.prefetch may help.")]
     if comm > MUCH_COMMUNICATION:
         return [Remark("note", text + " Larger batches, or a smaller codec, would help.")]
     return [Remark("good", text)]
+
+
+def inside(records: Records) -> bool:
+    """Whether ranks of an island sent each other anything."""
+    return any(records.seen("bytes_inside"))
+
+
+def computing(records: Records) -> str:
+    """What is left of a step: layers that wait for each other's messages are not told apart."""
+    return "compute and messages inside the island" if inside(records) else "compute"
 
 
 def _about_steps(records: Records) -> list[Remark]:

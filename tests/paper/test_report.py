@@ -38,7 +38,8 @@ from cordee.metrics.charts import (
     ticks,
 )
 from cordee.metrics.page import page
-from cordee.metrics.report import amount, read_run, seconds, summarise
+from cordee.metrics.records import read_run
+from cordee.metrics.report import amount, seconds, summarise
 
 VOID = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
@@ -305,6 +306,20 @@ def test_gradients_that_explode_or_vanish_name_the_layer(tmp_path: Path) -> None
     for record in lost:
         record["grad_norm"]["blocks.3"] = None
     assert "blocks.3 is not finite" in verdict(lay(tmp_path / "lost", layers=lost))
+
+
+def test_messages_inside_an_island_are_drawn_and_not_called_compute(tmp_path: Path) -> None:
+    axes = {"tensor": 3_000_000, "sums": 500}
+    inside = [row(s, bytes_inside=axes, bytes_sent=0, islands=1) for s in range(1, 40)]
+    for name, rows, told in (("cut", inside, True), ("islands", None, False)):
+        records = read_run(lay(tmp_path / name, rows))
+        summary = summarise(records)
+        drawn = page(records, summary)
+        assert summary.medians["bytes_inside"] == (3_000_500 if told else None)
+        assert ("Sent in a step inside the island" in drawn) is told
+        assert ("compute and messages inside the island" in drawn) is told
+        assert ("compute and messages" in " ".join(r.text for r in summary.remarks)) is told
+        assert ("communication between islands" in drawn) is told
 
 
 def test_entropy_is_drawn_as_the_floor(tmp_path: Path) -> None:
