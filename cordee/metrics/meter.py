@@ -32,6 +32,7 @@ class Meter:
         self._step_began = time.perf_counter()
         self._steps_s: list[float] = []
         self.bytes_sent = 0
+        self._memory_bytes = math.nan
 
     def begin(self) -> None:
         """A step begins."""
@@ -54,14 +55,14 @@ class Meter:
         step_s = time.perf_counter() - self._step_began
         self._steps_s.append(step_s)
         self.bytes_sent = bytes_sent
-        self._memory_bytes = self.memory_bytes()
+        self._memory_bytes = memory_bytes = self.memory_bytes()
         return {
             "tokens_per_s": round(tokens / step_s, 1),
             "step_s": round(step_s, 6),
             "data_s": round(self._phases.get("data", 0.0), 6),
             "comm_s": round(self._phases.get("comm", 0.0), 6),
             "bytes_sent": bytes_sent,
-            "memory_bytes": self._memory_bytes,
+            "memory_bytes": memory_bytes,
             "mfu": self._mfu(step_s),
         }
 
@@ -77,7 +78,7 @@ class Meter:
         return {
             "step_s": median(steps),
             "bytes_sent": float(self.bytes_sent),
-            "memory_bytes": float(self._memory_bytes),
+            "memory_bytes": self._memory_bytes,
         }
 
     def _mfu(self, step_s: float) -> float | None:

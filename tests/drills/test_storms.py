@@ -264,3 +264,16 @@ def test_a_source_file_that_changes_during_the_run(tmp_path: Path) -> None:
     changed = [e for e in events(folder) if e["event"] == "data_changed"]
     assert len(changed) == 1
     assert str(text) in str(changed[0]["files"])
+
+
+def test_a_run_that_was_killed_before_its_last_word_says_it_later(
+    clean: str, run_dir: Path
+) -> None:
+    """All steps are done and saved, only the end is missing: there is no step left to measure."""
+    words = ("launch.processes=2",)
+    train(run_dir, *LONG, *words)
+    events_file = run_dir / "events.jsonl"
+    events_file.write_text("".join(events_file.read_text().splitlines(keepends=True)[:-1]))
+    done = train(run_dir, *LONG, *words)
+    assert digest(run_dir) == clean and "plan against run" in done.stderr
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
