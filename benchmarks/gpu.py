@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,23 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from overhead import Ours
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from cordee import Run, override
 from cordee.begin import lay_out_data, settle
-from cordee.build import build
 from cordee.data.source import open_dataset
-from cordee.desk import Desk
 from cordee.dist.start import Launched, World, world
-from cordee.fault.leave import Asked
 from cordee.metrics.meter import peak_bytes
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
-from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
-from cordee.train import step
 
 SIDES = ("cordee", "by hand")
 
@@ -61,19 +55,6 @@ def settings(asked: argparse.Namespace, folder: str) -> Run:
             "checkpoint.every": 0,
         },
     )  # fmt: skip
-
-
-class Ours:
-    """A Cordée run that can be stepped."""
-
-    def __init__(self, run: Run, plan: Plan, here: World) -> None:
-        self.state = build(run, plan, here, lay_out_data(run), Parts())
-        self.desk = Desk(self.state, Asked())
-
-    def steps(self, count: int) -> None:
-        """Runs `count` steps as the loop does."""
-        for _ in range(count):
-            self.desk.record(self.state, step(self.state, self.desk))
 
 
 class ByHand:
@@ -121,16 +102,16 @@ class ByHand:
             float(total), float(norm)
 
 
-def side(name: str, run: Run, plan: Plan, here: World, hand: str) -> Ours | ByHand:
+def side(name: str, run: Run, here: World, hand: str) -> Ours | ByHand:
     """One of SIDES, warmed up (compiled)."""
-    made = Ours(run, plan, here) if name == SIDES[0] else ByHand(run, here, hand == "mixed")
+    made = Ours(run, here) if name == SIDES[0] else ByHand(run, here, hand == "mixed")
     made.steps(3)
     return made
 
 
 def race(run: Run, plan: Plan, here: World, asked: argparse.Namespace) -> dict[str, Any]:
     """Both sides in turn: the ratio of every block, and each side's fastest step."""
-    sides = [side(name, run, plan, here, asked.hand) for name in SIDES]
+    sides = [side(name, run, here, asked.hand) for name in SIDES]
     ratios, best = [], [float("inf")] * 2
     for block in range(asked.blocks):
         spent = [0.0, 0.0]
@@ -150,9 +131,9 @@ def race(run: Run, plan: Plan, here: World, asked: argparse.Namespace) -> dict[s
     return found
 
 
-def memory(run: Run, plan: Plan, here: World, asked: argparse.Namespace) -> dict[str, Any]:
+def memory(run: Run, here: World, asked: argparse.Namespace) -> dict[str, Any]:
     """Peak bytes of one side alone in this process."""
-    made = side(asked.memory_of, run, plan, here, asked.hand)
+    made = side(asked.memory_of, run, here, asked.hand)
     made.steps(2)
     cuda = torch.device(here.device).type == "cuda"
     return {"bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes()}
@@ -177,10 +158,9 @@ def main() -> None:
         run = settle(settings(asked, asked.folder or made))
         lay_out_data(run)
         plan = make_plan(run, local_cluster(), run.model.vocabulary or 256)
-        with world(Launched(), plan.device, plan.threads, 600.0, always=True) as told:
-            here = World(0, 1, 0, told.device, socket.gethostname(), os.getpid())
+        with world(Launched(), plan.device, plan.threads, 600.0, always=True) as here:
             if asked.memory_of:
-                print(json.dumps(memory(run, plan, here, asked)))
+                print(json.dumps(memory(run, here, asked)))
                 return
             found = race(run, plan, here, asked)
         for name in SIDES:
