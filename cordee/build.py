@@ -123,6 +123,10 @@ class RunState:
         """This rank's losses, if its word counts."""
         return [float(loss) for loss in losses] if self.spoken[self.world.rank] else []
 
+    def loaded(self) -> list[int]:
+        """Digests of the samples that this rank loaded for the losses that it speaks of."""
+        return [self.engine.digests[index] for index in self.spoken[self.world.rank]]
+
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Global norm of the step's gradient, 0-d; by rows whenever its order must not matter."""
         named = dict(zip(self.parameters, gradients, strict=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 from cordee.build import RunState
 from cordee.checkpoint.keep import Keeper
 from cordee.checkpoint.state import Progress
+from cordee.data.ledger import word_of
 from cordee.dist.exchange import gather_rows
 from cordee.dist.tally import Tally, Wishes
 from cordee.evaluate import HeldOut
@@ -149,6 +150,7 @@ class Desk:
             "islands": state.plan.layout.island,
             "quorum": at.generation,
             "skipped": skipped,
+            "samples": word_of(outcome.tally.samples),
             "elapsed_s": round(at.elapsed_s, 3),
         }
         if outcome.loss_scale is not None:

@@ -166,7 +166,7 @@ def step(state: RunState, desk: Desk) -> Outcome:
     desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
         said, group = state.speaks(losses), state.mesh.group(*AXES)
-        tally = gather_tally(said, desk.wishes(), state.spoken, group)
+        tally = gather_tally(said, state.loaded(), desk.wishes(), state.spoken, group)
         gradients = state.engine.place(state.sync.agree(partial))
         state.scale.unscale(gradients)
     del partial

@@ -59,7 +59,7 @@ def step(state: RunState, number: int) -> tuple[float, float]:
     """
     losses, partial = state.engine.forward_backward(number, state.scale.value)
     group = state.mesh.group(*AXES)
-    tally = gather_tally(state.speaks(losses), Wishes(), state.spoken, group)
+    tally = gather_tally(state.speaks(losses), state.loaded(), Wishes(), state.spoken, group)
     loss = math.fsum(tally.losses) / state.engine.work.tokens
     gradients = state.engine.place(state.sync.agree(partial))
     state.scale.unscale(gradients)

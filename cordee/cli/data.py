@@ -1,4 +1,4 @@
-"""`cordee data`: prepare text as shards once, look at a dataset, check every byte of it."""
+"""`cordee data`: prepare shards, look at a dataset, check every byte, and what steps used of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import parser, read
+from cordee.cli.ledger import tell
 from cordee.data.prepare import inspect, prepare, verify
 from cordee.errors import ConfigError
 
@@ -17,15 +18,21 @@ def run(argv: list[str]) -> int:
         "data",
         "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards;\n"
         "records:FILE,FILE are images, with model.image.side, .channels and .classes.\n"
-        "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.",
+        "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.\n"
+        "ledger RUN: proves from the run's records that each step took its samples exactly once\n"
+        "(exit code 1 if not); --step N: which samples it took; --sample S: which steps took it.",
         'cordee data prepare "docs/**/*.md" shards --held-out 0.05\n'
         "  cordee data inspect shards\n"
-        "  cordee train data.path=shards",
-        "prepare SOURCE FOLDER [key=value ...] | inspect FOLDER | verify FOLDER [--json]",
+        "  cordee train data.path=shards\n"
+        "  cordee data ledger runs/tiny --sample 17",
+        "prepare SOURCE FOLDER [key=value ...] | inspect FOLDER | verify FOLDER |"
+        " ledger RUN [--step N | --sample S] [--json]",
     )
     made.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
     made.add_argument("--seed", type=int, default=0, help="chooses what is held out")
     made.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
+    made.add_argument("--step", type=int, help="of a run, from 1")
+    made.add_argument("--sample", type=int, help="a row's number in the training split")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=3)
     match words.rest:
@@ -38,9 +45,11 @@ def run(argv: list[str]) -> int:
             known = inspect(Path(folder))
         case ("verify", folder):
             known = verify(Path(folder))
+        case ("ledger", word):
+            return tell(word, words.flags)
         case _:
             raise ConfigError(
-                "data prepares, inspects or verifies",
+                "data prepares, inspects, verifies or keeps the ledger",
                 values={"words": list(words.rest)},
                 fix="cordee data prepare SOURCE FOLDER",
             )

@@ -25,13 +25,21 @@ from cordee.errors import DataError
 AHEAD_ROWS = 16_384
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """Rows of a step: their ids, and their tokens as they are kept until delivery."""
+
+    ids: NDArray[np.int64]
+    tokens: NDArray[Any] | torch.Tensor
+
+
 @dataclass
 class _Request:
-    """A step to gather, and the answer; `tokens` stays None if gathering failed."""
+    """A step to gather, and the answer; `gathered` stays None if gathering failed."""
 
     step: int
     indices: range
-    tokens: NDArray[Any] | torch.Tensor | None = None
+    gathered: _Gathered | None = None
     done: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
 
 
@@ -71,7 +79,7 @@ class Loader:
         # The step at hand: tokens (rows, sequence + 1) in the native dtype, of these microbatches.
         self._step = -1
         self._indices = range(0)
-        self._tokens: NDArray[Any] | torch.Tensor = np.empty((0, sequence + 1), source.dtype)
+        self._now = _Gathered(np.empty(0, np.int64), np.empty((0, sequence + 1), source.dtype))
         # Row ids of some steps, (steps, rows of the range), first step, microbatches.
         self._ahead: tuple[NDArray[np.int64], int, range] = (
             np.empty((0, 0), np.int64),
@@ -87,7 +95,7 @@ class Loader:
 
     def begin(self, step: int, indices: range) -> None:
         """Gather the microbatches `indices` (contiguous) of a step: one order, one gather."""
-        self._tokens = self._take(step, indices) if self._next else self._gather(step, indices)
+        self._now = self._take(step, indices) if self._next else self._gather(step, indices)
         self._step, self._indices = step, indices
         if self._requests is not None:
             self._next = _Request(step + 1, indices)
@@ -99,9 +107,14 @@ class Loader:
             rows = self._order.rows_of(step, index)
             return self._deliver(self._host(self._source.gather(rows, self._sequence)))
         if len(self._indices) == 1:
-            return self._deliver(self._tokens)
-        first = (index - self._indices.start) * self._rows
-        return self._deliver(self._tokens[first : first + self._rows])
+            return self._deliver(self._now.tokens)
+        return self._deliver(self._now.tokens[self._place(index)])
+
+    def ids(self, step: int, index: int) -> NDArray[np.int64]:
+        """Ids of the rows of which `microbatch` hands over the tokens, int64 (microbatch_rows,)."""
+        if step != self._step or index not in self._indices:
+            return self._order.rows_of(step, index)
+        return self._now.ids[self._place(index)]
 
     def close(self) -> None:
         """End the background thread, if there is one. The loader goes on without it."""
@@ -109,6 +122,10 @@ class Loader:
             self._requests.put(None)
             self._requests = None
             self._next = None
+
+    def _place(self, index: int) -> slice:
+        first = (index - self._indices.start) * self._rows
+        return slice(first, first + self._rows)
 
     def _deliver(self, tokens: NDArray[Any] | torch.Tensor) -> torch.Tensor:
         if isinstance(tokens, np.ndarray):
@@ -123,13 +140,15 @@ class Loader:
         pinned = torch.from_numpy(tokens)
         return pinned.pin_memory() if self._device.type == "cuda" else pinned
 
-    def _gather(self, step: int, indices: range) -> NDArray[Any] | torch.Tensor:
+    def _gather(self, step: int, indices: range) -> _Gathered:
         if not indices:
-            return self._host(self._source.gather(np.empty(0, np.int64), self._sequence))
+            none = np.empty(0, np.int64)
+            return _Gathered(none, self._host(self._source.gather(none, self._sequence)))
         rows, first, known = self._ahead
         if known != indices or not 0 <= step - first < len(rows):
             self._ahead = rows, first, _ = self._rows_ahead(step, indices)
-        return self._host(self._source.gather(rows[step - first], self._sequence))
+        ids = rows[step - first]
+        return _Gathered(ids, self._host(self._source.gather(ids, self._sequence)))
 
     def _rows_ahead(self, step: int, indices: range) -> tuple[NDArray[np.int64], int, range]:
         """Row ids of `indices` in this and the next steps, at most AHEAD_ROWS or one step."""
@@ -146,25 +165,25 @@ class Loader:
         positions = (start + steps * order.step_rows)[:, None] + np.arange(width)
         return order.rows_at(positions), step, indices
 
-    def _take(self, step: int, indices: range) -> NDArray[Any] | torch.Tensor:
+    def _take(self, step: int, indices: range) -> _Gathered:
         """What the thread gathered, if it is what is wanted; else gathered now."""
         request, self._next = self._next, None
         if request is None:
             return self._gather(step, indices)
         # Wait even for an answer that is not wanted: the two threads never gather at once.
         request.done.get()
-        if request.tokens is None:
+        if request.gathered is None:
             # It failed and its thread is gone. The call below fails likewise, where it is seen.
             self.close()
         elif (request.step, request.indices) == (step, indices):
-            return request.tokens
+            return request.gathered
         return self._gather(step, indices)
 
     def _serve(self) -> None:
         requests = self._requests
         while requests is not None and (request := requests.get()) is not None:
             try:
-                request.tokens = self._gather(request.step, request.indices)
+                request.gathered = self._gather(request.step, request.indices)
             finally:
                 request.done.put(None)
 

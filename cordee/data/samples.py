@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cordee.data.order import Order
@@ -46,7 +48,11 @@ class SampleLoader:
 
     def microbatch(self, step: int, index: int) -> Batch:
         """The samples of a microbatch, each field stacked [rows, ...]."""
-        return stack(self._samples, self._order.rows_of(step, index).tolist())
+        return stack(self._samples, self.ids(step, index).tolist())
+
+    def ids(self, step: int, index: int) -> NDArray[np.int64]:
+        """Ids of the samples of a microbatch."""
+        return self._order.rows_of(step, index)
 
 
 def stack(samples: Samples, ids: Sequence[int]) -> Batch:

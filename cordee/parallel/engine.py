@@ -15,9 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cordee.data.ledger import digest_of
 from cordee.dist.exchange import Partial, gather_rows
 from cordee.dist.mesh import Mesh
 from cordee.layout.axes import AXES
@@ -43,6 +46,10 @@ class Microbatches(Protocol):
 
     def microbatch(self, step: int, index: int) -> Tensor | Batch:
         """Token ids (rows, sequence + 1), int64, or a batch of the run's own loss."""
+        ...
+
+    def ids(self, step: int, index: int) -> NDArray[np.int64]:
+        """Ids of the samples of which `microbatch` handed over the content."""
         ...
 
 
@@ -82,6 +89,8 @@ class Engine:
         self._training = False
         self.stream_bytes = 0
         """Bytes that this rank has sent from stage to stage."""
+        self.digests: dict[int, int] = {}
+        """Of this step's microbatches that this rank loaded, their samples' (data/ledger.py)."""
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
 
@@ -118,6 +127,7 @@ class Engine:
             forget_load(moe)
             moe.aux_scale = scale / self.work.tokens
         self._clear([*self.modules.values(), *self.parameters.values()])
+        self.digests.clear()
         began = time.perf_counter()
         self.loader.begin(step, self.work.part)
         self.data_s = time.perf_counter() - began
@@ -225,6 +235,7 @@ class Engine:
     def _load(self, step: int, index: int) -> Batch:
         began = time.perf_counter()
         found = self.loader.microbatch(step, index)
+        self.digests[index] = digest_of(self.loader.ids(step, index))
         given = (found,) if isinstance(found, Tensor) else found
         batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in given)
         self.data_s += time.perf_counter() - began

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cordee.begin import lay_out_data, settle
@@ -306,6 +308,10 @@ class Rows:
     def microbatch(self, step: int, index: int) -> Tensor:
         """int64 [2, 17]."""
         return torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(index))
+
+    def ids(self, step: int, index: int) -> NDArray[np.int64]:
+        """The index stands for its rows."""
+        return np.array([index, index])
 
 
 def gradients_of(world: World, offload: str, canonical: bool) -> list[Tensor]:

@@ -1,0 +1,107 @@
+"""Which samples each step used: asked of the order, and proved by what ranks noted as they loaded.
+
+PAPER but for numpy. The order alone says what a step should take (`order.py`). While a run trains,
+whoever computes a microbatch digests the ids of the rows that it loaded; the digests of a step are
+one word in its row of metrics.jsonl. The checker compares word by word, so a microbatch that was
+left out, done twice or loaded from elsewhere is found at its step. Not here: the bytes of samples
+(data verify). Traded away: the ids themselves, which the word can refute but not restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from cordee.data.order import Order, invert
+from cordee.errors import DataError
+
+DIGEST_BITS = 52
+"""A digest travels as a float64 in the tally, which holds whole numbers up to 2^53."""
+
+
+def digest_of(ids: NDArray[np.int64]) -> int:
+    """52 bits that depend on the ids of a microbatch's rows and on their order."""
+    return xxhash.xxh3_64_intdigest(ids.astype("<i8").tobytes()) >> (64 - DIGEST_BITS)
+
+
+def word_of(digests: Sequence[int]) -> str:
+    """16 hexadecimal digits of a step, from its microbatches' digests in order."""
+    return xxhash.xxh3_64_hexdigest(np.array(digests, "<i8").tobytes())
+
+
+def step_word(order: Order, step: int) -> str:
+    """The word that step `step` (from 0) must have."""
+    return word_of([digest_of(order.rows_of(step, m)) for m in range(order.microbatches)])
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place of a sample: step (from 1, as in metrics.jsonl), microbatch, row in it, epoch."""
+
+    step: int
+    microbatch: int
+    row: int
+    epoch: int
+
+
+def uses_of(order: Order, sample: int, steps: int) -> list[Use]:
+    """Every use of a sample in the first `steps` steps. DataError: there is no such sample."""
+    if not 0 <= sample < order.rows:
+        raise DataError(
+            "there is no such sample",
+            values={"sample": sample, "samples": order.rows},
+            fix=f"0 to {order.rows - 1}",
+        )
+    total, found = steps * order.step_rows, []
+    for epoch in range(-(-total // order.rows)):
+        place = int(invert(np.array([sample], np.int64), order.rows, order.seed, epoch)[0])
+        step, rest = divmod(epoch * order.rows + place, order.step_rows)
+        if step < steps:
+            found.append(Use(step + 1, *divmod(rest, order.microbatch_rows), epoch))
+    return found
+
+
+@dataclass
+class Proof:
+    """What a run's records prove. `steps` were recorded, `skipped` of them changed no parameter;
+    `unproved` have no word; `wrong` have another than the order's, `missing` have no row and
+    `again` have more than one. `epochs` is how often every sample was drawn (a part: the last)."""
+
+    steps: int = 0
+    skipped: list[int] = field(default_factory=list)
+    unproved: list[int] = field(default_factory=list)
+    wrong: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    epochs: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether each step took its samples exactly once."""
+        return not (self.wrong or self.missing or self.again or self.unproved)
+
+
+def prove(order: Order, rows: Iterable[Mapping[str, Any]]) -> Proof:
+    """Holds a run's rows of metrics.jsonl (step, samples, skipped) to the order."""
+    found, seen = Proof(), 0
+    for row in rows:
+        step = int(row["step"])
+        if step <= seen:
+            found.again.append(step)
+            continue
+        found.missing += range(seen + 1, step)
+        seen, found.steps = step, found.steps + 1
+        word = row.get("samples")
+        if word is None:
+            found.unproved.append(step)
+        elif word != step_word(order, step - 1):
+            found.wrong.append(step)
+        if row.get("skipped"):
+            found.skipped.append(step)
+    found.epochs = seen * order.step_rows / order.rows
+    return found
