@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -106,12 +107,12 @@ class Relay:
         """How many there are."""
         return len(self._pairs)
 
-    def _do(self, what: partial[None] | object) -> None:
+    def _do(self, what: Callable[[], object]) -> None:
         """Does something in the relay's thread, and waits until it is done."""
         done = threading.Event()
 
         def call() -> None:
-            what()  # type: ignore[operator]
+            what()
             done.set()
 
         self._loop.call_soon_threadsafe(call)

@@ -27,7 +27,7 @@ def read_secret(path: Path) -> bytes:
             raise _wrong(path, "is a symbolic link", f"give {path.resolve()} itself") from cause
         why = f"cannot be read: {cause.strerror}"
         raise _wrong(path, why, f"copy the file of the first host to {path}") from cause
-    with open(number, "rb") as file:
+    try:
         known = os.fstat(number)
         if not stat.S_ISREG(known.st_mode):
             raise _wrong(path, "is not a regular file", "give the path of a regular file")
@@ -37,7 +37,9 @@ def read_secret(path: Path) -> bytes:
         if mode & 0o177:
             why = f"may be read or changed by others (mode {mode:04o})"
             raise _wrong(path, why, f"chmod 600 {path}")
-        secret = file.read(SECRET_BYTES[1] + 64).strip()
+        secret = os.read(number, SECRET_BYTES[1] + 64).strip()
+    finally:
+        os.close(number)
     if not SECRET_BYTES[0] <= len(secret) <= SECRET_BYTES[1]:
         why = f"holds {len(secret)} bytes, not {SECRET_BYTES[0]} to {SECRET_BYTES[1]}"
         raise _wrong(path, why, f"rm {path}, and the next start writes a new one")
