@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 from typing import Any
 
@@ -16,12 +17,14 @@ from cordee.errors import ConfigError
 Place = tuple[socket.AddressFamily, Any]
 """An address family and what `connect` takes."""
 
+_PORT = re.compile("[0-9]{1,5}")
+
 
 def split(address: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT" or "[IPV6]:PORT"; ConfigError for anything else."""
     host, colon, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    right = colon and bare and port.isascii() and port.isdigit() and int(port) < 65536
+    right = colon and bare and _PORT.fullmatch(port) and int(port) < 65536
     if not right or (":" in bare) != (bare != host) or not bare.isprintable() or " " in bare:
         fix = f"[{address}]:29500" if address.count(":") > 1 else f"{bare or '127.0.0.1'}:29500"
         raise ConfigError("this is not HOST:PORT", values={"address": address}, fix=fix)

@@ -29,7 +29,7 @@ TOLD = "about."
 """Keys of a hello that begin so are told, not compared."""
 
 _ID = re.compile(r"[!-~]{3,200}#[0-9a-f]{8}")
-_NONCE = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-f]{64}")
 _SECRET = "the secret differs: it does not know ours"
 _REASONS = {
     "secret": "it refused us, the secret differs: give this host the same secret file",
@@ -84,11 +84,13 @@ def table(diffs: Iterable[Difference]) -> str:
 
 def _is_id(text: str) -> bool:
     """Whether this is HOST:PORT#nonce, which can be dialled."""
+    if not _ID.fullmatch(text):
+        return False
     try:
         address.split(text.rpartition("#")[0])
     except ConfigError:
         return False
-    return _ID.fullmatch(text) is not None
+    return True
 
 
 def _json(value: Any) -> str:
@@ -144,7 +146,7 @@ class Handshake:
         peer, nonce = message.get("id"), message.get("nonce")
         if not (isinstance(peer, str) and _is_id(peer)):
             raise BrokenFrame("a first frame without an id")
-        if not (isinstance(nonce, str) and _NONCE.fullmatch(nonce)):
+        if not (isinstance(nonce, str) and _HEX.fullmatch(nonce)):
             raise BrokenFrame("a first frame without a nonce")
         if peer == self._own_id:
             raise Refused(_REASONS["itself"], self._plain({"refused": "itself"}))
@@ -188,8 +190,9 @@ class Handshake:
 
     def _proves(self, message: dict[str, Any], role: str) -> bool:
         proof = message.get("proof")
-        given = proof.encode() if isinstance(proof, str) else b""
-        return hmac.compare_digest(given, self._proof(role).encode())
+        if not (isinstance(proof, str) and _HEX.fullmatch(proof)):
+            return False
+        return hmac.compare_digest(proof, self._proof(role))
 
     def _agree(self) -> None:
         """Keys for both directions; every frame is sealed from here on."""
