@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.prepare import check_length, prepare, resolve
 from cordee.data.records import check_images
 from cordee.data.source import DatasetInfo, is_dataset, read_info
-from cordee.dist.launch import launch
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
+from cordee.fault.members import Member
+from cordee.fault.supervise import Post, supervise
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import Plan, make_plan, unpredicted
+from cordee.plan.plan import Plan, make_plan, unpredicted, with_islands
 
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
@@ -152,10 +154,41 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def launch_ranks(run: Run, plan: Plan) -> int:
-    """Starts the plan's ranks of this very run on this machine; their exit code."""
+    """Starts the plan's ranks of this very run on this machine and keeps them running, in this
+    folder and no other process's; the run's exit code."""
     words = [f"{key}={value}" for key, value in _overrides(run).items()]
-    command = ["-m", "cordee", "train", *words]
-    return launch(command, plan.processes, plan.threads, plan.to_json())
+    cluster, planned, symbols = local_cluster(), on_paper(run), vocabulary_of(run)
+
+    @cache
+    def plan_for(islands: int) -> tuple[str, int]:
+        made = with_islands(plan, planned, cluster, symbols, islands)
+        return made.to_json(), made.layout.island
+
+    fault = run.fault
+    post = Post(
+        command=["-m", "cordee", "train", *words],
+        plan=plan.to_json(),
+        plan_for=plan_for,
+        inside=plan.layout.size // plan.layout.island,
+        wants=plan.processes,
+        spares=fault.spares,
+        threads=plan.threads,
+        silence_s=fault.silence_s,
+        start_s=run.launch.timeout_s,
+        tries=fault.tries,
+        recover=fault.recover,
+        drills=[word.strip() for word in fault.kill.split(",")],
+    )
+    last = last_generation(Path(run.run.dir))
+    with locked(run):
+        return supervise(post, lambda **given: Member("here", last=last, **given))
+
+
+def last_generation(folder: Path) -> int:
+    """The newest generation that a run's folder knows of; 0 when there is none."""
+    numbers = [int(p.name.rpartition(".g")[2]) for p in (folder / "checkpoints").glob("step-*.g*")]
+    told = [int(e.get("generation") or 0) for e in read_lines(folder / "events.jsonl")]
+    return max([0, *numbers, *told])
 
 
 def _overrides(run: Run) -> dict[str, str]:
@@ -216,9 +249,10 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     are to be launched, the data is laid out here, by the one process there is.
     """
     run = settle(run)
-    standing = look(run, brought.model)
     told = launched()
-    wanted = _processes(run, told, 1 if brought.any else None)
+    # A worker's supervisor has looked; by now the run itself may have written there.
+    standing = Standing(None) if told.supervised else look(run, brought.model)
+    wanted = None if told.supervised else _processes(run, told, 1 if brought.any else None)
     if made := told.read_plan():
         plan = Plan.from_json(made)
     else:

@@ -24,7 +24,7 @@ from cordee.data.source import DatasetInfo, TokenSource, open_dataset
 from cordee.dist.mesh import WORKERS, Mesh, make_mesh, places
 from cordee.dist.start import World
 from cordee.fault.guard import Guard
-from cordee.fault.inject import Drill, make_drill
+from cordee.fault.inject import Drill, entries, make_drill
 from cordee.layout.axes import INSIDE
 from cordee.layout.boxes import Place
 from cordee.layout.split import shard_rows
@@ -94,9 +94,9 @@ class RunState:
         foreign = self.run.model.classifies or self.live.loss is not None
         return None if foreign else self.data.bytes_per_token
 
-    def held(self) -> list[Holding]:
-        """All tensors of this rank that survive."""
-        return holdings(self.tensors, self.optimizer.tensors(), self.places)
+    def held(self, everything: bool = False) -> list[Holding]:
+        """The tensors that survive and that this rank answers for; or all that it has."""
+        return holdings(self.tensors, self.optimizer.tensors(), self.places, everything)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -154,23 +154,38 @@ class RunState:
         return torch.cat([cut[s][t] for t in range(len(cut[0])) for s in range(shards)])
 
 
-def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -> RunState:
-    """Initialise, distribute the data, distribute the model: in that order, on every rank."""
+def build(
+    run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts,
+    before: RunState | None = None, drill: Drill | None = None,
+) -> RunState:  # fmt: skip
+    """Initialise, distribute the data, distribute the model: in that order, on every rank.
+
+    `before`: this rank's state of the generation before. Where a rank is an island by itself,
+    nothing of its model and optimiser knows of groups, and both are taken on as they are.
+    """
     offload = run.memory.offload != "none"
     mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
     sharding = Sharding(plan.zero, canonical, offload)
-    live, whole = make_model(run, plan, mesh, data, world, sharding, parts)
-    loader = parts.loader or make_loader(run, data, world.device, parts.data)
+    if before is not None and mesh.size(*INSIDE) > 1:
+        before = None
+    if before is not None:
+        live, whole, loader = before.live, None, before.engine.loader
+    else:
+        live, whole = make_model(run, plan, mesh, data, world, sharding, parts)
+        loader = parts.loader or make_loader(run, data, world.device, parts.data)
     work = make_work(run, plan, mesh, sharding, world, live)
     engine = (
         PipelineEngine(live, loader, mesh, work, run)
         if plan.layout.pipeline > 1
         else Engine(live, loader, mesh, work)
     )
-    if parts.model is not None or run.model.hub:
+    if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
-    drill = make_drill(run.fault, world.rank)
+    drill = drill or make_drill(entries(run.fault.kill)[0], run.fault.poison, world.rank)
+    optimizer = make_rule(run, mesh, live, engine.parameters)
+    if before is not None:
+        optimizer.adopt(before.optimizer)
     return RunState(
         run=run,
         plan=plan,
@@ -182,7 +197,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         groups=split_groups(engine.parameters.items()),
         engine=engine,
         sync=make_sync(run, plan, mesh, canonical),
-        optimizer=make_rule(run, mesh, live, engine.parameters),
+        optimizer=optimizer,
         guard=Guard(run.guard.in_a_row),
         scale=LossScale(
             dynamic=run.run.precision == "fp16" and not run.run.loss_scale,
@@ -198,7 +213,7 @@ def build(run: Run, plan: Plan, world: World, data: DatasetInfo, parts: Parts) -
         ),
         spoken=speakers(run, plan, live.stages),
         totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
-        held_out=open_held_out(data, parts.held_out),
+        held_out=open_held_out(data, parts.held_out) if before is None else before.held_out,
         brought=parts.model_name,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +31,16 @@ from cordee.fault.leave import Asked
 from cordee.layout.axes import AXES
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
-from cordee.metrics.sinks import JsonLines, keep_lines, now
+from cordee.metrics.sinks import JsonLines, keep_lines, last_step, now, read_lines
 from cordee.optim.clip import layer_norms
 from cordee.plan.report import compare, count_text
+
+
+KEPT_ROWS = 256
+"""Rows that every rank holds, for the case that the first rank dies before it has written them."""
+
+Row = tuple[dict[str, Any], dict[str, Any] | None]
+"""A row of metrics.jsonl, and of layers.jsonl if there is one."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +61,32 @@ class Outcome:
 class Desk:
     """See the file's header."""
 
-    def __init__(self, state: RunState, asked: Asked) -> None:
+    def __init__(self, state: RunState, asked: Asked, before: Desk | None = None) -> None:
+        """`before`: the desk of this process's last generation, of which rows and meter go on."""
         first = state.world.first
         folder = state.folder
         self.asked = asked
         self.leave = False
         self.screen = Screen(silent=not first)
         told = state.plan.predicted
-        self.meter = Meter(state.world.device, told.flops, told.peak_flops)
+        self.meter = before.meter if before else Meter(
+            state.world.device, told.flops, told.peak_flops
+        )
+        self.owed: list[str] = []
+        """What is due after the step behind and not done yet."""
         self.keeper = Keeper(state.saver, first, state.run.checkpoint.every, self._of_keeper)
         self._first = first
         self._rank = state.world
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._layers = JsonLines(folder / "layers.jsonl")
         self._events = JsonLines(folder / "events.jsonl")
+        self._rows: deque[Row] = before._rows if before else deque(maxlen=KEPT_ROWS)
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
         self._inside: Mapping[str, int] = {}
         self._shared_s = 0.0
-        self._changed: set[str] = set()
+        self._changed: set[str] = before._changed if before else set()
         self._complained = ""
 
     # ---- clock and limits ----
@@ -119,15 +133,26 @@ class Desk:
         step = state.progress.step
         self._before_s = state.progress.elapsed_s
         self._began = time.monotonic()
-        if self._first:
-            for sink in (self._metrics, self._layers):
-                kept = keep_lines(sink.path, lambda record: int(record["step"]) <= step)
-                if sink is self._metrics and kept < step:
-                    self.event("metrics_lost", step, {"rows": kept, "steps": step})
+        if not self._first:
+            return
+        written = {}
+        for sink in (self._metrics, self._layers):
+            written[sink] = last_step(sink.path)
+            if written[sink] > step:
+                keep_lines(sink.path, lambda record: int(record["step"]) <= step)
+        # Rows are committed with the step: what a first rank took with it, this one has too.
+        for row, layers in self._rows:
+            if written[self._metrics] < row["step"] <= step:
+                self._metrics.write(row)
+            if layers is not None and written[self._layers] < layers["step"] <= step:
+                self._layers.write(layers)
+        if last_step(self._metrics.path) < step:
+            rows = len(read_lines(self._metrics.path))
+            self.event("metrics_lost", step, {"rows": rows, "steps": step})
 
     def event(self, name: str, step: int, known: Mapping[str, Any]) -> dict[str, Any]:
         """Appends to events.jsonl (rank 0) and returns the record."""
-        record = {"time": now(), "event": name, "step": step, **known}
+        record = {"time": now(), "event": name, **known, "step": step}
         if self._first:
             self._events.write(record)
         return record
@@ -158,13 +183,30 @@ class Desk:
         self._sent, self._shared_s = sent, shared_s
         if skipped:
             self._tell_skipped(state, outcome)
+        by_layer = outcome.layers and {"step": at.step, "grad_norm": outcome.layers}
+        self._rows.append((row, by_layer))
         if not self._first:
             return
         self._metrics.write(row)
-        if outcome.layers is not None:
-            self._layers.write({"step": at.step, "grad_norm": outcome.layers})
+        if by_layer is not None:
+            self._layers.write(by_layer)
         self.screen.step(row, min(1.0, self.done(state)), self._left_s(state))
         self._complain()
+
+    def note_due(self, state: RunState) -> None:
+        """Notes what is due after this step; at the last one `train.finish` sees to it."""
+        number, every = state.progress.step, state.run.evaluate.every
+        if self.done(state) >= 1.0:
+            return
+        if every and number % every == 0:
+            self.owed.append("evaluation")
+        if self.keeper.due(number):
+            self.owed.append("save")
+
+    def owes(self) -> list[str]:
+        """What another generation has to do in this one's place: also a save that was not done."""
+        lost = self.keeper.unfinished and "save" not in self.owed
+        return [*self.owed, "save"] if lost else list(self.owed)
 
     def layers(
         self, state: RunState, gradients: Sequence[Tensor], step: int
@@ -220,6 +262,14 @@ class Desk:
             return gather_rows(row, state.mesh.group(*AXES), state.world.size)[:, 0].tolist()
 
         return self.keeper.drain(ask, again)
+
+    def tell_verdicts(self, step: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """What the supervisors found and did, one event and one sentence each."""
+        for verdict in verdicts:
+            if verdict["event"] == "begun":
+                continue
+            self.event(str(verdict["event"]), step, {**verdict, "event": verdict["event"]})
+            self.screen.say(f"step {step:>5}  {verdict['says']}")
 
     def tell_start(self, state: RunState, came_from: str | None) -> None:
         """The lines before the first step: what is trained, on which layout and why, from where."""

@@ -1,41 +1,140 @@
-"""How a run goes on: the newest checkpoint that verifies becomes the state of every rank.
+"""How a run goes on: from what live ranks still hold, else from the newest checkpoint that verifies.
 
-What survives is listed in `checkpoint/state.py`; this file puts it back. Not here: whether the
-folder may be gone on with (`begin.py`).
+Start, resume, shrink, grow and repair are this one path: take a seat, build, restore. What survives
+is listed in `checkpoint/state.py`; this file puts it back. Not here: who has a seat
+(`fault/supervise.py`), and whether the folder may be gone on with (`begin.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from cordee.begin import Ready, last_generation
 from cordee.build import RunState
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
-from cordee.checkpoint.state import Progress, progress_of, reader
+from cordee.checkpoint.peer import Filled, Kept, fill
+from cordee.checkpoint.state import Progress, describe, progress_of, reader
+from cordee.data.source import DatasetInfo
 from cordee.desk import Desk
 from cordee.dist.exchange import gather_rows
+from cordee.dist.line import Line
+from cordee.dist.start import Launched
 from cordee.errors import DataError
+from cordee.fault.inject import entries
 from cordee.layout.axes import AXES
-from cordee.metrics.sinks import read_lines
+from cordee.plan.plan import Plan
 
 
-def restore(state: RunState, desk: Desk) -> None:
-    """Loads the newest complete checkpoint, if there is one, and says how the run begins."""
-    found, generation = choose_checkpoint(state, desk)
-    began = {
-        "layout": state.plan.layout.describe(), "ranks": state.world.size, "why": state.plan.why,
-        "generation": generation, "entropy_bits": state.data.entropy_bits,
-        "brought": state.brought,
-        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Seat:
+    """This process's place in a generation: the plan, its rank, the rendezvous `store` (None: what
+    the launcher told), and of a supervised one its number (0: of no supervisor), the verdicts that
+    led to it, all its processes, and when the one before ended (this host's monotonic clock)."""
+
+    plan: Plan
+    told: Launched
+    drill: str
+    store: Any = None
+    mark: Any = None
+    generation: int = 0
+    why: tuple[Mapping[str, Any], ...] = ()
+    members: tuple[Mapping[str, Any], ...] = ()
+    ended_s: float = 0.0
+
+
+def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
+    """The seats of this process, one after another; without a supervisor it has one."""
+    if line is None:
+        yield Seat(ready.plan, ready.told, entries(ready.run.fault.kill)[0])
+        return
+    line.ready()
+    while (given := line.take()) is not None:
+        told = replace(
+            ready.told, rank=given.rank, size=given.size, local_rank=given.local_rank
+        )
+        yield Seat(
+            Plan.from_json(given.plan), told, given.drill, line.store(given), line.mark,
+            given.generation, tuple(given.why), tuple(given.members), given.ended_s,
+        )  # fmt: skip
+
+
+@dataclass
+class Memory:
+    """What this process holds from one generation to the next; nothing at first."""
+
+    state: RunState | None = None
+    desk: Desk | None = None
+
+    @property
+    def data(self) -> DatasetInfo | None:
+        """The dataset, if it has been laid out."""
+        return None if self.state is None else self.state.data
+
+    @property
+    def step(self) -> int:
+        """The last step that was committed here; -1 when nothing is held."""
+        return -1 if self.state is None else self.state.progress.step
+
+    def kept(self) -> list[Kept]:
+        """The moments that this process can give to others."""
+        if self.state is None or self.desk is None:
+            return []
+        meta = {**meta_of(self.state), "owed": self.desk.owes()}
+        return [Kept(self.step, meta, self.state.held(everything=True))]
+
+
+def meta_of(state: RunState) -> dict[str, Any]:
+    """What goes with the tensors of this moment."""
+    at = replace(state.progress, in_a_row=state.guard.in_a_row)
+    layout = state.plan.layout.describe()
+    return describe(at, state.sync.state(), state.data.fingerprint, layout)
+
+
+def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
+    """Puts back what live ranks hold, else the newest complete checkpoint, and says how the run
+    begins or goes on."""
+    group, size = state.mesh.group(*AXES), state.world.size
+    state.drill.point("fill", max(memory.step, 0))
+    filled = None
+    if seat.generation:
+        wanted = state.held(everything=True)
+        filled = fill(wanted, memory.kept(), group, state.world.rank, size, state.drill.point)
+    if filled is not None:
+        _take_on(state, filled.meta, seat.generation)
+        desk.owed = list(filled.meta["owed"])
+        memory.state, memory.desk = state, desk
+        desk.cut(state)
+        _tell_change(state, desk, seat, filled)
+        return
+    found, generation = choose_checkpoint(state, desk, seat)
     if found is None:
         state.progress = Progress(generation=generation, loss_scale=state.scale.value)
-        desk.cut(state)
+    else:
+        _load(state, found, generation)
+    memory.state, memory.desk = state, desk
+    desk.cut(state)
+    began = {
+        "layout": state.plan.layout.describe(), "ranks": size, "why": state.plan.why,
+        "generation": generation, "entropy_bits": state.data.entropy_bits,
+        "brought": state.brought, "members": list(seat.members),
+        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
+    }  # fmt: skip
+    desk.tell_verdicts(state.progress.step, seat.why)
+    if found is None:
         desk.event("started", 0, began)
-        desk.tell_start(state, None)
-        return
+    else:
+        desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
+    desk.tell_start(state, found and found.path.name)
+
+
+def _load(state: RunState, found: Checkpoint, generation: int) -> None:
+    """The tensors and the progress of a checkpoint. DataError: it was made with other data."""
     if found.meta.get("data") != state.data.fingerprint:
         raise DataError(
             "the checkpoint was made with other data",
@@ -48,29 +147,50 @@ def restore(state: RunState, desk: Desk) -> None:
             tensor.copy_(mine(f"model/{name}"))
     known = set(found.names())
     state.optimizer.load(lambda k: mine(f"optim/{k}") if f"optim/{k}" in known else None)
-    state.sync.restore(found.meta["sync"])
-    state.progress = replace(progress_of(found.meta), generation=generation)
+    _take_on(state, found.meta, generation)
+
+
+def _take_on(state: RunState, meta: Mapping[str, Any], generation: int) -> None:
+    """Everything that survives and is no tensor."""
+    state.sync.restore(meta["sync"])
+    state.progress = replace(progress_of(meta), generation=generation)
     state.guard.in_a_row = state.progress.in_a_row
     state.scale.value = state.progress.loss_scale
     state.scale.good_steps = state.progress.scale_steps
-    desk.cut(state)
-    desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
-    desk.tell_start(state, found.path.name)
 
 
-def choose_checkpoint(state: RunState, desk: Desk) -> tuple[Checkpoint | None, int]:
+def _tell_change(state: RunState, desk: Desk, seat: Seat, filled: Filled) -> None:
+    """The events of a generation that goes on from live ranks."""
+    step = state.progress.step
+    desk.tell_verdicts(step, seat.why)
+    known = {
+        "generation": seat.generation, "islands": state.plan.layout.island,
+        "ranks": state.world.size, "layout": state.plan.layout.describe(),
+        "members": list(seat.members), "donors": filled.donors, "receivers": filled.receivers,
+        "bytes": filled.bytes, "seconds": round(time.monotonic() - seat.ended_s, 4),
+        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
+    }  # fmt: skip
+    desk.event("quorum", step, known)
+    filled_by = f", {filled.receivers} filled by {filled.donors}" if filled.receivers else ""
+    desk.screen.say(
+        f"step {step:>5}  {state.plan.layout.describe()} go on in generation {seat.generation}"
+        f"{filled_by}; {known['seconds']:.2f} s"
+    )
+
+
+def choose_checkpoint(
+    state: RunState, desk: Desk, seat: Seat
+) -> tuple[Checkpoint | None, int]:
     """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation).
 
     One rank has checked every byte: the others check the manifest and read what is theirs.
     """
     folder = state.folder / "checkpoints"
     found: Checkpoint | None = None
-    generation = 1
+    generation = seat.generation or 1
     if state.world.first:
         found = newest(folder, desk.rejected)
-        numbers = [int(p.name.rpartition(".g")[2]) for p in folder.glob("step-*.g*")]
-        starts = [e.get("generation", 0) for e in read_lines(state.folder / "events.jsonl")]
-        generation = max([0, *numbers, *starts]) + 1
+        generation = seat.generation or last_generation(state.folder) + 1
     row = torch.tensor(
         [generation, found.step if found else -1, found.generation if found else -1],
         dtype=torch.int64,

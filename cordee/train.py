@@ -30,16 +30,18 @@ from cordee.checkpoint.state import describe, pieces
 from cordee.config.run import Run
 from cordee.data.loader import held_out
 from cordee.data.samples import batches, describe_samples
-from cordee.data.source import TokenSource, changed_sources
+from cordee.data.source import DatasetInfo, TokenSource, changed_sources
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.mesh import WORKERS
-from cordee.dist.start import follow_parent, world
+from cordee.dist.line import open_line
+from cordee.dist.start import Launched, follow_parent, world
 from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, RunError
 from cordee.evaluate import HeldOut, evaluate
 from cordee.fault.guard import Say
-from cordee.fault.leave import leaving
+from cordee.fault.inject import make_drill
+from cordee.fault.leave import Asked, leaving
 from cordee.layout.axes import AXES, INSIDE
 from cordee.metrics.sinks import last_event
 from cordee.model.folder import cut
@@ -47,7 +49,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
-from cordee.resume import restore
+from cordee.resume import Memory, Seat, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -90,42 +92,65 @@ def train(run: Run, parts: Parts | None = None, **brought: Any) -> Report:
 
 
 def descend(ready: Ready, parts: Parts) -> Report:
-    """This process as one rank: join, build, load, walk, finish."""
+    """This process as one rank, in one generation after another: when the members change, it keeps
+    what it holds and takes its next seat. Outside a supervisor there is one generation."""
     follow_parent()
-    run, plan, told = ready.run, ready.plan, ready.told
-    lock = locked(run) if told.rank == 0 else nullcontext()
-    with (
-        lock,
-        leaving() as asked,
-        world(
-            told, plan.device, plan.threads, run.launch.timeout_s, run.memory.offload != "none"
-        ) as here,
-    ):
-        # Distribute the data: one process writes the snapshot; then one of each host, should hosts
-        # share no disk; then the others read it. Which rows are whose follows from the order and
-        # the plan's splits alone.
-        mine = 0 if here.first else 1 if told.local_rank == 0 else 2
-        for turn in range(3):
-            if turn == mine:
-                data = (
-                    lay_out_data(run)
-                    if parts.data is None
-                    else describe_samples(parts.data, run.run.seed)
-                )
-            if told.size > 1:
-                torch.distributed.barrier()
-        # Distribute the model: replicated over islands, sharded inside them; then the state of the
-        # newest checkpoint, cut for this layout.
-        state = build(run, plan, here, data, parts)
+    run, told = ready.run, ready.told
+    line = open_line(told)
+    lock = locked(run) if line is None and told.rank == 0 else nullcontext()
+    memory = Memory()
+    with lock, leaving(line) as asked:
+        for seat in seats(ready, line):
+            try:
+                report = take_part(ready, parts, seat, memory, asked)
+            except RuntimeError as error:
+                if line is None or not line.interrupted(error, run.launch.timeout_s):
+                    raise
+            else:
+                if line is not None:
+                    line.finish(report.exit_code)
+                return report
+    return Report(run.run.dir, asked.exit_code)
+
+
+def take_part(
+    ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked
+) -> Report:
+    """One generation: join, build, load, walk, finish."""
+    run, plan, told = ready.run, seat.plan, seat.told
+    drill = make_drill(seat.drill, run.fault.poison, told.rank, seat.mark)
+    drill.point("group", memory.step)
+    with world(
+        told, plan.device, plan.threads, run.launch.timeout_s,
+        always=run.memory.offload != "none", store=seat.store,
+    ) as here:  # fmt: skip
+        data = memory.data or distribute_data(run, parts, told)
+        # Distribute the model: replicated over islands, sharded inside them; then the state, of
+        # peers that hold it, else of the newest checkpoint, cut for this layout.
+        state = build(run, plan, here, data, parts, memory.state, drill)
         if here.first:
             record(run, plan)
-        desk = Desk(state, asked)
+        desk = Desk(state, asked, memory.desk)
         try:
-            restore(state, desk)
+            restore(state, desk, seat, memory)
             walk(state, desk)
             return finish(state, desk)
         finally:
             desk.close()
+
+
+def distribute_data(run: Run, parts: Parts, told: Launched) -> DatasetInfo:
+    """The dataset: one process writes the snapshot; then one of each host, should hosts share no
+    disk; then the others read it. Which rows are whose follows from the order and the plan's
+    splits alone. A supervisor has laid it out before its workers began."""
+    mine = 0 if told.rank == 0 else 1 if told.local_rank == 0 else 2
+    for turn in range(3):
+        if turn == mine:
+            brought = parts.data
+            data = lay_out_data(run) if brought is None else describe_samples(brought, run.run.seed)
+        if told.size > 1 and not told.supervised:
+            torch.distributed.barrier()
+    return data
 
 
 # ---- iterate -------------------------------------------------------------------------------------
@@ -133,19 +158,26 @@ def descend(ready: Ready, parts: Parts) -> Report:
 
 def walk(state: RunState, desk: Desk) -> None:
     """Steps until a limit is reached or somebody asks to leave."""
-    run = state.run
-    while desk.done(state) < 1.0 and not desk.leave:
+    while True:
+        while desk.owed:
+            attend(state, desk, desk.owed[0])
+        if desk.done(state) >= 1.0 or desk.leave:
+            return
         outcome = step(state, desk)
-        number = state.progress.step
         desk.record(state, outcome)
         desk.keeper.settle(outcome.tally.saving)
         if outcome.verdict.say is Say.STOP:
             stop(state, desk, outcome)
-        last = desk.done(state) >= 1.0
-        if run.evaluate.every and number % run.evaluate.every == 0 and not last:
-            desk.evaluated(state, measure(state))
-        if desk.keeper.due(number) and not last:
-            save(state, desk)
+        desk.note_due(state)
+
+
+def attend(state: RunState, desk: Desk, owed: str) -> None:
+    """What is due after a step; owed until it is done, also when a fault comes between."""
+    if owed == "evaluation":
+        desk.evaluated(state, measure(state))
+    else:
+        save(state, desk)
+    desk.owed.remove(owed)
 
 
 def step(state: RunState, desk: Desk) -> Outcome:
@@ -235,6 +267,7 @@ def measure(state: RunState) -> HeldOut | None:
     run = state.run
     if state.held_out is None or not run.evaluate.tokens:
         return None
+    state.drill.point("evaluate", state.progress.step)
     rows = run.batch.microbatch
     count = max(1, run.evaluate.tokens * run.batch.microbatches // state.step_tokens)
     if isinstance(state.held_out, TokenSource):
@@ -254,6 +287,7 @@ def measure(state: RunState) -> HeldOut | None:
 def finish(state: RunState, desk: Desk) -> Report:
     """The last checkpoint, then (unless asked to leave) evaluation, sample, digest and report."""
     number = state.progress.step
+    state.drill.point("finish", number)
     saved = save_last(state, desk)
     if desk.leave:
         desk.event("interrupted", number, {"signal": desk.asked.by, "saved": saved})

@@ -43,6 +43,11 @@ class Keeper:
         """This rank's state, for the tally: a SaveStatus, or COMMITTED on rank 0."""
         return COMMITTED if self._committed else int(self._saver.poll())
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a save is in flight or must be tried again."""
+        return self._flying is not None or self._retry_at is not None
+
     def due(self, step: int) -> bool:
         """Whether a save should begin after `step`."""
         if self._flying is not None:

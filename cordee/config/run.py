@@ -221,10 +221,21 @@ class EvaluateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultSettings:
+    recover: bool = True
+    """Go on with the ranks that are left, and replace the others; false: the first death ends the
+    run (only runs that start their own ranks can recover)."""
+    spares: int = 1
+    """Warm spare processes of a host: imported and idle, they take a dead rank's place at once."""
+    silence_s: float = 5.0
+    """A rank or host that is not heard for so long is taken for dead (a shorter limit follows from
+    the heartbeats that were seen)."""
+    tries: int = 3
+    """Failures in a row, with no step committed between them, after which the run stops."""
     kill: str = ""
-    """Drill: `point:step:rank` at which that rank kills itself (points: step.start,
-    step.backward, step.agree, step.commit, save.stage, save.write, save.part, save.manifest,
-    save.rename, save.delete)."""
+    """Drill: `point:step:rank` at which that rank kills itself (points: step.start, step.forward,
+    step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, fill,
+    group, save.stage, save.write, save.part, save.manifest, save.rename, save.delete). Several,
+    with commas: the first is armed in the first generation, the next in the second."""
     poison: str = ""
     """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
 

@@ -2,8 +2,8 @@
 
 The only reader of environment variables in the house. A launcher's variables (torchrun and
 Kubernetes, Slurm, Open MPI, Ray, or our own `launch.py`) are taken as they are; without any, the
-process is rank 0 of 1. Not here: starting other processes. Traded away: a rendezvous of our own;
-our launcher uses a file store, so no port can be in use.
+process is rank 0 of 1. A worker of our own supervisor (`fault/supervise.py`) is told its rank over
+its line, generation by generation. Not here: starting other processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from cordee.errors import ConfigError, RunError
 
@@ -36,16 +37,18 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
-STORE = "CORDEE_STORE"
+LINE = "CORDEE_LINE"
+"""Descriptors that a worker inherits: its line, the plan, standard output, standard error."""
 PLAN_FILE = "plan.json"
-"""The launching process's plan, beside the store; the run's, in its folder."""
+"""The plan of the newest start, in the run's folder."""
 PARENT = "CORDEE_PARENT"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher told this process. `store` is a file of our own launcher, else empty; `hosts`
-    is 1 unless it says otherwise."""
+    """What a launcher told this process. `store` is a rendezvous file (of tests), else empty;
+    `hosts` is 1 unless the launcher says otherwise. A worker of our supervisor has a `line`, and
+    descriptors of the `plan` and of the `terminal`; its rank comes later."""
 
     rank: int = 0
     size: int = 1
@@ -53,11 +56,20 @@ class Launched:
     store: str = ""
     by_launcher: bool = False
     hosts: int = 1
+    line: int = -1
+    plan: int = -1
+    terminal: tuple[int, int] = (1, 2)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether this process is a worker of our own supervisor."""
+        return self.line >= 0
 
     def read_plan(self) -> str:
-        """The plan that our own launcher made (JSON); empty when there is none."""
-        path = Path(self.store).with_name(PLAN_FILE) if self.store else None
-        return path.read_text() if path is not None and path.exists() else ""
+        """The plan that our supervisor made (JSON); empty when there is none."""
+        if self.plan < 0:
+            return ""
+        return os.pread(self.plan, os.fstat(self.plan).st_size, 0).decode()
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,9 @@ class World:
 def launched(environment: Mapping[str, str] | None = None) -> Launched:
     """Reads the launcher's variables; ConfigError when they contradict each other."""
     env = os.environ if environment is None else environment
+    if LINE in env:
+        line, plan, out, err = map(int, env[LINE].split(","))
+        return Launched(by_launcher=True, line=line, plan=plan, terminal=(out, err))
     for rank_name, size_name, local_name in RANK_NAMES:
         if rank_name not in env or size_name not in env:
             continue
@@ -101,7 +116,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
             )
         # Slurm sets these for a single interactive shell too: a world of one is no launcher.
         if size > 1 or rank_name == "RANK":
-            return Launched(rank, size, local, env.get(STORE, ""), True, hosts)
+            return Launched(rank, size, local, "", True, hosts)
     return Launched()
 
 
@@ -136,14 +151,14 @@ def follow_parent() -> None:
         os._exit(1)
 
 
-def rank_environment(rank: int, size: int, store: str, threads: int) -> dict[str, str]:
-    """The environment of a rank that our own launcher starts."""
+def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
+    """The environment of a worker that our supervisor starts; `interface`: the network interface
+    that its peers reach it by ("": whatever this host's name stands for)."""
+    ours = {} if not interface else dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)
     return {
         **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        STORE: store,
+        **ours,
+        LINE: ",".join(map(str, descriptors)),
         PARENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -152,11 +167,13 @@ def rank_environment(rank: int, size: int, store: str, threads: int) -> dict[str
 
 @contextmanager
 def world(
-    told: Launched, device: str, threads: int, timeout_s: float, always: bool = False
-) -> Iterator[World]:
+    told: Launched, device: str, threads: int, timeout_s: float, *, always: bool = False,
+    store: Any = None,
+) -> Iterator[World]:  # fmt: skip
     """Joins the process group, pins threads, and leaves the group at the end, whatever happened.
 
-    `device` is "cpu" or "cuda"; `always`: make a group also of one process (FSDP2 needs one).
+    `device` is "cpu" or "cuda"; `always`: make a group also of one process (FSDP2 needs one);
+    `store`: the rendezvous, a torch Store (None: what the launcher told).
     Raises RunError when the others cannot be reached.
     """
     import torch  # late: errors above must not cost an import of torch
@@ -170,8 +187,8 @@ def world(
         torch.cuda.set_device(told.local_rank)
         place = f"cuda:{told.local_rank}"
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if told.size > 1 or told.by_launcher:
-        _join(told, backend, timeout_s)
+    if told.size > 1 or (told.by_launcher and store is None):
+        _join(told, backend, timeout_s, store)
     elif always:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -182,19 +199,22 @@ def world(
             dist.destroy_process_group()
 
 
-def _join(told: Launched, backend: str, timeout_s: float) -> None:
+def _join(told: Launched, backend: str, timeout_s: float, store: Any) -> None:
     import torch.distributed as dist
 
-    method = f"file://{told.store}" if told.store else "env://"
+    method = None if store is not None else f"file://{told.store}" if told.store else "env://"
     try:
         dist.init_process_group(
             backend,
             init_method=method,
+            store=store,
             rank=told.rank,
             world_size=told.size,
             timeout=timedelta(seconds=timeout_s),
         )
     except (dist.DistError, ValueError, OSError, RuntimeError) as error:
+        if store is not None:  # the generation's end, which its worker knows of
+            raise
         address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         busy = "in use" in str(error) or "EADDRINUSE" in str(error)
         if busy:

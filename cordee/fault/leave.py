@@ -11,12 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from cordee.dist.line import Line
+
 
 @dataclass
 class Asked:
-    """Whether a signal asked this process to leave, and which."""
+    """Whether this process was asked to leave together with all, and by which signal: its own, or
+    its supervisor's."""
 
-    number: int | None = None
+    own: int | None = None
+    line: Line | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The signal; None while nobody asks."""
+        return self.own if self.line is None else self.line.asked
 
     @property
     def by(self) -> str:
@@ -26,16 +35,21 @@ class Asked:
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as a shell says it; SIGINT's when another rank was asked."""
-        return 128 + (self.number or signal.SIGINT)
+        return 128 + (self.number or self.own or signal.SIGINT)
 
 
 @contextmanager
-def leaving() -> Iterator[Asked]:
-    """Turns the first SIGINT or SIGTERM into a wish; the second one ends the process at once."""
-    asked = Asked()
+def leaving(line: Line | None = None) -> Iterator[Asked]:
+    """Turns the first SIGINT or SIGTERM into a wish; the second one ends the process at once.
+
+    A worker that has a `line` and is told to go alone says so; its supervisor decides who goes.
+    """
+    asked = Asked(line=line)
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        asked.number = number
+        asked.own = number
+        if line is not None:
+            line.leave(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

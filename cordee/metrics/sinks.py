@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -103,6 +104,20 @@ def last_event(folder: Path) -> dict[str, Any]:
     """The newest record of a run folder's events.jsonl; empty when there is none."""
     events = read_lines(folder / "events.jsonl")
     return events[-1] if events else {}
+
+
+def last_step(path: Path) -> int:
+    """The step of a file's last whole record; 0 when it has none. Reads the file's end only."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as stream:
+        stop = stream.seek(0, os.SEEK_END)
+        for length in (1 << 16, 1 << 22, stop):
+            stream.seek(max(0, stop - length))
+            for line in reversed(stream.read().splitlines()):
+                with suppress(json.JSONDecodeError, KeyError, TypeError):
+                    return int(json.loads(line)["step"])
+    return 0
 
 
 def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:

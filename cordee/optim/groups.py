@@ -112,6 +112,11 @@ class Optimizers:
                 else:
                     tensor.copy_(stored)
 
+    def adopt(self, other: Optimizers) -> None:
+        """Takes on the state of an optimiser of the same parameters, without a copy."""
+        for key, state in self._state.items():
+            state.update(other._state[key])
+
     def _each(self) -> Iterator[tuple[str, str, Tensor]]:
         for key, state in self._state.items():
             for kind, tensor in state.items():

@@ -137,6 +137,21 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
     )
 
 
+def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, islands: int) -> Plan:
+    """The plan on another number of islands that are cut as these: as many of `islands` as the
+    batch has work for. `run` is on paper (config/hub.py)."""
+    counted = model_census(run.model, vocabulary)
+    why = f"as the plan of {plan.layout.describe()}"
+    for count in range(islands, 0, -1):
+        layout = replace(plan.layout, island=count)
+        if layout == plan.layout:
+            return plan
+        if not broken(run, layout, counted):
+            made = finished(run, cluster, predict(run, cluster, layout, counted), why)
+            return replace(made, threads=plan.threads)
+    return plan
+
+
 def unpredicted(plan: Plan, parameters: int) -> Plan:
     """The plan of a model that paper does not know: where it runs, and no figures but its size."""
     kinds = {f.name: str(f.type) for f in fields(Prediction)}

@@ -1,0 +1,143 @@
+"""A host's worker processes: started, seen to die at once, ended, and their last words kept.
+
+A worker is the same command again with a line to this process (`dist/line.py`); which rank it is,
+if any, it learns later. No torch, no port, no file: plan and words live in memory files, so a kill
+of everything leaves nothing behind. Not here: who computes what (`orders.py`), when to replace
+(`supervise.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from cordee.dist.start import worker_environment
+from cordee.dist.talk import Talk, pair
+
+WORDS_BYTES = 1 << 16
+"""How much of a worker's last words is shown."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One process. `rank` is that of the generation at hand, None while it has no seat, `last_rank`
+    that of the last one; `slot` says which local device is its own."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    talk: Talk
+    words: int
+    pidfd: int
+    ready: bool = False
+    rank: int | None = None
+    last_rank: int | None = None
+    slot: int | None = None
+    leaving: int | None = None
+    done: int | None = None
+    verdict: str = ""
+    step: int = -1
+    phase: str = "import"
+    phase_s: float = 0.0
+    heard_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def last_words(self) -> str:
+        """The end of what it said on standard error while it was not the first rank."""
+        size = os.fstat(self.words).st_size
+        start = max(0, size - WORDS_BYTES)
+        return os.pread(self.words, size - start, start).decode(errors="replace").strip()
+
+
+class Crew:
+    """The workers of this host, by number in the order of their start."""
+
+    def __init__(self, command: Sequence[str], threads: int, plan: str, interface: str) -> None:
+        """`command`: the arguments after the interpreter; `plan`: JSON, what workers check with."""
+        self.command, self.threads, self.interface = list(command), threads, interface
+        self.workers: dict[int, Worker] = {}
+        self._plan = os.memfd_create("cordee-plan")
+        os.write(self._plan, plan.encode())
+        self._terminal = (os.dup(1), os.dup(2))
+        self._started = 0
+
+    def start(self) -> Worker:
+        """Starts a worker, which will say that it is ready."""
+        talk, theirs = pair()
+        words = os.memfd_create("cordee-words")
+        descriptors = (theirs.fileno(), self._plan, *self._terminal)
+        process = subprocess.Popen(
+            [sys.executable, *self.command],
+            env=worker_environment(descriptors, self.threads, self.interface),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            pass_fds=descriptors,
+            # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
+            process_group=0,
+        )
+        theirs.close()
+        self._started += 1
+        worker = Worker(self._started, process, talk, words, os.pidfd_open(process.pid))
+        self.workers[worker.number] = worker
+        return worker
+
+    def seated(self) -> list[Worker]:
+        """Workers that have a rank now, in its order."""
+        found = [w for w in self.workers.values() if w.rank is not None]
+        return sorted(found, key=lambda w: w.rank or 0)
+
+    def free_slot(self) -> int:
+        """The lowest local device that no living worker holds."""
+        taken = {w.slot for w in self.workers.values()}
+        return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+
+    def bury(self, worker: Worker) -> int:
+        """Takes a dead worker from the crew; its exit code, negative for a signal."""
+        code = worker.process.wait()
+        worker.talk.close()
+        os.close(worker.pidfd)
+        self.workers.pop(worker.number, None)
+        return code
+
+    def kill(self, worker: Worker) -> None:
+        """Ends a worker that does not answer; a stopped process hears no other signal."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+
+    def end(self, grace_s: float) -> None:
+        """Lets workers go for up to `grace_s`, then kills what is left."""
+        deadline = time.monotonic() + grace_s
+        for worker in list(self.workers.values()):
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+        for worker in list(self.workers.values()):
+            if worker.process.poll() is None:
+                self.kill(worker)
+            self.bury(worker)
+
+
+def how_it_died(code: int) -> str:
+    """An exit code in words: 'was killed by signal 9 (SIGKILL)', 'left with exit code 1'."""
+    if code >= 0:
+        return f"left with exit code {code}"
+    with suppress(ValueError):
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"was killed by signal {-code}"
+
+
+def record_of(worker: Worker, **known: Any) -> dict[str, Any]:
+    """A verdict about a worker: who, where it stood, and what else is known."""
+    return {
+        "pid": worker.pid, "rank": worker.rank, "phase": worker.phase, "step": worker.step, **known,
+    }  # fmt: skip
