@@ -190,4 +190,5 @@ def test_nor_where_an_island_is_cut(axis: str, tmp_path: Path) -> None:
     names, layout = ["muon", "adamw"], (f"layout.{axis}=2", "batch.microbatches=2")
     again = axis == "tensor"
     muon, adamw = launch(interrupted, str(tmp_path), names, layout, again, ranks=2)[0]
-    assert muon == adamw + 2  # parts of matrices to who computes them, and back
+    # Parts of matrices to who computes them, and back.
+    assert muon == adamw + 2 if again else muon > adamw > 0
