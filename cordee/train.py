@@ -7,12 +7,14 @@
     communicate           dist/exchange.py  sync/                        `step`
     iterate               below                                          `walk`
 
-One step is the same on one rank and on many, on the first day and after a restart. Nothing is
-scheduled anywhere else: when to evaluate, save, log and leave is decided in `walk`.
+One step is the same on one rank and on many, on the first day and after a restart; it did not
+happen unless its last message came (`step`). Nothing is scheduled anywhere else: when to evaluate,
+save, log and leave is decided in `walk`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -181,7 +183,12 @@ def attend(state: RunState, desk: Desk, owed: str) -> None:
 
 
 def step(state: RunState, desk: Desk) -> Outcome:
-    """One optimiser step: microbatches -> backward -> agree -> clip -> judge -> commit or drop."""
+    """One optimiser step: microbatches -> backward -> agree -> clip -> judge -> commit or drop.
+
+    Nothing that survives is changed before the last collective has succeeded: whatever a collective
+    raises, the step can be done again, and what is left then is this rank's own work. But for one:
+    an island that cuts tensors and limits their norms adds squares after the update.
+    """
     number = state.progress.step + 1
     desk.meter.begin()
     state.drill.point("step.start", number)
@@ -207,14 +214,17 @@ def step(state: RunState, desk: Desk) -> Outcome:
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
     norm = state.norm(gradients)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
-    overflow = state.scale.follow(mean_losses, float(norm))
-    verdict = state.guard.judge(mean_losses, float(norm), overflow)
+    scaling, guard = copy.copy(state.scale), copy.copy(state.guard)
+    overflow = scaling.follow(mean_losses, float(norm))
+    verdict = guard.judge(mean_losses, float(norm), overflow)
     layers = desk.layers(state, gradients, number)
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
-        state.optimizer.step()
-        state.engine.commit()
+        updates, loads = state.optimizer.prepare(), state.engine.prepare()
+        state.optimizer.step(updates)
+        state.engine.commit(loads)
         limit_parameters(state.groups, state.run.clip, state.totals)
+    state.scale, state.guard = scaling, guard
     state.drill.point("step.commit", number)
     state.sync.settle(number)
     state.progress = desk.advance(state, tally, verdict)

@@ -66,8 +66,9 @@ def step(state: RunState, number: int) -> tuple[float, float]:
     norm = state.norm(gradients)
     if math.isfinite(loss) and math.isfinite(float(norm)):
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
-        state.optimizer.step()
-        state.engine.commit()
+        updates, loads = state.optimizer.prepare(), state.engine.prepare()
+        state.optimizer.step(updates)
+        state.engine.commit(loads)
         limit_parameters(state.groups, state.run.clip, state.totals)
         state.sync.settle(number + 1)
     return loss, float(norm)

@@ -272,22 +272,30 @@ def forget_load(model: nn.Module) -> None:
         moe.load.zero_()
 
 
-@torch.no_grad()
-def move_bias(modules: Iterable[MoE], total: Callable[[Tensor], Tensor], rate: float) -> None:
-    """After a committed step: bias += rate x sign(mean load - load) (Wang et al. 2024).
+def total_loads(modules: Iterable[MoE], total: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The step's loads, a row [E] for each module with a bias; None if none has.
 
     `total` sums an int64 tensor over all ranks that saw other samples or positions; it is called
-    once. Modules without a bias are left alone. Loads start anew.
+    once, or not at all.
     """
-    moved = [moe for moe in modules if moe.bias is not None]
-    if not moved:
+    loads = [moe.load for moe in modules if moe.bias is not None]
+    return total(torch.stack(loads)) if loads else None
+
+
+@torch.no_grad()
+def move_bias(modules: Iterable[MoE], loads: Tensor | None, rate: float) -> None:
+    """With a committed step: bias += rate x sign(mean load - load) (Wang et al. 2024).
+
+    `loads` are the `total_loads` of the same modules. Those without a bias are left alone. Loads
+    start anew.
+    """
+    if loads is None:
         return
-    loads = total(torch.stack([moe.load for moe in moved]))
+    moved = [(moe, moe.bias) for moe in modules if moe.bias is not None]
     # In whole numbers: mean - load has the sign of sum - E x load.
     signs = (loads.sum(-1, keepdim=True) - loads.shape[-1] * loads).sign()
-    for moe, sign_E in zip(moved, signs, strict=True):
-        assert moe.bias is not None
-        moe.bias.add_(sign_E, alpha=rate)
+    for (moe, bias), sign_E in zip(moved, signs, strict=True):
+        bias.add_(sign_E, alpha=rate)
         moe.load.zero_()
 
 

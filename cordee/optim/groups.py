@@ -18,7 +18,7 @@ from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import OptimSettings
 from cordee.errors import CheckpointError, ConfigError
 from cordee.layout.tensors import group_of
-from cordee.optim.muon import Matrix, Muon, product_dtype
+from cordee.optim.muon import Matrix, Muon, Update, product_dtype
 
 GROUPS = ("matrices", "embeddings", "vectors")
 """Kinds of parameters; ClipSettings has limits for each."""
@@ -72,10 +72,19 @@ class Optimizers:
         """Seconds this rank spent in exchanging shared work, since the start."""
         return float(sum(getattr(part, "shared_s", 0.0) for part in self.parts))
 
-    def step(self) -> None:
-        """Updates every parameter that has a gradient (collective when muon shares its work)."""
+    def prepare(self) -> list[Update]:
+        """What `step` needs of other ranks: collective when muon shares its work. Parameters, state
+        and gradients stay as they are."""
+        return [u for part in self.parts if isinstance(part, Muon) for u in part.prepare()]
+
+    def step(self, prepared: list[Update] | None = None) -> None:
+        """Updates every parameter that has a gradient; on this rank alone when given what `prepare`
+        returned for these gradients."""
         for part in self.parts:
-            part.step()
+            if isinstance(part, Muon):
+                part.step(prepared=prepared)
+            else:
+                part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients (or fills them with zeros)."""

@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, dealt over ranks.
 
-Not here: embeddings and vectors (AdamW's, see `groups.py`). The bits of an update do not depend on
-who computes it: every matrix is orthogonalised by itself, from a fresh contiguous copy, by the same
+`prepare` sends all messages and changes nothing that survives; `step` is this rank's own work. Not
+here: embeddings and vectors (AdamW's, see `groups.py`). The bits of an update do not depend on who
+computes it: every matrix is orthogonalised by itself, from a fresh contiguous copy, by the same
 products. Traded away: batched products of equal shapes, whose bits would depend on the batch.
 
 The library's `torch.optim.Muon` gives the same bits for whole parameters in bf16 (a test holds the
@@ -92,6 +93,16 @@ class _Job:
         return cost(self.matrix.rows, self.matrix.columns)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What `Muon.prepare` found for some matrices of a param group: this rank's parts of their
+    orthogonalised updates, in the optimiser's dtype."""
+
+    group: dict[str, Any]
+    jobs: list[_Job]
+    results: list[Tensor]
+
+
 def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
     """U V^T of update = U S V^T, roughly, by Newton-Schulz in `dtype`; [rows, columns], contiguous.
 
@@ -160,8 +171,9 @@ class Muon(torch.optim.Optimizer):
     p <- p (1 - lr x weight_decay) - lr sqrt(max(1, rows / columns)) orthogonalise(u).
     `matrices[i]` says how the i-th parameter is held; without it each is one whole matrix, and
     nobody shares. Work is dealt over the ranks of a matrix: each orthogonalises its own, whole, and
-    results go back. `sent_bytes` and `shared_s` count what this rank handed to the network and how
-    long that took, waiting for others included.
+    results go back. All results are held until the step, one copy of the matrices in `dtype`; the
+    momentum that follows is not held but computed again. `sent_bytes` and `shared_s` count what
+    this rank handed to the network and how long that took, waiting for others included.
     """
 
     def __init__(
@@ -190,8 +202,10 @@ class Muon(torch.optim.Optimizer):
         self._matrices = dict(zip(every, told, strict=True))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; collective when work is shared."""
+    def prepare(self) -> list[Update]:
+        """The updates of all parameters that have a gradient. Collective when work is shared; what
+        survives stays as it is, so that it may be called again after a fault."""
+        found = []
         for group in self.param_groups:
             whole: dict[Gather, list[_Job]] = {}
             cut: dict[Gather, list[_Job]] = {}
@@ -200,10 +214,28 @@ class Muon(torch.optim.Optimizer):
                     matrix = self._matrices[parameter]
                     jobs = (cut if matrix.parts else whole).setdefault(matrix.ranks, [])
                     jobs += self._jobs(parameter, matrix)
+            momentum = group["momentum"]
             for ranks, jobs in whole.items():
-                self._update(jobs, self._share_whole, ranks, group)
+                found.append(Update(group, jobs, self._share_whole(jobs, momentum, ranks)))
             for ranks, jobs in cut.items():
-                self._update(jobs, self._share_cut, ranks, group)
+                found.append(Update(group, jobs, self._share_cut(jobs, momentum, ranks)))
+        return found
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: None = None, prepared: list[Update] | None = None
+    ) -> None:
+        """One update of every parameter that has a gradient: local, of what `prepare` returned for
+        these gradients (without it, it is called first)."""
+        for update in self.prepare() if prepared is None else prepared:
+            group, jobs = update.group, update.jobs
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            torch._foreach_lerp_([j.momentum for j in jobs], [j.grad for j in jobs], 1 - momentum)
+            for job, result in zip(jobs, update.results, strict=True):
+                scale = math.sqrt(max(1.0, job.matrix.rows / job.matrix.columns))
+                if decay:
+                    job.parameter.mul_(1 - lr * decay)
+                job.parameter.add_(result.view_as(job.parameter), alpha=-lr * scale)
 
     def _jobs(self, parameter: Tensor, matrix: Matrix) -> list[_Job]:
         state, grad = self.state[parameter], parameter.grad
@@ -215,32 +247,25 @@ class Muon(torch.optim.Optimizer):
             return [_Job(*held, matrix)]
         return [_Job(*parts, matrix) for parts in zip(*held, strict=True)]
 
-    def _update(self, jobs: list[_Job], share: Any, ranks: Gather, group: dict[str, Any]) -> None:
-        """Momentum, shared orthogonalisation, decay and step, for jobs that share ranks."""
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        grads = [job.grad for job in jobs]
-        buffers = [job.momentum for job in jobs]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, buffers, momentum)
-        updates = [u.flatten(1).to(self.dtype) for u in ahead]
-        for job, result in zip(jobs, share(jobs, updates, ranks), strict=True):
-            scale = math.sqrt(max(1.0, job.matrix.rows / job.matrix.columns))
-            if decay:
-                job.parameter.mul_(1 - lr * decay)
-            job.parameter.add_(result.view_as(job.parameter), alpha=-lr * scale)
+    def _ahead(self, job: _Job, momentum: float) -> Tensor:
+        """g + momentum (m - g) of the momentum that follows, which `step` makes again in place."""
+        following = job.momentum.lerp(job.grad, 1 - momentum)
+        return job.grad.lerp(following, momentum).flatten(1).to(self.dtype)
 
-    def _share_whole(self, jobs: list[_Job], updates: list[Tensor], ranks: Gather) -> list[Tensor]:
-        """Everybody holds every update; each computes its own, one gather gives all to all."""
+    def _share_whole(self, jobs: list[_Job], momentum: float, ranks: Gather) -> list[Tensor]:
+        """Everybody holds every matrix; each computes its own, one gather gives all to all."""
         owner = deal([job.cost for job in jobs], ranks.size)
-        dealt = list(zip(updates, owner, strict=True))
-        mine = [orthogonalise(u, self.dtype) for u, o in dealt if o == ranks.rank]
+        dealt = list(zip(jobs, owner, strict=True))
+        own = (job for job, o in dealt if o == ranks.rank)
+        mine = [orthogonalise(self._ahead(job, momentum), self.dtype) for job in own]
         if ranks.size == 1:
             return mine
-        sizes = [[u.numel() for u, o in dealt if o == r] for r in range(ranks.size)]
+        sizes = [[job.grad.numel() for job, o in dealt if o == r] for r in range(ranks.size)]
         longest = max(sum(s) for s in sizes)
-        flat = updates[0].new_zeros(longest)
+        flat = jobs[0].grad.new_zeros(longest, dtype=self.dtype)
         if mine:
             torch.cat([m.flatten() for m in mine], out=flat[: sum(sizes[ranks.rank])])
+        del mine
         everything = flat.new_empty(ranks.size * longest)
         began = time.perf_counter()
         # As bytes: not every backend knows bf16.
@@ -249,21 +274,21 @@ class Muon(torch.optim.Optimizer):
         self.sent_bytes += flat.nbytes * (ranks.size - 1)
         by_rank = zip(torch.split(everything, longest), sizes, strict=True)
         pieces = [list(torch.split(b[: sum(s)], s)) if s else [] for b, s in by_rank]
-        return [pieces[o].pop(0).view_as(u) for u, o in dealt]
+        return [pieces[o].pop(0) for _, o in dealt]
 
-    def _share_cut(self, jobs: list[_Job], updates: list[Tensor], ranks: Gather) -> list[Tensor]:
-        """Everybody holds a part of every update: parts go to the owner and come back."""
+    def _share_cut(self, jobs: list[_Job], momentum: float, ranks: Gather) -> list[Tensor]:
+        """Everybody holds a part of every matrix: parts go to the owner and come back."""
         everyone = range(ranks.size)
         owner = deal([job.cost for job in jobs], ranks.size)
         order = [[j for j, o in enumerate(owner) if o == r] for r in everyone]
         out = [j for js in order for j in js]
         mine = order[ranks.rank]
         # Elements that cross: `sent[r]` from here to r, `held[r][i]` of my i-th matrix from r.
-        sent = [sum(updates[j].numel() for j in js) for js in order]
+        sent = [sum(jobs[j].grad.numel() for j in js) for js in order]
         held = [[_elements(jobs[j].matrix.parts[r]) for j in mine] for r in everyone]
         received = [sum(h) for h in held]
 
-        flat = torch.cat([updates[j].flatten() for j in out])
+        flat = torch.cat([self._ahead(jobs[j], momentum).flatten() for j in out])
         blocks = torch.split(self._exchange(flat, sent, received, ranks), received)
         came = [torch.split(b, h) if h else () for b, h in zip(blocks, held, strict=True)]
         results = []
@@ -282,9 +307,9 @@ class Muon(torch.optim.Optimizer):
             for (top, bottom), (left, right) in [jobs[j].matrix.parts[r]]
         ]
         flat = self._exchange(torch.cat(back or [flat[:0]]), received, sent, ranks)
-        parts = torch.split(flat, [updates[j].numel() for j in out])
+        parts = torch.split(flat, [jobs[j].grad.numel() for j in out])
         found = dict(zip(out, parts, strict=True))
-        return [found[j].view_as(update) for j, update in enumerate(updates)]
+        return [found[j] for j in range(len(jobs))]
 
     def _exchange(
         self, flat: Tensor, sent: list[int], received: list[int], ranks: Gather

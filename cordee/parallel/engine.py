@@ -27,7 +27,7 @@ from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
 from cordee.model.folder import cut
 from cordee.model.initial import seeded
-from cordee.model.moe import forget_load, mixtures, move_bias
+from cordee.model.moe import forget_load, mixtures, move_bias, total_loads
 from cordee.model.precision import casting
 from cordee.parallel import shard
 from cordee.parallel.apply import Live
@@ -81,6 +81,7 @@ class Engine:
         self.parameters = {n: local(p.detach()).requires_grad_() for n, p in self.modules.items()}
         self.device = torch.device(work.device)
         self.buffers = live.buffers()
+        self._moved: dict[str, Tensor] = {}
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
         # Found once: to look through all modules in every microbatch costs 1 % of a small step.
@@ -101,6 +102,7 @@ class Engine:
         canonical = self.work.sharding.canonical
         losses: list[Tensor] = []
         partial: Partial = []
+        before = self._copied()
         for index in self.work.part:
             if self.sharded:
                 last = index == self.work.part.stop - 1
@@ -108,6 +110,9 @@ class Engine:
             losses.append(self._microbatch(step, index, scale))
             if canonical:
                 self._tree.feed(partial, index, self.take(), _add)
+        # A step that is dropped or fails has not moved them.
+        self._moved = self._copied()
+        self._put(before)
         return losses, partial if canonical else self.collect()
 
     @property
@@ -156,9 +161,15 @@ class Engine:
             mine.append(gradient)
         return mine
 
-    def commit(self) -> None:
-        """After the optimiser's step: moves what keeps experts balanced."""
-        move_bias(self._mixtures, self._over_all, self.work.balance_rate)
+    def prepare(self) -> Tensor | None:
+        """What `commit` needs of other ranks (collective): how busy experts were in this step."""
+        return total_loads(self._mixtures, self._over_all)
+
+    def commit(self, loads: Tensor | None) -> None:
+        """With the optimiser's step, on this rank alone: moves what keeps experts balanced, by what
+        `prepare` returned, and buffers to where the forwards brought them."""
+        move_bias(self._mixtures, loads, self.work.balance_rate)
+        self._put(self._moved)
 
     def tokens(self, step: int, index: int) -> Tensor:
         """A microbatch of token ids on this rank's device; its time counts as data."""
@@ -231,6 +242,15 @@ class Engine:
             chunk.train(training)
 
     # ---- inside ----
+
+    def _copied(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward may move: those of a caller's own model."""
+        own = self.buffers if self.live.brought else {}
+        return {name: buffer.clone() for name, buffer in own.items()}
+
+    def _put(self, copies: dict[str, Tensor]) -> None:
+        for name, copy in copies.items():
+            self.buffers[name].copy_(copy)
 
     def _load(self, step: int, index: int) -> Batch:
         began = time.perf_counter()

@@ -361,8 +361,8 @@ def _buffer_bytes(run: Run, layout: Layout, wire: Wire, mine: int) -> int:
 
 
 def _update_bytes(run: Run, counted: Census, mine: int) -> int:
-    """What the rule holds beside its state: muon its updates in fp32 and bf16, adam's kernels that
-    are not fused a copy of all parameters."""
+    """What the rule holds beside its state: muon all updates before the first is applied (fp32) and
+    the share that it sends, adam's kernels that are not fused a copy of all parameters."""
     if run.optim.name == "muon":
         matrices = sum(
             kind.spec.elements * len(kind.layers)

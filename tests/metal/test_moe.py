@@ -23,7 +23,7 @@ from cordee.layout.axes import Layout
 from cordee.layout.tensors import buffers, tensors
 from cordee.layout.traffic import expert_bytes
 from cordee.model.initial import initial_tensor, initialise
-from cordee.model.moe import MoE, forget_load, mixtures, move_bias
+from cordee.model.moe import MoE, forget_load, mixtures, move_bias, total_loads
 from cordee.model.span import same
 from cordee.model.transformer import Transformer
 from cordee.parallel.apply import make_span
@@ -287,7 +287,7 @@ def trained(balance: str, rate: float) -> Iterator[float]:
         rule.step()
         yield unevenness(moe)
         if balance == "bias":
-            move_bias([moe], same, rate)
+            move_bias([moe], total_loads([moe], same), rate)
             assert not moe.load.any()
 
 
@@ -313,7 +313,9 @@ def test_a_bias_moves_by_the_sign_of_what_is_missing() -> None:
         asked.append(x.shape)
         return 2 * x
 
-    move_bias(mixtures(model), doubled, 0.25)
+    loads = total_loads(mixtures(model), doubled)
+    assert all(moe.load.any() and not moe.bias.any() for moe in mixtures(model))
+    move_bias(mixtures(model), loads, 0.25)
     first, second = (moe.bias for moe in mixtures(model))
     assert first is not None and first.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert second is not None and second.tolist() == [0.25, 0.25, 0.25, -0.25]
