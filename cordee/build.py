@@ -94,9 +94,9 @@ class RunState:
         foreign = self.run.model.classifies or self.live.loss is not None
         return None if foreign else self.data.bytes_per_token
 
-    def held(self) -> list[Holding]:
-        """All tensors of this rank that survive."""
-        return holdings(self.tensors, self.optimizer.tensors(), self.places)
+    def held(self, everything: bool = False) -> list[Holding]:
+        """The tensors that survive and that this rank answers for; or all that it has."""
+        return holdings(self.tensors, self.optimizer.tensors(), self.places, everything)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

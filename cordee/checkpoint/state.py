@@ -49,12 +49,14 @@ def holdings(
     parameters: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     places: Mapping[str, Place],
+    everything: bool = False,
 ) -> list[Holding]:
     """What this rank answers for: `model/<name>` and `optim/<group>/<name>/<what>`.
 
     `places` says where the rank's part of every parameter lies. Optimiser tensors shaped like that
     part are cut like it. Others (steps, factored statistics) are the same wherever the parameter
-    is, and whoever has its first element answers for them. CheckpointError: a part has not the
+    is, and whoever has its first element answers for them; `everything`: they are listed wherever
+    they are, as what a rank needs and can give (`peer.fill`). CheckpointError: a part has not the
     shape of its box.
     """
     found = []
@@ -70,9 +72,9 @@ def holdings(
         place, shape = places[_parameter(f"optim/{key}")], tuple(tensor.shape)
         if shape == shape_of(place.box):
             found.append(Holding(f"optim/{key}", tensor, place))
-        elif volume(place.box) and not any(start for start, _ in place.box):
-            everything = replace(place, box=whole(shape), shape=shape)
-            found.append(Holding(f"optim/{key}", tensor, everything))
+        elif everything or (volume(place.box) and not any(start for start, _ in place.box)):
+            uncut = replace(place, box=whole(shape), shape=shape)
+            found.append(Holding(f"optim/{key}", tensor, uncut))
     return found
 
 

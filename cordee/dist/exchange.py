@@ -131,3 +131,13 @@ def gather_rows(row: Tensor, group: dist.ProcessGroup | None, size: int) -> Tens
     rows = row.new_empty(size * row.numel())
     gather_flat(rows, row, group=group)
     return rows.view(size, -1)
+
+
+def gather_bytes(message: bytes, group: dist.ProcessGroup | None, size: int) -> list[bytes]:
+    """Everybody's message, by member; sizes travel first. For kilobytes: all get the longest's
+    room."""
+    sizes = gather_rows(torch.tensor([len(message)]), group, size)[:, 0].tolist()
+    row = torch.zeros(max(sizes), dtype=torch.uint8)
+    row[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    rows = gather_rows(row, group, size)
+    return [bytes(found[:n].numpy()) for found, n in zip(rows, sizes, strict=True)]

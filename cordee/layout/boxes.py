@@ -55,6 +55,15 @@ def intersection(a: Box, b: Box) -> Box | None:
     return common if all(start < stop for start, stop in common) else None
 
 
+def without(box: Box, hole: Box) -> list[Box]:
+    """What is left of a box when `hole`, which lies in it, is cut out: boxes that tile the rest."""
+    left = []
+    for dim, ((start, stop), (first, last)) in enumerate(zip(box, hole, strict=True)):
+        spans = ((start, first), (last, stop))
+        left += [(*hole[:dim], span, *box[dim + 1 :]) for span in spans if span[0] < span[1]]
+    return left
+
+
 def moved(box: Box, into: Box) -> Box:
     """`box`, which lies in `into`, as it is counted from the first element of `into`."""
     pairs = zip(box, into, strict=True)

@@ -1,0 +1,402 @@
+"""State from live peers on real ranks, against the slow and obvious: whole tensors, cut by hand."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cordee.checkpoint.deal import ROUND_BYTES, SLICE_BYTES, Slice, cells, cut, rounds
+from cordee.checkpoint.neighbour import Neighbour, neighbours
+from cordee.checkpoint.peer import Filled, Kept, fill
+from cordee.checkpoint.state import Holding, holdings
+from cordee.dist.start import World
+from cordee.errors import CheckpointError
+from cordee.layout.boxes import Box, Place, first_fault, shape_of, volume, whole
+from cordee.testing import launch
+from tests.conftest import boxes, partitions
+
+torch.set_num_threads(1)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16)
+SHAPES = ((), (7,), (5, 6), (3, 4, 5), (0, 3), (1, 9))
+Held = Sequence[tuple[str, Box]]
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def truth(name: str, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The whole tensor `name` as of the end of `step`."""
+    seed = 1000 * step + sum(map(ord, name))
+    values = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype)
+
+
+def by_hand(name: str, step: int, box: Box, shapes: Shapes) -> Tensor:
+    return truth(name, step, *shapes[name])[tuple(slice(*span) for span in box)]
+
+
+def hold(held: Held, step: int, shapes: Shapes) -> list[Holding]:
+    """Tensors of their own with what is true at `step`."""
+    return [
+        Holding(name, by_hand(name, step, box, shapes).clone(), Place(box, shapes[name][0]))
+        for name, box in held
+    ]
+
+
+def empty(held: Held, shapes: Shapes) -> list[Holding]:
+    """Tensors to be filled; every second one is not contiguous."""
+    found = []
+    for number, (name, box) in enumerate(held):
+        shape, dtype = shapes[name]
+        part = torch.zeros(shape_of(box), dtype=dtype)
+        if number % 2 and len(box) == 2:
+            part = torch.zeros(shape_of(box)[::-1], dtype=dtype).t()
+        found.append(Holding(name, part, Place(box, shape)))
+    return found
+
+
+def check(wanted: Sequence[Holding], step: int, shapes: Shapes) -> None:
+    for item in wanted:
+        assert torch.equal(item.part, by_hand(item.name, step, item.place.box, shapes)), item
+
+
+def meta(step: int) -> dict[str, Any]:
+    return {"progress": {"step": step}, "data": "d"}
+
+
+def go(world: World, wanted: Sequence[Holding], kept: Sequence[Kept]) -> Filled | None:
+    group = dist.group.WORLD if world.size > 1 else None
+    return fill(wanted, kept, group, world.rank, world.size)
+
+
+MODEL: Shapes = {f"w{n}": ((64 + n, 33), DTYPES[n % 3]) for n in range(9)} | {
+    "step": ((), torch.float32), "big": ((1 << 11, 1 << 10), torch.float32),
+}  # fmt: skip
+ALL: Held = [(name, whole(shape)) for name, (shape, _) in MODEL.items()]
+
+
+def halves(dim: int, ranks: int = 2) -> list[Held]:
+    """What each of some ranks holds of the model when `dim` is cut (0-d tensors: everybody)."""
+    found: list[Held] = []
+    for rank in range(ranks):
+        mine = []
+        for name, box in ALL:
+            if box:
+                size = box[dim][1]
+                span = (size * rank // ranks, size * (rank + 1) // ranks)
+                box = (*box[:dim], span, *box[dim + 1 :])
+            mine.append((name, box))
+        found.append(mine)
+    return found
+
+
+def a_newcomer(world: World) -> tuple[Filled | None, int]:
+    """Ranks 0 and 1 survived, rank 2 is new: its bytes, by what the donors did not receive."""
+    held = [] if world.rank == 2 else hold(ALL, 7, MODEL)
+    wanted = held or empty(ALL, MODEL)
+    before = [item.part.data_ptr() for item in wanted]
+    filled = go(world, wanted, [Kept(7, meta(7), held)] if held else [])
+    check(wanted, 7, MODEL)
+    assert before == [item.part.data_ptr() for item in wanted]
+    return filled, sum(item.part.nbytes for item in wanted)
+
+
+def test_a_newcomer_is_filled_by_all_and_survivors_move_nothing() -> None:
+    for filled, size_bytes in launch(a_newcomer, ranks=3):
+        assert filled == Filled(7, meta(7), 2, 1, size_bytes)
+
+
+def one_behind(world: World) -> None:
+    """Rank 0 has committed step 5, rank 1 was interrupted before: filled in place."""
+    held = hold(ALL, 5 - world.rank, MODEL)
+    filled = go(world, held, [Kept(5 - world.rank, meta(5 - world.rank), held)])
+    assert filled is not None and filled.step == 5 and filled.meta == meta(5)
+    assert (filled.donors, filled.receivers) == (1, 1)
+    check(held, 5, MODEL)
+
+
+def test_a_rank_that_is_one_step_behind_is_filled() -> None:
+    launch(one_behind, ranks=2)
+
+
+def relayouts(world: World) -> None:
+    """shard 2 -> 1, 1 -> 2, dim 0 -> dim 1, in fresh memory and in the memory of before."""
+    rank = world.rank
+    everything: list[Held] = [ALL, ALL]
+    layouts = (everything, halves(0), halves(1))
+    for number, before in enumerate(layouts):
+        for after in layouts:
+            held = hold(before[rank], 3, MODEL)
+            wanted = empty(after[rank], MODEL)
+            filled = go(world, wanted, [Kept(3, meta(3), held)])
+            assert filled is not None and filled.step == 3
+            assert (filled.bytes > 0) == (before is not after and before is not everything)
+            check(wanted, 3, MODEL)
+            check(held, 3, MODEL)
+        # One survivor of two, the other new: covered only if the survivor has everything.
+        wanted = empty(before[rank], MODEL)
+        kept = [] if rank else [Kept(3, meta(3), hold(before[rank], 3, MODEL))]
+        assert (go(world, wanted, kept) is None) == (number > 0)
+
+
+def test_layouts_change() -> None:
+    launch(relayouts, ranks=2)
+
+
+def several(world: World) -> None:
+    """Steps 9 and 8 are covered in parts only, 6 by two halves, 4 whole on one rank."""
+    rank, half = world.rank, halves(0)
+    offers = ([(9, half[0]), (6, half[0]), (4, ALL)], [(8, half[1]), (6, half[1])], [])[rank]
+    wanted = empty(ALL, MODEL)
+    kept = [Kept(step, meta(step), hold(held, step, MODEL)) for step, held in offers]
+    filled = go(world, wanted, kept)
+    assert filled is not None and filled.step == 6 and filled.meta == meta(6)
+    check(wanted, 6, MODEL)
+    kept = [moment for moment in kept if moment.step != 6]
+    filled = go(world, wanted, kept)
+    assert filled is not None and (filled.step, filled.donors, filled.receivers) == (4, 1, 2)
+    check(wanted, 4, MODEL)
+    assert go(world, wanted, [moment for moment in kept if moment.step != 4]) is None
+    check(wanted, 4, MODEL)
+    assert go(world, wanted, []) is None
+
+
+def test_the_highest_step_that_all_cover_is_taken() -> None:
+    launch(several, ranks=3)
+
+
+def mismatched(world: World) -> None:
+    box = ((0, 4),)
+    for other, dtype in (((5,), torch.float32), ((4,), torch.float64)):
+        there = Holding("w", torch.zeros(other, dtype=dtype), Place(((0, other[0]),), other))
+        wanted = [Holding("w", torch.zeros(4), Place(box, (4,)))]
+        with pytest.raises(CheckpointError, match="another tensor") as caught:
+            go(world, wanted, [Kept(1, {}, [there])] if world.rank else [])
+        assert caught.value.values["tensor"] == "w" and caught.value.values["rank"] == 1
+
+
+def test_other_shapes_and_dtypes_are_refused_by_all() -> None:
+    launch(mismatched, ranks=2)
+
+
+@dataclass
+class Scene:
+    """What ranks hold, `offers[rank]` = [(step, held)], and want; `reuse`: in the same memory."""
+
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    offers: list[list[tuple[int, Held]]]
+    wanted: list[Held]
+    reuse: list[bool]
+    steps: set[int] = field(default_factory=set)
+
+    def expected(self) -> int | None:
+        """The highest step of which all wanted elements are held, counted one by one."""
+        steps = sorted({step for offers in self.offers for step, _ in offers}, reverse=True)
+        return next((step for step in steps if self._covered(step)), None)
+
+    def _covered(self, step: int) -> bool:
+        there = {name: torch.zeros(s, dtype=torch.bool) for name, (s, _) in self.shapes.items()}
+        for held in (held for offers in self.offers for at, held in offers if at == step):
+            for name, box in held:
+                there[name][tuple(slice(*span) for span in box)] = True
+        wanted = (pair for held in self.wanted for pair in held)
+        return all(bool(there[n][tuple(slice(*s) for s in box)].all()) for n, box in wanted)
+
+
+@st.composite
+def scenes(draw: st.DrawFn, ranks: int) -> Scene:
+    shapes = {
+        name: (draw(st.sampled_from(SHAPES)), draw(st.sampled_from(DTYPES))) for name in ("a", "bb")
+    }
+    offers: list[list[tuple[int, Held]]] = [[] for _ in range(ranks)]
+    for step in range(1, draw(st.integers(2, 4))):
+        held: list[list[tuple[str, Box]]] = [[] for _ in range(ranks)]
+        for name, (shape, _) in shapes.items():
+            for box in draw(partitions(shape)):
+                for rank in draw(st.lists(st.integers(0, ranks - 1), min_size=1, max_size=2)):
+                    held[rank].append((name, box))
+        lost = draw(st.integers(0, 2 * ranks))  # sometimes a rank that holds something is gone
+        for rank in range(ranks):
+            if rank != lost:
+                offers[rank].append((step, held[rank]))
+    wanted = [
+        [(name, draw(st.one_of(boxes(shape), st.just(whole(shape))))) for name, (shape, _) in
+         shapes.items()] for _ in range(ranks)
+    ]  # fmt: skip
+    return Scene(shapes, offers, wanted, [draw(st.booleans()) for _ in range(ranks)])
+
+
+def play(world: World, scene: Scene) -> None:
+    rank, shapes = world.rank, scene.shapes
+    kept = [Kept(s, meta(s), hold(held, s, shapes)) for s, held in scene.offers[rank]]
+    wanted = empty(scene.wanted[rank], shapes)
+    if scene.reuse[rank] and kept:
+        # The first elements of the memory of a tensor that is kept, whatever box it was.
+        memory = {item.name: item.part for item in kept[-1].held}
+        for number, item in enumerate(wanted):
+            old, size = memory.get(item.name), volume(item.place.box)
+            if old is not None and old.is_contiguous() and old.numel() >= size:
+                part = old.view(-1)[:size].view(shape_of(item.place.box))
+                wanted[number] = Holding(item.name, part, item.place)
+    filled = go(world, wanted, kept)
+    expected = scene.expected()
+    assert (filled and filled.step) == expected, (filled, expected)
+    if filled is not None:
+        check(wanted, filled.step, shapes)
+
+
+def any_boxes(world: World, examples: int) -> int:
+    """Every rank draws the same scenes: hypothesis is told to leave chance out."""
+    seen: list[int | None] = []
+
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(scenes(world.size))
+    def run(scene: Scene) -> None:
+        seen.append(scene.expected())
+        play(world, scene)
+
+    run()
+    return sum(step is not None for step in seen)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_any_boxes_against_whole_tensors(ranks: int) -> None:
+    filled = launch(any_boxes, 150, ranks=ranks)
+    assert min(filled) > 30, "scenes that can be filled"
+
+
+@given(partitions((5, 7)), boxes((5, 7)), st.integers(1, 40))
+def test_cells_and_cuts_tile(parts: list[Box], box: Box, limit: int) -> None:
+    held = {part: (number,) for number, part in enumerate(parts) if volume(part)}
+    found = cells(box, held)
+    if volume(box):
+        assert sum(volume(region) for region, _ in found) == volume(box)
+        assert all(len(who) == 1 for _, who in found)
+    small = list(cut(whole((5, 7)), 4, limit))
+    assert first_fault(small, (5, 7)) is None
+    assert max(map(volume, small)) <= max(1, limit // 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, SLICE_BYTES))))
+def test_rounds_are_bounded(drawn: list[tuple[int, int, int]]) -> None:
+    slices = [Slice(a, b, n, "w", (), size) for n, (a, b, size) in enumerate(drawn) if a != b]
+    made = rounds(slices)
+    assert sorted(p.index for r in made for p in r) == sorted(p.index for p in slices)
+    for one in made:
+        for rank in range(4):
+            assert sum(p.padded_bytes for p in one if p.giver == rank) <= ROUND_BYTES
+            assert sum(p.padded_bytes for p in one if p.taker == rank) <= ROUND_BYTES
+    most = max((sum(p.padded_bytes for p in slices if p.giver == r) for r in range(4)), default=0)
+    assert len(made) >= math.ceil(most / ROUND_BYTES)
+
+
+def test_what_is_uncut_is_listed_on_every_rank() -> None:
+    place = Place(((3, 6), (0, 2)), (6, 2), ("island",), 1, 2)
+    parameters = {"w": nn.Parameter(torch.ones(3, 2))}
+    state = {"matrices/w/exp_avg": torch.ones(3, 2), "matrices/w/step": torch.tensor(4.0)}
+    assert len(holdings(parameters, state, {"w": place})) == 2
+    found = holdings(parameters, state, {"w": place}, everything=True)
+    assert [(h.name, h.place.shape) for h in found][-1] == ("optim/matrices/w/step", ())
+
+
+# Faults: processes that really die, and a newcomer in their place.
+
+
+def crew(life: Any, folder: Path, victim: int, moment: int) -> dict[int, Any]:
+    """Ranks 0, 1 and 2, of which `victim` kills itself at its fault point number `moment`, and a
+    newcomer who takes its place: what each of the second generation returned."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "tests.metal.test_peer"])
+    folder.mkdir(parents=True)
+    pipes, processes = [], []
+    for rank, new in [(0, False), (1, False), (2, False), (victim, True)]:
+        receiver, sender = context.Pipe(duplex=False)
+        job = (life, str(folder), rank, victim, moment, new, sender)
+        processes.append(context.Process(target=_live, args=job, daemon=True))
+        pipes.append((rank, receiver, sender))
+    try:
+        for process, (_, _, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        found = {}
+        for index, (rank, receiver, _) in enumerate(pipes):
+            if index != victim:
+                assert receiver.poll(60), f"rank {rank} is silent"
+                found[rank] = receiver.recv()
+        processes[victim].join(10)
+        assert processes[victim].exitcode == -signal.SIGKILL, "the victim outlived its fault"
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _live(
+    life: Any, folder: str, rank: int, victim: int, moment: int, new: bool, sender: Connection
+) -> None:
+    torch.set_num_threads(1)
+
+    def join(generation: int) -> World:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/{generation}", rank=rank, world_size=3,
+            timeout=timedelta(seconds=30),
+        )  # fmt: skip
+        return World(rank, 3, rank, "cpu", "h", os.getpid())
+
+    left = moment if rank == victim and not new else -1
+
+    def point(name: str, step: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sender.send(life(join, point, rank, new))
+    dist.destroy_process_group()
+
+
+def filling(join: Any, point: Any, rank: int, new: bool) -> tuple[int, int]:
+    """Ranks 0 and 2 give to rank 1, which is a step behind; somebody dies meanwhile."""
+    held = hold(ALL, 6 if rank != 1 else 5, MODEL)
+    step = 6 if rank != 1 else 5
+    if new:
+        kept = []
+        held = empty(ALL, MODEL)
+    else:
+        join(1)
+        with pytest.raises(RuntimeError):
+            fill(held, [Kept(step, meta(step), held)], dist.group.WORLD, rank, 3, point)
+        check(held, step, MODEL)  # donors and receivers alike: nothing was written
+        dist.destroy_process_group()
+        kept = [Kept(step, meta(step), held)]
+    join(2)
+    filled = fill(held, kept, dist.group.WORLD, rank, 3)
+    assert filled is not None
+    check(held, 6, MODEL)
+    return filled.step, filled.receivers
+
+
+@pytest.mark.parametrize(("victim", "moment"), [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1)])
+def test_a_peer_dies_while_it_fills(victim: int, moment: int, tmp_path: Path) -> None:
+    """At its first round, or after its last: the others' tensors are intact, and it is done again."""
+    found = crew(filling, tmp_path / "c", victim, moment)
+    assert set(found.values()) == {(6, 1 if victim == 1 else 2)}
