@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +13,20 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from cordee.checkpoint.deal import ROUND_BYTES, SLICE_BYTES, Slice, cells, cut, rounds
-from cordee.checkpoint.neighbour import Neighbour, neighbours
+from cordee.checkpoint.deal import (
+    ROUND_BYTES,
+    SLICE_BYTES,
+    Offer,
+    Part,
+    Slice,
+    Told,
+    cells,
+    cut,
+    deal,
+    rounds,
+)
 from cordee.checkpoint.peer import Filled, Kept, fill
 from cordee.checkpoint.state import Holding, holdings
 from cordee.dist.start import World
@@ -30,79 +34,28 @@ from cordee.errors import CheckpointError
 from cordee.layout.boxes import Box, Place, first_fault, shape_of, volume, whole
 from cordee.testing import launch
 from tests.conftest import boxes, partitions
+from tests.metal.crew import (
+    ALL,
+    DTYPES,
+    MODEL,
+    Held,
+    Shapes,
+    check,
+    crew,
+    empty,
+    halves,
+    hold,
+    meta,
+)
 
 torch.set_num_threads(1)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16)
 SHAPES = ((), (7,), (5, 6), (3, 4, 5), (0, 3), (1, 9))
-Held = Sequence[tuple[str, Box]]
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def truth(name: str, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The whole tensor `name` as of the end of `step`."""
-    seed = 1000 * step + sum(map(ord, name))
-    values = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(dtype)
-
-
-def by_hand(name: str, step: int, box: Box, shapes: Shapes) -> Tensor:
-    return truth(name, step, *shapes[name])[tuple(slice(*span) for span in box)]
-
-
-def hold(held: Held, step: int, shapes: Shapes) -> list[Holding]:
-    """Tensors of their own with what is true at `step`."""
-    return [
-        Holding(name, by_hand(name, step, box, shapes).clone(), Place(box, shapes[name][0]))
-        for name, box in held
-    ]
-
-
-def empty(held: Held, shapes: Shapes) -> list[Holding]:
-    """Tensors to be filled; every second one is not contiguous."""
-    found = []
-    for number, (name, box) in enumerate(held):
-        shape, dtype = shapes[name]
-        part = torch.zeros(shape_of(box), dtype=dtype)
-        if number % 2 and len(box) == 2:
-            part = torch.zeros(shape_of(box)[::-1], dtype=dtype).t()
-        found.append(Holding(name, part, Place(box, shape)))
-    return found
-
-
-def check(wanted: Sequence[Holding], step: int, shapes: Shapes) -> None:
-    for item in wanted:
-        assert torch.equal(item.part, by_hand(item.name, step, item.place.box, shapes)), item
-
-
-def meta(step: int) -> dict[str, Any]:
-    return {"progress": {"step": step}, "data": "d"}
 
 
 def go(world: World, wanted: Sequence[Holding], kept: Sequence[Kept]) -> Filled | None:
     group = dist.group.WORLD if world.size > 1 else None
     return fill(wanted, kept, group, world.rank, world.size)
-
-
-MODEL: Shapes = {f"w{n}": ((64 + n, 33), DTYPES[n % 3]) for n in range(9)} | {
-    "step": ((), torch.float32), "big": ((1 << 11, 1 << 10), torch.float32),
-}  # fmt: skip
-ALL: Held = [(name, whole(shape)) for name, (shape, _) in MODEL.items()]
-
-
-def halves(dim: int, ranks: int = 2) -> list[Held]:
-    """What each of some ranks holds of the model when `dim` is cut (0-d tensors: everybody)."""
-    found: list[Held] = []
-    for rank in range(ranks):
-        mine = []
-        for name, box in ALL:
-            if box:
-                size = box[dim][1]
-                span = (size * rank // ranks, size * (rank + 1) // ranks)
-                box = (*box[:dim], span, *box[dim + 1 :])
-            mine.append((name, box))
-        found.append(mine)
-    return found
 
 
 def a_newcomer(world: World) -> tuple[Filled | None, int]:
@@ -317,86 +270,45 @@ def test_what_is_uncut_is_listed_on_every_rank() -> None:
     assert [(h.name, h.place.shape) for h in found][-1] == ("optim/matrices/w/step", ())
 
 
-# Faults: processes that really die, and a newcomer in their place.
+@pytest.mark.parametrize("donors", [1, 2, 3, 5])
+def test_donors_share_the_load(donors: int) -> None:
+    parts = [Part("w", "F32", (300, 1000), whole((300, 1000)))]
+    parts += [Part(f"v{n}", "BF16", (n, 64), whole((n, 64))) for n in range(1, 40)]
+    told = [Told(parts, [Offer(1, {}, parts)]) for _ in range(donors)]
+    slices = deal([*told, Told(parts, []), Told(parts, [])], 1)
+    loads = [sum(p.bytes for p in slices if p.giver == r != p.taker) for r in range(donors)]
+    assert sum(loads) == 2 * (300 * 1000 * 4 + sum(range(40)) * 128)
+    assert max(loads) <= 1.2 * min(loads)
 
 
-def crew(life: Any, folder: Path, victim: int, moment: int) -> dict[int, Any]:
-    """Ranks 0, 1 and 2, of which `victim` kills itself at its fault point number `moment`, and a
-    newcomer who takes its place: what each of the second generation returned."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "tests.metal.test_peer"])
-    folder.mkdir(parents=True)
-    pipes, processes = [], []
-    for rank, new in [(0, False), (1, False), (2, False), (victim, True)]:
-        receiver, sender = context.Pipe(duplex=False)
-        job = (life, str(folder), rank, victim, moment, new, sender)
-        processes.append(context.Process(target=_live, args=job, daemon=True))
-        pipes.append((rank, receiver, sender))
-    try:
-        for process, (_, _, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()
-        found = {}
-        for index, (rank, receiver, _) in enumerate(pipes):
-            if index != victim:
-                assert receiver.poll(60), f"rank {rank} is silent"
-                found[rank] = receiver.recv()
-        processes[victim].join(10)
-        assert processes[victim].exitcode == -signal.SIGKILL, "the victim outlived its fault"
-        return found
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _live(
-    life: Any, folder: str, rank: int, victim: int, moment: int, new: bool, sender: Connection
-) -> None:
-    torch.set_num_threads(1)
-
-    def join(generation: int) -> World:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{generation}", rank=rank, world_size=3,
-            timeout=timedelta(seconds=30),
-        )  # fmt: skip
-        return World(rank, 3, rank, "cpu", "h", os.getpid())
-
-    left = moment if rank == victim and not new else -1
-
-    def point(name: str, step: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == -1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sender.send(life(join, point, rank, new))
-    dist.destroy_process_group()
+BIG: Shapes = {**MODEL, "big": ((2560, 4096), torch.float32)}
+"""More than one round of messages."""
+BIG_ALL: Held = [(name, whole(shape)) for name, (shape, _) in BIG.items()]
 
 
 def filling(join: Any, point: Any, rank: int, new: bool) -> tuple[int, int]:
     """Ranks 0 and 2 give to rank 1, which is a step behind; somebody dies meanwhile."""
-    held = hold(ALL, 6 if rank != 1 else 5, MODEL)
+    held = hold(BIG_ALL, 6 if rank != 1 else 5, BIG)
     step = 6 if rank != 1 else 5
     if new:
         kept = []
-        held = empty(ALL, MODEL)
+        held = empty(BIG_ALL, BIG)
     else:
         join(1)
         with pytest.raises(RuntimeError):
             fill(held, [Kept(step, meta(step), held)], dist.group.WORLD, rank, 3, point)
-        check(held, step, MODEL)  # donors and receivers alike: nothing was written
+        check(held, step, BIG)  # donors and receivers alike: nothing was written
         dist.destroy_process_group()
         kept = [Kept(step, meta(step), held)]
     join(2)
     filled = fill(held, kept, dist.group.WORLD, rank, 3)
     assert filled is not None
-    check(held, 6, MODEL)
+    check(held, 6, BIG)
     return filled.step, filled.receivers
 
 
-@pytest.mark.parametrize(("victim", "moment"), [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("victim", "moment"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (1, 2)])
 def test_a_peer_dies_while_it_fills(victim: int, moment: int, tmp_path: Path) -> None:
-    """At its first round, or after its last: the others' tensors are intact, and it is done again."""
+    """At its first round, its second, or after: what the others keep is intact; done again."""
     found = crew(filling, tmp_path / "c", victim, moment)
     assert set(found.values()) == {(6, 1 if victim == 1 else 2)}
