@@ -89,16 +89,17 @@ def halves(dim: int, ranks: int = 2) -> list[Held]:
     return found
 
 
-def crew(life: Any, folder: Path, victim: int, moment: int) -> dict[int, Any]:
-    """Ranks 0, 1 and 2, of which `victim` kills itself at its fault point number `moment`, and a
+def crew(life: Any, folder: Path, victim: int, moment: int, ranks: int = 3) -> dict[int, Any]:
+    """Some ranks, of which `victim` kills itself at its fault point number `moment`, and a
     newcomer who takes its place: what each of the second generation returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "tests.metal.crew"])
     folder.mkdir(parents=True)
     pipes, processes = [], []
-    for rank, new in [(0, False), (1, False), (2, False), (victim, True)]:
+    for rank, new in [*((rank, False) for rank in range(ranks)), (victim, True)]:
         receiver, sender = context.Pipe(duplex=False)
-        job = (life, str(folder), rank, victim, moment, new, sender)
+        place = World(rank, ranks, rank, "cpu", "h", 0)
+        job = (life, str(folder), place, -1 if new or rank != victim else moment, new, sender)
         processes.append(context.Process(target=_live, args=job, daemon=True))
         pipes.append((rank, receiver, sender))
     try:
@@ -119,19 +120,16 @@ def crew(life: Any, folder: Path, victim: int, moment: int) -> dict[int, Any]:
             process.join()
 
 
-def _live(
-    life: Any, folder: str, rank: int, victim: int, moment: int, new: bool, sender: Connection
-) -> None:
+def _live(life: Any, folder: str, place: World, moment: int, new: bool, sender: Connection) -> None:
     torch.set_num_threads(1)
 
-    def join(generation: int) -> World:
+    def join(generation: int) -> None:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{generation}", rank=rank, world_size=3,
-            timeout=timedelta(seconds=30),
+            "gloo", init_method=f"file://{folder}/{generation}", rank=place.rank,
+            world_size=place.size, timeout=timedelta(seconds=30),
         )  # fmt: skip
-        return World(rank, 3, rank, "cpu", "h", os.getpid())
 
-    left = moment if rank == victim and not new else -1
+    left = moment
 
     def point(name: str, step: int) -> None:
         nonlocal left
@@ -139,5 +137,5 @@ def _live(
         if left == -1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sender.send(life(join, point, rank, new))
+    sender.send(life(join, point, place, new))
     dist.destroy_process_group()

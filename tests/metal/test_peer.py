@@ -88,7 +88,7 @@ def test_a_rank_that_is_one_step_behind_is_filled() -> None:
 
 
 def relayouts(world: World) -> None:
-    """shard 2 -> 1, 1 -> 2, dim 0 -> dim 1, in fresh memory and in the memory of before."""
+    """shard 2 -> 1, 1 -> 2, dim 0 -> dim 1, in fresh memory."""
     rank = world.rank
     everything: list[Held] = [ALL, ALL]
     layouts = (everything, halves(0), halves(1))
@@ -109,6 +109,22 @@ def relayouts(world: World) -> None:
 
 def test_layouts_change() -> None:
     launch(relayouts, ranks=2)
+
+
+def same_memory(world: World) -> None:
+    """Rows 0-3 and 2-5 change places in the memory where they are: what a rank has of its own would
+    be overwritten by what comes, and what it sends too (more than a round)."""
+    shapes: Shapes = {"w": ((6, 1 << 21), torch.float32)}
+    lines = [((0, 4), (0, 1 << 21)), ((2, 6), (0, 1 << 21))]
+    held = hold([("w", lines[world.rank])], 2, shapes)
+    wanted = [Holding("w", held[0].part, Place(lines[1 - world.rank], shapes["w"][0]))]
+    filled = go(world, wanted, [Kept(2, meta(2), held)])
+    assert filled is not None and filled.bytes == 4 << 23
+    check(wanted, 2, shapes)
+
+
+def test_layouts_change_in_the_same_memory() -> None:
+    launch(same_memory, ranks=2)
 
 
 def several(world: World) -> None:
@@ -286,8 +302,9 @@ BIG: Shapes = {**MODEL, "big": ((2560, 4096), torch.float32)}
 BIG_ALL: Held = [(name, whole(shape)) for name, (shape, _) in BIG.items()]
 
 
-def filling(join: Any, point: Any, rank: int, new: bool) -> tuple[int, int]:
+def filling(join: Any, point: Any, world: World, new: bool) -> tuple[int, int]:
     """Ranks 0 and 2 give to rank 1, which is a step behind; somebody dies meanwhile."""
+    rank = world.rank
     held = hold(BIG_ALL, 6 if rank != 1 else 5, BIG)
     step = 6 if rank != 1 else 5
     if new:
