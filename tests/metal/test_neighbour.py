@@ -157,6 +157,6 @@ def test_a_fault_at_any_message_leaves_a_step_that_all_cover(
 
 
 def test_ranks_that_have_all_keep_the_step_before_until_everybody_has(tmp_path: Path) -> None:
-    """Ranks 2 and 3 of a ring of 5 have all messages of the copy that the death of rank 0 breaks."""
+    """Ranks 2 and 3 of a ring of 5 have all messages of a copy that the death of rank 0 breaks."""
     found = crew(copying, tmp_path / "c", 0, POINTS.index("copy.send"), ranks=5)
     assert {step for step, _ in found.values()} == {4}
