@@ -28,7 +28,8 @@ from cordee.testing import slowed
 
 WORDS = (
     "run.exact=true", "model.layers=4", "model.width=256", "model.heads=4", "data.sequence=256",
-    "data.path=builtin:markov", "batch.microbatch=2", "batch.microbatches=16", "optim.name=adamw",
+    "data.path=builtin:markov", "data.tokens=200000", "batch.microbatch=2",
+    "batch.microbatches=16", "optim.name=adamw",
     "evaluate.sample=0", "evaluate.tokens=2048", "checkpoint.every=0", "launch.threads=1",
     "launch.processes=2",
 )  # fmt: skip
@@ -48,11 +49,14 @@ def run(folder: Path, words: list[str], slow_from: int | None, part: float) -> d
     command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     begun = 0
-    while process.poll() is None and begun < max(1, slow_from or 0):
-        time.sleep(0.005)
-        begun = len(read_lines(folder / "metrics.jsonl"))
-    with nullcontext() if slow_from is None else slowed(rank_of(process, 1), part):
-        code = process.wait()
+    try:
+        while process.poll() is None and begun < max(1, slow_from or 0):
+            time.sleep(0.005)
+            begun = len(read_lines(folder / "metrics.jsonl"))
+        with nullcontext() if slow_from is None else slowed(rank_of(process, 1), part):
+            code = process.wait()
+    finally:
+        process.kill()  # its ranks die with it
     if code:
         raise SystemExit(f"{' '.join(command)} failed with {code}")
     rows = read_lines(folder / "metrics.jsonl")
@@ -90,10 +94,11 @@ def main() -> None:
             for place, (name, (case, slow_from)) in enumerate(cases.items())
         }
     equal = (found["equal"]["tokens_per_s"] + found["equal again"]["tokens_per_s"]) / 2
+    reference = found["equal"]["digest"]
     for name, each in found.items():
         whole = equal * (1 if name.startswith("equal") else (1 + asked.part) / 2)
         each["of_both_speeds"] = round(each.pop("tokens_per_s") / whole, 3)
-        each["digest"] = "same" if each["digest"] == found["equal"]["digest"] else each["digest"]
+        each["digest"] = "same" if each["digest"] == reference else each["digest"]
         told = "  ".join(f"{key} {value}" for key, value in each.items())
         print(f"{name:24s} {told}", file=sys.stderr)
     if asked.json:
