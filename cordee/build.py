@@ -27,6 +27,7 @@ from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, entries, make_drill
 from cordee.layout.axes import INSIDE
 from cordee.layout.boxes import Place
+from cordee.layout.shares import Balance
 from cordee.layout.split import shard_rows
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec
@@ -52,8 +53,8 @@ class RunState:
     """A live run on this rank. What survives a restart is listed in checkpoint/state.py.
 
     `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
-    counts for which microbatch's loss (see `gather_tally`); `brought` is the type of a model that
-    the caller brought.
+    counts for which microbatch's loss (see `gather_tally`); `balance` is None where shares stay as
+    they are; `brought` is the type of a model that the caller brought.
     """
 
     run: Run
@@ -74,6 +75,7 @@ class RunState:
     spoken: list[range]
     totals: Totals | None
     held_out: TokenSource | Samples | None
+    balance: Balance | None = None
     brought: str = ""
     progress: Progress = field(default_factory=Progress)
 
@@ -214,6 +216,7 @@ def build(
         spoken=speakers(run, plan, live.stages),
         totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
         held_out=open_held_out(data, parts.held_out) if before is None else before.held_out,
+        balance=make_balance(run, plan),
         brought=parts.model_name,
     )
 
@@ -258,6 +261,17 @@ def speakers(run: Run, plan: Plan, stages: Stages) -> list[range]:
             speaks = speaks and at["island"] == 0
         told.append(range(*plan.splits[plan.layout.worker(rank)]) if speaks else range(0))
     return told
+
+
+def make_balance(run: Run, plan: Plan) -> Balance | None:
+    """What watches the islands' speeds; None where no share can move."""
+    layout = plan.layout
+    fixed = layout.island == 1 or layout.pipeline > 1 or run.data.placement == "replicate"
+    if fixed or not run.layout.balance:
+        return None
+    unit = layout.workers // layout.island
+    # Ranks of an island step together: one that is cut is not tried with an empty share.
+    return Balance(plan.shares, unit, least=0 if layout.size == layout.island else unit)
 
 
 def make_work(

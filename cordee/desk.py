@@ -95,9 +95,10 @@ class Desk:
         """Training time of this run so far, earlier starts included, by this rank's clock."""
         return self._before_s + time.monotonic() - self._began
 
-    def wishes(self) -> Wishes:
+    def wishes(self, compute_s: float) -> Wishes:
         """What this rank says in the tally."""
-        return Wishes(self.asked.number is not None, self.keeper.status, self.clock_s())
+        leaves = self.asked.number is not None
+        return Wishes(leaves, self.keeper.status, self.clock_s(), compute_s)
 
     def done(self, state: RunState) -> float:
         """Part of the run that is behind, by the limit that is nearest; 1 or more is the end."""
@@ -178,6 +179,8 @@ class Desk:
             "samples": word_of(outcome.tally.samples),
             "elapsed_s": round(at.elapsed_s, 3),
         }
+        if len(state.plan.shares) > 1:
+            row["shares"] = state.plan.shares
         if outcome.loss_scale is not None:
             row["loss_scale"] = outcome.loss_scale
         self._sent, self._shared_s = sent, shared_s
@@ -285,6 +288,9 @@ class Desk:
             f" a step, {run.optim.name}, {run.run.precision}"
         )
         self.screen.say(f"layout  {plan.why}")
+        if plan.layout.island > 1 and plan.layout.pipeline > 1 and run.layout.balance:
+            told = "a pipeline's schedule is made for its number of microbatches"
+            self.screen.say(f"shares  stay equal whatever islands' speeds: {told}")
         if came_from is not None:
             self.screen.say(f"resumed after step {state.progress.step} from {came_from}")
 

@@ -2,18 +2,20 @@
 
 For tests, examples and notebooks. The function and its arguments travel by name and value to fresh
 processes, so the function must live at the top of a module. The first rank to fail ends the others,
-and its traceback is what is raised.
+and its traceback is what is raised. `slowed` makes a device of unequal speed out of a process.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,27 @@ def launch(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+@contextmanager
+def slowed(pid: int, part: float = 1 / 3, period_s: float = 0.06) -> Iterator[None]:
+    """While this lasts, process `pid` runs that part of the time and is stopped for the rest."""
+    enough = threading.Event()
+
+    def stop_and_go() -> None:
+        with suppress(ProcessLookupError):
+            while not enough.wait(part * period_s):
+                os.kill(pid, signal.SIGSTOP)
+                enough.wait((1 - part) * period_s)
+                os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
 
 
 def _rank(
@@ -105,4 +128,4 @@ def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:
     return [results[rank] for rank in sorted(results)]
 
 
-__all__ = ["World", "launch"]
+__all__ = ["World", "launch", "slowed"]

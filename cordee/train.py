@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cordee.balance import rebalance
 from cordee.begin import Brought, Ready, get_ready, launch_ranks, lay_out_data, locked, record
 from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
@@ -168,6 +169,7 @@ def walk(state: RunState, desk: Desk) -> None:
         outcome = step(state, desk)
         desk.record(state, outcome)
         desk.keeper.settle(outcome.tally.saving)
+        rebalance(state, desk, outcome.tally)
         if outcome.verdict.say is Say.STOP:
             stop(state, desk, outcome)
         desk.note_due(state)
@@ -205,7 +207,8 @@ def step(state: RunState, desk: Desk) -> Outcome:
     desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
         said, group = state.speaks(losses), state.mesh.group(*AXES)
-        tally = gather_tally(said, state.loaded(), desk.wishes(), state.spoken, group)
+        wishes = desk.wishes(state.engine.compute_s)
+        tally = gather_tally(said, state.loaded(), wishes, state.spoken, group)
         gradients = state.engine.place(state.sync.agree(partial))
         state.scale.unscale(gradients)
     del partial

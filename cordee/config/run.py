@@ -168,6 +168,10 @@ class LayoutSettings:
     zero: Literal["auto", 1, 2, 3] = "auto"
     """What shard ranks keep whole between uses: 1 parameters and gradients, 2 parameters, 3 nothing
     (ZeRO, Rajbhandari et al. 2020). auto: the first that fits."""
+    balance: bool = True
+    """Islands that take longer for a microbatch compute fewer of them, as measured while the run
+    goes. The sums stay the same bits wherever their order is canonical (run.exact, the exchange);
+    else their last bits change with the shares. Pipelines keep equal shares."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,36 +56,41 @@ class Exchange:
         self.group = group
         self.size = len(ranges)
         self.codec = codec
+        self.bytes_sent = 0
+        self.deal(ranges)
+
+    def deal(self, ranges: Sequence[range]) -> None:
+        """The members compute these microbatches from now on; a range may be empty."""
         self.total = max(part.stop for part in ranges)
         self.nodes = [canonical_subtrees(part, self.total) for part in ranges]
         self.commutes = (
             self.size == 2
-            and codec.dtype == torch.float32
+            and self.codec.dtype == torch.float32
             and all(len(nodes) == 1 for nodes in self.nodes)
         )
-        self.bytes_sent = 0
 
     def add(self, partial: Sequence[tuple[Node, Tensor]]) -> Tensor:
         """The sum over all members of their canonical subtrees, the same on every member.
 
-        `partial` holds this member's (node, flat fp32 vector of n elements) in order; the vectors
-        may be overwritten. Returns a flat fp32 vector of n elements.
+        `partial` holds this member's (node, flat fp32 vector of n elements) in order, a vector of
+        an empty node where it has no work; the vectors may be overwritten. Returns a flat fp32
+        vector of n elements.
         """
         if self.size == 1:
             return fold((0, self.total), dict(partial), Tensor.add_)
-        vectors = [vector for _, vector in partial]
-        n = vectors[0].numel()
+        vectors = [vector for (start, stop), vector in partial if start < stop]
+        n = partial[0][1].numel()
         chunk = -(-n // self.size)
         messages = (len(vectors) + 1) * (self.size - 1)
         self.bytes_sent += messages * chunk * self.codec.dtype.itemsize
         if self.commutes:
             dist.all_reduce(vectors[0], group=self.group)
             return vectors[0]
-        return self._add_slices(vectors, chunk)[:n]
+        return self._add_slices(vectors, partial[0][1], chunk)[:n]
 
-    def _add_slices(self, vectors: Sequence[Tensor], chunk: int) -> Tensor:
+    def _add_slices(self, vectors: Sequence[Tensor], like: Tensor, chunk: int) -> Tensor:
         """All-to-all of slices, the owner's sum in canonical order, all-gather of the sums."""
-        sent = self._encode_slices(vectors, chunk)
+        sent = self._encode_slices(vectors, like, chunk)
         received = sent.new_empty(sum(map(len, self.nodes)) * chunk)
         dist.all_to_all_single(
             received,
@@ -99,11 +104,11 @@ class Exchange:
         gather_flat(gathered, self.codec.encode(slice_sum), group=self.group)
         return self.codec.decode(gathered)
 
-    def _encode_slices(self, vectors: Sequence[Tensor], chunk: int) -> Tensor:
+    def _encode_slices(self, vectors: Sequence[Tensor], like: Tensor, chunk: int) -> Tensor:
         """Payload laid out by receiver: for each member, its slice of each of our vectors."""
-        n = vectors[0].numel()
+        n = like.numel()
         sent = torch.zeros(
-            self.size, len(vectors), chunk, dtype=self.codec.dtype, device=vectors[0].device
+            self.size, len(vectors), chunk, dtype=self.codec.dtype, device=like.device
         )
         for index, vector in enumerate(vectors):
             payload = self.codec.encode(vector)

@@ -1,8 +1,8 @@
 """One small vector from every rank in every step: losses, wishes and the state of its save.
 
 It is how ranks decide together without further messages: who wants to leave, whether a save is
-complete everywhere, and whose clock counts (rank 0's). Eight bytes a number, three numbers a rank
-beside its losses and the digests of the samples that it loaded for them.
+complete everywhere, whose clock counts (rank 0's), and who computes how fast. Eight bytes a number,
+four numbers a rank beside its losses and the digests of the samples that it loaded for them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch.distributed as dist
 from cordee.dist.exchange import gather_rows
 from cordee.errors import RunError
 
+OWN = 4
+"""Numbers that a rank says beside those of its microbatches."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -27,15 +30,19 @@ class Tally:
     leave: bool
     saving: tuple[int, ...]
     clock_s: float
+    compute_s: tuple[float, ...] = ()
+    """What each rank took for its microbatches, waits for data left out."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What this rank says: leave after this step, the state of its save, its clock."""
+    """What this rank says: leave after this step, the state of its save, its clock, and how long it
+    computed in this step."""
 
     leave: bool = False
     saving: int = 0
     clock_s: float = 0.0
+    compute_s: float = 0.0
 
 
 def gather_tally(
@@ -48,15 +55,16 @@ def gather_tally(
     """`spoken[r]` are the microbatches whose losses rank r knows a part of; parts add up.
     RunError when two that share a microbatch loaded other samples for it."""
     most = max(map(len, spoken))
-    row = torch.zeros(3 + 2 * most, dtype=torch.float64)
-    row[0], row[1], row[2] = float(wishes.leave), wishes.saving, wishes.clock_s
-    row[3 : 3 + len(losses)] = torch.tensor(losses, dtype=torch.float64)
-    row[3 + most : 3 + most + len(digests)] = torch.tensor(digests, dtype=torch.float64)
+    row = torch.zeros(OWN + 2 * most, dtype=torch.float64)
+    own = (float(wishes.leave), wishes.saving, wishes.clock_s, wishes.compute_s)
+    row[:OWN] = torch.tensor(own, dtype=torch.float64)
+    row[OWN : OWN + len(losses)] = torch.tensor(losses, dtype=torch.float64)
+    row[OWN + most : OWN + most + len(digests)] = torch.tensor(digests, dtype=torch.float64)
     rows = gather_rows(row, group, len(spoken)).tolist()
     known: dict[int, float] = {}
     loaded: dict[int, int] = {}
     for part, said in zip(spoken, rows, strict=True):
-        for index, loss, digest in zip(part, said[3:], said[3 + most :], strict=False):
+        for index, loss, digest in zip(part, said[OWN:], said[OWN + most :], strict=False):
             known[index] = known.get(index, 0.0) + loss
             if loaded.setdefault(index, int(digest)) != int(digest):
                 raise RunError(
@@ -70,4 +78,5 @@ def gather_tally(
         leave=any(said[0] for said in rows),
         saving=tuple(int(said[1]) for said in rows),
         clock_s=rows[0][2],
+        compute_s=tuple(said[3] for said in rows),
     )

@@ -18,6 +18,7 @@ from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.metrics.charts import Chart, Line, extremes, figure, means, number, smooth
 from cordee.metrics.records import Column, Records
+from cordee.metrics.records import number as number_of
 from cordee.metrics.report import Summary, amount, computing, mean_ratio, seconds
 from cordee.metrics.style import SCRIPT, STYLE
 
@@ -29,6 +30,8 @@ POINTS = 800
 ALL_LAYERS = 24_000
 """Points of all layers' lines together."""
 MOST_EVENTS = 200
+MOST_ISLANDS = 64
+"""Rows of the table of shares."""
 MARKED = ("resumed", "step_skipped", "checkpoint_failed", "data_changed")
 """Events that are marked in the charts of the loss."""
 NAMES = {"seconds": "took", "bytes": "size"}
@@ -40,6 +43,7 @@ LN2 = 0.6931471805599453
 def page(records: Records, summary: Summary) -> str:
     """The whole report as one HTML document; at most some hundred kilobytes for any run."""
     body = _head(records, summary) + _figures(records) + _plan_table(summary)
+    body += _share_table(records)
     body += _config_table(records.run) + _event_table(records.events) + _sample(records)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -275,6 +279,27 @@ def _plan_table(summary: Summary) -> str:
         return ""
     head = '<th></th><th class="n">planned</th><th class="n">measured</th><th class="n">ratio</th>'
     return f"<h2>Planned and measured</h2>{_table(head, rows)}"
+
+
+def _share_table(records: Records) -> str:
+    """What each island computed at last and why: its time for a microbatch."""
+    event = records.event("rebalanced") or {}
+    given, times = (event.get(name) for name in ("after", "seconds_per_microbatch"))
+    if not (isinstance(given, list) and isinstance(times, list) and given):
+        return ""
+    rows = []
+    for island, (count, each) in enumerate(zip(given, times, strict=False)):
+        took = number_of(each)
+        if island < MOST_ISLANDS and isinstance(count, int) and took:
+            rows.append(
+                f'<tr><td class="n">{island}</td><td class="n">{count}</td>'
+                f'<td class="n">{seconds(took)}</td><td class="n">{seconds(count * took)}</td></tr>'
+            )
+    head = "".join(
+        f'<th class="n">{name}</th>'
+        for name in ("island", "microbatches", "time for one", "for all of them")
+    )
+    return f"<h2>Shares of the islands</h2>{_table(head, rows)}"
 
 
 def _config_table(run: Run | None) -> str:

@@ -67,7 +67,7 @@ def summarise(records: Records, now: float | None = None) -> Summary:
     losses = records.seen("loss")
     remarks = [_about_end(records, state), *_about_loss(records), *_about_held_out(records)]
     remarks += [*_about_time(records), *_about_steps(records), *_about_layers(records)]
-    remarks += _about_plan(records)
+    remarks += [*_about_shares(records), *_about_plan(records)]
     bad = [r.text for r in remarks if r.kind == "bad"]
     headline = " ".join(r.text for r in remarks[:2])
     others = [text for text in bad if text not in headline]
@@ -271,6 +271,15 @@ def _about_layers(records: Records) -> list[Remark]:
     if not found:
         found.append(Remark("good", "Gradients neither explode nor vanish in any layer."))
     return found
+
+
+def _about_shares(records: Records) -> list[Remark]:
+    times = sum(e["event"] == "rebalanced" for e in records.events)
+    event = records.event("rebalanced") or {}
+    if not isinstance(event.get("why"), str):
+        return []
+    often = "" if times == 1 else f", the last of {times} changes"
+    return [Remark("note", f"From step {event.get('step')} on{often}: {event['why']}.")]
 
 
 def _about_plan(records: Records) -> list[Remark]:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -94,6 +94,7 @@ class Engine:
         """Of this step's microbatches that this rank loaded, their samples' (data/ledger.py)."""
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
+        self._began = 0.0
 
     def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
         """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
@@ -113,7 +114,20 @@ class Engine:
         # A step that is dropped or fails has not moved them.
         self._moved = self._copied()
         self._put(before)
-        return losses, partial if canonical else self.collect()
+        # Without work there is nothing in the tree: zeros over no microbatch.
+        return losses, partial if partial else self.collect()
+
+    def deal(self, part: range) -> None:
+        """This rank computes these microbatches from now on; without axes inside an island there
+        may be none."""
+        self.work = replace(self.work, part=part)
+        self._tree = TreeSum(part, self.work.total)
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds since this step's microbatches began, waits for data left out. Ask when their
+        losses were read: on CUDA only then their backwards have run."""
+        return time.perf_counter() - self._began - self.data_s
 
     @property
     def bytes_sent(self) -> dict[str, int]:
@@ -133,9 +147,9 @@ class Engine:
             moe.aux_scale = scale / self.work.tokens
         self._clear([*self.modules.values(), *self.parameters.values()])
         self.digests.clear()
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         self.loader.begin(step, self.work.part)
-        self.data_s = time.perf_counter() - began
+        self.data_s = time.perf_counter() - self._began
 
     def collect(self) -> Partial:
         """The gradients that FSDP2 and autograd left, summed inside the island."""

@@ -55,6 +55,13 @@ class Plan:
     why: str
     note: str = ""
 
+    @property
+    def shares(self) -> list[int]:
+        """Microbatches of each island."""
+        lengths = [stop - start for start, stop in self.splits]
+        each = self.layout.workers // self.layout.island
+        return [sum(lengths[i : i + each]) for i in range(0, len(lengths), each)]
+
     def to_json(self) -> str:
         """The plan as one JSON object; `from_json` gives an equal plan back."""
         return json.dumps(self.to_dict(), indent=1)

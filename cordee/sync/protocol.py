@@ -100,6 +100,11 @@ class ByExchange(_Stateless):
         self.exchange = Exchange(group, ranges, codec)
         self.island = island
 
+    def deal(self, ranges: Sequence[range]) -> None:
+        """Workers compute these microbatches from now on; sums of islands do not care."""
+        if self.island is None:
+            self.exchange.deal(ranges)
+
     def agree(self, partial: Partial) -> list[Tensor]:
         """The same bits for any number of members when the codec is the identity."""
         like = partial[0][1]

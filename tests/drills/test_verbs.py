@@ -142,7 +142,9 @@ def test_plan_is_what_train_obeys(home: Path) -> None:
     kept = json.loads((home / "runs/small/plan.json").read_text())
     assert picked["processes"] == kept["processes"] == 2
     assert picked["splits"] == kept["splits"]
-    sent = {row["bytes_sent"] for row in rows(home / "runs" / "small")}
+    # Other shares, should the machine be uneven, have other subtrees to send.
+    even = [row for row in rows(home / "runs" / "small") if row["shares"] == [6, 6]]
+    sent = {row["bytes_sent"] for row in even}
     assert sent == {kept["predicted"]["bytes_sent"]}
 
 

@@ -322,6 +322,24 @@ def test_messages_inside_an_island_are_drawn_and_not_called_compute(tmp_path: Pa
         assert ("communication between islands" in drawn) is told
 
 
+def test_shares_of_unequal_islands_are_told(tmp_path: Path) -> None:
+    known: dict[str, Any] = {
+        "before": [6, 6], "after": [9, 3], "seconds_per_microbatch": [0.01, 0.03],
+        "why": "island 1 takes 3.0 times as long",
+    }  # fmt: skip
+    odd = {"after": [9, "3"], "seconds_per_microbatch": [None]}
+    for name, events, told in (
+        ("even", [], False), ("odd", [odd], False), ("unequal", [known, known], True),
+    ):  # fmt: skip
+        made = [event("rebalanced", 7, **each) for each in events]
+        records = read_run(lay(tmp_path / name, events=[*made, FINISHED]))
+        summary = summarise(records)
+        drawn = page(records, summary)
+        assert ('<td class="n">9</td><td class="n">10 ms</td><td class="n">90 ms' in drawn) is told
+        why = "From step 7 on, the last of 2 changes: island 1 takes 3.0 times as long."
+        assert (why in [r.text for r in summary.remarks]) is told
+
+
 def test_entropy_is_drawn_as_the_floor(tmp_path: Path) -> None:
     events = [event("started", entropy_bits=2.0), FINISHED]
     records = read_run(lay(tmp_path / "a", events=events))

@@ -1,0 +1,109 @@
+"""Two islands of unequal speed against two equal ones: how much of the sum of both speeds is used.
+
+    python benchmarks/unequal.py [--json] [--steps N] [--part 0.333] [WORD ...]
+
+One island is stopped for 1 - part of every 60 ms. Runs, one after another, of the same words (those
+given are overrides): equal; uneven from its first step; the same with layout.balance=false; uneven
+from the middle on. Their speeds are held to (1 + part) / 2 of the equal run's, the sum of both
+islands' speeds. Goals: >= 0.90, rebalanced within 10 steps, the same digest everywhere. Speeds are
+medians over the steps after the last change of shares, and at least 10 steps. Run it on a quiet
+machine with a core for each island.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cordee.metrics.sinks import last_event, read_lines
+from cordee.testing import slowed
+
+WORDS = (
+    "run.exact=true", "model.layers=4", "model.width=256", "model.heads=4", "data.sequence=256",
+    "data.path=builtin:markov", "data.tokens=200000", "batch.microbatch=2",
+    "batch.microbatches=16", "optim.name=adamw",
+    "evaluate.sample=0", "evaluate.tokens=2048", "checkpoint.every=0", "launch.threads=1",
+    "launch.processes=2",
+)  # fmt: skip
+
+
+def rank_of(process: subprocess.Popen[bytes], rank: int) -> int:
+    """The pid of a rank that `process` started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in children:
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise SystemExit(f"there is no rank {rank}")
+
+
+def run(folder: Path, words: list[str], slow_from: int | None, part: float) -> dict[str, Any]:
+    """A run in which island 1 is slow from step `slow_from` on (None: never)."""
+    command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = 0
+    try:
+        while process.poll() is None and begun < max(1, slow_from or 0):
+            time.sleep(0.005)
+            begun = len(read_lines(folder / "metrics.jsonl"))
+        with nullcontext() if slow_from is None else slowed(rank_of(process, 1), part):
+            code = process.wait()
+    finally:
+        process.kill()  # its ranks die with it
+    if code:
+        raise SystemExit(f"{' '.join(command)} failed with {code}")
+    rows = read_lines(folder / "metrics.jsonl")
+    events = read_lines(folder / "events.jsonl")
+    moved = [e["step"] for e in events if e["event"] == "rebalanced" and e["step"] > begun]
+    settled = min(max([begun, *moved]), len(rows) - 10)
+    return {
+        "tokens_per_s": median(row["tokens_per_s"] for row in rows[settled:]),
+        "steps_to_rebalanced": moved[0] - begun if moved else None,
+        "shares": rows[-1]["shares"],
+        "changes": len(moved),
+        "digest": last_event(folder)["weights_sha256"],
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--part", type=float, default=1 / 3)
+    parser.add_argument("words", nargs="*")
+    asked = parser.parse_args()
+    words = [*WORDS, f"run.steps={asked.steps}", *asked.words]
+    cases: dict[str, tuple[list[str], int | None]] = {
+        "equal": (words, None),
+        "uneven": (words, 1),
+        "uneven, balance=false": ([*words, "layout.balance=false"], 1),
+        "uneven from the middle": (words, asked.steps // 2),
+        "equal again": (words, None),
+    }
+    with tempfile.TemporaryDirectory() as home:
+        found = {
+            name: run(Path(home) / str(place), case, slow_from, asked.part)
+            for place, (name, (case, slow_from)) in enumerate(cases.items())
+        }
+    equal = (found["equal"]["tokens_per_s"] + found["equal again"]["tokens_per_s"]) / 2
+    reference = found["equal"]["digest"]
+    for name, each in found.items():
+        whole = equal * (1 if name.startswith("equal") else (1 + asked.part) / 2)
+        each["of_both_speeds"] = round(each.pop("tokens_per_s") / whole, 3)
+        each["digest"] = "same" if each["digest"] == reference else each["digest"]
+        told = "  ".join(f"{key} {value}" for key, value in each.items())
+        print(f"{name:24s} {told}", file=sys.stderr)
+    if asked.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
