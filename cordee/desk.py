@@ -35,7 +35,6 @@ from cordee.metrics.sinks import JsonLines, keep_lines, last_step, now, read_lin
 from cordee.optim.clip import layer_norms
 from cordee.plan.report import compare, count_text
 
-
 KEPT_ROWS = 256
 """Rows that every rank holds, for the case that the first rank dies before it has written them."""
 
@@ -69,8 +68,8 @@ class Desk:
         self.leave = False
         self.screen = Screen(silent=not first)
         told = state.plan.predicted
-        self.meter = before.meter if before else Meter(
-            state.world.device, told.flops, told.peak_flops
+        self.meter = (
+            before.meter if before else Meter(state.world.device, told.flops, told.peak_flops)
         )
         self.owed: list[str] = []
         """What is due after the step behind and not done yet."""

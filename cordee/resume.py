@@ -55,9 +55,7 @@ def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
         return
     line.ready()
     while (given := line.take()) is not None:
-        told = replace(
-            ready.told, rank=given.rank, size=given.size, local_rank=given.local_rank
-        )
+        told = replace(ready.told, rank=given.rank, size=given.size, local_rank=given.local_rank)
         yield Seat(
             Plan.from_json(given.plan), told, given.drill, line.store(given), line.mark,
             given.generation, tuple(given.why), tuple(given.members), given.ended_s,
@@ -178,9 +176,7 @@ def _tell_change(state: RunState, desk: Desk, seat: Seat, filled: Filled) -> Non
     )
 
 
-def choose_checkpoint(
-    state: RunState, desk: Desk, seat: Seat
-) -> tuple[Checkpoint | None, int]:
+def choose_checkpoint(state: RunState, desk: Desk, seat: Seat) -> tuple[Checkpoint | None, int]:
     """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation).
 
     One rank has checked every byte: the others check the manifest and read what is theirs.

@@ -36,8 +36,8 @@ from cordee.data.samples import batches, describe_samples
 from cordee.data.source import DatasetInfo, TokenSource, changed_sources
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
-from cordee.dist.mesh import WORKERS
 from cordee.dist.line import open_line
+from cordee.dist.mesh import WORKERS
 from cordee.dist.start import Launched, follow_parent, world
 from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, RunError
@@ -116,9 +116,7 @@ def descend(ready: Ready, parts: Parts) -> Report:
     return Report(run.run.dir, asked.exit_code)
 
 
-def take_part(
-    ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked
-) -> Report:
+def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked) -> Report:
     """One generation: join, build, load, walk, finish."""
     run, plan, told = ready.run, seat.plan, seat.told
     drill = make_drill(seat.drill, run.fault.poison, told.rank, seat.mark)

@@ -29,7 +29,9 @@ class Ready:
 
 
 def assign(
-    reports: Mapping[str, Mapping[str, Any]], inside: int, plan_for: Callable[[int], tuple[str, int]]
+    reports: Mapping[str, Mapping[str, Any]],
+    inside: int,
+    plan_for: Callable[[int], tuple[str, int]],
 ) -> dict[str, Any]:
     """The orders of a view: {"ranks": [[host, number, pid], ...], "plan": JSON, "names": hosts'
     names}; {} when not one island is whole, or a run that has not begun waits for its first ranks.
@@ -40,9 +42,7 @@ def assign(
     """
     wanted = sum(int(report["wants"]) for report in reports.values())
     begun = any(report["begun"] for report in reports.values())
-    ready = [
-        Ready(host, *entry) for host, report in reports.items() for entry in report["ready"]
-    ]
+    ready = [Ready(host, *entry) for host, report in reports.items() for entry in report["ready"]]
     if not begun and len(ready) < wanted:
         return {}
     islands = min(wanted, len(ready)) // inside
@@ -59,7 +59,9 @@ def assign(
 
 def _in_order(ready: Sequence[Ready], reports: Mapping[str, Mapping[str, Any]]) -> list[Ready]:
     """Survivors by their last rank, then the others by host, each host no more than it wants."""
-    survivors = sorted((w for w in ready if w.last_rank is not None), key=lambda w: w.last_rank or 0)
+    survivors = sorted(
+        (w for w in ready if w.last_rank is not None), key=lambda w: w.last_rank or 0
+    )
     found, counts = [], dict.fromkeys(reports, 0)
     for worker in [*survivors, *(w for w in ready if w.last_rank is None)]:
         if counts[worker.host] < int(reports[worker.host]["wants"]):

@@ -145,9 +145,7 @@ class Supervisor:
 
     def _start(self) -> None:
         worker = self.crew.start()
-        self._selector.register(
-            worker.pidfd, selectors.EVENT_READ, lambda: self._on_death(worker)
-        )
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._on_death(worker))
         self._selector.register(worker.talk, selectors.EVENT_READ, lambda: self._on_words(worker))
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -360,7 +358,9 @@ class Supervisor:
             worker.talk.flush()
             if asleep:  # this process was stopped: others were not heard because it did not listen
                 worker.heard_s = now
-            elif now - worker.heard_s > (self.post.silence_s if worker.ready else self.post.start_s):
+            elif now - worker.heard_s > (
+                self.post.silence_s if worker.ready else self.post.start_s
+            ):
                 self._on_silence(worker, now - worker.heard_s)
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
