@@ -2,7 +2,7 @@
 
 Everything counts on the observer's own monotonic seconds, and only while the observer was awake: a
 host that was frozen or starved itself must not find that all the others were silent. Not here: what
-a silence leads to (`members.py`). Traded away: the newest trend; a median of 64 gaps follows slowly.
+a silence leads to (`members.py`). Traded away: the newest trend; the median of 64 gaps is slow.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Rules:
 class Pace:
     """A deadline in seconds for something that recurs: median + `k` deviations of the last 64.
 
-    The deviation is the median absolute one, so that a few outliers (a freeze, a garbage collection)
-    move nothing.
+    The deviation is the median absolute one, so that a few outliers (a freeze, a pause) move
+    nothing.
     """
 
     def __init__(self, least_s: float, most_s: float = float("inf"), k: float = 10.0) -> None:
@@ -94,7 +94,7 @@ class Ears:
         self._heard |= dict.fromkeys(hosts, self.clock)
 
     def lose(self, host: str) -> bool:
-        """The transport lost `host`; True the first time (ask again), the second time it is gone."""
+        """The transport lost `host`; True: ask again (the second time it is gone)."""
         if host in self._lost:
             self._heard[host] = self._lost[host] = float("-inf")
             return False
@@ -125,7 +125,9 @@ class Ears:
         if host in self._lost:
             return "connection lost and not taken up again"
         if self.silent(host):
-            return f"silent for {self.silence_s(host):.1f} s, deadline {self.deadline_s(host):.1f} s"
+            return (
+                f"silent for {self.silence_s(host):.1f} s, deadline {self.deadline_s(host):.1f} s"
+            )
         return f"no answer or no way back within {self.deadline_s(host):.1f} s"
 
     def keep(self, hosts: Iterable[str]) -> None:

@@ -5,11 +5,12 @@ Not here: when to begin one and what follows from it (`members.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cordee.fault.views import Promise, View, base_of
+from cordee.fault.views import Promise, View, base_of, obstacle
+from cordee.fault.witness import Witness
 
 Verdict = Mapping[str, Any]
 
@@ -63,9 +64,25 @@ class Round:
             "base": base and base.to_json(),
         }
 
-    def decide(
-        self, me: str, assign: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-    ) -> View:
+    def blocked(self, me: str, witness: Witness | None) -> tuple[str, int]:
+        """Once all have promised: why it must not go on ("": it may), and the witness's number."""
+        if witness is None:
+            lacking = obstacle(self.promises)
+            return waiting_for(lacking, self.asked) if lacking else "", 0
+        vow = witness.promise(self.number, me, self.asked)
+        if vow is None:
+            return "waiting for the witness: it cannot be reached", 0
+        views = [view for p in self.promises.values() for view in (p.formed, *p.attempts) if view]
+        if vow.view is None and not all(set(view.hosts) <= set(self.asked) for view in views):
+            return "waiting for all hosts: the witness has lost its memory", vow.number
+        if vow.granted:
+            return "", vow.number
+        if vow.view is None:
+            return "waiting: another host asked the witness first", vow.number
+        names = ", ".join(vow.view.hosts)
+        return f"waiting: the witness holds generation {vow.view.number} of {names}", vow.number
+
+    def decide(self, me: str, assign: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> View:
         """The view, once all have promised: the orders from their reports, the verdicts in full."""
         reports = {host: self.promises[host].report for host in self.hosts}
         leader = me if me in self.hosts else self.hosts[0]
@@ -96,3 +113,14 @@ class Round:
              "says": f"host {host}: {said}; {done} (found by {me})"}
             for event, host, said, done in found
         ]  # fmt: skip
+
+
+def waiting_for(view: View, answering: Collection[str]) -> str:
+    """A sentence on the quorum of `view` that is missing."""
+    here = [host for host in view.hosts if host in answering]
+    silent = [host for host in view.hosts if host not in answering]
+    answer = "answers" if len(here) == 1 else "answer"
+    return (
+        f"waiting for a majority: {len(here)} of {len(view.hosts)} hosts {answer}"
+        f" ({', '.join(here)}; silent: {', '.join(silent)})"
+    )

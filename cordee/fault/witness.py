@@ -1,4 +1,4 @@
-"""A witness: one more voter, kept in a file that the run's hosts share, so that one of two may go on.
+"""A witness: one more voter, in a file that the run's hosts share, so that one of two may go on.
 
 The witness accepts last, after all hosts of a view have: what it holds is the newest active view.
 It promises a number only to a candidate that brings a host of that view, which is thereby halted.
@@ -92,7 +92,7 @@ class FileWitness:
         """As `Witness.promise`; `failure` says why it could not be reached."""
         vow = None
         with self._slate() as slate:
-            vow = slate and slate.promise(number, by, among)
+            vow = slate.promise(number, by, among) if slate else None
         return None if self.failure else vow
 
     def accept(self, view: View) -> bool:

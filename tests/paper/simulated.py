@@ -70,8 +70,6 @@ class Host:
             if isinstance(change, Entered):
                 self.world.entered(self, change.view)
                 self.view, self.done = change.view, set()
-                if change.view.orders["step"] == -1:
-                    self.step = 0 if self.step is None else self.step
                 self.vote()
             elif isinstance(change, Halted):
                 self.view = None
@@ -118,7 +116,8 @@ class Host:
 
     def _commit(self) -> None:
         assert self.view is not None
-        ready = self.step is not None and self.step >= self.view.orders["step"]
+        base = self.view.orders.get("step")
+        ready = self.step is not None and base is not None and self.step >= base
         if ready and self.done >= set(self.view.hosts):
             assert self.step is not None
             self.step += 1
@@ -383,7 +382,9 @@ class World:
             self.late += 1
             return
         if view.number < generation:
-            self.wrong(f"generation {view.number} commits step {step} after {generation} did {last}")
+            self.wrong(
+                f"generation {view.number} commits step {step} after {generation} did {last}"
+            )
         redone = step == last and view.number > generation
         if step != last + 1 and not redone:
             self.wrong(f"generation {view.number} commits step {step} after step {last}")
@@ -392,9 +393,7 @@ class World:
     def all_in(self, view: View) -> bool:
         """Whether every host of `view` is alive and works in it now."""
         here = [self.places[int(name[1:].partition("#")[0])] for name in view.hosts]
-        return all(
-            host.alive and host.name in view.hosts and host.view == view for host in here
-        )
+        return all(host.alive and host.name in view.hosts and host.view == view for host in here)
 
     def learned(self, host: Host) -> None:
         """Nobody knows a step that was not committed."""
