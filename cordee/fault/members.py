@@ -316,7 +316,9 @@ class Member(Voter):
     def _on_refuse(self, sender: str, m: Message) -> None:
         self._top = max(self._top, m["promised"])
         if self._round and self._round.number == m["number"]:
-            self._give_up(f"waiting: {sender} follows another candidate")
+            self._give_up(f"waiting: {sender} follows another leader or candidate")
+            if m["promised"] < m["number"]:  # its leader still seems well to it: ask again soon
+                self._since -= self._rules.stagger_s - self._rules.beat_s
 
     def _on_accepted(self, sender: str, m: Message) -> None:
         current = self._round

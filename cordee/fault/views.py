@@ -136,8 +136,8 @@ class Acceptor:
 
     @property
     def formed_number(self) -> int:
-        """The number of the newest view known to have been active; 0: none."""
-        return self.formed.number if self.formed else 0
+        """The number of the newest view known to have been active; -1: none."""
+        return self.formed.number if self.formed else -1
 
     def may_promise(self, number: int, candidate: str) -> bool:
         """Whether `number` is higher than any promised, or promised to this candidate already."""
@@ -182,7 +182,7 @@ def open_attempts(promises: Mapping[str, Promise]) -> list[View]:
     and has not accepted will not do so any more, so that such an attempt is void.
     """
     base = base_of(promises.values())
-    floor = base.number if base else 0
+    floor = base.number if base else -1
     held = {host: {view.key for view in p.attempts} for host, p in promises.items()}
     found = {v.key: v for p in promises.values() for v in p.attempts if v.number > floor}
     return [
@@ -193,7 +193,12 @@ def open_attempts(promises: Mapping[str, Promise]) -> list[View]:
 
 
 def obstacle(promises: Mapping[str, Promise]) -> View | None:
-    """A view of which these promises lack a quorum although it may be working; None: go on."""
+    """A view of which these promises lack a quorum although it may be working; None: go on.
+
+    RunError: no promise knows of any view (a candidate always knows of one).
+    """
     base = base_of(promises.values())
-    views = ([base] if base else []) + open_attempts(promises)
+    if base is None:
+        raise RunError("no host here has been in the run", values={"hosts": list(promises)})
+    views = [base, *open_attempts(promises)]
     return next((view for view in views if not view.has_quorum(promises)), None)

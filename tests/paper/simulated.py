@@ -254,7 +254,8 @@ class World:
             host.member.lost(gone.name, host.now)
             host.flush()
 
-        self.after(self.random.uniform(*self.delay_s), lambda: self._reach(host, tell))
+        # A connection's end comes after what was sent on it.
+        self.after(self.delay_s[1], lambda: self._reach(host, tell))
 
     def freeze(self, place: int) -> None:
         """The process stands still."""
