@@ -26,8 +26,11 @@ from cordee.data.records import check_images
 from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
+from cordee.fault.course import Post
+from cordee.fault.hosts import Meeting
 from cordee.fault.members import Member
-from cordee.fault.supervise import Post, supervise
+from cordee.fault.pace import Rules
+from cordee.fault.supervise import supervise
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan, unpredicted, with_islands
@@ -171,17 +174,24 @@ def launch_ranks(run: Run, plan: Plan) -> int:
         plan_for=plan_for,
         inside=plan.layout.size // plan.layout.island,
         wants=plan.processes,
-        spares=fault.spares,
+        spares=fault.spares if fault.recover else 0,
         threads=plan.threads,
         silence_s=fault.silence_s,
         start_s=run.launch.timeout_s,
         tries=fault.tries,
         recover=fault.recover,
-        drills=[word.strip() for word in fault.kill.split(",")],
+        hold=lambda: locked(run),
+        drills=fault.kills,
     )
-    last = last_generation(Path(run.run.dir))
     with locked(run):
-        return supervise(post, lambda **given: Member("here", last=last, **given))
+        return supervise(post, meet(run))
+
+
+def meet(run: Run) -> Meeting:
+    """How this host's supervisor meets others; alone it needs no link."""
+    rules = Rules(silence_s=run.fault.silence_s)
+    last = last_generation(Path(run.run.dir))
+    return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given))
 
 
 def last_generation(folder: Path) -> int:

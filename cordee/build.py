@@ -24,7 +24,7 @@ from cordee.data.source import DatasetInfo, TokenSource, open_dataset
 from cordee.dist.mesh import WORKERS, Mesh, make_mesh, places
 from cordee.dist.start import World
 from cordee.fault.guard import Guard
-from cordee.fault.inject import Drill, entries, make_drill
+from cordee.fault.inject import Drill, make_drill
 from cordee.layout.axes import INSIDE
 from cordee.layout.boxes import Place
 from cordee.layout.shares import Balance
@@ -184,7 +184,7 @@ def build(
     )
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
-    drill = drill or make_drill(entries(run.fault.kill)[0], run.fault.poison, world.rank)
+    drill = drill or make_drill(run.fault.kills[0], run.fault.poison, world.rank)
     optimizer = make_rule(run, mesh, live, engine.parameters)
     if before is not None:
         optimizer.adopt(before.optimizer)

@@ -68,9 +68,8 @@ class Desk:
         self.leave = False
         self.screen = Screen(silent=not first)
         told = state.plan.predicted
-        self.meter = (
-            before.meter if before else Meter(state.world.device, told.flops, told.peak_flops)
-        )
+        fresh = Meter(state.world.device, told.flops, told.peak_flops)
+        self.meter: Meter = before.meter if before else fresh
         self.owed: list[str] = []
         """What is due after the step behind and not done yet."""
         self.keeper = Keeper(state.saver, first, state.run.checkpoint.every, self._of_keeper)
@@ -133,9 +132,11 @@ class Desk:
         step = state.progress.step
         self._before_s = state.progress.elapsed_s
         self._began = time.monotonic()
+        while self._rows and self._rows[-1][0]["step"] > step:
+            self._rows.pop()
         if not self._first:
             return
-        written = {}
+        written: dict[JsonLines, int] = {}
         for sink in (self._metrics, self._layers):
             written[sink] = last_step(sink.path)
             if written[sink] > step:
@@ -185,7 +186,10 @@ class Desk:
         self._sent, self._shared_s = sent, shared_s
         if skipped:
             self._tell_skipped(state, outcome)
-        by_layer = outcome.layers and {"step": at.step, "grad_norm": outcome.layers}
+        by_layer: dict[str, Any] | None = outcome.layers and {
+            "step": at.step,
+            "grad_norm": outcome.layers,
+        }
         self._rows.append((row, by_layer))
         if not self._first:
             return

@@ -1,4 +1,4 @@
-"""How a run goes on: from what live ranks still hold, else from the newest checkpoint that verifies.
+"""How a run goes on: from what live ranks hold, else from the newest checkpoint that verifies.
 
 Start, resume, shrink, grow and repair are this one path: take a seat, build, restore. What survives
 is listed in `checkpoint/state.py`; this file puts it back. Not here: who has a seat
@@ -26,7 +26,6 @@ from cordee.dist.exchange import gather_rows
 from cordee.dist.line import Line
 from cordee.dist.start import Launched
 from cordee.errors import DataError
-from cordee.fault.inject import entries
 from cordee.layout.axes import AXES
 from cordee.plan.plan import Plan
 
@@ -51,7 +50,7 @@ class Seat:
 def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
     """The seats of this process, one after another; without a supervisor it has one."""
     if line is None:
-        yield Seat(ready.plan, ready.told, entries(ready.run.fault.kill)[0])
+        yield Seat(ready.plan, ready.told, ready.run.fault.kills[0])
         return
     line.ready()
     while (given := line.take()) is not None:
@@ -128,7 +127,7 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
         desk.event("started", 0, began)
     else:
         desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
-    desk.tell_start(state, found and found.path.name)
+    desk.tell_start(state, None if found is None else found.path.name)
 
 
 def _load(state: RunState, found: Checkpoint, generation: int) -> None:

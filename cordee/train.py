@@ -40,7 +40,7 @@ from cordee.dist.line import open_line
 from cordee.dist.mesh import WORKERS
 from cordee.dist.start import Launched, follow_parent, world
 from cordee.dist.tally import gather_tally
-from cordee.errors import CheckpointError, RunError
+from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.evaluate import HeldOut, evaluate
 from cordee.fault.guard import Say
 from cordee.fault.inject import make_drill
@@ -109,6 +109,10 @@ def descend(ready: Ready, parts: Parts) -> Report:
             except RuntimeError as error:
                 if line is None or not line.interrupted(error, run.launch.timeout_s):
                     raise
+            except CordeeError as error:
+                if line is not None:
+                    line.finish(error.exit_code, error.what)
+                raise
             else:
                 if line is not None:
                     line.finish(report.exit_code)

@@ -38,7 +38,8 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     check_compiler(run, plan.device)
     losses: list[float] = []
     offload = run.memory.offload != "none"
-    with world(Launched(), plan.device, plan.threads, run.launch.timeout_s, offload) as here:
+    limit_s = run.launch.timeout_s
+    with world(Launched(), plan.device, plan.threads, limit_s, always=offload) as here:
         state = build(run, plan, here, data, Parts())
         for number, rate in enumerate(lr_of_step):
             state.optimizer.set_lr(rate / state.optimizer.peak_lr)

@@ -76,7 +76,8 @@ def _check_ranges(run: Run) -> None:
         "evaluate.layers_every": (run.evaluate.layers_every, 0),
         "memory.recompute_every": (run.memory.recompute_every, 1),
         "memory.loss_chunk": (run.memory.loss_chunk, 0),
-        "launch.timeout_s": (run.launch.timeout_s, 1),
+        "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
+        "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
     }  # fmt: skip
     if run.launch.processes != "auto":
         at_least["launch.processes"] = (int(run.launch.processes), 1)
@@ -328,7 +329,7 @@ def _near(value: int, step: int) -> int:
 
 
 def _check_fault(run: Run) -> None:
-    if run.fault.kill and not _is_drill(run.fault.kill.partition(":")[2]):
+    if any(entry and not _is_drill(entry.partition(":")[2]) for entry in run.fault.kills):
         raise ConfigError(
             "a kill is written point:step:rank",
             values={"fault.kill": run.fault.kill},

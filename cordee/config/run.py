@@ -243,6 +243,11 @@ class FaultSettings:
     poison: str = ""
     """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
 
+    @property
+    def kills(self) -> list[str]:
+        """The entries of `kill`, one for each generation in turn."""
+        return [entry.strip() for entry in self.kill.split(",")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from cordee.dist.start import Launched
 from cordee.dist.talk import Talk
@@ -126,8 +127,9 @@ class Line:
         if seat is None:
             return False
         if self._halted < seat.generation:
-            text = str(error)
-            if not isinstance(error, dist.DistError) and not any(w in text for w in BROKEN):
+            text = str(error) or type(error).__name__
+            known = isinstance(error, Halted | dist.DistError)
+            if not known and not any(word in text for word in BROKEN):
                 return False
             self._say({"say": "stumbled", "generation": seat.generation, "step": self.step,
                        "cause": text.splitlines()[0][:300]})  # fmt: skip
@@ -144,7 +146,7 @@ class Line:
         self._say({"say": "done", "code": code, "verdict": verdict})
         self._show(False)
 
-    def store(self, seat: Seat) -> dist.Store:
+    def store(self, seat: Seat) -> Store:
         """The store through which the groups of `seat`'s generation are made."""
         return _Store(self, seat.generation)
 
@@ -215,7 +217,7 @@ class Line:
             os.dup2(there, number)
 
 
-class _Store(dist.Store):
+class _Store(Store):
     """A generation's keys, kept by the supervisors.
 
     The library begins the default group's keys with how many groups this process has tried to make,
@@ -225,7 +227,7 @@ class _Store(dist.Store):
     def __init__(self, line: Line, generation: int) -> None:
         super().__init__()
         self._line, self._generation = line, generation
-        self._patience_s = 60.0
+        self._patience_s = 20.0
 
     def set(self, key: str, value: str | bytes) -> None:
         """Writes a key."""

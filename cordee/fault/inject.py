@@ -1,6 +1,7 @@
 """Drills: named points at which a rank kills itself or spoils a gradient, when told to.
 
-Not here: faults from outside (tests send real signals). Unarmed, a point costs one comparison or two.
+Not here: faults from outside (tests send real signals). Unarmed, a point costs a
+comparison or two.
 """
 
 from __future__ import annotations
@@ -49,8 +50,3 @@ def make_drill(
         first, _, last = steps.partition("-")
         poison = (range(int(first), int(last or first) + 1), int(who))
     return Drill(rank, kill, poison, mark)
-
-
-def entries(kills: str) -> list[str]:
-    """The entries of `fault.kill`, one for each generation in turn."""
-    return [entry.strip() for entry in kills.split(",")]

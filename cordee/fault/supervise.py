@@ -3,28 +3,28 @@
 One thread, one selector, no torch. A worker that dies is seen at once (pidfd), one that falls
 silent is killed; either way the hosts agree on a new generation (`members.py`) in which the others,
 a warm spare among them, go on. Not here: what a worker does (`train.py`); messages between hosts
-(`link.py`). Traded away: a watcher of the watcher; workers die with their supervisor, and the same
+(`hosts.py`). Traded away: a watcher of the watcher; workers die with their supervisor, and the same
 command goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 import selectors
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
+from cordee.errors import ConfigError
+from cordee.fault.course import ASKED, Course, Failure, Post
 from cordee.fault.crew import Crew, Worker, how_it_died, record_of
-from cordee.fault.keys import Keys
-from cordee.fault.members import Change, Entered, Fenced, Halted, Left, Member, View
+from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import assign
+from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 
 GRACE_S = 10.0
 """How long ranks may take to leave after the run has failed."""
@@ -37,72 +37,26 @@ BROKEN_AFTER_S = 1.0
 
 TICK_S = 0.1
 
-
-@dataclass(frozen=True)
-class Post:
-    """What a supervisor is to keep running: `wants` workers with a seat, whole islands of `inside`
-    ranks, and `spares` besides. `plan_for`: see `orders.assign`; `tries` is how
-    often the same step may fail; `drills[i]` is armed in the i-th generation; `last` is the newest
-    generation that the run's folder knows."""
-
-    command: Sequence[str]
-    plan: str
-    plan_for: Callable[[int], tuple[str, int]]
-    inside: int
-    wants: int
-    spares: int
-    threads: int
-    silence_s: float
-    start_s: float
-    tries: int
-    recover: bool
-    drills: Sequence[str] = ()
-    last: int = 0
-    interface: str = ""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A worker that died: the step it stood at, who and how in one line, its last words."""
-
-    step: int
-    sentence: str
-    words: str
-    code: int
-
-
-@dataclass
-class _Course:
-    """How the run is going, as far as this host knows."""
-
-    begun: bool = False
-    generations: int = 0
-    entered_s: float = field(default_factory=time.monotonic)
-    halted_s: float = 0.0
-    best_step: int = -1
-    failed_step: int = -2
-    failures: list[Failure] = field(default_factory=list)
-    signals: list[int] = field(default_factory=list)
-    stumbled_s: float = 0.0
-    ending: bool = False
-    over: bool = False
-    code: int | None = None
+ASLEEP_S = 1.0
+"""A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
 
 
 class Supervisor:
     """See the file's header. `run` returns the exit code."""
 
-    def __init__(self, post: Post, make_member: Callable[..., Member]) -> None:
-        """`make_member(assign=, report=)`: this host's member of the membership protocol."""
+    def __init__(self, post: Post, meeting: Meeting) -> None:
         self.post = post
         self.wants = post.wants
+        self.name = socket.gethostname()
+        self.course = Course()
         self.crew = Crew(post.command, post.threads, post.plan, post.interface)
-        self.keys = Keys()
-        self.course = _Course()
-        self.member = make_member(
-            assign=lambda reports: assign(reports, post.inside, post.plan_for), report=self.report
+        self.hosts = Hosts(
+            meeting, lambda reports: assign(reports, post.inside, post.plan_for), self.report
         )
+        self.founds = not meeting.through
         self.view: View | None = None
+        self._held = ExitStack()
+        self._holds = False
         self._selector = selectors.DefaultSelector()
         self._ticked_s = time.monotonic()
 
@@ -113,19 +67,23 @@ class Supervisor:
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         former = signal.set_wakeup_fd(woken.fileno())
         self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(4096))
+        self._listen()
         try:
-            self.member.found(time.monotonic())
             for _ in range(self.wants):
                 self._start()
             while self.course.code is None:
                 for key, _ in self._selector.select(TICK_S):
                     key.data()
                 self._tick()
+            if self.view is not None and self.course.code not in ASKED:
+                self.hosts.tell_over(self.course.code)
             return self.course.code
         finally:
             signal.set_wakeup_fd(former)
             self.crew.end(0.0)
+            self.hosts.close()
             self._selector.close()
+            self._held.close()
             wake.close()
             woken.close()
             for number, action in before.items():
@@ -138,10 +96,14 @@ class Supervisor:
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
-        return {"name": socket.gethostname(), "wants": self.wants, "ready": ready,
-                "begun": self.course.begun}  # fmt: skip
+        wants = 0 if self.course.signals else self.wants
+        return {"name": self.name, "wants": wants, "ready": ready, "begun": self.course.begun}
 
     # ---- what happens ----
+
+    def _listen(self) -> None:
+        if self.hosts.link is not None:
+            self._selector.register(self.hosts.link, selectors.EVENT_READ, self._follow)
 
     def _start(self) -> None:
         worker = self.crew.start()
@@ -150,11 +112,20 @@ class Supervisor:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.course.signals.append(number)
-        if len(self.course.signals) > 1 or not self.crew.seated():
-            self.course.code = 128 + number
+
+    def _heed(self) -> None:
+        """Acts on signals: leave in good order, at the second one at once."""
+        course = self.course
+        if len(course.signals) == course.heeded:
             return
-        for worker in self.crew.seated():
-            worker.talk.say({"do": "leave", "signal": number})
+        course.heeded, number = len(course.signals), course.signals[-1]
+        if course.heeded > 1 or not self.crew.seated():
+            course.code = 128 + number
+        elif self.view is not None and len(self.view.hosts) > 1:
+            self.hosts.member.leave(time.monotonic())
+        else:
+            for worker in self.crew.seated():
+                worker.talk.say({"do": "leave", "signal": number})
 
     def _on_words(self, worker: Worker) -> None:
         for message in worker.talk.hear():
@@ -165,58 +136,59 @@ class Supervisor:
                 self._selector.unregister(worker.talk)
 
     def _on_message(self, worker: Worker, message: Mapping[str, Any]) -> None:
-        match message["say"]:
-            case "beat":
-                worker.step, worker.phase = int(message["step"]), str(message["phase"])
-                worker.phase_s = float(message["for_s"])
-                self.course.best_step = max(self.course.best_step, worker.step)
-            case "ready":
+        course = self.course
+        match message:
+            case {"say": "beat", "step": step, "phase": phase}:
+                worker.step, worker.phase = step, phase
+                course.step = max(course.step, step)
+            case {"say": "ready"}:
                 worker.ready = True
                 self._on_ready(worker)
-            case "stumbled":
-                worker.step = int(message["step"])
-                self.course.best_step = max(self.course.best_step, worker.step)
-                if self.view is not None and message["generation"] == self.view.number:
-                    self.course.stumbled_s = self.course.stumbled_s or time.monotonic()
-            case "set":
-                self.keys.set(message["generation"], message["key"], message["value"])
-            case "get":
-                number = message["number"]
-                self.keys.get(
-                    message["generation"],
-                    message["key"],
+            case {"say": "stumbled", "generation": generation, "step": step}:
+                worker.step, course.step = step, max(course.step, step)
+                if self.view is not None and generation == self.view.number:
+                    course.stumbled_s = course.stumbled_s or time.monotonic()
+            case {"say": "set", "generation": generation, "key": key, "value": value}:
+                self.hosts.set(generation, key, value)
+            case {"say": "get", "generation": generation, "key": key, "number": number}:
+                self.hosts.get(
+                    generation,
+                    key,
                     lambda v: worker.talk.say({"do": "answer", "number": number, "value": v}),
                 )
-            case "leaving":
-                self._on_leaving(worker, int(message["signal"]))
-            case "done":
-                self.course.ending = True
-                self.course.over = self.course.over or (worker.rank == 0 and not message["code"])
-                worker.done, worker.verdict = int(message["code"]), str(message["verdict"])
+            case {"say": "leaving", "signal": number}:
+                self._on_leaving(worker, number)
+            case {"say": "done", "code": code, "verdict": verdict}:
+                course.ending = True
+                course.over = course.over or (worker.rank == 0 and code == 0)
+                worker.done, worker.verdict = code, verdict
 
     def _on_ready(self, worker: Worker) -> None:
         """A worker that fills a gap is a reason for a new generation; a spare is none."""
-        course, ready = self.course, [w for w in self.crew.workers.values() if w.ready]
-        if course.begun:
-            if len(self.crew.seated()) < self.wants and not self._ending():
+        ready = [w for w in self.crew.workers.values() if w.ready]
+        if self.course.ending:
+            return
+        if self.course.begun:
+            if len(self.crew.seated()) < self.wants:
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
         elif len(ready) >= self.wants:
-            self._call("begun", worker, f"{len(ready)} ranks are ready", "the run begins")
+            word = "begun" if self.founds else "joined"
+            self._call(word, worker, f"{len(ready)} ranks are ready", "they get seats")
 
     def _on_leaving(self, worker: Worker, number: int) -> None:
-        """A worker that alone was told to go: the others go on, or all leave when it is the last."""
+        """A worker that alone was told to go: the others go on; the last one makes all leave."""
         others = [w for w in self.crew.workers.values() if w.ready and w is not worker]
-        if len(others) < self.post.inside:
-            self._on_signal(number, None)
+        alone = self.view is None or len(self.view.hosts) == 1
+        if alone and len(others) < self.post.inside:
+            self.course.signals.append(number)
             return
         worker.leaving = number
-        self.wants = max(self.wants - 1, 1)
+        self.wants = max(self.wants - 1, 0)
         name = signal.Signals(number).name
         self._call("left", worker, f"it was told to leave by {name}", "the others go on")
 
     def _on_death(self, worker: Worker) -> None:
         self._on_words(worker)
-        seat = worker.rank
         self._selector.unregister(worker.pidfd)
         with suppress(KeyError, ValueError):
             self._selector.unregister(worker.talk)
@@ -225,7 +197,7 @@ class Supervisor:
         if worker.done is not None:
             self._on_end(worker, words)
         elif worker.leaving is None:
-            self._on_failure(worker, seat, code, words)
+            self._on_failure(worker, code, words)
 
     def _on_end(self, worker: Worker, words: str) -> None:
         """A worker that said its end before it went."""
@@ -233,30 +205,25 @@ class Supervisor:
         assert worker.done is not None
         if worker.done and worker.verdict:
             self.crew.end(GRACE_S)
-            self._tell(Failure(worker.step, worker.verdict, words, worker.done))
+            Failure(worker.step, worker.verdict, words, worker.done).tell()
             course.code = worker.done
         elif not [w for w in self.crew.seated() if w.done is None]:
             course.code = worker.done
 
-    def _on_failure(self, worker: Worker, seat: int | None, code: int, words: str) -> None:
-        course = self.course
-        if -code in course.signals:  # it did what it was told
-            course.code = course.code or 128 - code
+    def _on_failure(self, worker: Worker, code: int, words: str) -> None:
+        course, seat = self.course, worker.rank
+        if -code in course.signals or course.over:  # it did what it was told, or was not needed
+            course.code = 0 if course.over else 128 - code
             return
-        if course.over:
-            course.code = 0
+        if seat is None and worker.ready:  # a spare: nobody waits for it
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
         failure = Failure(worker.step, f"{who} {how_it_died(code)}", words, code)
-        if seat is None and worker.ready:  # a spare: nobody waits for it
-            return
-        if course.best_step > course.failed_step:
-            course.failures.clear()
-        course.failed_step = course.best_step
-        course.failures.append(failure)
-        if code == 2 or not self.post.recover or len(course.failures) >= self.post.tries:
-            self._stop()
+        in_a_row = course.fail(failure)
+        if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
+            self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
+            course.code = course.give_up()
             return
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
@@ -264,46 +231,26 @@ class Supervisor:
             self._call("lost", worker, how_it_died(code), done)
         self._fill_up(now=True)
 
-    def _stop(self) -> None:
-        """Gives up, with the first cause last on the screen."""
-        failures = self.course.failures
-        first = failures[0]
-        self.crew.end(GRACE_S if len(failures) == 1 else 0.0)
-        self._tell(first)
-        if len(failures) > 1:
-            print(
-                f"stopped: no step was committed between {len(failures)} failures in a row,"
-                f" at step {self.course.best_step}; the first cause is above",
-                file=sys.stderr,
-            )
-        self.course.code = first.code if first.code > 0 else 1
-
-    def _tell(self, failure: Failure) -> None:
-        if failure.code in (130, 143):
-            return
-        print(f"\n{failure.sentence} first", file=sys.stderr)
-        if failure.words:
-            print(failure.words, file=sys.stderr)
-
     # ---- generations ----
 
     def _call(self, event: str, worker: Worker, what: str, done: str) -> None:
         """Asks for a new generation, and says why in one sentence."""
-        host = socket.gethostname()
         rank = worker.rank if worker.rank is not None else worker.last_rank
-        who = f"rank {rank} (pid {worker.pid} on {host})" if rank is not None else f"{host}"
+        who = self.name if rank is None else f"rank {rank} (pid {worker.pid} on {self.name})"
         stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
-        says = f"{who}: {what}{stood}; {done}"
-        self.member.call(
-            record_of(worker, event=event, host=host, cause=what, done=done, says=says),
-            time.monotonic(),
-        )
+        known = record_of(
+            worker, event=event, host=self.name, cause=what, done=done,
+            says=f"{who}: {what}{stood}; {done}",
+        )  # fmt: skip
+        self.hosts.member.call(known, time.monotonic())
         self._follow()
 
     def _follow(self) -> None:
-        """Acts on what the membership decided."""
-        for change in self.member.take_changes():
+        """Carries messages between hosts, and acts on what the membership decided."""
+        self.hosts.carry()
+        for change in self.hosts.member.take_changes():
             self._on_change(change)
+        self.hosts.carry()
 
     def _on_change(self, change: Change) -> None:
         match change:
@@ -315,8 +262,14 @@ class Supervisor:
             case Entered(view):
                 self._enter(view)
             case Fenced(sentence):
-                print(sentence, file=sys.stderr)
-                self.course.code = 1
+                print(f"{self.name}: {sentence}; it asks to be let in again", file=sys.stderr)
+                if self.hosts.link is not None:
+                    self._selector.unregister(self.hosts.link)
+                self.view = None
+                for worker in self.crew.workers.values():
+                    worker.last_rank = None
+                self.hosts.again()
+                self._listen()
             case Left():
                 self.course.code = 128 + (self.course.signals or [signal.SIGTERM])[0]
 
@@ -324,7 +277,10 @@ class Supervisor:
         """Gives this host's workers their seats in a new generation."""
         course, orders = self.course, view.orders
         self.view, course.stumbled_s, course.entered_s = view, 0.0, time.monotonic()
-        self.keys.begin(view.number)
+        self.hosts.keys.begin(view.number)
+        for worker in self.crew.workers.values():
+            if worker.leaving is not None:
+                worker.talk.say({"do": "end"})
         if not orders:
             return
         ranks: Sequence[Sequence[Any]] = orders["ranks"]
@@ -333,9 +289,9 @@ class Supervisor:
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
         for rank, (host, number, _) in enumerate(ranks):
-            worker = self.crew.workers.get(number) if host == self.member.me else None
-            if worker is None:
+            if host != self.hosts.member.me or number not in self.crew.workers:
                 continue
+            worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
             worker.rank = rank
             seat = {
@@ -351,22 +307,36 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        asleep, self._ticked_s = now - self._ticked_s > 1.0, now
-        self.member.tick(now)
+        asleep, self._ticked_s = now - self._ticked_s > ASLEEP_S, now
+        self._heed()
+        self.hosts.member.tick(now)
         self._follow()
+        self._lead()
         for worker in list(self.crew.workers.values()):
             worker.talk.flush()
-            if asleep:  # this process was stopped: others were not heard because it did not listen
+            limit_s = self.post.silence_s if worker.ready else self.post.start_s
+            if asleep:
                 worker.heard_s = now
-            elif now - worker.heard_s > (
-                self.post.silence_s if worker.ready else self.post.start_s
-            ):
+            elif now - worker.heard_s > limit_s:
                 self._on_silence(worker, now - worker.heard_s)
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
             if seated := self.crew.seated():
                 self._call("broken", seated[0], "a connection broke", "all meet again")
         self._fill_up(now=False)
+
+    def _lead(self) -> None:
+        """Holds the run's folder while this host leads; notes what other hosts have decided."""
+        leads = self.view is not None and self.view.leader == self.hosts.member.me
+        if leads and not self._holds and not self.founds:
+            with suppress(ConfigError):
+                self._held.enter_context(self.post.hold())
+                self._holds = True
+        if self.hosts.over is not None and not self.crew.seated():
+            self.course.code = self.hosts.over
+        if refused := self.hosts.refusal():
+            print(f"error: the run did not let this host in: {refused}", file=sys.stderr)
+            self.course.code = 2
 
     def _on_silence(self, worker: Worker, silent_s: float) -> None:
         """A worker that does not answer: killed, then replaced like any that died."""
@@ -378,27 +348,19 @@ class Supervisor:
         )
         self.crew.kill(worker)
 
-    def _ending(self) -> bool:
-        """Whether a worker has come to the run's end: nobody is needed any more."""
-        return self.course.ending or any(w.done is not None for w in self.crew.workers.values())
-
     def _fill_up(self, now: bool) -> None:
         """Starts what is missing: at once what computes, spares when the run is under way."""
         course = self.course
-        if course.signals or course.code is not None:
+        if course.signals or course.ending or course.code is not None:
             return
-        living = [w for w in self.crew.workers.values() if w.leaving is None and w.done is None]
+        living = [w for w in self.crew.workers.values() if w.leaving is None]
         under_way = course.begun and time.monotonic() - course.entered_s > SPARE_AFTER_S
         missing = self.wants + (self.post.spares if under_way else 0) - len(living)
-        if self._ending() or (not now and not under_way):
-            return
-        for _ in range(missing):
-            self._start()
+        if now or under_way:
+            for _ in range(missing):
+                self._start()
 
 
-def supervise(post: Post, make_member: Callable[..., Member]) -> int:
-    """Runs a post to its end; the exit code."""
-    return Supervisor(post, make_member).run()
-
-
-__all__ = ["Failure", "Post", "Supervisor", "os", "replace", "supervise"]
+def supervise(post: Post, meeting: Meeting) -> int:
+    """Runs a post to its end; the exit code. The founder holds the run's folder already."""
+    return Supervisor(post, meeting).run()

@@ -1,0 +1,96 @@
+"""What a supervisor is to keep running, and how the run is going as far as its host knows.
+
+Values and their bookkeeping; no process is touched here (`supervise.py` does that).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+ASKED = (130, 143)
+"""Exit codes of a worker that left because it was told to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """What a supervisor keeps running: `wants` workers with a seat, whole islands of `inside`
+    ranks, and `spares` besides. `plan_for`: see `orders.assign`; `tries` is how often the same step
+    may fail; `drills[i]` is armed in the i-th generation; `interface` is where workers of other
+    hosts are met; `hold()` holds the run's folder, for who leads."""
+
+    command: Sequence[str]
+    plan: str
+    plan_for: Callable[[int], tuple[str, int]]
+    inside: int
+    wants: int
+    spares: int
+    threads: int
+    silence_s: float
+    start_s: float
+    tries: int
+    recover: bool
+    hold: Callable[[], AbstractContextManager[None]]
+    drills: Sequence[str] = ()
+    interface: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker that died: the step it stood at, who and how in one line, its last words."""
+
+    step: int
+    sentence: str
+    words: str
+    code: int
+
+    def tell(self) -> None:
+        """The sentence and the worker's own words, as the last thing on the screen."""
+        if self.code in ASKED:
+            return
+        print(f"\n{self.sentence} first", file=sys.stderr)
+        if self.words:
+            print(self.words, file=sys.stderr)
+
+
+@dataclass
+class Course:
+    """How the run is going. `step` is the furthest that any worker here was seen at; `ending`: a
+    worker has come to the end of the run; `over`: the first rank has; `code`: all is said."""
+
+    begun: bool = False
+    generations: int = 0
+    entered_s: float = field(default_factory=time.monotonic)
+    halted_s: float = 0.0
+    step: int = -1
+    signals: list[int] = field(default_factory=list)
+    heeded: int = 0
+    stumbled_s: float = 0.0
+    ending: bool = False
+    over: bool = False
+    code: int | None = None
+    failures: list[Failure] = field(default_factory=list)
+    _failed_step: int = -2
+
+    def fail(self, failure: Failure) -> int:
+        """Notes a failure; how many there were in a row, with no step between them."""
+        if self.step > self._failed_step:
+            self.failures.clear()
+        self._failed_step = self.step
+        self.failures.append(failure)
+        return len(self.failures)
+
+    def give_up(self) -> int:
+        """Says the first cause of the failures in a row, last; the exit code."""
+        first = self.failures[0]
+        if len(self.failures) > 1:
+            print(
+                f"\nstopped after {len(self.failures)} failures in a row at step {self.step}, with"
+                " no step committed between them; the first was:",
+                file=sys.stderr,
+            )
+        first.tell()
+        return first.code if first.code > 0 else 1
