@@ -230,7 +230,9 @@ class Member(Voter):
 
     def _act(self) -> None:
         """Begins a round when one is due here; nurses the one under way."""
-        formed = self._votes.formed
+        formed, votes = self._votes.formed, self._votes
+        if self._through and votes.attempts and self._ears.silent(votes.promised_to):
+            self._through = ""  # its vote may have let a view begin: it answers for it now
         if self._over or self._through or formed is None:
             return
         if self.me not in self._known():  # a leaver that waits until the others are in
