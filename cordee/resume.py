@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cordee.begin import Ready, last_generation
+from cordee.begin import Ready
 from cordee.build import RunState
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
@@ -28,6 +28,7 @@ from cordee.dist.start import Launched
 from cordee.errors import DataError
 from cordee.layout.axes import AXES
 from cordee.plan.plan import Plan
+from cordee.rendezvous import last_generation
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,12 @@ class LaunchSettings:
     """Where ranks compute; auto is cuda when there is one."""
     timeout_s: float = 300.0
     """A collective that waits longer than this has failed."""
+    listen: str = ""
+    """HOST:PORT where other hosts may join this run (--listen); empty: nobody may."""
+    join: str = ""
+    """HOST:PORT of any host of a run that this host joins with its ranks (--join)."""
+    secret: str = ""
+    """File (mode 0600) with the secret that hosts share (--secret); empty: `secret` in run.dir."""
 
 
 @dataclass(frozen=True, kw_only=True)
