@@ -171,9 +171,10 @@ class Supervisor:
         if self.course.begun:
             if len(self.crew.seated()) < self.wants:
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
+        elif len(ready) >= self.wants and not self.founds:
+            self.hosts.join()
         elif len(ready) >= self.wants:
-            word = "begun" if self.founds else "joined"
-            self._call(word, worker, f"{len(ready)} ranks are ready", "they get seats")
+            self._call("begun", worker, f"{len(ready)} ranks are ready", "they get seats")
 
     def _on_leaving(self, worker: Worker, number: int) -> None:
         """A worker that alone was told to go: the others go on; the last one makes all leave."""
@@ -269,6 +270,7 @@ class Supervisor:
                 for worker in self.crew.workers.values():
                     worker.last_rank = None
                 self.hosts.again()
+                self.hosts.join()
                 self._listen()
             case Left():
                 self.course.code = 128 + (self.course.signals or [signal.SIGTERM])[0]
