@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cordee.checkpoint.neighbour import Neighbour
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
 from cordee.config.run import Run
@@ -77,6 +78,7 @@ class RunState:
     held_out: TokenSource | Samples | None
     balance: Balance | None = None
     brought: str = ""
+    neighbour: Neighbour | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -54,6 +54,7 @@ def _least_of_keeping(run: Run) -> dict[str, tuple[float, float]]:
         "memory.recompute_every": (run.memory.recompute_every, 1),
         "memory.loss_chunk": (run.memory.loss_chunk, 0),
         "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
+        "fault.copy_every": (run.fault.copy_every, 0),
         "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
     }  # fmt: skip
 
