@@ -90,9 +90,10 @@ class Supervisor:
                 signal.signal(number, action)
 
     def report(self) -> dict[str, Any]:
-        """What this host has, for the orders of a view."""
+        """What this host has, for the orders of a view. Asked for when the vote for it is given:
+        ranks are those of the generation that ends by it, or has just ended."""
         ready = [
-            [w.number, w.pid, w.last_rank]
+            [w.number, w.pid, w.last_rank if w.rank is None else w.rank]
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
@@ -257,8 +258,9 @@ class Supervisor:
         match change:
             case Halted(number):
                 self.course.halted_s = time.monotonic()
-                for worker in self.crew.seated():
-                    worker.talk.say({"do": "halt", "generation": number})
+                for worker in self.crew.workers.values():
+                    if worker.rank is not None:
+                        worker.talk.say({"do": "halt", "generation": number})
                     worker.last_rank, worker.rank = worker.rank, None
             case Entered(view):
                 self._enter(view)
@@ -297,6 +299,7 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
+        why = [*course.untold, *view.why]
         for rank, (host, number, _) in enumerate(ranks):
             if host != self.hosts.member.me or number not in self.crew.workers:
                 continue
@@ -305,7 +308,7 @@ class Supervisor:
             worker.rank = rank
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": [*course.untold, *view.why],
+                "local_rank": worker.slot, "plan": orders["plan"], "why": why,
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
