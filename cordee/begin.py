@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,13 +27,11 @@ from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
-from cordee.fault.hosts import Meeting
-from cordee.fault.members import Member
-from cordee.fault.pace import Rules
 from cordee.fault.supervise import supervise
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan, unpredicted, with_islands
+from cordee.rendezvous import check_addresses, interface, meet, several
 
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
@@ -54,6 +52,7 @@ def settle(run: Run) -> Run:
         values["run.minutes"] = DEFAULT_MINUTES
     settled = override(run, values)
     check(settled)
+    check_addresses(settled)
     return settled
 
 
@@ -157,8 +156,8 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def launch_ranks(run: Run, plan: Plan) -> int:
-    """Starts the plan's ranks of this very run on this machine and keeps them running, in this
-    folder and no other process's; the run's exit code."""
+    """Starts the plan's ranks of this very run on this machine and keeps them running, with those
+    of other hosts if there are any; the run's exit code."""
     words = [f"{key}={value}" for key, value in _overrides(run).items()]
     cluster, planned, symbols = local_cluster(), on_paper(run), vocabulary_of(run)
 
@@ -167,12 +166,12 @@ def launch_ranks(run: Run, plan: Plan) -> int:
         made = with_islands(plan, planned, cluster, symbols, islands)
         return made.to_json(), made.layout.island
 
-    fault = run.fault
+    fault, layout = run.fault, plan.layout
     post = Post(
         command=["-m", "cordee", "train", *words],
         plan=plan.to_json(),
         plan_for=plan_for,
-        inside=plan.layout.size // plan.layout.island,
+        inside=layout.size // layout.island,
         wants=plan.processes,
         spares=fault.spares if fault.recover else 0,
         threads=plan.threads,
@@ -182,23 +181,11 @@ def launch_ranks(run: Run, plan: Plan) -> int:
         recover=fault.recover,
         hold=lambda: locked(run),
         drills=fault.kills,
+        interface=interface(run),
     )
-    with locked(run):
-        return supervise(post, meet(run))
-
-
-def meet(run: Run) -> Meeting:
-    """How this host's supervisor meets others; alone it needs no link."""
-    rules = Rules(silence_s=run.fault.silence_s)
-    last = last_generation(Path(run.run.dir))
-    return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given))
-
-
-def last_generation(folder: Path) -> int:
-    """The newest generation that a run's folder knows of; 0 when there is none."""
-    numbers = [int(p.name.rpartition(".g")[2]) for p in (folder / "checkpoints").glob("step-*.g*")]
-    told = [int(e.get("generation") or 0) for e in read_lines(folder / "events.jsonl")]
-    return max([0, *numbers, *told])
+    with nullcontext() if run.launch.join else locked(run):
+        data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
+        return supervise(post, meet(run, data, replace(layout, island=1).describe()))
 
 
 def _overrides(run: Run) -> dict[str, str]:
@@ -268,6 +255,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     else:
         cluster = replace(local_cluster(), hosts=told.hosts)
         planned, symbols = on_paper(run), vocabulary_of(run)
+        if told.by_launcher or brought.any:  # nobody would come back to a copy
+            planned = override(planned, {"fault.copy_every": 0})
         if not brought.model:
             _check_vocabulary(planned, symbols)
         plan = make_plan(planned, cluster, symbols, wanted)
@@ -280,11 +269,24 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         and not (Path(run.run.dir) / DATA_FOLDER).exists()
     ):
         resolve(run.data.path, run.model)
-    launches = plan.processes > 1 and not told.by_launcher and standing.finished is None
-    if launches:
+    wanted_here = plan.processes > 1 or several(run)
+    launches = wanted_here and not told.by_launcher and standing.finished is None
+    if launches and run.launch.join:
+        _check_shared(run)
+    elif launches:
         with locked(run):
             lay_out_data(run)
     return Ready(run, plan, told, standing, launches)
+
+
+def _check_shared(run: Run) -> None:
+    """ConfigError when this host does not see the folder of the run that it wants to join."""
+    if not is_dataset(Path(run.run.dir) / DATA_FOLDER):
+        raise ConfigError(
+            "there is no run in this folder yet; the hosts of a run share its folder",
+            values={"run.dir": run.run.dir, "launch.join": run.launch.join},
+            fix="run.dir=... as the first host sees it (start that one first)",
+        )
 
 
 def check_compiler(run: Run, device: str) -> None:

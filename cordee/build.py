@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cordee.checkpoint.neighbour import Neighbour
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
 from cordee.config.run import Run
@@ -77,6 +78,7 @@ class RunState:
     held_out: TokenSource | Samples | None
     balance: Balance | None = None
     brought: str = ""
+    neighbour: Neighbour | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -169,19 +171,14 @@ def build(
     mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
     sharding = Sharding(plan.zero, canonical, offload)
-    if before is not None and mesh.size(*INSIDE) > 1:
-        before = None
+    before = before if mesh.size(*INSIDE) == 1 else None
     if before is not None:
         live, whole, loader = before.live, None, before.engine.loader
     else:
         live, whole = make_model(run, plan, mesh, data, world, sharding, parts)
         loader = parts.loader or make_loader(run, data, world.device, parts.data)
-    work = make_work(run, plan, mesh, sharding, world, live)
-    engine = (
-        PipelineEngine(live, loader, mesh, work, run)
-        if plan.layout.pipeline > 1
-        else Engine(live, loader, mesh, work)
-    )
+    given = (live, loader, mesh, make_work(run, plan, mesh, sharding, world, live))
+    engine = PipelineEngine(*given, run) if plan.layout.pipeline > 1 else Engine(*given)
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
     drill = drill or make_drill(run.fault.kills[0], run.fault.poison, world.rank)

@@ -52,7 +52,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
-from cordee.resume import Memory, Seat, restore, seats
+from cordee.resume import Memory, Seat, copy_near, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -172,6 +172,8 @@ def walk(state: RunState, desk: Desk) -> None:
         desk.record(state, outcome)
         desk.keeper.settle(outcome.tally.saving)
         rebalance(state, desk, outcome.tally)
+        if state.neighbour is not None and state.neighbour.due(state.progress.step):
+            copy_near(state)
         if outcome.verdict.say is Say.STOP:
             stop(state, desk, outcome)
         desk.note_due(state)

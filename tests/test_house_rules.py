@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 400, 60, 8, 100, 25_000
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 400, 60, 8, 100, 28_000
 
 FLOORS = {
     "errors": 1, "config": 2, "layout": 3, "model": 3, "plan": 4, "dist": 4, "data": 4,
     "optim": 5, "parallel": 5, "sync": 5, "checkpoint": 5, "fault": 5, "metrics": 5,
     "evaluate": 5, "sample": 5, "parts": 6,
-    "build": 6, "begin": 6, "testing": 6, "desk": 6, "resume": 6, "balance": 6,
+    "build": 6, "rendezvous": 6, "begin": 6, "testing": 6, "desk": 6, "resume": 6, "balance": 6,
     "trial": 6, "rehearse": 6, "train": 7,
     "cli": 8,
 }  # fmt: skip
@@ -103,7 +103,7 @@ def test_floors(path: Path) -> None:
 def _same_floor_below(room: str, other: str) -> bool:
     """Inside floors 3, 4 and 6 a room may use one that stands before it in this list."""
     order = ["layout", "model", "dist", "data", "plan",
-             "parts", "build", "begin", "desk", "balance", "resume", "trial", "rehearse",
+             "parts", "build", "rendezvous", "begin", "desk", "balance", "resume", "trial", "rehearse",
              "testing"]  # fmt: skip
     return (
         FLOORS[room] == FLOORS[other]

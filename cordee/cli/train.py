@@ -6,11 +6,19 @@ The process that only launches ranks never imports torch, so the first loss come
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from cordee.begin import get_ready, launch_ranks
 from cordee.cli.arguments import parser, read, say
 from cordee.metrics.sinks import last_event
+
+HOSTS = {
+    "listen": ("HOST:PORT", "where other hosts may join this run (launch.listen)"),
+    "join": ("HOST:PORT", "of any host of the run that this one joins (launch.join)"),
+    "secret": ("FILE", "of mode 0600 that the hosts share (launch.secret)"),
+}
+"""Flags for several hosts: keys of the section launch under shorter names."""
 
 
 def run(argv: list[str]) -> int:
@@ -20,13 +28,19 @@ def run(argv: list[str]) -> int:
         "Trains; the same command again goes on where the run stands.\n"
         "Without arguments: a byte model on the text of this Python's standard library.",
         "cordee train model.preset=small optim.lr=0.01 run.steps=2000 run.dir=runs/mine\n"
+        "  cordee train run.toml --listen 10.0.0.1:7000      on the first host, and\n"
+        "  cordee train run.toml --join 10.0.0.1:7000        on others, at any time (one run.dir)\n"
         "  cordee train run.exact=true run.steps=60 launch.processes=4 batch.microbatches=12\n"
         "  torchrun --nproc-per-node 2 -m cordee train run.steps=100\n\n"
         "keys: cordee config explain run | model | data | batch | optim | clip | layout | ...",
         "[CONFIG.toml] [key=value | --key value ...] [--json]",
     )
     made.add_argument("--json", action="store_true", help="one JSON object at the end")
+    for flag, (shown, says) in HOSTS.items():
+        made.add_argument(f"--{flag}", metavar=shown, help=says)
     words = read(made, argv)
+    given = [f"launch.{flag}={word}" for flag in HOSTS if (word := getattr(words.flags, flag))]
+    words = replace(words, overrides=(*words.overrides, *given))
     ready = get_ready(words.load().run)
     folder = Path(ready.run.run.dir)
     first = ready.told.rank == 0

@@ -44,6 +44,21 @@ def check_processes(processes: int, cores: int) -> None:
         )
 
 
+def _least_of_keeping(run: Run) -> dict[str, tuple[float, float]]:
+    """Least values of what keeps a run going."""
+    return {
+        "checkpoint.keep": (run.checkpoint.keep, 1), "guard.in_a_row": (run.guard.in_a_row, 1),
+        "evaluate.every": (run.evaluate.every, 0), "evaluate.tokens": (run.evaluate.tokens, 0),
+        "evaluate.sample": (run.evaluate.sample, 0),
+        "evaluate.layers_every": (run.evaluate.layers_every, 0),
+        "memory.recompute_every": (run.memory.recompute_every, 1),
+        "memory.loss_chunk": (run.memory.loss_chunk, 0),
+        "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
+        "fault.copy_every": (run.fault.copy_every, 0),
+        "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
+    }  # fmt: skip
+
+
 def _check_ranges(run: Run) -> None:
     at_least = {
         "model.layers": (run.model.layers, 1), "model.width": (run.model.width, 2),
@@ -70,14 +85,7 @@ def _check_ranges(run: Run) -> None:
         "optim.weight_decay": (run.optim.weight_decay, 0),
         "optim.adam_lr": (run.optim.adam_lr, 0), "optim.eps": (run.optim.eps, 0),
         "clip.limit": (run.clip.limit, 0), "checkpoint.every": (run.checkpoint.every, 0),
-        "checkpoint.keep": (run.checkpoint.keep, 1), "guard.in_a_row": (run.guard.in_a_row, 1),
-        "evaluate.every": (run.evaluate.every, 0), "evaluate.tokens": (run.evaluate.tokens, 0),
-        "evaluate.sample": (run.evaluate.sample, 0),
-        "evaluate.layers_every": (run.evaluate.layers_every, 0),
-        "memory.recompute_every": (run.memory.recompute_every, 1),
-        "memory.loss_chunk": (run.memory.loss_chunk, 0),
-        "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
-        "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
+        **_least_of_keeping(run),
     }  # fmt: skip
     if run.launch.processes != "auto":
         at_least["launch.processes"] = (int(run.launch.processes), 1)

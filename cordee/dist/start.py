@@ -154,7 +154,8 @@ def follow_parent() -> None:
 def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
     """The environment of a worker that our supervisor starts; `interface`: the network interface
     that its peers reach it by ("": whatever this host's name stands for)."""
-    ours = {} if not interface else dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
+    ours = dict.fromkeys(names, interface)
     return {
         **os.environ,
         **ours,

@@ -32,7 +32,7 @@ class Talk:
         return self._end.fileno()
 
     def say(self, message: Mapping[str, Any]) -> None:
-        """Sends a message, or keeps it until `flush`; nothing happens when the other end is gone."""
+        """Sends a message, or keeps it until `flush`; nothing when the other end is gone."""
         self._waiting.append(json.dumps(message).encode())
         self.flush()
 

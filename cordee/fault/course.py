@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 ASKED = (130, 143)
 """Exit codes of a worker that left because it was told to."""
@@ -73,6 +74,8 @@ class Course:
     over: bool = False
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
+    untold: list[Mapping[str, Any]] = field(default_factory=list)
+    """Verdicts of views in which nobody had a seat, for who writes the events next."""
     _failed_step: int = -2
 
     def fail(self, failure: Failure) -> int:

@@ -45,11 +45,15 @@ class Hosts:
         self.link = self._meeting.link() if self._meeting.link else None
         me = self.link.id if self.link else "here"
         self.member = self._meeting.member(me, assign=self._assign, report=self._report)
-        now = time.monotonic()
-        if through:
-            self.member.join(through, now)
-        else:
-            self.member.found(now)
+        self._through = through
+        if not through:
+            self.member.found(time.monotonic())
+        elif self.link is not None:
+            self.link.send(through, {"hello": me})  # whoever refuses us says so at once
+
+    def join(self) -> None:
+        """Asks to be let in, now that this host has ranks to bring."""
+        self.member.join(self._through, time.monotonic())
 
     def again(self) -> None:
         """After a fence: back under a new name, through whoever was in the run."""

@@ -50,6 +50,7 @@ class Member(Voter):
     ) -> None:
         super().__init__(me, rules, report, last)
         self._rules, self._assign, self._witness = rules, assign, witness
+        self._last = last
         self._beat_number, self._beat_due = 0, 0.0
 
     # What the supervisor calls.
@@ -230,7 +231,9 @@ class Member(Voter):
 
     def _act(self) -> None:
         """Begins a round when one is due here; nurses the one under way."""
-        formed = self._votes.formed
+        formed, votes = self._votes.formed, self._votes
+        if self._through and votes.attempts and self._ears.silent(votes.promised_to):
+            self._through = ""  # its vote may have let a view begin: it answers for it now
         if self._over or self._through or formed is None:
             return
         if self.me not in self._known():  # a leaver that waits until the others are in
@@ -304,10 +307,13 @@ class Member(Voter):
             current.promises[sender] = Promise.from_json(m)
         if current.missing:
             return
-        blocked, number = current.blocked(self.me, self._witness)
-        self._top = max(self._top, number)
+        blocked, vow = current.blocked(self.me, self._witness)
+        if vow:
+            self._top = max(self._top, vow.number)
         if blocked:
             self._give_up(blocked)
+            if vow and vow.view and self._votes.formed_number > self._last:
+                self._on_enter(self.me, {"view": vow.view.to_json()})
             return
         current.decide(self.me, self._assign)
         current.began = self._ears.clock

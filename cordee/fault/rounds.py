@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.fault.views import Promise, View, base_of, obstacle
-from cordee.fault.witness import Witness
+from cordee.fault.witness import Vow, Witness
 
 Verdict = Mapping[str, Any]
 
@@ -64,23 +64,23 @@ class Round:
             "base": base and base.to_json(),
         }
 
-    def blocked(self, me: str, witness: Witness | None) -> tuple[str, int]:
-        """Once all have promised: why it must not go on ("": it may), and the witness's number."""
+    def blocked(self, me: str, witness: Witness | None) -> tuple[str, Vow | None]:
+        """Once all have promised: why it must not go on ("": it may), and the witness's answer."""
         if witness is None:
             lacking = obstacle(self.promises)
-            return waiting_for(lacking, self.asked) if lacking else "", 0
+            return waiting_for(lacking, self.asked) if lacking else "", None
         vow = witness.promise(self.number, me, self.asked)
         if vow is None:
-            return "waiting for the witness: it cannot be reached", 0
+            return "waiting for the witness: it cannot be reached", None
         views = [view for p in self.promises.values() for view in (p.formed, *p.attempts) if view]
         if vow.view is None and not all(set(view.hosts) <= set(self.asked) for view in views):
-            return "waiting for all hosts: the witness has lost its memory", vow.number
+            return "waiting for all hosts: the witness has lost its memory", vow
         if vow.granted:
-            return "", vow.number
+            return "", vow
         if vow.view is None:
-            return "waiting: another host asked the witness first", vow.number
+            return "waiting: another host asked the witness first", vow
         names = ", ".join(vow.view.hosts)
-        return f"waiting: the witness holds generation {vow.view.number} of {names}", vow.number
+        return f"waiting: the witness holds generation {vow.view.number} of {names}", vow
 
     def decide(self, me: str, assign: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> View:
         """The view, once all have promised: the orders from their reports, the verdicts in full."""

@@ -171,9 +171,10 @@ class Supervisor:
         if self.course.begun:
             if len(self.crew.seated()) < self.wants:
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
+        elif len(ready) >= self.wants and not self.founds:
+            self.hosts.join()
         elif len(ready) >= self.wants:
-            word = "begun" if self.founds else "joined"
-            self._call(word, worker, f"{len(ready)} ranks are ready", "they get seats")
+            self._call("begun", worker, f"{len(ready)} ranks are ready", "they get seats")
 
     def _on_leaving(self, worker: Worker, number: int) -> None:
         """A worker that alone was told to go: the others go on; the last one makes all leave."""
@@ -262,13 +263,14 @@ class Supervisor:
             case Entered(view):
                 self._enter(view)
             case Fenced(sentence):
-                print(f"{self.name}: {sentence}; it asks to be let in again", file=sys.stderr)
+                self._print(f"{sentence}; it asks to be let in again")
                 if self.hosts.link is not None:
                     self._selector.unregister(self.hosts.link)
                 self.view = None
                 for worker in self.crew.workers.values():
                     worker.last_rank = None
                 self.hosts.again()
+                self.hosts.join()
                 self._listen()
             case Left():
                 self.course.code = 128 + (self.course.signals or [signal.SIGTERM])[0]
@@ -282,6 +284,13 @@ class Supervisor:
             if worker.leaving is not None:
                 worker.talk.say({"do": "end"})
         if not orders:
+            course.untold += view.why
+            if course.begun:
+                ready = sum(w.ready for w in self.crew.workers.values())
+                self._print(
+                    f"no island is whole: {ready} of {self.post.inside} ranks are ready here;"
+                    " the run waits for others, and those keep their state"
+                )
             return
         ranks: Sequence[Sequence[Any]] = orders["ranks"]
         drills = self.post.drills
@@ -296,12 +305,13 @@ class Supervisor:
             worker.rank = rank
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": list(view.why),
+                "local_rank": worker.slot, "plan": orders["plan"], "why": [*course.untold, *view.why],
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
             if course.signals:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
+        course.untold.clear()
 
     # ---- from time to time ----
 
@@ -341,12 +351,14 @@ class Supervisor:
     def _on_silence(self, worker: Worker, silent_s: float) -> None:
         """A worker that does not answer: killed, then replaced like any that died."""
         worker.heard_s = time.monotonic()
-        print(
+        self._print(
             f"rank {worker.rank} (pid {worker.pid}) was silent for {silent_s:.1f} s in"
-            f" {worker.phase} of step {worker.step}: killed",
-            file=sys.stderr,
+            f" {worker.phase} of step {worker.step}: killed"
         )
         self.crew.kill(worker)
+
+    def _print(self, sentence: str) -> None:
+        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
 
     def _fill_up(self, now: bool) -> None:
         """Starts what is missing: at once what computes, spares when the run is under way."""

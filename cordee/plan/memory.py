@@ -195,6 +195,10 @@ class _Rank:
             "allocator slack": self._slack_bytes(),
         }
         phases = {"backward": backward, "sum": summed, "agree": agree, "update": update}
+        if self._copies_near:
+            # Own state and a neighbour's, and while they are made anew both once more.
+            state["copies for a neighbour"] = 2 * (held["parameters"] + held["optimiser"])
+            phases["copy"] = {"copies being made": state["copies for a neighbour"]}
         return Memory(state, phases)
 
     def _moments(
@@ -224,6 +228,13 @@ class _Rank:
     def _keeps_whole(self) -> bool:
         """Whether gradients are whole from the start: nothing reduces them inside the backward."""
         return self.wire.canonical or not self._gathers
+
+    @property
+    def _copies_near(self) -> bool:
+        """Whether what only this rank holds is kept once more in this device's memory, the host's:
+        checkpoint/neighbour.py."""
+        alone = self.layout.island == 1 < self.layout.size and self.device == "cpu"
+        return alone and self.run.fault.recover and self.run.fault.copy_every > 0
 
     @property
     def _gathers(self) -> bool:

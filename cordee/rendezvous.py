@@ -1,0 +1,143 @@
+"""Where the hosts of a run meet: addresses, the shared secret, what must be equal, the witness.
+
+Paper: the launching process needs no torch. Hosts of one run share its folder (a network disk, or
+one machine), in which the witness of their votes lies. Not here: messages (`fault/link.py`) and
+votes (`fault/members.py`). Traded away: hosts without a common folder; their checkpoints would be
+in pieces on several disks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import socket
+import struct
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cordee.config.load import flatten
+from cordee.config.run import FREE_ON_RESUME, Run
+from cordee.errors import ConfigError
+from cordee.fault.address import joined, resolve, split
+from cordee.fault.hosts import Meeting
+from cordee.fault.link import Link
+from cordee.fault.members import Member
+from cordee.fault.pace import Rules
+from cordee.fault.secret import make_secret, read_secret
+from cordee.fault.witness import FileWitness
+from cordee.metrics.sinks import read_lines
+
+WITNESS_FILE = "members.json"
+FOLDER_ID = "members.id"
+SECRET_FILE = "secret"
+ADDRESS_OF_INTERFACE = 0x8915
+"""SIOCGIFADDR of Linux: an interface's IPv4 address."""
+
+RULES = Rules()
+
+
+def meet(run: Run, data: str, inside: str) -> Meeting:
+    """How this host's supervisor meets the others. `data` is the dataset's fingerprint, `inside`
+    how an island is cut: both must be equal everywhere. ConfigError: no secret, or no way there."""
+    folder, last = Path(run.run.dir), last_generation(Path(run.run.dir))
+    rules = Rules(silence_s=run.fault.silence_s, least_s=min(RULES.least_s, run.fault.silence_s))
+    if not several(run):
+        return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given))
+    witness = FileWitness(folder / WITNESS_FILE)
+    secret_file = Path(run.launch.secret or folder / SECRET_FILE)
+    if run.launch.join:
+        secret = read_secret(secret_file)
+        bind = joined(own_ip(run.launch.join), 0)
+    else:
+        secret, bind = make_secret(secret_file), run.launch.listen
+        witness.forget()
+        if not (folder / FOLDER_ID).exists():
+            (folder / FOLDER_ID).write_text(uuid.uuid4().hex)
+    hello = greeting(run, data, inside)
+    return Meeting(
+        lambda: Link.open(bind, secret, hello),
+        lambda me, **given: Member(me, rules, last=last, witness=witness, **given),
+        run.launch.join,
+    )
+
+
+def several(run: Run) -> bool:
+    """Whether this run has, or may get, more than one host by itself (no launcher)."""
+    return bool(run.launch.listen or run.launch.join)
+
+
+def greeting(run: Run, data: str, inside: str) -> dict[str, Any]:
+    """What hosts of one run must have in common, by name."""
+    keys = {key: value for key, value in flatten(run).items() if not key.startswith(FREE_ON_RESUME)}
+    identity = Path(run.run.dir) / FOLDER_ID
+    return {
+        **keys,
+        "cordee": _version("cordee"),
+        "torch": _version("torch"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "data's digest": data,
+        "an island": inside,
+        "run.dir is one folder": identity.read_text() if identity.exists() else "",
+        "about.name": socket.gethostname(),
+    }
+
+
+def interface(run: Run) -> str:
+    """The network interface by which other hosts reach this one; "" for a run on one host."""
+    if not several(run):
+        return ""
+    ip = own_ip(run.launch.join) if run.launch.join else resolve(run.launch.listen)[0][1][0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(asking, ADDRESS_OF_INTERFACE, request)
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == ip:
+                return name
+    return ""
+
+
+def own_ip(towards: str) -> str:
+    """This host's address on the way to HOST:PORT. ConfigError: there is no way."""
+    try:
+        family, place = resolve(towards)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as asking:
+            asking.connect(place)
+            return str(asking.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"the host to join cannot be reached: {error.strerror or error}",
+            values={"launch.join": towards},
+            fix="the address that the first host was given as --listen",
+        ) from error
+
+
+def last_generation(folder: Path) -> int:
+    """The newest generation that a run's folder knows of; 0 when there is none."""
+    numbers = [int(p.name.rpartition(".g")[2]) for p in (folder / "checkpoints").glob("step-*.g*")]
+    told = [int(e.get("generation") or 0) for e in read_lines(folder / "events.jsonl")]
+    return max([0, *numbers, *told])
+
+
+def check_addresses(run: Run) -> None:
+    """ConfigError for addresses that are none, or a host that both founds and joins."""
+    for key in ("listen", "join"):
+        if word := getattr(run.launch, key):
+            split(word)
+    if run.launch.listen and run.launch.join:
+        raise ConfigError(
+            "a host founds a run or joins one",
+            values={"launch.listen": run.launch.listen, "launch.join": run.launch.join},
+            fix=f"launch.join={run.launch.join} alone",
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
