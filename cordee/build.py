@@ -181,7 +181,7 @@ def build(
     engine = PipelineEngine(*given, run) if plan.layout.pipeline > 1 else Engine(*given)
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
-    drill = drill or make_drill(run.fault.kills[0], run.fault.poison, world.rank)
+    drill = drill or make_drill(run.fault.kills[0], run.fault, world.rank)
     optimizer = make_rule(run, mesh, live, engine.parameters)
     if before is not None:
         optimizer.adopt(before.optimizer)

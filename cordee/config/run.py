@@ -16,6 +16,14 @@ from cordee.config.model import InitialSettings, ModelSettings
 Auto = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
 
+POINTS = (
+    "step.start", "step.forward", "step.backward", "step.reduce", "step.agree", "step.update",
+    "step.commit", "evaluate", "finish", "group", "fill", "fill.round", "fill.end", "copy.begin",
+    "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part", "save.manifest",
+    "save.rename", "save.delete",
+)  # fmt: skip
+"""Where a drill can strike (fault/inject.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -247,10 +255,12 @@ class FaultSettings:
     """Failures in a row, with no step committed between them, after which the run stops."""
     kill: str = ""
     """Drill: `point:step:rank` at which that rank kills itself (points: step.start, step.forward,
-    step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, group,
-    fill, fill.round, fill.end, copy.begin, copy.send, copy.sent, copy.end, save.stage, save.write,
+    step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, group, fill,
+    fill.round, fill.end, copy.begin, copy.send, copy.sent, copy.end, save.stage, save.write,
     save.part, save.manifest, save.rename, save.delete). Several, with commas: the first is armed in
     the first generation, the next in the second."""
+    crash: str = ""
+    """Drill: `point:step:rank` at which that rank raises, in every generation."""
     poison: str = ""
     """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
 
