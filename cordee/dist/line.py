@@ -186,7 +186,8 @@ class Line:
                 due = now + BEAT_S
                 for_s = round(now - self._marked_s, 3)
                 self._say({"say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s})
-            select.select([self._talk], [], [], max(0.0, min(due, self._cut_s) - time.monotonic()))
+            cut_s = math.inf if self._seat is None else self._cut_s
+            select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
             seat, now = self._seat, time.monotonic()

@@ -41,18 +41,25 @@ class Post:
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that died: the step it stood at, who and how in one line, its last words."""
+    """A worker that died: the step it stood at, who, how, its last words, its exit code."""
 
     step: int
-    sentence: str
+    who: str
+    how: str
     words: str
     code: int
+
+    @property
+    def cause(self) -> str:
+        """How it died and, when it said so, of what."""
+        lines = self.words.splitlines()
+        return f"{self.how}: {lines[-1].strip()[:300]}" if self.code > 0 and lines else self.how
 
     def tell(self) -> None:
         """The sentence and the worker's own words, as the last thing on the screen."""
         if self.code in ASKED:
             return
-        print(f"\n{self.sentence} first", file=sys.stderr)
+        print(f"\n{self.who} {self.how}".rstrip() + " first", file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 

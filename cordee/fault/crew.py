@@ -27,8 +27,8 @@ WORDS_BYTES = 1 << 16
 
 @dataclass(eq=False)
 class Worker:
-    """One process. `rank` is that of the generation at hand, None while it has no seat, `last_rank`
-    that of the last one; `slot` says which local device is its own."""
+    """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
+    and `generation` are its last seat's; `slot` says which local device is its own."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -38,6 +38,7 @@ class Worker:
     ready: bool = False
     rank: int | None = None
     last_rank: int | None = None
+    generation: int = 0
     slot: int | None = None
     leaving: int | None = None
     done: int | None = None

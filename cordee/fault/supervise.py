@@ -23,7 +23,7 @@ from cordee.errors import ConfigError
 from cordee.fault.course import ASKED, Course, Failure, Post
 from cordee.fault.crew import Crew, Worker, how_it_died, record_of
 from cordee.fault.hosts import Hosts, Meeting
-from cordee.fault.orders import assign
+from cordee.fault.orders import Ready, assign
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 
 GRACE_S = 10.0
@@ -90,15 +90,19 @@ class Supervisor:
                 signal.signal(number, action)
 
     def report(self) -> dict[str, Any]:
-        """What this host has, for the orders of a view. Asked for when the vote for it is given:
-        ranks are those of the generation that ends by it, or has just ended."""
+        """What this host has, for the orders of a view."""
         ready = [
-            [w.number, w.pid, w.last_rank if w.rank is None else w.rank]
+            Ready(self.name, w.number, w.pid, w.last_rank, w.generation).to_list()
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
         wants = 0 if self.course.signals else self.wants
         return {"name": self.name, "wants": wants, "ready": ready, "begun": self.course.begun}
+
+    @property
+    def _several(self) -> bool:
+        """Whether other hosts are in the run now."""
+        return self.view is not None and len(self.view.hosts) > 1
 
     # ---- what happens ----
 
@@ -122,7 +126,7 @@ class Supervisor:
         course.heeded, number = len(course.signals), course.signals[-1]
         if course.heeded > 1 or not self.crew.seated():
             course.code = 128 + number
-        elif self.view is not None and len(self.view.hosts) > 1:
+        elif self._several:
             self.hosts.member.leave(time.monotonic())
         else:
             for worker in self.crew.seated():
@@ -170,7 +174,10 @@ class Supervisor:
         if self.course.ending:
             return
         if self.course.begun:
-            if len(self.crew.seated()) < self.wants:
+            inside, seated = self.post.inside, len(self.crew.seated())
+            islands = min(len(ready), self.wants) // inside
+            # With other hosts' ranks this one may make an island whole that this host cannot.
+            if islands * inside > seated or (self._several and seated < self.wants):
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
         elif len(ready) >= self.wants and not self.founds:
             self.hosts.join()
@@ -180,8 +187,7 @@ class Supervisor:
     def _on_leaving(self, worker: Worker, number: int) -> None:
         """A worker that alone was told to go: the others go on; the last one makes all leave."""
         others = [w for w in self.crew.workers.values() if w.ready and w is not worker]
-        alone = self.view is None or len(self.view.hosts) == 1
-        if alone and len(others) < self.post.inside:
+        if not self._several and len(others) < self.post.inside:
             self.course.signals.append(number)
             return
         worker.leaving = number
@@ -207,7 +213,7 @@ class Supervisor:
         assert worker.done is not None
         if worker.done and worker.verdict:
             self.crew.end(GRACE_S)
-            Failure(worker.step, worker.verdict, words, worker.done).tell()
+            Failure(worker.step, worker.verdict, "", words, worker.done).tell()
             course.code = worker.done
         elif not [w for w in self.crew.seated() if w.done is None]:
             course.code = worker.done
@@ -221,7 +227,7 @@ class Supervisor:
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
-        failure = Failure(worker.step, f"{who} {how_it_died(code)}", words, code)
+        failure = Failure(worker.step, who, how_it_died(code), words, code)
         in_a_row = course.fail(failure)
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
@@ -230,7 +236,7 @@ class Supervisor:
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
             done = "a warm spare takes its place" if spare else "the others go on"
-            self._call("lost", worker, how_it_died(code), done)
+            self._call("lost", worker, failure.cause, done)
         self._fill_up(now=True)
 
     # ---- generations ----
@@ -261,7 +267,7 @@ class Supervisor:
                 for worker in self.crew.workers.values():
                     if worker.rank is not None:
                         worker.talk.say({"do": "halt", "generation": number})
-                    worker.last_rank, worker.rank = worker.rank, None
+                    worker.rank = None
             case Entered(view):
                 self._enter(view)
             case Fenced(sentence):
@@ -269,8 +275,6 @@ class Supervisor:
                 if self.hosts.link is not None:
                     self._selector.unregister(self.hosts.link)
                 self.view = None
-                for worker in self.crew.workers.values():
-                    worker.last_rank = None
                 self.hosts.again()
                 self.hosts.join()
                 self._listen()
@@ -305,7 +309,8 @@ class Supervisor:
                 continue
             worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
-            worker.rank = rank
+            worker.rank = worker.last_rank = rank
+            worker.generation = view.number
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
                 "local_rank": worker.slot, "plan": orders["plan"], "why": why,
