@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -95,6 +96,7 @@ class Line:
 
     def ready(self) -> None:
         """Says that this worker has imported everything and may be given a seat."""
+        _name("ready")
         self._say({"say": "ready"})
 
     def take(self) -> Seat | None:
@@ -105,6 +107,7 @@ class Line:
             seat = self._seats.get()
             if seat is None or seat.generation > self._halted:
                 self._seat = seat
+                _name("ending" if seat is None else f"rank {seat.rank}")
                 self._show(seat is not None and seat.rank == 0)
                 return seat
 
@@ -252,6 +255,12 @@ class _Store(Store):
 def _uncounted(key: str) -> str:
     head, mark, rest = key.partition("//")
     return rest if mark and head.isdigit() and len(head) < 10 else key
+
+
+def _name(what: str) -> None:
+    """What `top` and `ps` call this process; only Linux has it."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"cordee {what}")
 
 
 def open_line(told: Launched) -> Line | None:
