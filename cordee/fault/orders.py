@@ -8,6 +8,7 @@ follows from the plan, and agreement about it (`members.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def assign(
     if not islands:
         return {}
     plan, islands = plan_for(islands)
-    chosen = _in_order(ready, reports)[: islands * inside]
+    chosen = _in_order(ready, reports, inside)[: islands * inside]
     return {
         "ranks": [[worker.host, worker.number, worker.pid] for worker in chosen],
         "plan": plan,
@@ -57,14 +58,17 @@ def assign(
     }
 
 
-def _in_order(ready: Sequence[Ready], reports: Mapping[str, Mapping[str, Any]]) -> list[Ready]:
-    """Survivors by their last rank, then the others by host, each host no more than it wants."""
-    survivors = sorted(
-        (w for w in ready if w.last_rank is not None), key=lambda w: w.last_rank or 0
-    )
+def _in_order(
+    ready: Sequence[Ready], reports: Mapping[str, Mapping[str, Any]], inside: int
+) -> list[Ready]:
+    """Survivors of islands that are whole, by their last rank: together they hold all of the run.
+    Then the other survivors, then the rest by host; of each host no more than it wants."""
+    survivors = {w.last_rank: w for w in ready if w.last_rank is not None}
+    sizes = Counter(rank // inside for rank in survivors)
+    by_rank = sorted(survivors, key=lambda rank: (sizes[rank // inside] < inside, rank))
     found, counts = [], dict.fromkeys(reports, 0)
-    for worker in [*survivors, *(w for w in ready if w.last_rank is None)]:
-        if counts[worker.host] < int(reports[worker.host]["wants"]):
+    for worker in [*map(survivors.get, by_rank), *(w for w in ready if w.last_rank is None)]:
+        if worker is not None and counts[worker.host] < int(reports[worker.host]["wants"]):
             counts[worker.host] += 1
             found.append(worker)
     return found

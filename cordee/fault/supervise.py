@@ -37,6 +37,9 @@ BROKEN_AFTER_S = 1.0
 
 TICK_S = 0.1
 
+UNDER_WAY = ("step.", "evaluate", "finish")
+"""Phases of a worker whose generation has its state, and has written what led to it."""
+
 ASLEEP_S = 1.0
 """A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
 
@@ -90,9 +93,10 @@ class Supervisor:
                 signal.signal(number, action)
 
     def report(self) -> dict[str, Any]:
-        """What this host has, for the orders of a view."""
+        """What this host has, for the orders of a view. Asked for when the vote for it is given:
+        ranks are those of the generation that ends by it, or has just ended."""
         ready = [
-            [w.number, w.pid, w.last_rank]
+            [w.number, w.pid, w.last_rank if w.rank is None else w.rank]
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
@@ -138,9 +142,12 @@ class Supervisor:
     def _on_message(self, worker: Worker, message: Mapping[str, Any]) -> None:
         course = self.course
         match message:
-            case {"say": "beat", "step": step, "phase": phase}:
+            case {"say": "beat", "step": step, "phase": phase, "generation": generation}:
                 worker.step, worker.phase = step, phase
                 course.step = max(course.step, step)
+                here = self.view is not None and generation == self.view.number
+                if here and phase.startswith(UNDER_WAY):
+                    course.untold.clear()
             case {"say": "ready"}:
                 worker.ready = True
                 self._on_ready(worker)
@@ -257,8 +264,9 @@ class Supervisor:
         match change:
             case Halted(number):
                 self.course.halted_s = time.monotonic()
-                for worker in self.crew.seated():
-                    worker.talk.say({"do": "halt", "generation": number})
+                for worker in self.crew.workers.values():
+                    if worker.rank is not None:
+                        worker.talk.say({"do": "halt", "generation": number})
                     worker.last_rank, worker.rank = worker.rank, None
             case Entered(view):
                 self._enter(view)
@@ -283,8 +291,8 @@ class Supervisor:
         for worker in self.crew.workers.values():
             if worker.leaving is not None:
                 worker.talk.say({"do": "end"})
+        course.untold += view.why
         if not orders:
-            course.untold += view.why
             if course.begun:
                 ready = sum(w.ready for w in self.crew.workers.values())
                 self._print(
@@ -305,13 +313,12 @@ class Supervisor:
             worker.rank = rank
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": [*course.untold, *view.why],
+                "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
             if course.signals:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
-        course.untold.clear()
 
     # ---- from time to time ----
 

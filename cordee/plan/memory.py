@@ -196,9 +196,10 @@ class _Rank:
         }
         phases = {"backward": backward, "sum": summed, "agree": agree, "update": update}
         if self._copies_near:
-            # Own state and a neighbour's, and while they are made anew both once more.
-            state["copies for a neighbour"] = 2 * (held["parameters"] + held["optimiser"])
-            phases["copy"] = {"copies being made": state["copies for a neighbour"]}
+            # Own state and, if no island has it too, a neighbour's; while they are made, both anew.
+            both = 2 if layout.island == 1 else 1
+            state["copies for faults"] = both * (held["parameters"] + held["optimiser"])
+            phases["copy"] = {"copies being made": state["copies for faults"]}
         return Memory(state, phases)
 
     def _moments(
@@ -231,10 +232,10 @@ class _Rank:
 
     @property
     def _copies_near(self) -> bool:
-        """Whether what only this rank holds is kept once more in this device's memory, the host's:
-        checkpoint/neighbour.py."""
-        alone = self.layout.island == 1 < self.layout.size and self.device == "cpu"
-        return alone and self.run.fault.recover and self.run.fault.copy_every > 0
+        """Whether the state of an island that is cut is kept once more in this device's memory, the
+        host's: checkpoint/neighbour.py."""
+        cut = self.layout.size > self.layout.island and self.device == "cpu"
+        return cut and self.run.fault.recover and self.run.fault.copy_every > 0
 
     @property
     def _gathers(self) -> bool:
