@@ -21,7 +21,6 @@ from torch import Tensor
 from cordee.dist.flat import gather_flat
 from cordee.layout.split import Node, canonical_subtrees, fold
 
-
 Partial = list[tuple[Node, list[Tensor]]]
 """Sums of gradients: (range of microbatches, a tensor for each parameter) in order."""
 

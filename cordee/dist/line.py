@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -101,6 +102,7 @@ class Line:
 
     def ready(self) -> None:
         """Says that this worker has imported everything and may be given a seat."""
+        _name("ready")
         self._say({"say": "ready"})
 
     def take(self) -> Seat | None:
@@ -111,6 +113,7 @@ class Line:
             seat = self._seats.get()
             if seat is None or seat.generation > self._halted:
                 self._cut_s, self._seat = math.inf, seat
+                _name("ending" if seat is None else f"rank {seat.rank}")
                 self._show(seat is not None and seat.rank == 0)
                 return seat
 
@@ -181,12 +184,15 @@ class Line:
     def _serve(self) -> None:
         due = 0.0
         while not self._talk.closed:
-            now = time.monotonic()
+            now, seat = time.monotonic(), self._seat
             if now >= due:
                 due = now + BEAT_S
                 for_s = round(now - self._marked_s, 3)
-                self._say({"say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s})
-            cut_s = math.inf if self._seat is None else self._cut_s
+                self._say({
+                    "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
+                    "generation": 0 if seat is None else seat.generation,
+                })  # fmt: skip
+            cut_s = math.inf if seat is None else self._cut_s
             select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
@@ -261,6 +267,12 @@ class _Store(Store):
 def _uncounted(key: str) -> str:
     head, mark, rest = key.partition("//")
     return rest if mark and head.isdigit() and len(head) < 10 else key
+
+
+def _name(what: str) -> None:
+    """What `top` and `ps` call this process; only Linux has it."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"cordee {what}")
 
 
 def open_line(told: Launched) -> Line | None:

@@ -82,7 +82,7 @@ class Course:
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
     untold: list[Mapping[str, Any]] = field(default_factory=list)
-    """Verdicts of views in which nobody had a seat, for who writes the events next."""
+    """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
 
     def fail(self, failure: Failure) -> int:

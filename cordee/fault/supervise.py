@@ -37,6 +37,9 @@ BROKEN_AFTER_S = 1.0
 
 TICK_S = 0.1
 
+UNDER_WAY = ("step.", "evaluate", "finish")
+"""Phases of a worker whose generation has its state, and has written what led to it."""
+
 ASLEEP_S = 1.0
 """A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
 
@@ -143,9 +146,12 @@ class Supervisor:
     def _on_message(self, worker: Worker, message: Mapping[str, Any]) -> None:
         course = self.course
         match message:
-            case {"say": "beat", "step": step, "phase": phase}:
+            case {"say": "beat", "step": step, "phase": phase, "generation": generation}:
                 worker.step, worker.phase = step, phase
                 course.step = max(course.step, step)
+                here = self.view is not None and generation == self.view.number
+                if here and phase.startswith(UNDER_WAY):
+                    course.untold.clear()
             case {"say": "ready"}:
                 worker.ready = True
                 self._on_ready(worker)
@@ -289,8 +295,8 @@ class Supervisor:
         for worker in self.crew.workers.values():
             if worker.leaving is not None:
                 worker.talk.say({"do": "end"})
+        course.untold += view.why
         if not orders:
-            course.untold += view.why
             if course.begun:
                 ready = sum(w.ready for w in self.crew.workers.values())
                 self._print(
@@ -303,7 +309,6 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
-        why = [*course.untold, *view.why]
         for rank, (host, number, _) in enumerate(ranks):
             if host != self.hosts.member.me or number not in self.crew.workers:
                 continue
@@ -313,13 +318,12 @@ class Supervisor:
             worker.generation = view.number
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": why,
+                "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
             if course.signals:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
-        course.untold.clear()
 
     # ---- from time to time ----
 
