@@ -25,6 +25,7 @@ from cordee.fault.crew import Crew, Worker, how_it_died, record_of
 from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import Ready, assign
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
+from cordee.fault.watch import Watch
 
 GRACE_S = 10.0
 """How long ranks may take to leave after the run has failed."""
@@ -40,9 +41,6 @@ TICK_S = 0.1
 UNDER_WAY = ("step.", "evaluate", "finish")
 """Phases of a worker whose generation has its state, and has written what led to it."""
 
-ASLEEP_S = 1.0
-"""A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
-
 
 class Supervisor:
     """See the file's header. `run` returns the exit code."""
@@ -52,6 +50,7 @@ class Supervisor:
         self.wants = post.wants
         self.name = socket.gethostname()
         self.course = Course()
+        self.watch = Watch(post.silence_s, post.start_s)
         self.crew = Crew(post.command, post.threads, post.plan, post.interface)
         self.hosts = Hosts(
             meeting, lambda reports: assign(reports, post.inside, post.plan_for), self.report
@@ -61,7 +60,6 @@ class Supervisor:
         self._held = ExitStack()
         self._holds = False
         self._selector = selectors.DefaultSelector()
-        self._ticked_s = time.monotonic()
 
     def run(self) -> int:
         """Until the run is over: 0 done, 1 failed, 128 + signal when asked to leave."""
@@ -147,7 +145,7 @@ class Supervisor:
         course = self.course
         match message:
             case {"say": "beat", "step": step, "phase": phase, "generation": generation}:
-                worker.step, worker.phase = step, phase
+                self.watch.beat(worker, message)
                 course.step = max(course.step, step)
                 here = self.view is not None and generation == self.view.number
                 if here and phase.startswith(UNDER_WAY):
@@ -233,7 +231,7 @@ class Supervisor:
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
-        failure = Failure(worker.step, who, how_it_died(code), words, code)
+        failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
         in_a_row = course.fail(failure)
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
@@ -273,6 +271,7 @@ class Supervisor:
                 for worker in self.crew.workers.values():
                     if worker.rank is not None:
                         worker.talk.say({"do": "halt", "generation": number})
+                        worker.halted, worker.halted_s = number, time.monotonic()
                     worker.rank = None
             case Entered(view):
                 self._enter(view)
@@ -329,18 +328,18 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        asleep, self._ticked_s = now - self._ticked_s > ASLEEP_S, now
         self._heed()
         self.hosts.member.tick(now)
         self._follow()
         self._lead()
-        for worker in list(self.crew.workers.values()):
+        for worker in self.crew.workers.values():
             worker.talk.flush()
-            limit_s = self.post.silence_s if worker.ready else self.post.start_s
-            if asleep:
-                worker.heard_s = now
-            elif now - worker.heard_s > limit_s:
-                self._on_silence(worker, now - worker.heard_s)
+        for worker, judged in self.watch.judge(self.crew.workers.values()):
+            # A stopped process hears no other signal. Its death is dealt with like any.
+            worker.judged, worker.heard_s = judged, now
+            self.crew.kill(worker)
+        if stuck := self.watch.stuck(self.crew.seated()):
+            self._call("stuck", *stuck, "all meet again, and who does not come is replaced")
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
             if seated := self.crew.seated():
@@ -359,15 +358,6 @@ class Supervisor:
         if refused := self.hosts.refusal():
             print(f"error: the run did not let this host in: {refused}", file=sys.stderr)
             self.course.code = 2
-
-    def _on_silence(self, worker: Worker, silent_s: float) -> None:
-        """A worker that does not answer: killed, then replaced like any that died."""
-        worker.heard_s = time.monotonic()
-        self._print(
-            f"rank {worker.rank} (pid {worker.pid}) was silent for {silent_s:.1f} s in"
-            f" {worker.phase} of step {worker.step}: killed"
-        )
-        self.crew.kill(worker)
 
     def _print(self, sentence: str) -> None:
         print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
