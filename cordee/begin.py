@@ -247,6 +247,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     """
     run = settle(run)
     told = launched()
+    if several(run) and not told.supervised:  # one supervisor a host, whatever started it
+        told = Launched()
     # A worker's supervisor has looked; by now the run itself may have written there.
     standing = Standing(None) if told.supervised else look(run, brought.model)
     wanted = None if told.supervised else _processes(run, told, 1 if brought.any else None)

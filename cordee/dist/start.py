@@ -42,6 +42,8 @@ LINE = "CORDEE_LINE"
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
 PARENT = "CORDEE_PARENT"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""How often torchrun has started these ranks anew."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,22 @@ def world(
 def _join(told: Launched, backend: str, timeout_s: float, store: Any) -> None:
     import torch.distributed as dist
 
-    method = None if store is not None else f"file://{told.store}" if told.store else "env://"
+    limit = timedelta(seconds=timeout_s)
     try:
+        given = store
+        if given is None and RESTARTS in os.environ and not told.store:
+            # torchrun keeps its store over restarts, with the addresses of the dead in it.
+            met = dist.rendezvous("env://", told.rank, told.size, timeout=limit)  # type: ignore[attr-defined]
+            found, _, _ = next(met)
+            given = dist.PrefixStore(f"cordee/{os.environ[RESTARTS]}", found)  # type: ignore[attr-defined]
+        method = None if given is not None else f"file://{told.store}" if told.store else "env://"
         dist.init_process_group(
             backend,
             init_method=method,
-            store=store,
+            store=given,
             rank=told.rank,
             world_size=told.size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=limit,
         )
     except (dist.DistError, ValueError, OSError, RuntimeError) as error:
         if store is not None:  # the generation's end, which its worker knows of
