@@ -185,7 +185,8 @@ def launch_ranks(run: Run, plan: Plan) -> int:
     )
     with nullcontext() if run.launch.join else locked(run):
         data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
-        return supervise(post, meet(run, data, replace(layout, island=1).describe()))
+        island = f"{replace(layout, island=1).describe()} on {plan.device}"
+        return supervise(post, meet(run, data, island))
 
 
 def _overrides(run: Run) -> dict[str, str]:

@@ -72,6 +72,8 @@ class Supervisor:
         try:
             for _ in range(self.wants):
                 self._start()
+            # While they import: what a first death would have to wait for.
+            self.post.plan_for(max(1, self.wants // self.post.inside - 1))
             while self.course.code is None:
                 for key, _ in self._selector.select(TICK_S):
                     key.data()
