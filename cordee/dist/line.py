@@ -155,6 +155,12 @@ class Line:
         self._say({"say": "done", "code": code, "verdict": verdict})
         self._show(False)
 
+    def hush(self) -> None:
+        """Says where this worker stands at its end, and gives the terminal back: a failure's words
+        are the supervisor's to tell."""
+        self._beat()
+        self._show(False)
+
     def store(self, seat: Seat) -> Store:
         """The store through which the groups of `seat`'s generation are made."""
         return _Store(self, seat.generation)
@@ -187,12 +193,7 @@ class Line:
             now = time.monotonic()
             if now >= due:
                 due = now + BEAT_S
-                for_s = round(now - self._marked_s, 3)
-                seat = self._seat
-                self._say({
-                    "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
-                    "generation": 0 if seat is None else seat.generation,
-                })  # fmt: skip
+                self._beat()
             select.select([self._talk], [], [], max(0.0, min(due, self._cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
@@ -219,6 +220,13 @@ class Line:
                 self.asked = int(message["signal"])
             case "end":
                 self._seats.put(None)
+
+    def _beat(self) -> None:
+        for_s, seat = round(time.monotonic() - self._marked_s, 3), self._seat
+        self._say({
+            "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
+            "generation": 0 if seat is None else seat.generation,
+        })  # fmt: skip
 
     def _say(self, message: Mapping[str, Any]) -> None:
         with self._lock:

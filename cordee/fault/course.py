@@ -48,11 +48,11 @@ class Failure:
     words: str
     code: int
 
-    def tell(self) -> None:
-        """The sentence and the worker's own words, as the last thing on the screen."""
+    def tell(self, which: str = " first") -> None:
+        """The sentence and the worker's own words."""
         if self.code in ASKED:
             return
-        print(f"\n{self.sentence} first", file=sys.stderr)
+        print(f"\n{self.sentence}{which}", file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 
