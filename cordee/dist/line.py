@@ -155,6 +155,12 @@ class Line:
         self._say({"say": "done", "code": code, "verdict": verdict})
         self._show(False)
 
+    def hush(self) -> None:
+        """Says where this worker stands at its end, and gives the terminal back: a failure's words
+        are the supervisor's to tell."""
+        self._beat()
+        self._show(False)
+
     def store(self, seat: Seat) -> Store:
         """The store through which the groups of `seat`'s generation are made."""
         return _Store(self, seat.generation)
@@ -187,11 +193,7 @@ class Line:
             now, seat = time.monotonic(), self._seat
             if now >= due:
                 due = now + BEAT_S
-                for_s = round(now - self._marked_s, 3)
-                self._say({
-                    "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
-                    "generation": 0 if seat is None else seat.generation,
-                })  # fmt: skip
+                self._beat()
             cut_s = math.inf if seat is None else self._cut_s
             select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
@@ -219,6 +221,13 @@ class Line:
                 self.asked = int(message["signal"])
             case "end":
                 self._seats.put(None)
+
+    def _beat(self) -> None:
+        for_s, seat = round(time.monotonic() - self._marked_s, 3), self._seat
+        self._say({
+            "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
+            "generation": 0 if seat is None else seat.generation,
+        })  # fmt: skip
 
     def _say(self, message: Mapping[str, Any]) -> None:
         with self._lock:

@@ -55,11 +55,11 @@ class Failure:
         lines = self.words.splitlines()
         return f"{self.how}: {lines[-1].strip()[:300]}" if self.code > 0 and lines else self.how
 
-    def tell(self) -> None:
-        """The sentence and the worker's own words, as the last thing on the screen."""
+    def tell(self, which: str = " first") -> None:
+        """The sentence and the worker's own words."""
         if self.code in ASKED:
             return
-        print(f"\n{self.who} {self.how}".rstrip() + " first", file=sys.stderr)
+        print(f"\n{self.who} {self.how}".rstrip() + which, file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 

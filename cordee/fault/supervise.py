@@ -239,6 +239,8 @@ class Supervisor:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
             course.code = course.give_up()
             return
+        if words:
+            failure.tell("")
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
             done = "a warm spare takes its place" if spare else "the others go on"
