@@ -47,6 +47,8 @@ class Worker:
     phase: str = "import"
     phase_s: float = 0.0
     heard_s: float = field(default_factory=time.monotonic)
+    tried_s: float = field(default_factory=time.monotonic)
+    """When it was started, or was given its last seat."""
 
     @property
     def pid(self) -> int:
