@@ -123,7 +123,7 @@ def step_median_s(run: Watched) -> float:
     """The median of the newest steps' whole time, of those that all ranks took."""
     steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
     pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
-    return median(b["elapsed_s"] - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
+    return median(float(b["elapsed_s"]) - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
 
 
 def until_rows(run: Watched, count: int) -> None:
@@ -174,7 +174,11 @@ def spare(bench: Bench) -> list[Trial]:
             found.append(bench.strike(run, fault, kill_rank(run, rank, number)))
         until_settled(run, [host], 1)
         everybody = children(host.pid)
-        all_at_once = lambda: [send(pid, signal.SIGKILL) for pid in everybody]  # noqa: E731
+
+        def all_at_once() -> None:
+            for pid in everybody:
+                send(pid, signal.SIGKILL)
+
         found.append(bench.strike(run, "spare: kill all workers", all_at_once))
         return judged(found, ending(run) == bench.clean())
 
@@ -233,7 +237,7 @@ def hosts(bench: Bench) -> list[Trial]:
 def address_of(folder: Path, but: str) -> str:
     """Where a host of the newest view is met that is not the founder."""
     known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
-    return next(host.partition("#")[0] for host in known if host.partition("#")[0] != but)
+    return next(str(host).partition("#")[0] for host in known if host.partition("#")[0] != but)
 
 
 def free_port() -> int:
@@ -335,7 +339,7 @@ def measure(bench: Bench, names: list[str], trials: int) -> Iterator[Trial]:
                 yield from SYSTEMS[name](bench)
             except Late as error:
                 print(f"{name}, trial {number}: {error}", file=sys.stderr)
-                yield Trial(f"{name}: LATE", *[float("nan")] * 3)
+                yield Trial(f"{name}: LATE", math.nan, math.nan, math.nan)
 
 
 def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
