@@ -28,7 +28,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,10 +41,12 @@ from typing import Any
 from benchmarks.watched import (
     Late,
     Watched,
+    address_of,
     children,
     command,
     cpu_s,
     end_tree,
+    free_port,
     household,
     members,
     send,
@@ -232,19 +233,6 @@ def hosts(bench: Bench) -> list[Trial]:
 
         found.append(bench.strike(run, "hosts: kill leader", beheaded))
         return judged(found, ending(run) == bench.clean())
-
-
-def address_of(folder: Path, but: str) -> str:
-    """Where a host of the newest view is met that is not the founder."""
-    known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
-    return next(str(host).partition("#")[0] for host in known if host.partition("#")[0] != but)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as asking:
-        asking.bind(("127.0.0.1", 0))
-        return int(asking.getsockname()[1])
 
 
 # ---- others --------------------------------------------------------------------------------------

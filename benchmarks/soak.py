@@ -5,9 +5,9 @@
 One exact run; the seed chooses faults and pauses (mean --pause seconds): SIGKILL of any worker, of
 the spare, of all, of two in a row, of a supervisor (the same command follows; of two hosts, the
 other goes on and the dead one joins it again); SIGSTOP, short, or longer than fault.silence_s with
-SIGCONT when it has been replaced; SIGTERM to one worker (it leaves for good, until its supervisor is
-started again). After 90 % of the steps the run is let alone; then the digest must be that of a run
-without faults, each sample once by `cordee data ledger`, one row a step, and nothing be left: no
+SIGCONT when it has been replaced; SIGTERM to one worker (it leaves until its supervisor is started
+again). After 90 % of the steps the run is let alone; then the digest must be that of a run without
+faults, each sample once by `cordee data ledger`, one row a step, and nothing be left: no
 process, port, shared memory or temporary file. The last line replays it. Exit code 1: it failed.
 """
 
@@ -28,14 +28,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from benchmarks.recovery import address_of, ending, free_port
+from benchmarks.recovery import ending
 from benchmarks.watched import (
     Late,
     Watched,
+    address_of,
     called,
     children,
     command,
     events,
+    free_port,
     household,
     lives,
 )

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ class Watched:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
 
     def recovery(
-        self, strike: Callable[[], None], full: int, deadline_s: float = 120.0
+        self, strike: Callable[[], object], full: int, deadline_s: float = 120.0
     ) -> tuple[float, float]:
         """Seconds from `strike` to the next committed step of a new generation, and of one with
         `full` islands. Late: it did not come back."""
@@ -240,3 +241,16 @@ def settled(run: Watched, hosts: Sequence[subprocess.Popen[bytes]], full: int, s
     ranks = sum(name.startswith("rank") for each in names for name in each)
     warm = all(each.count("ready") >= spares for each in names)
     return warm and ranks == full == run.last.get("islands")
+
+
+def address_of(folder: Path, but: str) -> str:
+    """Where a host of the newest view is met that is not the founder."""
+    known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
+    return next(str(host).partition("#")[0] for host in known if host.partition("#")[0] != but)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as asking:
+        asking.bind(("127.0.0.1", 0))
+        return int(asking.getsockname()[1])
