@@ -210,9 +210,9 @@ def _join(told: Launched, backend: str, timeout_s: float, store: Any) -> None:
         given = store
         if given is None and RESTARTS in os.environ and not told.store:
             # torchrun keeps its store over restarts, with the addresses of the dead in it.
-            met = dist.rendezvous("env://", told.rank, told.size, timeout=limit)  # type: ignore[attr-defined]
-            found, _, _ = next(met)
-            given = dist.PrefixStore(f"cordee/{os.environ[RESTARTS]}", found)  # type: ignore[attr-defined]
+            meet, under = dist.rendezvous, dist.PrefixStore  # type: ignore[attr-defined]
+            found, _, _ = next(meet("env://", told.rank, told.size, timeout=limit))
+            given = under(f"cordee/{os.environ[RESTARTS]}", found)
         method = None if given is not None else f"file://{told.store}" if told.store else "env://"
         dist.init_process_group(
             backend,

@@ -54,6 +54,8 @@ class Worker:
     halted_s: float = 0.0
     judged: str = ""
     heard_s: float = field(default_factory=time.monotonic)
+    tried_s: float = field(default_factory=time.monotonic)
+    """When it was started, or was given its last seat."""
 
     @property
     def pid(self) -> int:

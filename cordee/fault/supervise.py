@@ -234,7 +234,7 @@ class Supervisor:
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
         failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
-        in_a_row = course.fail(failure)
+        in_a_row = course.fail(failure, worker.tried_s)
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
             course.code = course.give_up()
@@ -312,13 +312,18 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
-        for rank, (host, number, _) in enumerate(ranks):
-            if host != self.hosts.member.me or number not in self.crew.workers:
+        for rank, (host, number, pid) in enumerate(ranks):
+            worker = self.crew.workers.get(number)
+            if host != self.hosts.member.me:
                 continue
-            worker = self.crew.workers[number]
+            if worker is None:  # it died while the hosts agreed: nobody may wait for it
+                says = f"pid {pid} on {self.name} died before it had its seat; all meet again"
+                known = {"event": "lost", "host": self.name, "pid": pid, "rank": rank, "says": says}
+                self.hosts.member.call(known, time.monotonic())
+                continue
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
             worker.rank = worker.last_rank = rank
-            worker.generation = view.number
+            worker.generation, worker.tried_s = view.number, course.entered_s
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
                 "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
