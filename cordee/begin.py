@@ -255,6 +255,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     else:
         cluster = replace(local_cluster(), hosts=told.hosts)
         planned, symbols = on_paper(run), vocabulary_of(run)
+        if told.by_launcher or brought.any:  # nobody would come back to a copy
+            planned = override(planned, {"fault.copy_every": 0})
         if not brought.model:
             _check_vocabulary(planned, symbols)
         plan = make_plan(planned, cluster, symbols, wanted)

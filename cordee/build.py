@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cordee.checkpoint.neighbour import Neighbour
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
 from cordee.config.run import Run
@@ -77,6 +78,7 @@ class RunState:
     held_out: TokenSource | Samples | None
     balance: Balance | None = None
     brought: str = ""
+    neighbour: Neighbour | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -179,7 +181,7 @@ def build(
     engine = PipelineEngine(*given, run) if plan.layout.pipeline > 1 else Engine(*given)
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
-    drill = drill or make_drill(run.fault.kills[0], run.fault.poison, world.rank)
+    drill = drill or make_drill(run.fault.kills[0], run.fault, world.rank)
     optimizer = make_rule(run, mesh, live, engine.parameters)
     if before is not None:
         optimizer.adopt(before.optimizer)

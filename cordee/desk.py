@@ -271,8 +271,9 @@ class Desk:
 
     def tell_verdicts(self, step: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
         """What the supervisors found and did, one event and one sentence each."""
+        told = {event.get("says") for event in read_lines(self._events.path)} if verdicts else set()
         for verdict in verdicts:
-            if verdict["event"] == "begun":
+            if verdict["event"] == "begun" or verdict["says"] in told:
                 continue
             self.event(str(verdict["event"]), step, {**verdict, "event": verdict["event"]})
             self.screen.say(f"step {step:>5}  {verdict['says']}")

@@ -18,6 +18,7 @@ from cordee.begin import Ready
 from cordee.build import RunState
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
+from cordee.checkpoint.neighbour import Neighbour
 from cordee.checkpoint.peer import Filled, Kept, fill
 from cordee.checkpoint.state import Progress, describe, progress_of, reader
 from cordee.data.source import DatasetInfo
@@ -26,7 +27,7 @@ from cordee.dist.exchange import gather_rows
 from cordee.dist.line import Line
 from cordee.dist.start import Launched
 from cordee.errors import DataError
-from cordee.layout.axes import AXES
+from cordee.layout.axes import AXES, INSIDE
 from cordee.plan.plan import Plan
 from cordee.rendezvous import last_generation
 
@@ -68,6 +69,7 @@ class Memory:
 
     state: RunState | None = None
     desk: Desk | None = None
+    neighbour: Neighbour | None = None
 
     @property
     def data(self) -> DatasetInfo | None:
@@ -84,7 +86,25 @@ class Memory:
         if self.state is None or self.desk is None:
             return []
         meta = {**meta_of(self.state), "owed": self.desk.owes()}
-        return [Kept(self.step, meta, self.state.held(everything=True))]
+        near = self.neighbour.kept() if self.neighbour else []
+        return [Kept(self.step, meta, self.state.held(everything=True)), *near]
+
+    def keep_near(self, state: RunState, seat: Seat) -> None:
+        """From now on, and at once, a neighbour keeps what only this rank holds."""
+        run, size = state.run, state.world.size
+        if not seat.generation or state.mesh.size(*INSIDE) == 1 or not run.fault.copy_every:
+            self.neighbour = None
+            return
+        group, hosts = state.mesh.group(*AXES), [str(m["host"]) for m in seat.members]
+        if self.neighbour is None:
+            self.neighbour = Neighbour(
+                run.fault.copy_every, group, state.world.rank, size, hosts, state.drill.point
+            )
+        else:
+            self.neighbour.back_to(state.progress.step)
+            self.neighbour.rebind(group, state.world.rank, size, hosts)
+        state.neighbour = self.neighbour
+        copy_near(state)
 
 
 def meta_of(state: RunState) -> dict[str, Any]:
@@ -92,6 +112,13 @@ def meta_of(state: RunState) -> dict[str, Any]:
     at = replace(state.progress, in_a_row=state.guard.in_a_row)
     layout = state.plan.layout.describe()
     return describe(at, state.sync.state(), state.data.fingerprint, layout)
+
+
+def copy_near(state: RunState) -> None:
+    """Gives a neighbour a copy of this moment (checkpoint/neighbour.py)."""
+    if state.neighbour is not None:
+        held = state.held(everything=True)
+        state.neighbour.copy(state.progress.step, {**meta_of(state), "owed": []}, held)
 
 
 def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
@@ -108,6 +135,7 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
         desk.owed = list(filled.meta["owed"])
         memory.state, memory.desk = state, desk
         desk.cut(state)
+        memory.keep_near(state, seat)
         _tell_change(state, desk, seat, filled)
         return
     found, generation = choose_checkpoint(state, desk, seat)
@@ -128,6 +156,7 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
         desk.event("started", 0, began)
     else:
         desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
+    memory.keep_near(state, seat)
     desk.tell_start(state, None if found is None else found.path.name)
 
 

@@ -52,7 +52,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
-from cordee.resume import Memory, Seat, restore, seats
+from cordee.resume import Memory, Seat, copy_near, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -123,8 +123,8 @@ def descend(ready: Ready, parts: Parts) -> Report:
 def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked) -> Report:
     """One generation: join, build, load, walk, finish."""
     run, plan, told = ready.run, seat.plan, seat.told
-    drill = make_drill(seat.drill, run.fault.poison, told.rank, seat.mark)
-    drill.point("group", memory.step)
+    drill = make_drill(seat.drill, run.fault, told.rank, seat.mark)
+    drill.point("group", max(memory.step, 0))
     with world(
         told, plan.device, plan.threads, run.launch.timeout_s,
         always=run.memory.offload != "none", store=seat.store,
@@ -172,6 +172,8 @@ def walk(state: RunState, desk: Desk) -> None:
         desk.record(state, outcome)
         desk.keeper.settle(outcome.tally.saving)
         rebalance(state, desk, outcome.tally)
+        if state.neighbour is not None and state.neighbour.due(state.progress.step):
+            copy_near(state)
         if outcome.verdict.say is Say.STOP:
             stop(state, desk, outcome)
         desk.note_due(state)
@@ -201,7 +203,9 @@ def step(state: RunState, desk: Desk) -> Outcome:
 
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     loss_scale = state.scale.value
-    losses, partial = state.engine.forward_backward(number - 1, loss_scale)
+    losses, partial = state.engine.forward_backward(
+        number - 1, loss_scale, lambda: state.drill.point("step.forward", number)
+    )
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
 
@@ -211,9 +215,10 @@ def step(state: RunState, desk: Desk) -> Outcome:
         said, group = state.speaks(losses), state.mesh.group(*AXES)
         wishes = desk.wishes(state.engine.compute_s)
         tally = gather_tally(said, state.loaded(), wishes, state.spoken, group)
-        gradients = state.engine.place(state.sync.agree(partial))
+        agreed = state.sync.agree(partial, lambda: state.drill.point("step.reduce", number))
+        gradients = state.engine.place(agreed)
         state.scale.unscale(gradients)
-    del partial
+    del partial, agreed
     state.drill.point("step.agree", number)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
@@ -226,6 +231,7 @@ def step(state: RunState, desk: Desk) -> Outcome:
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
         updates, loads = state.optimizer.prepare(), state.engine.prepare()
+        state.drill.point("step.update", number)
         state.optimizer.step(updates)
         state.engine.commit(loads)
         limit_parameters(state.groups, state.run.clip, state.totals)

@@ -77,8 +77,9 @@ class Neighbour:
         return sum(moment.bytes for moment in self._moments)
 
     def copy(self, step: int, meta: Mapping[str, Any], held: Sequence[Holding]) -> bool:
-        """Copies the state as of the end of `step`; collective. False: every tensor of every rank
-        has a copy elsewhere already, and nothing was done.
+        """Copies the state as of the end of `step`; collective. Whether anything was sent: where
+        every tensor of every rank has a copy elsewhere, ranks keep this moment for themselves, for
+        the case that a fault leaves some of an island a step ahead of the others.
 
         RuntimeError: a peer was lost; the moment before is still here, whole, on every rank.
         """
@@ -91,15 +92,17 @@ class Neighbour:
         head = json.dumps([dict(meta), rows]).encode()
         sent_bytes = sum(_room(part) for part in parts[: len(alone)])
         sizes = gather_rows(torch.tensor([len(head), sent_bytes]), self.group, self.size)
-        if self.size == 1 or not int(sizes[:, 1].sum()):
-            return False
+        sends = bool(sizes[:, 1].any())
         buffer = torch.empty(sum(map(_room, parts)), dtype=torch.uint8)
         staged = _laid_out(parts, buffer)
         with torch.no_grad():
             for item, copied in zip((*alone, *rest), staged, strict=True):
                 copied.part.copy_(item.part)
         self._point("copy.send", step)
-        others, received_bytes = self._send(step, head, buffer[:sent_bytes], sizes.tolist())
+        others: list[Kept] = []
+        received_bytes = 0
+        if sends:
+            others, received_bytes = self._send(step, head, buffer[:sent_bytes], sizes.tolist())
         self._point("copy.sent", step)
         moment = _Moment((Kept(step, meta, staged), *others), buffer.nbytes + received_bytes)
         # The first one was whole everywhere; one between was not, when the last copy failed.
@@ -107,9 +110,9 @@ class Neighbour:
         gather_rows(torch.ones(1), self.group, self.size)  # every rank has its part of this moment
         self._moments = [moment]
         self._point("copy.end", step)
-        self.bytes_sent += len(head) + sent_bytes
+        self.bytes_sent += len(head) + sent_bytes if sends else 0
         self.seconds += time.perf_counter() - began
-        return True
+        return sends
 
     def kept(self) -> list[Kept]:
         """What this rank can give to `peer.fill`, the newest first."""

@@ -150,7 +150,7 @@ def _restart() -> str:
     with tempfile.TemporaryDirectory(prefix="cordee-doctor-") as place:
         clean, killed = Path(place) / "clean", Path(place) / "killed"
         _train(clean, 0)
-        _train(killed, 1, "fault.kill=step.agree:13:1")
+        _train(killed, 1, "fault.kill=step.agree:13:1", "fault.recover=false")
         _train(killed, 0)
         digests = {read_lines(f / "events.jsonl")[-1]["weights_sha256"] for f in (clean, killed)}
     if len(digests) != 1:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 
 from cordee.config.model import InitialSettings, ModelSettings
-from cordee.config.run import MemorySettings, Run
+from cordee.config.run import POINTS, MemorySettings, Run
 from cordee.errors import ConfigError
 
 DEFAULT_MINUTES = 1.5
@@ -54,6 +55,7 @@ def _least_of_keeping(run: Run) -> dict[str, tuple[float, float]]:
         "memory.recompute_every": (run.memory.recompute_every, 1),
         "memory.loss_chunk": (run.memory.loss_chunk, 0),
         "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
+        "fault.copy_every": (run.fault.copy_every, 0),
         "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
     }  # fmt: skip
 
@@ -336,12 +338,15 @@ def _near(value: int, step: int) -> int:
 
 
 def _check_fault(run: Run) -> None:
-    if any(entry and not _is_drill(entry.partition(":")[2]) for entry in run.fault.kills):
-        raise ConfigError(
-            "a kill is written point:step:rank",
-            values={"fault.kill": run.fault.kill},
-            fix="fault.kill=step.agree:12:0",
-        )
+    for key, entries in (("kill", run.fault.kills), ("crash", [run.fault.crash])):
+        for point, _, rest in (entry.partition(":") for entry in entries if entry):
+            if point not in POINTS or not _is_drill(rest):
+                near = (get_close_matches(point, POINTS, 1, 0.0) or POINTS)[0]
+                raise ConfigError(
+                    f"fault.{key} is written point:step:rank",
+                    values={f"fault.{key}": getattr(run.fault, key), "points": " ".join(POINTS)},
+                    fix=f"fault.{key}={near}:12:0",
+                )
     if run.fault.poison and not _is_drill(run.fault.poison.replace("-", ":", 1), 3):
         raise ConfigError(
             "poison is written step:rank or step-step:rank",

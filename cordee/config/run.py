@@ -16,6 +16,14 @@ from cordee.config.model import InitialSettings, ModelSettings
 Auto = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
 
+POINTS = (
+    "step.start", "step.forward", "step.backward", "step.reduce", "step.agree", "step.update",
+    "step.commit", "evaluate", "finish", "group", "fill", "fill.round", "fill.end", "copy.begin",
+    "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part", "save.manifest",
+    "save.rename", "save.delete",
+)  # fmt: skip
+"""Where a drill can strike (fault/inject.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -236,6 +244,10 @@ class FaultSettings:
     run (only runs that start their own ranks can recover)."""
     spares: int = 1
     """Warm spare processes of a host: imported and idle, they take a dead rank's place at once."""
+    copy_every: int = 20
+    """Steps between copies of what only one rank holds (islands that are cut) into the memory of a
+    neighbour, on another host if there is one; 0 makes none. Each takes host memory for the rank's
+    state and for its neighbour's, twice while it is made."""
     silence_s: float = 5.0
     """A rank or host that is not heard for so long is taken for dead (a shorter limit follows from
     the heartbeats that were seen)."""
@@ -243,9 +255,12 @@ class FaultSettings:
     """Failures in a row, with no step committed between them, after which the run stops."""
     kill: str = ""
     """Drill: `point:step:rank` at which that rank kills itself (points: step.start, step.forward,
-    step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, fill,
-    group, save.stage, save.write, save.part, save.manifest, save.rename, save.delete). Several,
-    with commas: the first is armed in the first generation, the next in the second."""
+    step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, group, fill,
+    fill.round, fill.end, copy.begin, copy.send, copy.sent, copy.end, save.stage, save.write,
+    save.part, save.manifest, save.rename, save.delete). Several, with commas: the first is armed in
+    the first generation, the next in the second."""
+    crash: str = ""
+    """Drill: `point:step:rank` at which that rank raises, in every generation."""
     poison: str = ""
     """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
 

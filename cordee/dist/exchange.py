@@ -11,7 +11,7 @@ It is taken where its order is ours: two members with one subtree each, since a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -21,9 +21,12 @@ from torch import Tensor
 from cordee.dist.flat import gather_flat
 from cordee.layout.split import Node, canonical_subtrees, fold
 
-
 Partial = list[tuple[Node, list[Tensor]]]
 """Sums of gradients: (range of microbatches, a tensor for each parameter) in order."""
+
+
+def nothing() -> None:
+    """Who is told that a point was reached, when nobody is."""
 
 
 class Codec(Protocol):
@@ -69,12 +72,14 @@ class Exchange:
             and all(len(nodes) == 1 for nodes in self.nodes)
         )
 
-    def add(self, partial: Sequence[tuple[Node, Tensor]]) -> Tensor:
+    def add(
+        self, partial: Sequence[tuple[Node, Tensor]], reached: Callable[[], None] = nothing
+    ) -> Tensor:
         """The sum over all members of their canonical subtrees, the same on every member.
 
         `partial` holds this member's (node, flat fp32 vector of n elements) in order, a vector of
         an empty node where it has no work; the vectors may be overwritten. Returns a flat fp32
-        vector of n elements.
+        vector of n elements. `reached` is called between the two rounds, or before the only one.
         """
         if self.size == 1:
             return fold((0, self.total), dict(partial), Tensor.add_)
@@ -84,11 +89,14 @@ class Exchange:
         messages = (len(vectors) + 1) * (self.size - 1)
         self.bytes_sent += messages * chunk * self.codec.dtype.itemsize
         if self.commutes:
+            reached()
             dist.all_reduce(vectors[0], group=self.group)
             return vectors[0]
-        return self._add_slices(vectors, partial[0][1], chunk)[:n]
+        return self._add_slices(vectors, partial[0][1], chunk, reached)[:n]
 
-    def _add_slices(self, vectors: Sequence[Tensor], like: Tensor, chunk: int) -> Tensor:
+    def _add_slices(
+        self, vectors: Sequence[Tensor], like: Tensor, chunk: int, reached: Callable[[], None]
+    ) -> Tensor:
         """All-to-all of slices, the owner's sum in canonical order, all-gather of the sums."""
         sent = self._encode_slices(vectors, like, chunk)
         received = sent.new_empty(sum(map(len, self.nodes)) * chunk)
@@ -100,6 +108,7 @@ class Exchange:
             group=self.group,
         )
         slice_sum = self._add_slice(received.view(-1, chunk))
+        reached()
         gathered = sent.new_empty(self.size * chunk)
         gather_flat(gathered, self.codec.encode(slice_sum), group=self.group)
         return self.codec.decode(gathered)

@@ -11,6 +11,7 @@ state (`train.py`, `resume.py`), and who gets a seat (`fault/supervise.py`).
 from __future__ import annotations
 
 import base64
+import math
 import os
 import queue
 import select
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,10 @@ BEAT_S = 0.2
 """Seconds between heartbeats."""
 
 DESCRIPTORS = Path("/proc/self/fd")
+
+GRACE_S = 0.25
+"""From the end of a generation to the cut: a rank that hears of it by itself, or at its next step,
+leaves its island where it stands; one that waits for the frozen or unreachable needs the cut."""
 
 BROKEN = ("gloo", "Connection closed", "Connection reset", "timed out", "Timed out", "Broken pipe")
 """What the library's words say when a peer is gone; it has no class for it."""
@@ -82,6 +88,7 @@ class Line:
         self._terminal = terminal
         self._own = (os.dup(1), os.dup(2))
         self._halted = 0
+        self._cut_s = math.inf
         self._seat: Seat | None = None
         self._ended = threading.Condition()
         self.asked: int | None = None
@@ -95,6 +102,7 @@ class Line:
 
     def ready(self) -> None:
         """Says that this worker has imported everything and may be given a seat."""
+        _name("ready")
         self._say({"say": "ready"})
 
     def take(self) -> Seat | None:
@@ -104,7 +112,8 @@ class Line:
         while True:
             seat = self._seats.get()
             if seat is None or seat.generation > self._halted:
-                self._seat = seat
+                self._cut_s, self._seat = math.inf, seat
+                _name("ending" if seat is None else f"rank {seat.rank}")
                 self._show(seat is not None and seat.rank == 0)
                 return seat
 
@@ -175,16 +184,22 @@ class Line:
     def _serve(self) -> None:
         due = 0.0
         while not self._talk.closed:
-            now = time.monotonic()
+            now, seat = time.monotonic(), self._seat
             if now >= due:
                 due = now + BEAT_S
                 for_s = round(now - self._marked_s, 3)
-                self._say({"say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s})
-            select.select([self._talk], [], [], max(0.0, due - time.monotonic()))
+                self._say({
+                    "say": "beat", "step": self.step, "phase": self.phase, "for_s": for_s,
+                    "generation": 0 if seat is None else seat.generation,
+                })  # fmt: skip
+            cut_s = math.inf if seat is None else self._cut_s
+            select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
-            if self._seat is not None and self._halted >= self._seat.generation:
-                cut_connections()  # again: what was about to connect has by now
+            seat, now = self._seat, time.monotonic()
+            if seat is not None and self._halted >= seat.generation and now >= self._cut_s:
+                cut_connections()
+                self._cut_s = now + GRACE_S  # again: what was about to connect has by then
         self._seats.put(None)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
@@ -194,7 +209,7 @@ class Line:
             case "halt":
                 with self._ended:
                     self._halted = max(self._halted, int(message["generation"]))
-                    cut_connections()
+                    self._cut_s = time.monotonic() + GRACE_S
                     self._ended.notify_all()
             case "answer":
                 asked = self._questions[message["number"]]
@@ -252,6 +267,12 @@ class _Store(Store):
 def _uncounted(key: str) -> str:
     head, mark, rest = key.partition("//")
     return rest if mark and head.isdigit() and len(head) < 10 else key
+
+
+def _name(what: str) -> None:
+    """What `top` and `ps` call this process; only Linux has it."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"cordee {what}")
 
 
 def open_line(told: Launched) -> Line | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 ASKED = (130, 143)
 """Exit codes of a worker that left because it was told to."""
@@ -40,18 +41,25 @@ class Post:
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that died: the step it stood at, who and how in one line, its last words."""
+    """A worker that died: the step it stood at, who, how, its last words, its exit code."""
 
     step: int
-    sentence: str
+    who: str
+    how: str
     words: str
     code: int
+
+    @property
+    def cause(self) -> str:
+        """How it died and, when it said so, of what."""
+        lines = self.words.splitlines()
+        return f"{self.how}: {lines[-1].strip()[:300]}" if self.code > 0 and lines else self.how
 
     def tell(self) -> None:
         """The sentence and the worker's own words, as the last thing on the screen."""
         if self.code in ASKED:
             return
-        print(f"\n{self.sentence} first", file=sys.stderr)
+        print(f"\n{self.who} {self.how}".rstrip() + " first", file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 
@@ -73,6 +81,8 @@ class Course:
     over: bool = False
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
+    untold: list[Mapping[str, Any]] = field(default_factory=list)
+    """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
 
     def fail(self, failure: Failure) -> int:

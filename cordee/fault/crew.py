@@ -27,8 +27,10 @@ WORDS_BYTES = 1 << 16
 
 @dataclass(eq=False)
 class Worker:
-    """One process. `rank` is that of the generation at hand, None while it has no seat, `last_rank`
-    that of the last one; `slot` says which local device is its own."""
+    """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
+    and `generation` are its last seat's; `slot` says which local device is its own. `inside`,
+    `stepped` and `halted` are generations: the one that it is in, the last in which it committed a
+    step, the last that ended under it. `judged`: why it was killed, if it was."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -38,6 +40,7 @@ class Worker:
     ready: bool = False
     rank: int | None = None
     last_rank: int | None = None
+    generation: int = 0
     slot: int | None = None
     leaving: int | None = None
     done: int | None = None
@@ -45,6 +48,11 @@ class Worker:
     step: int = -1
     phase: str = "import"
     phase_s: float = 0.0
+    inside: int = 0
+    stepped: int = 0
+    halted: int = 0
+    halted_s: float = 0.0
+    judged: str = ""
     heard_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -107,6 +115,7 @@ class Crew:
         code = worker.process.wait()
         worker.talk.close()
         os.close(worker.pidfd)
+        os.close(worker.words)
         self.workers.pop(worker.number, None)
         return code
 

@@ -1,4 +1,4 @@
-"""Drills: named points at which a rank kills itself or spoils a gradient, when told to.
+"""Drills: named points at which a rank kills itself, raises or spoils a gradient, when told to.
 
 Not here: faults from outside (tests send real signals). Unarmed, a point costs a
 comparison or two.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cordee.config.run import FaultSettings
+
 
 @dataclass(frozen=True)
 class Drill:
@@ -21,15 +23,18 @@ class Drill:
 
     rank: int
     kill: tuple[str, int, int] | None
+    crash: tuple[str, int, int] | None
     poison: tuple[range, int] | None
     mark: Callable[[str, int], None] | None = None
 
     def point(self, name: str, step: int) -> None:
-        """A fault point: kills this process when the drill names it."""
+        """A fault point: kills this process, or raises RuntimeError, when the drill names it."""
         if self.mark is not None:
             self.mark(name, step)
         if self.kill is not None and self.kill == (name, step, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.crash is not None and self.crash == (name, step, self.rank):
+            raise RuntimeError(f"the drill fault.crash at {name} of step {step}")
 
     def spoil(self, gradients: Sequence[Tensor], step: int) -> None:
         """Makes one element of the first gradient not a number when the drill says so."""
@@ -38,15 +43,20 @@ class Drill:
 
 
 def make_drill(
-    armed: str, poisoned: str, rank: int, mark: Callable[[str, int], None] | None = None
+    armed: str, fault: FaultSettings, rank: int, mark: Callable[[str, int], None] | None = None
 ) -> Drill:
-    """Reads one entry of `fault.kill` and `fault.poison` (checked before, config/check.py)."""
-    kill = poison = None
-    if armed:
-        name, step, who = armed.rsplit(":", 2)
-        kill = (name, int(step), int(who))
-    if poisoned:
-        steps, who = poisoned.rsplit(":", 1)
+    """Reads `armed`, an entry of `fault.kill`, and the drills of every generation (checked before,
+    config/check.py)."""
+    poison = None
+    if fault.poison:
+        steps, who = fault.poison.rsplit(":", 1)
         first, _, last = steps.partition("-")
         poison = (range(int(first), int(last or first) + 1), int(who))
-    return Drill(rank, kill, poison, mark)
+    return Drill(rank, _parse(armed), _parse(fault.crash), poison, mark)
+
+
+def _parse(armed: str) -> tuple[str, int, int] | None:
+    if not armed:
+        return None
+    name, step, who = armed.rsplit(":", 2)
+    return name, int(step), int(who)

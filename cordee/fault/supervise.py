@@ -23,8 +23,9 @@ from cordee.errors import ConfigError
 from cordee.fault.course import ASKED, Course, Failure, Post
 from cordee.fault.crew import Crew, Worker, how_it_died, record_of
 from cordee.fault.hosts import Hosts, Meeting
-from cordee.fault.orders import assign
+from cordee.fault.orders import Ready, assign
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
+from cordee.fault.watch import Watch
 
 GRACE_S = 10.0
 """How long ranks may take to leave after the run has failed."""
@@ -37,8 +38,8 @@ BROKEN_AFTER_S = 1.0
 
 TICK_S = 0.1
 
-ASLEEP_S = 1.0
-"""A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
+UNDER_WAY = ("step.", "evaluate", "finish")
+"""Phases of a worker whose generation has its state, and has written what led to it."""
 
 
 class Supervisor:
@@ -49,6 +50,7 @@ class Supervisor:
         self.wants = post.wants
         self.name = socket.gethostname()
         self.course = Course()
+        self.watch = Watch(post.silence_s, post.start_s)
         self.crew = Crew(post.command, post.threads, post.plan, post.interface)
         self.hosts = Hosts(
             meeting, lambda reports: assign(reports, post.inside, post.plan_for), self.report
@@ -58,7 +60,6 @@ class Supervisor:
         self._held = ExitStack()
         self._holds = False
         self._selector = selectors.DefaultSelector()
-        self._ticked_s = time.monotonic()
 
     def run(self) -> int:
         """Until the run is over: 0 done, 1 failed, 128 + signal when asked to leave."""
@@ -92,12 +93,17 @@ class Supervisor:
     def report(self) -> dict[str, Any]:
         """What this host has, for the orders of a view."""
         ready = [
-            [w.number, w.pid, w.last_rank]
+            Ready(self.name, w.number, w.pid, w.last_rank, w.generation).to_list()
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
         wants = 0 if self.course.signals else self.wants
         return {"name": self.name, "wants": wants, "ready": ready, "begun": self.course.begun}
+
+    @property
+    def _several(self) -> bool:
+        """Whether other hosts are in the run now."""
+        return self.view is not None and len(self.view.hosts) > 1
 
     # ---- what happens ----
 
@@ -121,7 +127,7 @@ class Supervisor:
         course.heeded, number = len(course.signals), course.signals[-1]
         if course.heeded > 1 or not self.crew.seated():
             course.code = 128 + number
-        elif self.view is not None and len(self.view.hosts) > 1:
+        elif self._several:
             self.hosts.member.leave(time.monotonic())
         else:
             for worker in self.crew.seated():
@@ -138,9 +144,12 @@ class Supervisor:
     def _on_message(self, worker: Worker, message: Mapping[str, Any]) -> None:
         course = self.course
         match message:
-            case {"say": "beat", "step": step, "phase": phase}:
-                worker.step, worker.phase = step, phase
+            case {"say": "beat", "step": step, "phase": phase, "generation": generation}:
+                self.watch.beat(worker, message)
                 course.step = max(course.step, step)
+                here = self.view is not None and generation == self.view.number
+                if here and phase.startswith(UNDER_WAY):
+                    course.untold.clear()
             case {"say": "ready"}:
                 worker.ready = True
                 self._on_ready(worker)
@@ -169,7 +178,10 @@ class Supervisor:
         if self.course.ending:
             return
         if self.course.begun:
-            if len(self.crew.seated()) < self.wants:
+            inside, seated = self.post.inside, len(self.crew.seated())
+            islands = min(len(ready), self.wants) // inside
+            # With other hosts' ranks this one may make an island whole that this host cannot.
+            if islands * inside > seated or (self._several and seated < self.wants):
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
         elif len(ready) >= self.wants and not self.founds:
             self.hosts.join()
@@ -179,8 +191,7 @@ class Supervisor:
     def _on_leaving(self, worker: Worker, number: int) -> None:
         """A worker that alone was told to go: the others go on; the last one makes all leave."""
         others = [w for w in self.crew.workers.values() if w.ready and w is not worker]
-        alone = self.view is None or len(self.view.hosts) == 1
-        if alone and len(others) < self.post.inside:
+        if not self._several and len(others) < self.post.inside:
             self.course.signals.append(number)
             return
         worker.leaving = number
@@ -206,7 +217,7 @@ class Supervisor:
         assert worker.done is not None
         if worker.done and worker.verdict:
             self.crew.end(GRACE_S)
-            Failure(worker.step, worker.verdict, words, worker.done).tell()
+            Failure(worker.step, worker.verdict, "", words, worker.done).tell()
             course.code = worker.done
         elif not [w for w in self.crew.seated() if w.done is None]:
             course.code = worker.done
@@ -220,7 +231,7 @@ class Supervisor:
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
-        failure = Failure(worker.step, f"{who} {how_it_died(code)}", words, code)
+        failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
         in_a_row = course.fail(failure)
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
@@ -229,7 +240,7 @@ class Supervisor:
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
             done = "a warm spare takes its place" if spare else "the others go on"
-            self._call("lost", worker, how_it_died(code), done)
+            self._call("lost", worker, failure.cause, done)
         self._fill_up(now=True)
 
     # ---- generations ----
@@ -257,18 +268,18 @@ class Supervisor:
         match change:
             case Halted(number):
                 self.course.halted_s = time.monotonic()
-                for worker in self.crew.seated():
-                    worker.talk.say({"do": "halt", "generation": number})
-                    worker.last_rank, worker.rank = worker.rank, None
+                for worker in self.crew.workers.values():
+                    if worker.rank is not None:
+                        worker.talk.say({"do": "halt", "generation": number})
+                        worker.halted, worker.halted_s = number, time.monotonic()
+                    worker.rank = None
             case Entered(view):
                 self._enter(view)
             case Fenced(sentence):
-                print(f"{self.name}: {sentence}; it asks to be let in again", file=sys.stderr)
+                self._print(f"{sentence}; it asks to be let in again")
                 if self.hosts.link is not None:
                     self._selector.unregister(self.hosts.link)
                 self.view = None
-                for worker in self.crew.workers.values():
-                    worker.last_rank = None
                 self.hosts.again()
                 self.hosts.join()
                 self._listen()
@@ -283,7 +294,14 @@ class Supervisor:
         for worker in self.crew.workers.values():
             if worker.leaving is not None:
                 worker.talk.say({"do": "end"})
+        course.untold += view.why
         if not orders:
+            if course.begun:
+                ready = sum(w.ready for w in self.crew.workers.values())
+                self._print(
+                    f"no island is whole: {ready} of {self.post.inside} ranks are ready here;"
+                    " the run waits for others, and those keep their state"
+                )
             return
         ranks: Sequence[Sequence[Any]] = orders["ranks"]
         drills = self.post.drills
@@ -295,10 +313,11 @@ class Supervisor:
                 continue
             worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
-            worker.rank = rank
+            worker.rank = worker.last_rank = rank
+            worker.generation = view.number
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": list(view.why),
+                "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
@@ -309,18 +328,18 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        asleep, self._ticked_s = now - self._ticked_s > ASLEEP_S, now
         self._heed()
         self.hosts.member.tick(now)
         self._follow()
         self._lead()
-        for worker in list(self.crew.workers.values()):
+        for worker in self.crew.workers.values():
             worker.talk.flush()
-            limit_s = self.post.silence_s if worker.ready else self.post.start_s
-            if asleep:
-                worker.heard_s = now
-            elif now - worker.heard_s > limit_s:
-                self._on_silence(worker, now - worker.heard_s)
+        for worker, judged in self.watch.judge(self.crew.workers.values()):
+            # A stopped process hears no other signal. Its death is dealt with like any.
+            worker.judged, worker.heard_s = judged, now
+            self.crew.kill(worker)
+        if stuck := self.watch.stuck(self.crew.seated()):
+            self._call("stuck", *stuck, "all meet again, and who does not come is replaced")
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
             if seated := self.crew.seated():
@@ -340,15 +359,8 @@ class Supervisor:
             print(f"error: the run did not let this host in: {refused}", file=sys.stderr)
             self.course.code = 2
 
-    def _on_silence(self, worker: Worker, silent_s: float) -> None:
-        """A worker that does not answer: killed, then replaced like any that died."""
-        worker.heard_s = time.monotonic()
-        print(
-            f"rank {worker.rank} (pid {worker.pid}) was silent for {silent_s:.1f} s in"
-            f" {worker.phase} of step {worker.step}: killed",
-            file=sys.stderr,
-        )
-        self.crew.kill(worker)
+    def _print(self, sentence: str) -> None:
+        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
 
     def _fill_up(self, now: bool) -> None:
         """Starts what is missing: at once what computes, spares when the run is under way."""

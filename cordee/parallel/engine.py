@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cordee.data.ledger import digest_of
-from cordee.dist.exchange import Partial, gather_rows
+from cordee.dist.exchange import Partial, gather_rows, nothing
 from cordee.dist.mesh import Mesh
 from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
@@ -95,11 +95,15 @@ class Engine:
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
         self._began = 0.0
+        self._reached: Callable[[], None] = nothing
 
-    def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
+    def forward_backward(
+        self, step: int, scale: float = 1.0, reached: Callable[[], None] = nothing
+    ) -> tuple[list[Tensor], Partial]:
         """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
-        are `scale` times the gradient)."""
+        are `scale` times the gradient). `reached` is called after each forward."""
         self.begin(step, scale)
+        self._reached = reached
         canonical = self.work.sharding.canonical
         losses: list[Tensor] = []
         partial: Partial = []
@@ -279,6 +283,7 @@ class Engine:
         batch, key = self.batch(step, index), self.key(step, index)
         with self._drawing(step, index):
             loss = self.call(self.live.chunks[0], batch, key)
+        self._reached()
         torch.autograd.backward(loss / self.work.tokens * scale)
         detached: Tensor = loss.detach()
         return detached

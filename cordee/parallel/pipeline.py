@@ -9,6 +9,7 @@ samples) go through the stages one after another, without overlap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.pipelining import (
 )
 
 from cordee.config.run import Run
-from cordee.dist.exchange import Partial
+from cordee.dist.exchange import Partial, nothing
 from cordee.dist.mesh import Mesh
 from cordee.parallel.apply import Live
 from cordee.parallel.engine import Engine, Microbatches, Work
@@ -42,15 +43,19 @@ class PipelineEngine(Engine):
         positions = run.data.sequence // mesh.size("context")
         self._stream = (self.rows, positions // mesh.size("tensor"), self.width)
         self._schedule = self._make_schedule(run.layout.schedule, positions)
+        live.chunks[0].register_forward_hook(self._forward)
 
     @property
     def ends(self) -> tuple[bool, bool]:
         """Whether this rank has the first stage, and the last one."""
         return 0 in self.mine, self.live.stages.last in self.mine
 
-    def forward_backward(self, step: int, scale: float = 1.0) -> tuple[list[Tensor], Partial]:
+    def forward_backward(
+        self, step: int, scale: float = 1.0, reached: Callable[[], None] = nothing
+    ) -> tuple[list[Tensor], Partial]:
         """As `Engine.forward_backward`; only ranks with the last stage return losses."""
         self.begin(step, scale)
+        self._reached = reached
         self._scale = scale / self.work.tokens
         first, last = self.ends
         part = self.work.part
@@ -130,6 +135,11 @@ class PipelineEngine(Engine):
             output_args=(loss if stage == last else stream,),
             group=self.group,
         )
+
+    def _forward(self, *_: object) -> None:
+        """A chunk has gone forward; told of training alone."""
+        if self._training:
+            self._reached()
 
     def _mean(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale

@@ -195,6 +195,11 @@ class _Rank:
             "allocator slack": self._slack_bytes(),
         }
         phases = {"backward": backward, "sum": summed, "agree": agree, "update": update}
+        if self._copies_near:
+            # Own state and, if no island has it too, a neighbour's; while they are made, both anew.
+            both = 2 if layout.island == 1 else 1
+            state["copies for faults"] = both * (held["parameters"] + held["optimiser"])
+            phases["copy"] = {"copies being made": state["copies for faults"]}
         return Memory(state, phases)
 
     def _moments(
@@ -224,6 +229,13 @@ class _Rank:
     def _keeps_whole(self) -> bool:
         """Whether gradients are whole from the start: nothing reduces them inside the backward."""
         return self.wire.canonical or not self._gathers
+
+    @property
+    def _copies_near(self) -> bool:
+        """Whether the state of an island that is cut is kept once more in this device's memory, the
+        host's: checkpoint/neighbour.py."""
+        cut = self.layout.size > self.layout.island and self.device == "cpu"
+        return cut and self.run.fault.recover and self.run.fault.copy_every > 0
 
     @property
     def _gathers(self) -> bool:

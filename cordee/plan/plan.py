@@ -270,7 +270,11 @@ def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
         largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
     elif ranking.rejected:
         values[ranking.rejected[0].layout] = ranking.rejected[0].reason
-    if largest in ("activations", "bf16 weights") and run.memory.recompute == "none":
+    if largest.startswith("copies"):
+        fix = (
+            "fault.copy_every=0, and a rank that dies sends its island back to the last checkpoint"
+        )
+    elif largest in ("activations", "bf16 weights") and run.memory.recompute == "none":
         fix = "memory.recompute=full"
     elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"

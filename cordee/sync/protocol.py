@@ -8,7 +8,7 @@ core for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from cordee.dist.exchange import Codec, Exchange, Partial, gather_rows
+from cordee.dist.exchange import Codec, Exchange, Partial, gather_rows, nothing
 from cordee.errors import RunError
 
 
@@ -25,8 +25,9 @@ class Sync(Protocol):
 
     bytes_sent: int
 
-    def agree(self, partial: Partial) -> list[Tensor]:
-        """The gradient of the step, summed over all microbatches of all members."""
+    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+        """The gradient of the step, summed over all microbatches of all members. `reached` is
+        called with this rank's sums ready: between the rounds of messages where there are two."""
         ...
 
     def settle(self, step: int) -> None:
@@ -62,8 +63,9 @@ class _Stateless:
 class Alone(_Stateless):
     """One island: its own sum is the whole."""
 
-    def agree(self, partial: Partial) -> list[Tensor]:
+    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
         """The only partial sum."""
+        reached()
         return partial[0][1]
 
 
@@ -75,10 +77,11 @@ class AllReduce(_Stateless):
         self.group = group
         self.size = size
 
-    def agree(self, partial: Partial) -> list[Tensor]:
+    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
         """Ring sum; its order, and so its last bits, depend on the number of members."""
         gradients = partial[0][1]
         flat = flatten(gradients)
+        reached()
         dist.all_reduce(flat, group=self.group)
         share = 2 * (self.size - 1) / self.size
         self.bytes_sent += int(share * flat.numel() * flat.element_size())
@@ -105,15 +108,16 @@ class ByExchange(_Stateless):
         if self.island is None:
             self.exchange.deal(ranges)
 
-    def agree(self, partial: Partial) -> list[Tensor]:
+    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
         """The same bits for any number of members when the codec is the identity."""
         like = partial[0][1]
         if self.exchange.size == 1:
+            reached()
             return like
         flat = [(node, flatten(tensors)) for node, tensors in partial]
         if self.island is not None:
             flat = [((self.island, self.island + 1), flat[0][1])]
-        whole = self.exchange.add(flat)
+        whole = self.exchange.add(flat, reached)
         self.bytes_sent = self.exchange.bytes_sent
         return unflatten(whole, like)
 
@@ -126,9 +130,10 @@ class Compared(_Stateless):
         self.group = group
         self.size = size
 
-    def agree(self, partial: Partial) -> list[Tensor]:
+    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
         """Our own gradient; RunError when an island computed another one."""
         gradients = partial[0][1]
+        reached()
         digest = xxhash.xxh3_64()
         for tensor in gradients:
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)

@@ -125,7 +125,8 @@ def test_changed_data_is_said_and_harmless(tmp_path: Path) -> None:
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     words = [w for w in SMALL if not w.startswith("data.") or "sequence" in w]
     run = ("train", *words, f"data.path={text}", f"run.dir={tmp_path / 'run'}", "run.steps=12")
-    killed = cordee(*run, "checkpoint.every=4", "fault.kill=step.start:10:0")
+    drill = ("fault.kill=step.start:10:0", "fault.recover=false")
+    killed = cordee(*run, "checkpoint.every=4", *drill)
     assert killed.returncode != 0
     text.write_text("another text")
     done = cordee(*run, "checkpoint.every=4")

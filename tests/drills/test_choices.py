@@ -91,7 +91,7 @@ def test_every_rule_goes_on_in_the_same_bits(rule: str, clip: str, tmp_path: Pat
     broken = tmp_path / "broken"
     killed = cordee(
         "train", *SMALL, *words, f"run.dir={broken}", "launch.processes=2",
-        "fault.kill=step.agree:19:1",
+        "fault.kill=step.agree:19:1", "fault.recover=false",
     )  # fmt: skip
     assert killed.returncode == 1
     train(broken, *words, "launch.processes=3")

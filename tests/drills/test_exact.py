@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
 
 EXACT = ("run.exact=true", "run.steps=60", "evaluate.sample=0")
+NO_REPLACEMENT = "fault.recover=false"
+"""A death ends the run: the same command then goes on from disk (`test_recovery.py`: in place)."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ POINTS = (
 )
 def test_killed_at_a_point_ends_in_the_same_bits(point: str, clean: str, run_dir: Path) -> None:
     words = ("train", *SMALL, *EXACT, f"run.dir={run_dir}", "checkpoint.every=10")
-    killed = cordee(*words, "launch.processes=2", f"fault.kill={point}")
+    killed = cordee(*words, "launch.processes=2", f"fault.kill={point}", NO_REPLACEMENT)
     assert killed.returncode == 1
     again = random.Random(point).choice((1, 2, 3))
     assert cordee(*words, f"launch.processes={again}").returncode == 0
@@ -100,7 +102,7 @@ def test_fp32_curves_agree_without_exact(tmp_path: Path) -> None:
 
 def test_corrupted_checkpoint_falls_back(clean: str, run_dir: Path) -> None:
     words = ("train", *SMALL, *EXACT, f"run.dir={run_dir}", "checkpoint.every=10")
-    cordee(*words, "fault.kill=step.start:35:0")
+    cordee(*words, "fault.kill=step.start:35:0", NO_REPLACEMENT)
     newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     file = next(newest.glob("*.safetensors"))
     data = bytearray(file.read_bytes())

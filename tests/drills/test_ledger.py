@@ -34,7 +34,8 @@ def test_layouts_leave_the_same_words(layout: str, tmp_path: Path) -> None:
 def test_a_killed_run_took_each_sample_once(run_dir: Path) -> None:
     words = ("train", *SMALL, f"run.dir={run_dir}", "run.steps=40", "checkpoint.every=10",
              "evaluate.sample=0")  # fmt: skip
-    assert cordee(*words, "launch.processes=2", "fault.kill=step.commit:25:1").returncode == 1
+    drill = ("fault.kill=step.commit:25:1", "fault.recover=false")
+    assert cordee(*words, "launch.processes=2", *drill).returncode == 1
     assert cordee(*words, "launch.processes=3").returncode == 0
     proof = ledger(run_dir)
     assert proof["holds"] and proof["steps"] == 40 and not proof["skipped"]

@@ -45,7 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     words = (*CUDA, "run.exact=true", "checkpoint.every=5")
     train(tmp_path / "clean", *words)
     again = ("train", *SMALL, *words, f"run.dir={tmp_path / 'again'}")
-    assert cordee(*again, "fault.kill=step.commit:12:0").returncode != 0
+    assert cordee(*again, "fault.kill=step.commit:12:0", "fault.recover=false").returncode != 0
     assert cordee(*again).returncode == 0
     assert digest(tmp_path / "again") == digest(tmp_path / "clean")
 

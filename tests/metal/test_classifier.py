@@ -413,7 +413,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     words = ("train", "model.preset=shapes-mlp", *EXACT, "checkpoint.every=4")
     assert cordee(*words, f"run.dir={tmp_path}/a", "launch.processes=1").returncode == 0
     broken = (*words, f"run.dir={tmp_path}/b")
-    assert cordee(*broken, "launch.processes=2", "fault.kill=step.agree:7:1").returncode == 1
+    drill = ("fault.kill=step.agree:7:1", "fault.recover=false")
+    assert cordee(*broken, "launch.processes=2", *drill).returncode == 1
     assert cordee(*broken, "launch.processes=1").returncode == 0
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 

@@ -141,6 +141,7 @@ def test_a_run_with_less_memory_is_the_same_run(tmp_path: Path) -> None:
     killed = cordee(
         "train", *SMALL, *exact, f"run.dir={tmp_path / 'less'}", "launch.processes=2",
         "layout.shard=2", "memory.recompute=full", "fault.kill=step.start:10:0",
+        "fault.recover=false",
     )  # fmt: skip
     assert killed.returncode == 1
     # What is recomputed may change when the run goes on: it is no part of the descent.

@@ -114,7 +114,8 @@ def test_an_overflow_gives_the_same_bits_anywhere_and_survives_a_kill(tmp_path: 
     for name, layout in layouts.items():
         train(tmp_path / name, *spoilt, *layout)
     words = ("train", *SMALL, *spoilt, f"run.dir={tmp_path / 'again'}", "checkpoint.every=8")
-    killed = cordee(*words, "launch.processes=2", "fault.kill=step.start:12:1")
+    broken = ("launch.processes=2", "fault.kill=step.start:12:1", "fault.recover=false")
+    killed = cordee(*words, *broken)
     assert killed.returncode == 1
     assert cordee(*words, "launch.processes=1").returncode == 0
     assert len({digest(tmp_path / name) for name in (*layouts, "again")}) == 1

@@ -24,8 +24,8 @@ TOLD = {
         Launched(2, 6, 0, "", True, 3),
     ),
     "ours": (
-        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CORDEE_STORE": "/tmp/x/store"},
-        Launched(1, 2, 1, "/tmp/x/store", True, 1),
+        {"CORDEE_LINE": "5,6,7,8"},
+        Launched(by_launcher=True, line=5, plan=6, terminal=(7, 8)),
     ),
     "a shell inside a Slurm allocation": (
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},

@@ -1,0 +1,229 @@
+"""Kills and freezes: others go on, the dead are replaced, and the descent stays bit for bit.
+
+Real processes; the oracle is an undisturbed run of one process, and what the run noted itself.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import digest, events, train
+from tests.drills.live import Live, same_descent
+
+STEPS = 48
+WORDS = (
+    "run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "checkpoint.every=10",
+    "evaluate.every=15",
+)  # fmt: skip
+TWO = (*WORDS, "launch.processes=2")
+PATIENT = "fault.silence_s=100"
+"""For drills that stop ranks themselves, and machines that are busy."""
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the undisturbed run on one process."""
+    folder = tmp_path_factory.mktemp("clean") / "run"
+    train(folder, *WORDS, "launch.processes=1")
+    return digest(folder)
+
+
+def slow(*values: str) -> list[object]:
+    """Parameters of which only the first is fast."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
+# ---- kills at named points -----------------------------------------------------------------------
+
+WARM = slow(
+    "step.reduce:12:1,step.update:24:0",
+    "step.start:6:0,step.forward:12:0,step.backward:18:0,step.reduce:24:0,step.agree:30:0",
+    "step.start:6:1,step.forward:12:1,step.backward:18:1,step.update:24:1,step.agree:30:1",
+    "step.commit:7:1,step.commit:13:0,evaluate:15:1,evaluate:30:0,finish:48:1,finish:48:0",
+    "save.stage:10:0,save.write:20:1,save.part:30:0,save.manifest:40:0,save.rename:40:0",
+    "save.stage:10:1,save.write:20:0,save.part:20:1,save.delete:30:0",
+)
+
+
+@pytest.mark.parametrize("kills", WARM)
+def test_a_warm_spare_takes_the_place_of_the_dead(kills: str, clean: str, run_dir: Path) -> None:
+    """A kill in each generation, and a spare for each of them."""
+    count = len(kills.split(","))
+    words = (f"fault.kill={kills}", f"fault.spares={count}", PATIENT)
+    with Live(run_dir, *TWO, *words) as run:
+        run.until_spares(count)
+        assert run.end() == 0, run.said[-3000:]
+        lost = run.told("lost")
+        assert len(lost) + (kills.count("finish")) >= count, lost
+        assert all("a warm spare takes its place" in str(event["says"]) for event in lost)
+    same_descent(run_dir, clean, STEPS)
+
+
+COLD = slow(
+    "step.forward:20:0", "step.start:20:1", "step.backward:20:1", "step.reduce:20:0",
+    "step.agree:20:1", "step.update:20:0", "step.commit:20:1", "evaluate:15:0",
+    "save.rename:20:0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kill", COLD)
+def test_without_a_spare_the_others_go_on(kill: str, clean: str, run_dir: Path) -> None:
+    with Live(run_dir, *TWO, f"fault.kill={kill}", "fault.spares=0", PATIENT) as run:
+        assert run.end() == 0, run.said[-3000:]
+        (lost,) = run.told("lost")
+        assert "the others go on" in str(lost["says"])
+    same_descent(run_dir, clean, STEPS)
+
+
+DURING = slow(
+    "step.agree:20:1,fill:19:0",
+    "step.agree:20:1,fill:0:1",
+    "step.agree:20:1,group:19:0",
+    "step.agree:20:1,group:0:1",
+    "step.agree:20:1,fill.round:19:0",
+    "step.agree:20:1,fill.round:19:1",
+    "step.agree:20:0,fill.end:19:0",
+    "step.agree:20:1,fill.end:19:1,fill:19:0",
+)
+
+
+@pytest.mark.parametrize("kills", DURING)
+def test_a_kill_during_recovery(kills: str, clean: str, run_dir: Path) -> None:
+    """The donor, the receiver, and where nobody is left who knows the state: from disk."""
+    with Live(run_dir, *TWO, f"fault.kill={kills}", "fault.spares=2", PATIENT) as run:
+        run.until_spares(2)
+        assert run.end() == 0, run.said[-3000:]
+        assert len(run.told("lost")) == len(kills.split(","))
+    same_descent(run_dir, clean, STEPS)
+
+
+# ---- kills from outside --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_spare_may_die(clean: str, run_dir: Path) -> None:
+    with Live(run_dir, *TWO, PATIENT) as run:
+        run.until_spares()
+        for pid in run.spares():
+            os.kill(pid, signal.SIGKILL)
+        assert run.end() == 0, run.said[-3000:]
+        assert not run.told("lost")
+    same_descent(run_dir, clean, STEPS)
+
+
+@pytest.mark.slow
+def test_all_workers_at_once(clean: str, run_dir: Path) -> None:
+    """The state is on disk alone, the supervisor goes on from there."""
+    with Live(run_dir, *TWO, PATIENT) as run:
+        run.until_step(25)
+        for pid in run.workers():
+            os.kill(pid, signal.SIGKILL)
+        assert run.end() == 0, run.said[-3000:]
+        assert run.told("resumed")
+    same_descent(run_dir, clean, STEPS)
+
+
+def test_the_supervisor(clean: str, run_dir: Path) -> None:
+    """Its workers go with it; the same command goes on from disk."""
+    with Live(run_dir, *TWO) as run:
+        run.until_step(25)
+        run.process.kill()
+        run.end()
+        began = time.monotonic()
+        run.left_nothing()
+        assert time.monotonic() - began < 4  # 2 on a quiet machine
+    train(run_dir, *TWO)
+    same_descent(run_dir, clean, STEPS)
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_random_kills(kills: int, tmp_path: Path) -> None:
+    """Of any worker, ranks, spares and those that import; sometimes two at once or one after
+    another while the first is being replaced."""
+    seed = int(os.environ.get("DRILL_SEED", random.randrange(1 << 32)))
+    print(f"replay: DRILL_SEED={seed} pytest tests/drills/test_recovery.py -k random_kills")
+    chance, steps = random.Random(seed), 6 * kills
+    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0", "layout.balance=false")
+    train(tmp_path / "clean", *words, "launch.processes=1")
+    folder = tmp_path / "run"
+    # Kills are not failures of a step: however close they come, the run is to go on.
+    given = ("launch.processes=2", "fault.spares=2", "fault.tries=1000", PATIENT)
+    with Live(folder, *words, *given) as run:
+        done = 0
+        for step in sorted(chance.sample(range(2, steps - 4), kills)):
+            if done >= kills:
+                break
+            run.until(lambda step=step: run.step >= step)  # type: ignore[misc]
+            for _ in range(chance.choice((1, 1, 2))):
+                time.sleep(chance.uniform(0, 0.2))
+                ranks, others = list(run.ranks().values()), list(run.workers())
+                pool = ranks if ranks and chance.random() < 0.7 else others
+                if pool:
+                    with suppress(ProcessLookupError):
+                        os.kill(chance.choice(sorted(pool)), signal.SIGKILL)
+                        done += 1
+        assert run.end(20 * kills + 120) == 0, run.said[-3000:]
+    same_descent(folder, digest(tmp_path / "clean"), steps)
+
+
+# ---- freezes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_frozen_rank_is_named_and_replaced(rank: int, clean: str, run_dir: Path) -> None:
+    with Live(run_dir, *TWO, "fault.silence_s=2") as run:
+        run.until_step(10)
+        pid = run.ranks()[rank]
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        run.until(lambda: run.told("lost"))
+        assert 1.5 < time.monotonic() - began < 10  # 2.5 on a quiet machine
+        with suppress(ProcessLookupError):  # too late: it is gone
+            os.kill(pid, signal.SIGCONT)
+        assert run.end() == 0, run.said[-3000:]
+        assert f"rank {rank} (pid {pid}) was silent for" in run.said
+        assert pid in [event["pid"] for event in run.told("lost")]
+    same_descent(run_dir, clean, STEPS)
+
+
+@pytest.mark.slow
+def test_a_short_freeze_changes_nothing(clean: str, run_dir: Path) -> None:
+    with Live(run_dir, *TWO, "fault.silence_s=20") as run:
+        for step, rank in ((8, 0), (16, 1), (24, 0)):
+            run.until_step(step)
+            pid = run.ranks()[rank]
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1)
+            os.kill(pid, signal.SIGCONT)
+        assert run.end() == 0, run.said[-3000:]
+        assert {"lost", "broken", "joined"}.isdisjoint(str(e["event"]) for e in events(run_dir))
+    same_descent(run_dir, clean, STEPS)
+
+
+# ---- failures that repeat ------------------------------------------------------------------------
+
+
+def test_a_failure_that_repeats_stops_with_the_first_cause(run_dir: Path) -> None:
+    words = ("fault.crash=step.backward:5:0", "fault.tries=3", PATIENT)
+    with Live(run_dir, *TWO, *words) as run:
+        assert run.end() == 1, run.said[-3000:]
+        assert "stopped after 3 failures in a row at step 5" in run.said
+        assert run.step == 4
+    last = run.said.rstrip().splitlines()[-1]
+    assert last == "RuntimeError: the drill fault.crash at step.backward of step 5"
+
+
+@pytest.mark.slow
+def test_a_verdict_is_not_tried_again(run_dir: Path) -> None:
+    words = ("fault.poison=7-40:1", "guard.in_a_row=3", PATIENT)
+    with Live(run_dir, *TWO, *words) as run:
+        assert run.end() == 1, run.said[-3000:]
+        assert len(run.told("stopped")) == 1 and not run.told("lost")
+    assert "3 steps in a row were dropped" in run.said
