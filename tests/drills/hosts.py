@@ -161,9 +161,7 @@ class Rope:
         return self._add(ranks, prefix, f"launch.join={through or self.address}", *words)
 
     def _add(self, ranks: int, prefix: Sequence[str], *words: str) -> Host:
-        host = Host(
-            self.folder, f"launch.processes={ranks}", *self.words, *words, prefix=prefix
-        )
+        host = Host(self.folder, f"launch.processes={ranks}", *self.words, *words, prefix=prefix)
         self.hosts.append(host)
         return host
 
