@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+
+from cordee.fault.hold import Hold
 
 ASKED = (130, 143)
 """Exit codes of a worker that left because it was told to."""
@@ -21,7 +22,7 @@ class Post:
     """What a supervisor keeps running: `wants` workers with a seat, whole islands of `inside`
     ranks, and `spares` besides. `plan_for`: see `orders.assign`; `tries` is how often the same step
     may fail; `drills[i]` is armed in the i-th generation; `interface` is where workers of other
-    hosts are met; `hold()` holds the run's folder, for who leads."""
+    hosts are met; `hold` is the run's folder, shared by all hosts that are in."""
 
     command: Sequence[str]
     plan: str
@@ -34,7 +35,7 @@ class Post:
     start_s: float
     tries: int
     recover: bool
-    hold: Callable[[], AbstractContextManager[None]]
+    hold: Hold
     drills: Sequence[str] = ()
     interface: str = ""
 
@@ -79,6 +80,7 @@ class Course:
     stumbled_s: float = 0.0
     ending: bool = False
     over: bool = False
+    ended_s: float = 0.0
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
     untold: list[Mapping[str, Any]] = field(default_factory=list)

@@ -147,8 +147,13 @@ def how_it_died(code: int) -> str:
     return f"was killed by signal {-code}"
 
 
-def record_of(worker: Worker, **known: Any) -> dict[str, Any]:
-    """A verdict about a worker: who, where it stood, and what else is known."""
+def verdict(worker: Worker, event: str, host: str, what: str, done: str) -> dict[str, Any]:
+    """What was found of a worker and done about it: who, where, which phase, and one sentence."""
+    rank = worker.rank if worker.rank is not None else worker.last_rank
+    who = host if rank is None else f"rank {rank} (pid {worker.pid} on {host})"
+    stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
     return {
-        "pid": worker.pid, "rank": worker.rank, "phase": worker.phase, "step": worker.step, **known,
+        "pid": worker.pid, "rank": rank, "phase": worker.phase, "step": worker.step,
+        "event": event, "host": host, "cause": what, "done": done,
+        "says": f"{who}: {what}{stood}; {done}",
     }  # fmt: skip

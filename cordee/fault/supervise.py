@@ -15,13 +15,12 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from cordee.errors import ConfigError
 from cordee.fault.course import ASKED, Course, Failure, Post
-from cordee.fault.crew import Crew, Worker, how_it_died, record_of
+from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import Ready, assign
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
@@ -57,8 +56,6 @@ class Supervisor:
         )
         self.founds = not meeting.through
         self.view: View | None = None
-        self._held = ExitStack()
-        self._holds = False
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -86,7 +83,6 @@ class Supervisor:
             self.crew.end(0.0)
             self.hosts.close()
             self._selector.close()
-            self._held.close()
             wake.close()
             woken.close()
             for number, action in before.items():
@@ -99,8 +95,8 @@ class Supervisor:
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
-        wants = 0 if self.course.signals else self.wants
-        return {"name": self.name, "wants": wants, "ready": ready, "begun": self.course.begun}
+        begun = self.course.begun
+        return {"name": self.name, "wants": self.wants, "ready": ready, "begun": begun}
 
     @property
     def _several(self) -> bool:
@@ -126,6 +122,9 @@ class Supervisor:
         course = self.course
         if len(course.signals) == course.heeded:
             return
+        new_s = time.monotonic() - course.entered_s
+        if self._several and course.untold and len(course.signals) == 1 and new_s < GRACE_S:
+            return  # this host may be the only one that holds the run's state
         course.heeded, number = len(course.signals), course.signals[-1]
         if course.heeded > 1 or not self.crew.seated():
             course.code = 128 + number
@@ -235,7 +234,8 @@ class Supervisor:
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
         failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
         in_a_row = course.fail(failure, worker.tried_s)
-        if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
+        last = course.signals and not self._several and not self.crew.workers
+        if code == 2 or not self.post.recover or in_a_row >= self.post.tries or last:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
             course.code = course.give_up()
             return
@@ -251,13 +251,7 @@ class Supervisor:
 
     def _call(self, event: str, worker: Worker, what: str, done: str) -> None:
         """Asks for a new generation, and says why in one sentence."""
-        rank = worker.rank if worker.rank is not None else worker.last_rank
-        who = self.name if rank is None else f"rank {rank} (pid {worker.pid} on {self.name})"
-        stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
-        known = record_of(
-            worker, event=event, host=self.name, cause=what, done=done,
-            says=f"{who}: {what}{stood}; {done}",
-        )  # fmt: skip
+        known = verdict(worker, event, self.name, what, done)
         self.hosts.member.call(known, time.monotonic())
         self._follow()
 
@@ -278,15 +272,14 @@ class Supervisor:
                         worker.halted, worker.halted_s = number, time.monotonic()
                     worker.rank = None
             case Entered(view):
+                self.post.hold.share()
                 self._enter(view)
+                if self.course.signals and not self._several and not self.crew.seated():
+                    self.course.code = 128 + self.course.signals[0]
             case Fenced(sentence):
                 self._print(f"{sentence}; it asks to be let in again")
-                if self.hosts.link is not None:
-                    self._selector.unregister(self.hosts.link)
                 self.view = None
-                self.hosts.again()
-                self.hosts.join()
-                self._listen()
+                self._ask_again()
             case Left():
                 self.course.code = 128 + (self.course.signals or [signal.SIGTERM])[0]
 
@@ -330,7 +323,7 @@ class Supervisor:
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
-            if course.signals:
+            if course.signals and not self._several:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
 
     # ---- from time to time ----
@@ -338,9 +331,10 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         self._heed()
-        self.hosts.member.tick(now)
+        if self.hosts.over is None:
+            self.hosts.member.tick(now)
         self._follow()
-        self._lead()
+        self._heed_others(now)
         for worker in self.crew.workers.values():
             worker.talk.flush()
         for worker, judged in self.watch.judge(self.crew.workers.values()):
@@ -355,18 +349,28 @@ class Supervisor:
                 self._call("broken", seated[0], "a connection broke", "all meet again")
         self._fill_up(now=False)
 
-    def _lead(self) -> None:
-        """Holds the run's folder while this host leads; notes what other hosts have decided."""
-        leads = self.view is not None and self.view.leader == self.hosts.member.me
-        if leads and not self._holds and not self.founds:
-            with suppress(ConfigError):
-                self._held.enter_context(self.post.hold())
-                self._holds = True
-        if self.hosts.over is not None and not self.crew.seated():
-            self.course.code = self.hosts.over
-        if refused := self.hosts.refusal():
-            print(f"error: the run did not let this host in: {refused}", file=sys.stderr)
-            self.course.code = 2
+    def _heed_others(self, now: float) -> None:
+        """Acts on the news of the end, on refusals, and on a wish that is not heard."""
+        course, hosts = self.course, self.hosts
+        if hosts.over is not None:
+            course.over = hosts.over == 0
+            course.ended_s = course.ended_s or now
+            if not self.crew.seated() or now - course.ended_s > GRACE_S:
+                course.code = hosts.over
+            return
+        if others := hosts.refused_others():
+            self._print(f"refused {others}")
+        if ending := hosts.shut_out(self.post.hold.is_alone):
+            course.code, words = ending
+            self._print(words)
+        elif hosts.unheard:
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        if self.hosts.link is not None:
+            self._selector.unregister(self.hosts.link)
+        self.hosts.again()
+        self._listen()
 
     def _print(self, sentence: str) -> None:
         print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
