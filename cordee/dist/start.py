@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 LINE = "CORDEE_LINE"
-"""Descriptors that a worker inherits: its line, the plan, standard output, standard error."""
+"""Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
 PARENT = "CORDEE_PARENT"
@@ -50,7 +50,8 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 class Launched:
     """What a launcher told this process. `store` is a rendezvous file (of tests), else empty;
     `hosts` is 1 unless the launcher says otherwise. A worker of our supervisor has a `line`, and
-    descriptors of the `plan` and of the `terminal`; its rank comes later."""
+    descriptors of the `plan`, of the `mark` where it notes what it does, and of the `terminal`; its
+    rank comes later."""
 
     rank: int = 0
     size: int = 1
@@ -60,6 +61,7 @@ class Launched:
     hosts: int = 1
     line: int = -1
     plan: int = -1
+    mark: int = -1
     terminal: tuple[int, int] = (1, 2)
 
     @property
@@ -95,8 +97,9 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     """Reads the launcher's variables; ConfigError when they contradict each other."""
     env = os.environ if environment is None else environment
     if LINE in env:
-        line, plan, out, err = map(int, env[LINE].split(","))
-        return Launched(by_launcher=True, line=line, plan=plan, terminal=(out, err))
+        line, plan, mark, out, err = map(int, env[LINE].split(","))
+        told = Launched(by_launcher=True, line=line, plan=plan, mark=mark)
+        return replace(told, terminal=(out, err))
     for rank_name, size_name, local_name in RANK_NAMES:
         if rank_name not in env or size_name not in env:
             continue

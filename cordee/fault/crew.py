@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.dist.start import worker_environment
-from cordee.dist.talk import Talk, pair
+from cordee.dist.talk import MARK, Talk, pair
 
 WORDS_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
@@ -36,6 +36,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     talk: Talk
     words: int
+    mark: int
     pidfd: int
     ready: bool = False
     rank: int | None = None
@@ -62,6 +63,12 @@ class Worker:
         """Its process id."""
         return self.process.pid
 
+    def look(self) -> None:
+        """Reads from its memory where it stands, also when it is dead."""
+        step, phase = MARK.unpack(os.pread(self.mark, MARK.size, 0))
+        if phase.strip(b"\0"):
+            self.step, self.phase = step, phase.rstrip(b"\0").decode()
+
     def last_words(self) -> str:
         """The end of what it said on standard error while it was not the first rank."""
         size = os.fstat(self.words).st_size
@@ -84,8 +91,9 @@ class Crew:
     def start(self) -> Worker:
         """Starts a worker, which will say that it is ready."""
         talk, theirs = pair()
-        words = os.memfd_create("cordee-words")
-        descriptors = (theirs.fileno(), self._plan, *self._terminal)
+        words, mark = os.memfd_create("cordee-words"), os.memfd_create("cordee-mark")
+        os.ftruncate(mark, MARK.size)
+        descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
         process = subprocess.Popen(
             [sys.executable, *self.command],
             env=worker_environment(descriptors, self.threads, self.interface),
@@ -98,7 +106,7 @@ class Crew:
         )
         theirs.close()
         self._started += 1
-        worker = Worker(self._started, process, talk, words, os.pidfd_open(process.pid))
+        worker = Worker(self._started, process, talk, words, mark, os.pidfd_open(process.pid))
         self.workers[worker.number] = worker
         return worker
 
@@ -118,6 +126,7 @@ class Crew:
         worker.talk.close()
         os.close(worker.pidfd)
         os.close(worker.words)
+        os.close(worker.mark)
         self.workers.pop(worker.number, None)
         return code
 

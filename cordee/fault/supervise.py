@@ -206,6 +206,7 @@ class Supervisor:
         with suppress(KeyError, ValueError):
             self._selector.unregister(worker.talk)
         words = worker.last_words()
+        worker.look()
         code = self.crew.bury(worker)
         if worker.done is not None:
             self._on_end(worker, words)
@@ -306,14 +307,16 @@ class Supervisor:
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
         for rank, (host, number, pid) in enumerate(ranks):
-            worker = self.crew.workers.get(number)
             if host != self.hosts.member.me:
                 continue
-            if worker is None:  # it died while the hosts agreed: nobody may wait for it
+            if (
+                number not in self.crew.workers
+            ):  # it died while the hosts agreed: nobody may wait for it
                 says = f"pid {pid} on {self.name} died before it had its seat; all meet again"
                 known = {"event": "lost", "host": self.name, "pid": pid, "rank": rank, "says": says}
                 self.hosts.member.call(known, time.monotonic())
                 continue
+            worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
             worker.rank = worker.last_rank = rank
             worker.generation, worker.tried_s = view.number, course.entered_s
