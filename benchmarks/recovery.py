@@ -124,7 +124,8 @@ def step_median_s(run: Watched) -> float:
     """The median of the newest steps' whole time, of those that all ranks took."""
     steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
     pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
-    return median(float(b["elapsed_s"]) - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
+    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
+    return median(whole)
 
 
 def until_rows(run: Watched, count: int) -> None:
