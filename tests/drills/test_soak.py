@@ -1,4 +1,4 @@
-"""A short soak: seeded faults of all kinds in one run, which ends bit for bit as if there were none."""
+"""A short soak: seeded faults of all kinds in one run, which ends as if there were none."""
 
 from __future__ import annotations
 
