@@ -359,7 +359,7 @@ class Supervisor:
             self._print(f"refused {others}")
         if ending := hosts.shut_out(self.post.hold.is_alone):
             course.code, words = ending
-            self._print(words)
+            print(words, file=sys.stderr)
         elif hosts.unheard:
             self._ask_again()
 
