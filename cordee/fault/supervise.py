@@ -23,6 +23,7 @@ from cordee.fault.course import ASKED, Course, Failure, Post
 from cordee.fault.crew import Crew, Worker, how_it_died, record_of
 from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import Ready, assign
+from cordee.fault.rounds import named
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 from cordee.fault.watch import Watch
 
@@ -56,6 +57,7 @@ class Supervisor:
         )
         self.founds = not meeting.through
         self.view: View | None = None
+        self._shown = ""
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -307,6 +309,10 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
+        shown, self._shown = self._shown, ranks[0][0]
+        if self._shown not in (shown, self.hosts.member.me):
+            place = named(self._shown, orders["names"])
+            self._print(f"{len(ranks)} ranks compute; progress is shown on {place}")
         for rank, (host, number, _) in enumerate(ranks):
             if host != self.hosts.member.me or number not in self.crew.workers:
                 continue
