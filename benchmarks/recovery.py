@@ -14,19 +14,21 @@ run's digest (torchrun's: every step's loss) is that of a run without faults, bi
 
 Systems: `spare` (two workers, a warm spare), `cold` (no spare), `hosts` (two supervisors of one
 worker and a spare each, on loopback; a dead host is started again at once, a frozen one wakes after
-it was replaced), `torchrun` (restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout 10 s),
-`torchrun-stop` (the same, SIGSTOP; given 120 s), `torchft` and `nvrx` where they are installed
-(`rivals.py`), `cost` (no fault: supervised against the same two ranks started by hand).
+it was replaced), `torchrun` (restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout
+10 s), `torchrun-stop` (the same, SIGSTOP; twice, given 120 s), `cost` (no fault: supervised against
+the same two ranks started by hand; and what the supervisor itself uses).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import random
 import signal
-import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,10 +41,12 @@ from typing import Any
 from benchmarks.watched import (
     Late,
     Watched,
+    address_of,
     children,
     command,
     cpu_s,
     end_tree,
+    free_port,
     household,
     members,
     send,
@@ -52,6 +56,7 @@ from cordee.metrics.sinks import last_event
 
 FREE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 GROUP_TIMEOUT_S = 10
+RESTARTED_STEPS, SLEEP_S = 120, 0.05
 GOALS_S = {
     "spare: kill rank 1": 0.3, "spare: kill rank 0": 0.3, "spare: SIGSTOP rank 1": 5.5,
     "cold: kill rank 1": 2.0, "cold: kill rank 0": 2.0,
@@ -77,6 +82,7 @@ class Bench:
     def __init__(self, home: Path, steps: int, seed: int) -> None:
         self.home, self.steps, self.random = home, steps, random.Random(seed)
         self.digest = ""
+        self.losses: list[float] = []
         self._made = 0
 
     def watch(self) -> Watched:
@@ -98,6 +104,14 @@ class Bench:
                 self.digest = ending(run)
         return self.digest
 
+    def clean_losses(self) -> list[float]:
+        """The losses of torchrun's run without a fault."""
+        if not self.losses:
+            with self.watch() as run:
+                agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
+                self.losses = losses_of(run, agent)
+        return self.losses
+
     def strike(self, run: Watched, fault: str, do: Callable[[], None], full: int = 2) -> Trial:
         """One fault at a random moment of a step, and how the run came back."""
         run.look()
@@ -109,8 +123,18 @@ class Bench:
 def step_median_s(run: Watched) -> float:
     """The median of the newest steps' whole time, of those that all ranks took."""
     steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
-    pairs = [(a, b) for a, b in zip(steps, steps[1:], strict=False) if a["quorum"] == b["quorum"]]
-    return median(b["elapsed_s"] - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
+    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
+    return median(float(b["elapsed_s"]) - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
+
+
+def until_rows(run: Watched, count: int) -> None:
+    """Waits for so many steps in all."""
+    run.until(lambda: len(run.rows) >= count, 120, f"{count} steps")
+
+
+def until_settled(run: Watched, hosts: list[subprocess.Popen[bytes]], spares: int) -> None:
+    """Waits until two islands compute and every host has its warm spares."""
+    run.until(lambda: settled(run, hosts, 2, spares), 90, "two islands and warm spares", 0.1)
 
 
 def ending(run: Watched) -> str:
@@ -142,19 +166,20 @@ def spare(bench: Bench) -> list[Trial]:
     with bench.watch() as run:
         host = run.start(command(run.folder, *bench.words()))
 
-        def ready() -> None:
-            run.until(lambda: settled(run, [host], 2, 1), 60, "a warm spare", 0.1)
-
         for fault, rank, number in (
             ("spare: kill rank 1", 1, signal.SIGKILL),
             ("spare: kill rank 0", 0, signal.SIGKILL),
             ("spare: SIGSTOP rank 1", 1, signal.SIGSTOP),
         ):
-            ready()
+            until_settled(run, [host], 1)
             found.append(bench.strike(run, fault, kill_rank(run, rank, number)))
-        ready()
+        until_settled(run, [host], 1)
         everybody = children(host.pid)
-        all_at_once = lambda: [send(pid, signal.SIGKILL) for pid in everybody]  # noqa: E731
+
+        def all_at_once() -> None:
+            for pid in everybody:
+                send(pid, signal.SIGKILL)
+
         found.append(bench.strike(run, "spare: kill all workers", all_at_once))
         return judged(found, ending(run) == bench.clean())
 
@@ -165,8 +190,8 @@ def cold(bench: Bench) -> list[Trial]:
     with bench.watch() as run:
         host = run.start(command(run.folder, *bench.words("fault.spares=0")))
         for rank in (1, 0):
-            run.until(lambda: settled(run, [host], 2, 0), 60, "two islands", 0.1)
-            run.until(lambda: len(run.rows) > 30 * (2 - rank), 60, "some steps")
+            until_settled(run, [host], 0)
+            until_rows(run, len(run.rows) + 20)
             found.append(bench.strike(run, f"cold: kill rank {rank}", kill_rank(run, rank)))
         return judged(found, ending(run) == bench.clean())
 
@@ -184,9 +209,6 @@ def hosts(bench: Bench) -> list[Trial]:
         run.until(lambda: len(run.rows) > 5, 60, "the first host's steps")
         follower = joining(place)
 
-        def ready() -> None:
-            run.until(lambda: settled(run, [leader, follower], 2, 1), 90, "two warm hosts", 0.1)
-
         def killed() -> None:
             nonlocal follower
             end_tree(follower.pid)
@@ -196,14 +218,14 @@ def hosts(bench: Bench) -> list[Trial]:
             for pid in (follower.pid, *children(follower.pid)):
                 send(pid, signal.SIGSTOP)
 
-        ready()
+        until_settled(run, [leader, follower], 1)
         found.append(bench.strike(run, "hosts: kill follower", killed))
-        ready()
+        until_settled(run, [leader, follower], 1)
         stopped = (follower.pid, *children(follower.pid))
         found.append(bench.strike(run, "hosts: SIGSTOP follower", frozen, full=1))
         for pid in stopped:
             send(pid, signal.SIGCONT)
-        ready()
+        until_settled(run, [leader, follower], 1)
 
         def beheaded() -> None:
             end_tree(leader.pid)
@@ -211,19 +233,6 @@ def hosts(bench: Bench) -> list[Trial]:
 
         found.append(bench.strike(run, "hosts: kill leader", beheaded))
         return judged(found, ending(run) == bench.clean())
-
-
-def address_of(folder: Path, but: str) -> str:
-    """Where a host of the newest view is met that is not the founder."""
-    known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
-    return next(host.partition("#")[0] for host in known if host.partition("#")[0] != but)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as asking:
-        asking.bind(("127.0.0.1", 0))
-        return int(asking.getsockname()[1])
 
 
 # ---- others --------------------------------------------------------------------------------------
@@ -238,32 +247,33 @@ def torchrun_command(folder: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(bench: Bench, fault: str = "kill", number: int = signal.SIGKILL) -> list[Trial]:
-    """torchrun's restart of all workers from a checkpoint."""
-    steps, losses, found = 120, [], []
-    for struck in (True, False) if number == signal.SIGKILL else (True,):
-        with bench.watch() as run:
-            agent = run.start(torchrun_command(run.folder, steps), FREE)
-            run.until(lambda: len(run.rows) >= 33, 60, "33 steps")
-            if struck:
-                run.rows = {n: {**row, "elapsed_s": 0.05 * n} for n, row in run.rows.items()}
-                pid = run.last["pids"][1]
-                try:
-                    took = run.recovery(lambda: send(pid, number), 2)
-                except Late:
-                    took = (float("nan"), float("nan"))
-                found = [Trial(f"torchrun: {fault} rank 1", *took, 0.05)]
-            if number != signal.SIGKILL:
-                return found
-            run.until(lambda: agent.poll() is not None, 60, "the end of torchrun")
-            run.look()
-            losses.append([run.rows[n]["loss"] for n in sorted(run.rows)])
-    return judged(found, losses[0] == losses[1] and len(losses[0]) == steps)
+def torchrun(bench: Bench, number: int = signal.SIGKILL) -> list[Trial]:
+    """torchrun's restart of all workers from a checkpoint; a stopped run is not waited for."""
+    killed = number == signal.SIGKILL
+    with bench.watch() as run:
+        agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
+        until_rows(run, 33)
+        pid, took = run.last["pids"][1], (math.nan, math.nan)
+        try:
+            took = run.recovery(lambda: send(pid, number), 2)
+        except Late as error:
+            print(f"torchrun: {error}", file=sys.stderr)
+        found = [Trial(f"torchrun: {'kill' if killed else 'SIGSTOP'} rank 1", *took, SLEEP_S)]
+        if not killed or math.isnan(took[0]):
+            return found
+        return judged(found, losses_of(run, agent) == bench.clean_losses())
+
+
+def losses_of(run: Watched, agent: subprocess.Popen[bytes]) -> list[float]:
+    """Every step's loss, at the end of a run of torchrun."""
+    run.until(lambda: agent.poll() is not None, 120, "the end of torchrun")
+    run.look()
+    return [run.rows[number]["loss"] for number in sorted(run.rows)]
 
 
 def torchrun_stop(bench: Bench) -> list[Trial]:
     """The same with a worker that is stopped, not dead."""
-    return torchrun(bench, "SIGSTOP", signal.SIGSTOP)
+    return torchrun(bench, signal.SIGSTOP)
 
 
 # ---- cost ----------------------------------------------------------------------------------------
@@ -278,22 +288,22 @@ def cost(bench: Bench) -> dict[str, float]:
     for side in sides:
         with bench.watch() as run:
             if side == "supervised":
-                host = run.start(command(run.folder, *bench.words()))
-                run.until(lambda: settled(run, [host], 2, 1), 60, "a warm spare", 0.1)
+                run.start(command(run.folder, *bench.words()))
+                until_settled(run, run.started, 1)
             else:
                 port = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
                 for rank in range(2):
                     mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                     run.start(command(run.folder, *bench.words()), {**by_hand, **port, **mine})
-                run.until(lambda: len(run.rows) > 60, 60, "60 steps")
+                until_rows(run, 60)
             first, began_s = len(run.rows), time.monotonic()
             used_s = cpu_s(run.started[0].pid)
-            run.until(lambda: len(run.rows) >= first + 150, 120, "150 steps")
+            until_rows(run, first + 150)
             if side == "supervised":
                 used_s = cpu_s(run.started[0].pid) - used_s
                 found["supervisor's part of a core"] = used_s / (time.monotonic() - began_s)
             rows = [run.rows[n] for n in range(first, first + 150)]
-            steps = [b["elapsed_s"] - a["elapsed_s"] for a, b in zip(rows, rows[1:], strict=False)]
+            steps = [b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(rows)]
             found[side] = median(steps)
     found["ratio"] = found["supervised"] / found["by hand"]
     return found
@@ -317,7 +327,7 @@ def measure(bench: Bench, names: list[str], trials: int) -> Iterator[Trial]:
                 yield from SYSTEMS[name](bench)
             except Late as error:
                 print(f"{name}, trial {number}: {error}", file=sys.stderr)
-                yield Trial(f"{name}: LATE", *[float("nan")] * 3)
+                yield Trial(f"{name}: LATE", math.nan, math.nan, math.nan)
 
 
 def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ class Watched:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
 
     def recovery(
-        self, strike: Callable[[], None], full: int, deadline_s: float = 120.0
+        self, strike: Callable[[], object], full: int, deadline_s: float = 120.0
     ) -> tuple[float, float]:
         """Seconds from `strike` to the next committed step of a new generation, and of one with
         `full` islands. Late: it did not come back."""
@@ -225,24 +226,31 @@ def members(folder: Path) -> list[int]:
     return [int(member["pid"]) for member in told[-1]] if told else []
 
 
-def idle(pid: int, used: dict[int, float]) -> bool:
-    """Whether a process has used no processor time since the last call with the same `used`."""
-    now_s, before_s = cpu_s(pid), used.get(pid, -1.0)
-    used[pid] = now_s
-    return 0 <= now_s - before_s < 0.02
+def called(pid: int) -> str:
+    """What a worker calls itself: "rank 0", "ready" (a warm spare), or ""."""
+    with suppress(OSError):
+        head, _, name = Path(f"/proc/{pid}/comm").read_text().strip().partition(" ")
+        return name if head == "cordee" else ""
+    return ""
 
 
 def settled(run: Watched, hosts: Sequence[subprocess.Popen[bytes]], full: int, spares: int) -> bool:
     """Whether `full` islands compute and every host's spares have imported everything."""
-    used: dict[int, float] = {}
-    for look in range(2):
-        time.sleep(0.4 * look)
-        run.look()
-        seated = set(members(run.folder))
-        waiting = [c for host in hosts for c in children(host.pid) if c not in seated]
-        calm = [idle(pid, used) for pid in waiting]
-        if run.last.get("islands") != full or len(waiting) != spares * len(hosts):
-            return False
-        if look and not all(calm):
-            return False
-    return True
+    run.look()
+    names = [[called(child) for child in children(host.pid)] for host in hosts]
+    ranks = sum(name.startswith("rank") for each in names for name in each)
+    warm = all(each.count("ready") >= spares for each in names)
+    return warm and ranks == full == run.last.get("islands")
+
+
+def address_of(folder: Path, but: str) -> str:
+    """Where a host of the newest view is met that is not the founder."""
+    known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
+    return next(str(host).partition("#")[0] for host in known if host.partition("#")[0] != but)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as asking:
+        asking.bind(("127.0.0.1", 0))
+        return int(asking.getsockname()[1])

@@ -181,7 +181,8 @@ def launch_ranks(run: Run, plan: Plan) -> int:
             interface=interface(run),
         )
         data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
-        return supervise(post, meet(run, data, replace(layout, island=1).describe()))
+        island = f"{replace(layout, island=1).describe()} on {plan.device}"
+        return supervise(post, meet(run, data, island))
 
 
 def _overrides(run: Run) -> dict[str, str]:
@@ -243,6 +244,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     """
     run = settle(run)
     told = launched()
+    if several(run) and not told.supervised:  # one supervisor a host, whatever started it
+        told = Launched()
     # A worker's supervisor has looked; by now the run itself may have written there.
     standing = Standing(None) if told.supervised else look(run, brought.model)
     wanted = None if told.supervised else _processes(run, told, 1 if brought.any else None)

@@ -56,11 +56,11 @@ class Failure:
         lines = self.words.splitlines()
         return f"{self.how}: {lines[-1].strip()[:300]}" if self.code > 0 and lines else self.how
 
-    def tell(self) -> None:
-        """The sentence and the worker's own words, as the last thing on the screen."""
+    def tell(self, which: str = " first") -> None:
+        """The sentence and the worker's own words."""
         if self.code in ASKED:
             return
-        print(f"\n{self.who} {self.how}".rstrip() + " first", file=sys.stderr)
+        print(f"\n{self.who} {self.how}".rstrip() + which, file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 
@@ -86,12 +86,16 @@ class Course:
     untold: list[Mapping[str, Any]] = field(default_factory=list)
     """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
+    _failed_s: float = float("-inf")
 
-    def fail(self, failure: Failure) -> int:
-        """Notes a failure; how many there were in a row, with no step between them."""
+    def fail(self, failure: Failure, tried_s: float) -> int:
+        """Notes a failure; how many there were in a row, with no step between them. Of workers that
+        die together one counts: the others had begun (`tried_s`) before it was noted."""
         if self.step > self._failed_step:
             self.failures.clear()
-        self._failed_step = self.step
+        elif tried_s <= self._failed_s:
+            return len(self.failures)
+        self._failed_step, self._failed_s = self.step, time.monotonic()
         self.failures.append(failure)
         return len(self.failures)
 

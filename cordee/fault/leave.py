@@ -60,5 +60,7 @@ def leaving(line: Line | None = None) -> Iterator[Asked]:
     try:
         yield asked
     finally:
+        if line is not None:
+            line.hush()
         for number, action in before.items():
             signal.signal(number, action)

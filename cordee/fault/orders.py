@@ -52,6 +52,8 @@ def assign(
         return {}
     plan, islands = plan_for(islands)
     chosen = _in_order(ready, reports, inside)[: islands * inside]
+    if len(chosen) < islands * inside:
+        return {}
     return {
         "ranks": [[worker.host, worker.number, worker.pid] for worker in chosen],
         "plan": plan,

@@ -20,10 +20,9 @@ from types import FrameType
 from typing import Any
 
 from cordee.fault.course import ASKED, Course, Failure, Post
-from cordee.fault.crew import Crew, Worker, how_it_died, record_of
+from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import Ready, assign
-from cordee.fault.rounds import named
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 from cordee.fault.watch import Watch
 
@@ -57,7 +56,6 @@ class Supervisor:
         )
         self.founds = not meeting.through
         self.view: View | None = None
-        self._shown = ""
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -71,6 +69,8 @@ class Supervisor:
         try:
             for _ in range(self.wants):
                 self._start()
+            # While they import: what a first death would have to wait for.
+            self.post.plan_for(max(1, self.wants // self.post.inside - 1))
             while self.course.code is None:
                 for key, _ in self._selector.select(TICK_S):
                     key.data()
@@ -206,6 +206,7 @@ class Supervisor:
         with suppress(KeyError, ValueError):
             self._selector.unregister(worker.talk)
         words = worker.last_words()
+        worker.look()
         code = self.crew.bury(worker)
         if worker.done is not None:
             self._on_end(worker, words)
@@ -233,12 +234,14 @@ class Supervisor:
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
         failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
-        in_a_row = course.fail(failure)
+        in_a_row = course.fail(failure, worker.tried_s)
         last = course.signals and not self._several and not self.crew.workers
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries or last:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
             course.code = course.give_up()
             return
+        if words:
+            failure.tell("")
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
             done = "a warm spare takes its place" if spare else "the others go on"
@@ -249,13 +252,7 @@ class Supervisor:
 
     def _call(self, event: str, worker: Worker, what: str, done: str) -> None:
         """Asks for a new generation, and says why in one sentence."""
-        rank = worker.rank if worker.rank is not None else worker.last_rank
-        who = self.name if rank is None else f"rank {rank} (pid {worker.pid} on {self.name})"
-        stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
-        known = record_of(
-            worker, event=event, host=self.name, cause=what, done=done,
-            says=f"{who}: {what}{stood}; {done}",
-        )  # fmt: skip
+        known = verdict(worker, event, self.name, what, done)
         self.hosts.member.call(known, time.monotonic())
         self._follow()
 
@@ -309,17 +306,20 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
-        shown, self._shown = self._shown, ranks[0][0]
-        if self._shown not in (shown, self.hosts.member.me):
-            place = named(self._shown, orders["names"])
-            self._print(f"{len(ranks)} ranks compute; progress is shown on {place}")
-        for rank, (host, number, _) in enumerate(ranks):
-            if host != self.hosts.member.me or number not in self.crew.workers:
+        if words := self.hosts.shown(orders):
+            self._print(words)
+        for rank, (host, number, pid) in enumerate(ranks):
+            if host != self.hosts.member.me:
+                continue
+            if number not in self.crew.workers:  # it died meanwhile: nobody may wait for it
+                says = f"pid {pid} on {self.name} died before it had its seat; all meet again"
+                known = {"event": "lost", "host": self.name, "pid": pid, "rank": rank, "says": says}
+                self.hosts.member.call(known, time.monotonic())
                 continue
             worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
             worker.rank = worker.last_rank = rank
-            worker.generation = view.number
+            worker.generation, worker.tried_s = view.number, course.entered_s
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
                 "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),

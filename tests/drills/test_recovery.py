@@ -217,7 +217,7 @@ def test_a_failure_that_repeats_stops_with_the_first_cause(run_dir: Path) -> Non
         assert "stopped after 3 failures in a row at step 5" in run.said
         assert run.step == 4
     last = run.said.rstrip().splitlines()[-1]
-    assert last == "RuntimeError: the drill fault.crash at step.backward of step 5"
+    assert last == "[rank0]: RuntimeError: the drill fault.crash at step.backward of step 5"
 
 
 @pytest.mark.slow
