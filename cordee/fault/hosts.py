@@ -16,6 +16,7 @@ from cordee.errors import ConfigError
 from cordee.fault.keys import Answer, Keys
 from cordee.fault.link import Link, Refusal
 from cordee.fault.members import Member
+from cordee.fault.rounds import named
 
 PATIENCE_S = 10.0
 """How long a host that wants in hears nothing before it tries elsewhere, or gives up."""
@@ -52,6 +53,7 @@ class Hosts:
         self._tried: list[str] = []
         self._refused: list[Refusal] = []
         self._joining = False
+        self._first = ""
         self._meet(meeting.through)
 
     def _meet(self, through: str) -> None:
@@ -138,6 +140,15 @@ class Hosts:
         """Whether it means that this host is not let in; anybody may knock here meanwhile."""
         asks = self._through and not self._known
         return bool(asks) and ("#" in refusal.who or refusal.who == self._through)
+
+    def shown(self, orders: Mapping[str, Any]) -> str:
+        """Where the progress is shown, once each time that it is another host; else ""."""
+        ranks, before = orders["ranks"], self._first
+        self._first = ranks[0][0]
+        if self._first in (before, self.member.me):
+            return ""
+        place = named(self._first, orders["names"])
+        return f"{len(ranks)} ranks compute; progress is shown on {place}"
 
     # ---- store ----
 

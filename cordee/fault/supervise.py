@@ -306,12 +306,12 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
+        if words := self.hosts.shown(orders):
+            self._print(words)
         for rank, (host, number, pid) in enumerate(ranks):
             if host != self.hosts.member.me:
                 continue
-            if (
-                number not in self.crew.workers
-            ):  # it died while the hosts agreed: nobody may wait for it
+            if number not in self.crew.workers:  # it died meanwhile: nobody may wait for it
                 says = f"pid {pid} on {self.name} died before it had its seat; all meet again"
                 known = {"event": "lost", "host": self.name, "pid": pid, "rank": rank, "says": says}
                 self.hosts.member.call(known, time.monotonic())
@@ -365,7 +365,7 @@ class Supervisor:
             self._print(f"refused {others}")
         if ending := hosts.shut_out(self.post.hold.is_alone):
             course.code, words = ending
-            self._print(words)
+            print(words, file=sys.stderr)
         elif hosts.unheard:
             self._ask_again()
 

@@ -165,6 +165,12 @@ class Rope:
         self.hosts.append(host)
         return host
 
+    def address_of(self, host: Host) -> str:
+        """Where a host's supervisor listens; a joined one has a port of its own."""
+        table = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
+        lines = [line.split() for line in table.splitlines() if f"pid={host.process.pid}," in line]
+        return lines[0][3]
+
     # ---- what the run's folder says ----
 
     @property
