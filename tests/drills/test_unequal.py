@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from cordee.layout.shares import HOLD, shares
 from cordee.testing import slowed
 from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
