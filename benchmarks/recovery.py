@@ -2,7 +2,7 @@
 
     python -m benchmarks.recovery [--json] [--trials N] [--only NAME,NAME] [--steps N]
 
-For the table of docs/performance.md, alone on a quiet machine of two cores (some 45 minutes):
+For the table of docs/performance.md, alone on a quiet machine of two cores (about an hour):
 
     python -m benchmarks.recovery --trials 10 --json
 
@@ -124,7 +124,8 @@ def step_median_s(run: Watched) -> float:
     """The median of the newest steps' whole time, of those that all ranks took."""
     steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
     pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
-    return median(float(b["elapsed_s"]) - a["elapsed_s"] for a, b in pairs if b["islands"] == 2)
+    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
+    return median(whole)
 
 
 def until_rows(run: Watched, count: int) -> None:
@@ -363,7 +364,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--only", default=",".join([*SYSTEMS, "cost"]))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     names = asked.only.split(",")

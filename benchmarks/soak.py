@@ -83,6 +83,7 @@ class Soak:
         self.pids: set[int] = set()
         self.temporary = run.folder.with_name("temporary")
         self.temporary.mkdir()
+        self.left = False
 
     # ---- hosts ----
 
@@ -120,7 +121,10 @@ class Soak:
     # ---- faults ----
 
     def choose(self) -> str:
-        """The next fault."""
+        """The next fault; a host that was left by a worker is soon started again."""
+        if self.left:
+            self.left = False
+            return "supervisor"
         return self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
     def strike(self, fault: str) -> None:
@@ -152,6 +156,7 @@ class Soak:
                 victim(signal.SIGCONT)
             case "leave" if len(ranks) > 1:
                 self._back(fault, lambda: victim(signal.SIGTERM))
+                self.left = True
             case "supervisor":
                 self._behead(int(part * len(self.hosts)))
 
@@ -186,9 +191,12 @@ class Soak:
             self.raise_host()
 
     def _back(self, fault: str, strike: Callable[[], object]) -> None:
-        """A fault after which there is a new generation."""
+        """A fault after which there is a new generation, which then gets further than the last: a
+        third failure before that is taken for a crash that repeats."""
+        furthest = max(self.run.rows, default=0)
         first_s, _ = self.run.recovery(strike, 1, BACK_S)
         self.back_s.setdefault(fault, []).append(first_s)
+        self.run.until(lambda: max(self.run.rows) > furthest, BACK_S, f"progress after {fault}")
 
     def _goes_on(self, fault: str) -> None:
         """A fault that may change nothing: the next row must come."""

@@ -92,8 +92,12 @@ class Watched:
         end = time.monotonic() + deadline_s
         while not happened():
             self.look()
-            if time.monotonic() > end:
-                raise Late(f"{what} did not happen in {deadline_s:.0f} s\n{self.words()}")
+            over = all(process.poll() is not None for process in self.started)
+            if (over and not happened()) or time.monotonic() > end:
+                raise Late(
+                    "the run is over: " * over
+                    + f"{what} did not happen in {deadline_s:.0f} s\n{self.words()}"
+                )
             time.sleep(poll_s)
 
     def words(self) -> str:

@@ -89,23 +89,26 @@ class Course:
     _failed_s: float = float("-inf")
 
     def fail(self, failure: Failure, tried_s: float) -> int:
-        """Notes a failure; how many there were in a row, with no step between them. Of workers that
-        die together one counts: the others had begun (`tried_s`) before it was noted."""
-        if self.step > self._failed_step:
+        """Notes a failure; how many of the same step there were since the run last came further, or
+        a third of all of them, if that is more. Of workers that die together one counts: the others
+        had begun (`tried_s`) before it was noted."""
+        self.step = max(self.step, failure.step)
+        further = self.step > self._failed_step
+        if further:
             self.failures.clear()
-        elif tried_s <= self._failed_s:
-            return len(self.failures)
-        self._failed_step, self._failed_s = self.step, time.monotonic()
-        self.failures.append(failure)
-        return len(self.failures)
+        if further or tried_s > self._failed_s:
+            self._failed_step, self._failed_s = self.step, time.monotonic()
+            self.failures.append(failure)
+        alike = sum(one.step == failure.step for one in self.failures)
+        return max(alike, len(self.failures) // 3)
 
     def give_up(self) -> int:
         """Says the first cause of the failures in a row, last; the exit code."""
         first = self.failures[0]
         if len(self.failures) > 1:
             print(
-                f"\nstopped after {len(self.failures)} failures in a row at step {self.step}, with"
-                " no step committed between them; the first was:",
+                f"\nstopped after {len(self.failures)} failures in a row at step {first.step}, none"
+                " of which the run came past; the first was:",
                 file=sys.stderr,
             )
         first.tell()
