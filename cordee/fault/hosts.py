@@ -51,6 +51,7 @@ class Hosts:
         self._known: tuple[str, ...] = ()
         self._met: dict[str, None] = {}
         self._tried: list[str] = []
+        self._own = {""}
         self._refused: list[Refusal] = []
         self._joining = False
         self._first = ""
@@ -59,6 +60,7 @@ class Hosts:
     def _meet(self, through: str) -> None:
         self.link = self._meeting.link() if self._meeting.link else None
         me = self.link.id if self.link else "here"
+        self._own.add(place_of(me))
         self.member = self._meeting.member(me, assign=self._assign, report=self._report)
         self._through = through
         self._heard_s = time.monotonic()
@@ -75,14 +77,14 @@ class Hosts:
 
     def again(self) -> None:
         """Back under a new name, through another host that was in the run or was met."""
-        own = self.member.me.partition("#")[0]
-        others = [host.partition("#")[0] for host in [*self._known, *self._met]]
-        places = [p for p in dict.fromkeys([*others, self._meeting.through]) if p not in ("", own)]
+        others = [place_of(host) for host in [*self._known, *self._met]]
+        others = list(dict.fromkeys([*others, self._meeting.through]))
+        places = [place for place in others if place not in self._own]
         fresh = [place for place in places if place not in self._tried]
         if not fresh:
             self._tried.clear()
         self.close()
-        self._meet(next(iter(fresh or places), self._through or own))
+        self._meet(next(iter(fresh or places), place_of(self.member.me)))
         if self._joining or self._known:
             self.join()
 
