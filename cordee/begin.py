@@ -6,11 +6,9 @@ input is found here, before anything is started or written. Not here: the run it
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +25,7 @@ from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
+from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
@@ -127,32 +126,29 @@ def record(run: Run, plan: Plan) -> None:
 
 
 @contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Holds the run's folder; ConfigError when another process has it. Freed by any death."""
+def locked(run: Run) -> Iterator[Hold]:
+    """Holds the run's folder; ConfigError when another process has it. Freed by any death. A host
+    that joins only opens the lock: it shares the folder once it is let in."""
     folder = Path(run.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - closed below
+        hold = Hold(folder / LOCK_FILE)
     except OSError as error:
         raise ConfigError(
             f"the run's folder cannot be written: {error.strerror}",
             values={"run.dir": str(folder)},
             fix="run.dir=... in a place that you may write to, on a disk with room",
         ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
+    with closing(hold):
+        if not run.launch.join and not hold.take():
             raise ConfigError(
                 "another process trains in this folder",
-                values={"run.dir": str(folder), "pid": stream.read().strip() or "unknown"},
+                values={"run.dir": str(folder), "pid": hold.holder()},
                 fix=f"wait for it, or run.dir={_free_name(folder)}",
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
+            )
+        if run.launch.listen:
+            hold.share(anew=True)
+        yield hold
 
 
 def launch_ranks(run: Run, plan: Plan) -> int:
@@ -167,25 +163,26 @@ def launch_ranks(run: Run, plan: Plan) -> int:
         return made.to_json(), made.layout.island
 
     fault, layout = run.fault, plan.layout
-    post = Post(
-        command=["-m", "cordee", "train", *words],
-        plan=plan.to_json(),
-        plan_for=plan_for,
-        inside=layout.size // layout.island,
-        wants=plan.processes,
-        spares=fault.spares if fault.recover else 0,
-        threads=plan.threads,
-        silence_s=fault.silence_s,
-        start_s=run.launch.timeout_s,
-        tries=fault.tries,
-        recover=fault.recover,
-        hold=lambda: locked(run),
-        drills=fault.kills,
-        interface=interface(run),
-    )
-    with nullcontext() if run.launch.join else locked(run):
+    with locked(run) as hold:
+        post = Post(
+            command=["-m", "cordee", "train", *words],
+            plan=plan.to_json(),
+            plan_for=plan_for,
+            inside=layout.size // layout.island,
+            wants=plan.processes,
+            spares=fault.spares if fault.recover else 0,
+            threads=plan.threads,
+            silence_s=fault.silence_s,
+            start_s=run.launch.timeout_s,
+            tries=fault.tries,
+            recover=fault.recover,
+            hold=hold,
+            drills=fault.kills,
+            interface=interface(run),
+        )
         data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
-        return supervise(post, meet(run, data, replace(layout, island=1).describe()))
+        island = f"{replace(layout, island=1).describe()} on {plan.device}"
+        return supervise(post, meet(run, data, island))
 
 
 def _overrides(run: Run) -> dict[str, str]:
@@ -247,6 +244,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     """
     run = settle(run)
     told = launched()
+    if several(run) and not told.supervised:  # one supervisor a host, whatever started it
+        told = Launched()
     # A worker's supervisor has looked; by now the run itself may have written there.
     standing = Standing(None) if told.supervised else look(run, brought.model)
     wanted = None if told.supervised else _processes(run, told, 1 if brought.any else None)

@@ -31,9 +31,10 @@ from cordee.fault.leave import Asked
 from cordee.layout.axes import AXES
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
-from cordee.metrics.sinks import JsonLines, keep_lines, last_step, now, read_lines
+from cordee.metrics.sinks import JsonLines, last_step, now, read_lines
 from cordee.optim.clip import layer_norms
 from cordee.plan.report import compare, count_text
+from cordee.rendezvous import several
 
 KEPT_ROWS = 256
 """Rows that every rank holds, for the case that the first rank dies before it has written them."""
@@ -79,6 +80,11 @@ class Desk:
         self._layers = JsonLines(folder / "layers.jsonl")
         self._events = JsonLines(folder / "events.jsonl")
         self._rows: deque[Row] = before._rows if before else deque(maxlen=KEPT_ROWS)
+        if first and several(state.run):
+            if before:
+                self._metrics, self._layers, self._events = before._sinks
+            for sink in self._sinks:  # from a first rank that is frozen or cut off, it may be
+                sink.take_over()
         self._began = time.monotonic()
         self._before_s = 0.0
         self._sent = 0
@@ -86,6 +92,10 @@ class Desk:
         self._shared_s = 0.0
         self._changed: set[str] = before._changed if before else set()
         self._complained = ""
+
+    @property
+    def _sinks(self) -> tuple[JsonLines, JsonLines, JsonLines]:
+        return self._metrics, self._layers, self._events
 
     # ---- clock and limits ----
 
@@ -140,7 +150,7 @@ class Desk:
         for sink in (self._metrics, self._layers):
             written[sink] = last_step(sink.path)
             if written[sink] > step:
-                keep_lines(sink.path, lambda record: int(record["step"]) <= step)
+                sink.keep(lambda record: int(record["step"]) <= step)
         # Rows are committed with the step: what a first rank took with it, this one has too.
         for row, layers in self._rows:
             if written[self._metrics] < row["step"] <= step:
@@ -322,7 +332,7 @@ class Desk:
         """Gives the terminal back and writes what still waits."""
         self.screen.close()
         if self._first:
-            for sink in (self._metrics, self._layers, self._events):
+            for sink in self._sinks:
                 sink.sync()
 
     def _sent_inside(self, state: RunState) -> dict[str, int]:

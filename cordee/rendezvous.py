@@ -27,7 +27,7 @@ from cordee.fault.members import Member
 from cordee.fault.pace import Rules
 from cordee.fault.secret import make_secret, read_secret
 from cordee.fault.witness import FileWitness
-from cordee.metrics.sinks import read_lines
+from cordee.metrics.sinks import last_event, read_lines
 
 WITNESS_FILE = "members.json"
 FOLDER_ID = "members.id"
@@ -43,8 +43,12 @@ def meet(run: Run, data: str, inside: str) -> Meeting:
     how an island is cut: both must be equal everywhere. ConfigError: no secret, or no way there."""
     folder, last = Path(run.run.dir), last_generation(Path(run.run.dir))
     rules = Rules(silence_s=run.fault.silence_s, least_s=min(RULES.least_s, run.fault.silence_s))
+
+    def finished() -> bool:
+        return last_event(folder).get("event") == "finished"
+
     if not several(run):
-        return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given))
+        return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given), finished)
     witness = FileWitness(folder / WITNESS_FILE)
     secret_file = Path(run.launch.secret or folder / SECRET_FILE)
     if run.launch.join:
@@ -59,6 +63,7 @@ def meet(run: Run, data: str, inside: str) -> Meeting:
     return Meeting(
         lambda: Link.open(bind, secret, hello),
         lambda me, **given: Member(me, rules, last=last, witness=witness, **given),
+        finished,
         run.launch.join,
     )
 

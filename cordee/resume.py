@@ -198,9 +198,10 @@ def _tell_change(state: RunState, desk: Desk, seat: Seat, filled: Filled) -> Non
         "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
     }  # fmt: skip
     desk.event("quorum", step, known)
+    verb = "go" if state.plan.layout.island > 1 else "goes"
     filled_by = f", {filled.receivers} filled by {filled.donors}" if filled.receivers else ""
     desk.screen.say(
-        f"step {step:>5}  {state.plan.layout.describe()} go on in generation {seat.generation}"
+        f"step {step:>5}  {state.plan.layout.describe()} {verb} on in generation {seat.generation}"
         f"{filled_by}; {known['seconds']:.2f} s"
     )
 

@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from cordee.layout.boxes import Box, whole
+
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
+# A busy machine is no fault of what is tested.
 
 SMALL = (
     "model.layers=2",

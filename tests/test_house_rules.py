@@ -103,8 +103,8 @@ def test_floors(path: Path) -> None:
 def _same_floor_below(room: str, other: str) -> bool:
     """Inside floors 3, 4 and 6 a room may use one that stands before it in this list."""
     order = ["layout", "model", "dist", "data", "plan",
-             "parts", "build", "rendezvous", "begin", "desk", "balance", "resume", "trial", "rehearse",
-             "testing"]  # fmt: skip
+             "parts", "build", "rendezvous", "begin", "desk", "balance", "resume", "trial",
+             "rehearse", "testing"]  # fmt: skip
     return (
         FLOORS[room] == FLOORS[other]
         and room in order

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cordee.begin import get_ready, launch_ranks
 from cordee.cli.arguments import parser, read, say
+from cordee.dist.start import follow_parent
 from cordee.metrics.sinks import last_event
 
 HOSTS = {
@@ -23,6 +24,7 @@ HOSTS = {
 
 def run(argv: list[str]) -> int:
     """See --help."""
+    follow_parent()  # before what takes long: a worker may lose its supervisor while it imports
     made = parser(
         "train",
         "Trains; the same command again goes on where the run stands.\n"

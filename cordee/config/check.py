@@ -340,7 +340,8 @@ def _near(value: int, step: int) -> int:
 def _check_fault(run: Run) -> None:
     for key, entries in (("kill", run.fault.kills), ("crash", [run.fault.crash])):
         for point, _, rest in (entry.partition(":") for entry in entries if entry):
-            if point not in POINTS or not _is_drill(rest):
+            hangs = key == "kill" and point.startswith("!")
+            if point[hangs:] not in POINTS or not _is_drill(rest):
                 near = (get_close_matches(point, POINTS, 1, 0.0) or POINTS)[0]
                 raise ConfigError(
                     f"fault.{key} is written point:step:rank",

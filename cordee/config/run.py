@@ -258,7 +258,7 @@ class FaultSettings:
     step.backward, step.reduce, step.agree, step.update, step.commit, evaluate, finish, group, fill,
     fill.round, fill.end, copy.begin, copy.send, copy.sent, copy.end, save.stage, save.write,
     save.part, save.manifest, save.rename, save.delete). Several, with commas: the first is armed in
-    the first generation, the next in the second."""
+    the first generation, the next in the second. With `!` before the point it hangs there."""
     crash: str = ""
     """Drill: `point:step:rank` at which that rank raises, in every generation."""
     poison: str = ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import math
+import mmap
 import os
 import queue
 import select
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from cordee.dist.start import Launched
-from cordee.dist.talk import Talk
+from cordee.dist.talk import MARK, Talk
 
 BEAT_S = 0.2
 """Seconds between heartbeats."""
@@ -79,9 +80,11 @@ class _Question:
 class Line:
     """See the file's header. One thread reads, answers and beats; the main thread trains."""
 
-    def __init__(self, descriptor: int, terminal: tuple[int, int]) -> None:
-        """`descriptor`: the inherited end; `terminal`: where the first rank's words go."""
+    def __init__(self, descriptor: int, mark: int, terminal: tuple[int, int]) -> None:
+        """`descriptor`: the inherited end; `mark`: memory in which this worker notes where it is,
+        to be read when it is dead; `terminal`: where the first rank's words go."""
         self._talk = Talk(socket.socket(fileno=descriptor))
+        self._noted = mmap.mmap(mark, MARK.size)
         self._lock = threading.Lock()
         self._seats: queue.SimpleQueue[Seat | None] = queue.SimpleQueue()
         self._questions: dict[int, _Question] = {}
@@ -123,6 +126,7 @@ class Line:
         if phase.startswith("save."):
             return
         self.phase, self.step, self._marked_s = phase, step, time.monotonic()
+        MARK.pack_into(self._noted, 0, step, phase.encode())
         if self._seat is not None and self._halted >= self._seat.generation and phase in SAFE:
             raise Halted(f"generation {self._seat.generation} ended")
 
@@ -190,11 +194,12 @@ class Line:
     def _serve(self) -> None:
         due = 0.0
         while not self._talk.closed:
-            now = time.monotonic()
+            now, seat = time.monotonic(), self._seat
             if now >= due:
                 due = now + BEAT_S
                 self._beat()
-            select.select([self._talk], [], [], max(0.0, min(due, self._cut_s) - time.monotonic()))
+            cut_s = math.inf if seat is None else self._cut_s
+            select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
             seat, now = self._seat, time.monotonic()
@@ -285,7 +290,7 @@ def _name(what: str) -> None:
 
 def open_line(told: Launched) -> Line | None:
     """The line of a worker that a supervisor started; None for any other process."""
-    return Line(told.line, told.terminal) if told.line >= 0 else None
+    return Line(told.line, told.mark, told.terminal) if told.line >= 0 else None
 
 
 def cut_connections() -> None:

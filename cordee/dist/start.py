@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,20 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 LINE = "CORDEE_LINE"
-"""Descriptors that a worker inherits: its line, the plan, standard output, standard error."""
+"""Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
 PARENT = "CORDEE_PARENT"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""How often torchrun has started these ranks anew."""
 
 
 @dataclass(frozen=True)
 class Launched:
     """What a launcher told this process. `store` is a rendezvous file (of tests), else empty;
     `hosts` is 1 unless the launcher says otherwise. A worker of our supervisor has a `line`, and
-    descriptors of the `plan` and of the `terminal`; its rank comes later."""
+    descriptors of the `plan`, of the `mark` where it notes what it does, and of the `terminal`; its
+    rank comes later."""
 
     rank: int = 0
     size: int = 1
@@ -58,6 +61,7 @@ class Launched:
     hosts: int = 1
     line: int = -1
     plan: int = -1
+    mark: int = -1
     terminal: tuple[int, int] = (1, 2)
 
     @property
@@ -93,8 +97,9 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     """Reads the launcher's variables; ConfigError when they contradict each other."""
     env = os.environ if environment is None else environment
     if LINE in env:
-        line, plan, out, err = map(int, env[LINE].split(","))
-        return Launched(by_launcher=True, line=line, plan=plan, terminal=(out, err))
+        line, plan, mark, out, err = map(int, env[LINE].split(","))
+        told = Launched(by_launcher=True, line=line, plan=plan, mark=mark)
+        return replace(told, terminal=(out, err))
     for rank_name, size_name, local_name in RANK_NAMES:
         if rank_name not in env or size_name not in env:
             continue
@@ -203,15 +208,22 @@ def world(
 def _join(told: Launched, backend: str, timeout_s: float, store: Any) -> None:
     import torch.distributed as dist
 
-    method = None if store is not None else f"file://{told.store}" if told.store else "env://"
+    limit = timedelta(seconds=timeout_s)
     try:
+        given = store
+        if given is None and RESTARTS in os.environ and not told.store:
+            # torchrun keeps its store over restarts, with the addresses of the dead in it.
+            meet, under = dist.rendezvous, dist.PrefixStore  # type: ignore[attr-defined]
+            found, _, _ = next(meet("env://", told.rank, told.size, timeout=limit))
+            given = under(f"cordee/{os.environ[RESTARTS]}", found)
+        method = None if given is not None else f"file://{told.store}" if told.store else "env://"
         dist.init_process_group(
             backend,
             init_method=method,
-            store=store,
+            store=given,
             rank=told.rank,
             world_size=told.size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=limit,
         )
     except (dist.DistError, ValueError, OSError, RuntimeError) as error:
         if store is not None:  # the generation's end, which its worker knows of

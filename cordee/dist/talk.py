@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 PACKET_BYTES = 1 << 20
 """Largest packet that is read."""
+
+MARK = struct.Struct("<q32s")
+"""What a worker notes in shared memory of where it is: step, phase."""
 
 
 class Talk:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+
+from cordee.fault.hold import Hold
 
 ASKED = (130, 143)
 """Exit codes of a worker that left because it was told to."""
@@ -21,7 +22,7 @@ class Post:
     """What a supervisor keeps running: `wants` workers with a seat, whole islands of `inside`
     ranks, and `spares` besides. `plan_for`: see `orders.assign`; `tries` is how often the same step
     may fail; `drills[i]` is armed in the i-th generation; `interface` is where workers of other
-    hosts are met; `hold()` holds the run's folder, for who leads."""
+    hosts are met; `hold` is the run's folder, shared by all hosts that are in."""
 
     command: Sequence[str]
     plan: str
@@ -34,25 +35,32 @@ class Post:
     start_s: float
     tries: int
     recover: bool
-    hold: Callable[[], AbstractContextManager[None]]
+    hold: Hold
     drills: Sequence[str] = ()
     interface: str = ""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that died: the step it stood at, who and how in one line, its last words."""
+    """A worker that died: the step it stood at, who, how, its last words, its exit code."""
 
     step: int
-    sentence: str
+    who: str
+    how: str
     words: str
     code: int
+
+    @property
+    def cause(self) -> str:
+        """How it died and, when it said so, of what."""
+        lines = self.words.splitlines()
+        return f"{self.how}: {lines[-1].strip()[:300]}" if self.code > 0 and lines else self.how
 
     def tell(self, which: str = " first") -> None:
         """The sentence and the worker's own words."""
         if self.code in ASKED:
             return
-        print(f"\n{self.sentence}{which}", file=sys.stderr)
+        print(f"\n{self.who} {self.how}".rstrip() + which, file=sys.stderr)
         if self.words:
             print(self.words, file=sys.stderr)
 
@@ -72,27 +80,35 @@ class Course:
     stumbled_s: float = 0.0
     ending: bool = False
     over: bool = False
+    ended_s: float = 0.0
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
     untold: list[Mapping[str, Any]] = field(default_factory=list)
     """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
+    _failed_s: float = float("-inf")
 
-    def fail(self, failure: Failure) -> int:
-        """Notes a failure; how many there were in a row, with no step between them."""
-        if self.step > self._failed_step:
+    def fail(self, failure: Failure, tried_s: float) -> int:
+        """Notes a failure; how many of the same step there were since the run last came further, or
+        a third of all of them, if that is more. Of workers that die together one counts: the others
+        had begun (`tried_s`) before it was noted."""
+        self.step = max(self.step, failure.step)
+        further = self.step > self._failed_step
+        if further:
             self.failures.clear()
-        self._failed_step = self.step
-        self.failures.append(failure)
-        return len(self.failures)
+        if further or tried_s > self._failed_s:
+            self._failed_step, self._failed_s = self.step, time.monotonic()
+            self.failures.append(failure)
+        alike = sum(one.step == failure.step for one in self.failures)
+        return max(alike, len(self.failures) // 3)
 
     def give_up(self) -> int:
         """Says the first cause of the failures in a row, last; the exit code."""
         first = self.failures[0]
         if len(self.failures) > 1:
             print(
-                f"\nstopped after {len(self.failures)} failures in a row at step {self.step}, with"
-                " no step committed between them; the first was:",
+                f"\nstopped after {len(self.failures)} failures in a row at step {first.step}, none"
+                " of which the run came past; the first was:",
                 file=sys.stderr,
             )
         first.tell()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.dist.start import worker_environment
-from cordee.dist.talk import Talk, pair
+from cordee.dist.talk import MARK, Talk, pair
 
 WORDS_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
@@ -27,17 +27,21 @@ WORDS_BYTES = 1 << 16
 
 @dataclass(eq=False)
 class Worker:
-    """One process. `rank` is that of the generation at hand, None while it has no seat, `last_rank`
-    that of the last one; `slot` says which local device is its own."""
+    """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
+    and `generation` are its last seat's; `slot` says which local device is its own. `inside`,
+    `stepped` and `halted` are generations: the one that it is in, the last in which it committed a
+    step, the last that ended under it. `judged`: why it was killed, if it was."""
 
     number: int
     process: subprocess.Popen[bytes]
     talk: Talk
     words: int
+    mark: int
     pidfd: int
     ready: bool = False
     rank: int | None = None
     last_rank: int | None = None
+    generation: int = 0
     slot: int | None = None
     leaving: int | None = None
     done: int | None = None
@@ -45,12 +49,25 @@ class Worker:
     step: int = -1
     phase: str = "import"
     phase_s: float = 0.0
+    inside: int = 0
+    stepped: int = 0
+    halted: int = 0
+    halted_s: float = 0.0
+    judged: str = ""
     heard_s: float = field(default_factory=time.monotonic)
+    tried_s: float = field(default_factory=time.monotonic)
+    """When it was started, or was given its last seat."""
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self.process.pid
+
+    def look(self) -> None:
+        """Reads from its memory where it stands, also when it is dead."""
+        step, phase = MARK.unpack(os.pread(self.mark, MARK.size, 0))
+        if phase.strip(b"\0"):
+            self.step, self.phase = step, phase.rstrip(b"\0").decode()
 
     def last_words(self) -> str:
         """The end of what it said on standard error while it was not the first rank."""
@@ -74,8 +91,9 @@ class Crew:
     def start(self) -> Worker:
         """Starts a worker, which will say that it is ready."""
         talk, theirs = pair()
-        words = os.memfd_create("cordee-words")
-        descriptors = (theirs.fileno(), self._plan, *self._terminal)
+        words, mark = os.memfd_create("cordee-words"), os.memfd_create("cordee-mark")
+        os.ftruncate(mark, MARK.size)
+        descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
         process = subprocess.Popen(
             [sys.executable, *self.command],
             env=worker_environment(descriptors, self.threads, self.interface),
@@ -88,7 +106,7 @@ class Crew:
         )
         theirs.close()
         self._started += 1
-        worker = Worker(self._started, process, talk, words, os.pidfd_open(process.pid))
+        worker = Worker(self._started, process, talk, words, mark, os.pidfd_open(process.pid))
         self.workers[worker.number] = worker
         return worker
 
@@ -107,6 +125,8 @@ class Crew:
         code = worker.process.wait()
         worker.talk.close()
         os.close(worker.pidfd)
+        os.close(worker.words)
+        os.close(worker.mark)
         self.workers.pop(worker.number, None)
         return code
 
@@ -136,8 +156,13 @@ def how_it_died(code: int) -> str:
     return f"was killed by signal {-code}"
 
 
-def record_of(worker: Worker, **known: Any) -> dict[str, Any]:
-    """A verdict about a worker: who, where it stood, and what else is known."""
+def verdict(worker: Worker, event: str, host: str, what: str, done: str) -> dict[str, Any]:
+    """What was found of a worker and done about it: who, where, which phase, and one sentence."""
+    rank = worker.rank if worker.rank is not None else worker.last_rank
+    who = host if rank is None else f"rank {rank} (pid {worker.pid} on {host})"
+    stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
     return {
-        "pid": worker.pid, "rank": worker.rank, "phase": worker.phase, "step": worker.step, **known,
+        "pid": worker.pid, "rank": rank, "phase": worker.phase, "step": worker.step,
+        "event": event, "host": host, "cause": what, "done": done,
+        "says": f"{who}: {what}{stood}; {done}",
     }  # fmt: skip

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from cordee.config.run import FaultSettings
+
+HANG = "!"
+"""Before a point's name: the rank hangs there instead of dying."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Drill:
             self.mark(name, step)
         if self.kill is not None and self.kill == (name, step, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kill is not None and self.kill == (HANG + name, step, self.rank):
+            while True:  # its heart goes on beating
+                time.sleep(1.0)
         if self.crash is not None and self.crash == (name, step, self.rank):
             raise RuntimeError(f"the drill fault.crash at {name} of step {step}")
 

@@ -223,6 +223,8 @@ class Member(Voter):
         leavers += [self.me] if self._leaving else []
         fresh = [host for host in circle.met(stays) if host not in stays]
         hosts = tuple(host for host in [*stays, *fresh] if host not in leavers)
+        if not hosts:  # all leave: this one goes last, with what they hold
+            hosts, leavers = (self.me,), [host for host in leavers if host != self.me]
         chosen = Round(0, hosts, tuple(leavers), self._ears.clock)
         chosen.verdicts = {host: self._ears.verdict(host) for host in gone}
         number = self.view.number if self.view else self._top
@@ -244,9 +246,11 @@ class Member(Voter):
         if self._round and not self._nurse(self._round):
             return
         chosen, reason = self._choose()
-        if self._leaving and not chosen.hosts:
-            self._end(Left(), "left: no host stays in the run")
-            return
+        if self._leaving and chosen.hosts == (self.me,):
+            stuck = self._witness is None and not formed.has_quorum(chosen.asked)
+            if self._known() == [self.me] or stuck:
+                self._end(Left(), "left: no host stays in the run")
+                return
         leads = self.view is not None and self.view.leader == self.me
         if self.view and not leads and not self._ears.silent(self.view.leader):
             reason, self._since = False, clock

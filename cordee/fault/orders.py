@@ -16,17 +16,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker that may be given a seat. `last_rank`: its rank in the last generation, None for a
-    spare or newcomer."""
+    """A worker that may be given a seat. `rank` and `generation`: its last seat; None and 0 for one
+    that never had any."""
 
     host: str
     number: int
     pid: int
-    last_rank: int | None
+    rank: int | None
+    generation: int
 
     def to_list(self) -> list[Any]:
         """As it travels in a report."""
-        return [self.number, self.pid, self.last_rank]
+        return [self.number, self.pid, self.rank, self.generation]
 
 
 def assign(
@@ -51,6 +52,8 @@ def assign(
         return {}
     plan, islands = plan_for(islands)
     chosen = _in_order(ready, reports, inside)[: islands * inside]
+    if len(chosen) < islands * inside:
+        return {}
     return {
         "ranks": [[worker.host, worker.number, worker.pid] for worker in chosen],
         "plan": plan,
@@ -63,12 +66,14 @@ def _in_order(
 ) -> list[Ready]:
     """Survivors of islands that are whole, by their last rank: together they hold all of the run.
     Then the other survivors, then the rest by host; of each host no more than it wants."""
-    survivors = {w.last_rank: w for w in ready if w.last_rank is not None}
+    newest = max(worker.generation for worker in ready)
+    survivors = {w.rank: w for w in ready if w.rank is not None and w.generation == newest}
     sizes = Counter(rank // inside for rank in survivors)
     by_rank = sorted(survivors, key=lambda rank: (sizes[rank // inside] < inside, rank))
+    chosen = [survivors[rank] for rank in by_rank]
     found, counts = [], dict.fromkeys(reports, 0)
-    for worker in [*map(survivors.get, by_rank), *(w for w in ready if w.last_rank is None)]:
-        if worker is not None and counts[worker.host] < int(reports[worker.host]["wants"]):
+    for worker in [*chosen, *(w for w in ready if w not in chosen)]:
+        if counts[worker.host] < int(reports[worker.host]["wants"]):
             counts[worker.host] += 1
             found.append(worker)
     return found

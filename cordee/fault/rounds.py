@@ -86,23 +86,25 @@ class Round:
         """The view, once all have promised: the orders from their reports, the verdicts in full."""
         reports = {host: self.promises[host].report for host in self.hosts}
         leader = me if me in self.hosts else self.hosts[0]
-        why = tuple(self._changes(me)) + tuple(
+        orders = assign(reports)
+        why = tuple(self._changes(me, orders)) + tuple(
             dict(call) for host in self.asked for call in self.promises[host].calls
         )
-        self.view = View(self.number, leader, self.hosts, assign(reports), why)
+        self.view = View(self.number, leader, self.hosts, orders, why)
         return self.view
 
-    def _changes(self, me: str) -> list[Verdict]:
+    def _changes(self, me: str, orders: Mapping[str, Any]) -> list[Verdict]:
         """A verdict on each host that the new view has and the base has not, or the reverse."""
         base = self.base
         before = base.hosts if base else ()
-        done = f"generation {self.number} goes on without it"
-        found = []
+        names = {**(base.orders.get("names", {}) if base else {}), **orders.get("names", {})}
+        without, found = f"generation {self.number} goes on without it", []
         for host in before:
             if host in self.leavers:
-                found.append(("host_left", host, "asked to leave", done))
+                found.append(("host_left", host, "asked to leave", without))
             elif host not in self.hosts:
                 said = self.verdicts.get(host, "not reached")
+                done = f"{without} (found by {named(me, names)})"
                 found.append(("host_silent", host, said, done))
         for host in self.hosts:
             if host not in before:
@@ -110,9 +112,15 @@ class Round:
                 found.append(("host_joined", host, "asked to join", done))
         return [
             {"event": event, "host": host, "who": me, "done": done,
-             "says": f"host {host}: {said}; {done} (found by {me})"}
+             "says": f"host {named(host, names)}: {said}; {done}"}
             for event, host, said, done in found
         ]  # fmt: skip
+
+
+def named(host: str, names: Mapping[str, str]) -> str:
+    """A host for a person: its name, if it is known, and its address; ids are for machines."""
+    place = host.partition("#")[0]
+    return f"{names[host]} ({place})" if host in names else place
 
 
 def waiting_for(view: View, answering: Collection[str]) -> str:

@@ -15,16 +15,16 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from cordee.errors import ConfigError
 from cordee.fault.course import ASKED, Course, Failure, Post
-from cordee.fault.crew import Crew, Worker, how_it_died, record_of
+from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
-from cordee.fault.orders import assign
+from cordee.fault.orders import Ready, assign
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
+from cordee.fault.watch import Watch
 
 GRACE_S = 10.0
 """How long ranks may take to leave after the run has failed."""
@@ -40,9 +40,6 @@ TICK_S = 0.1
 UNDER_WAY = ("step.", "evaluate", "finish")
 """Phases of a worker whose generation has its state, and has written what led to it."""
 
-ASLEEP_S = 1.0
-"""A supervisor that did not tick for so long was stopped itself, and judges nobody by it."""
-
 
 class Supervisor:
     """See the file's header. `run` returns the exit code."""
@@ -52,16 +49,14 @@ class Supervisor:
         self.wants = post.wants
         self.name = socket.gethostname()
         self.course = Course()
+        self.watch = Watch(post.silence_s, post.start_s)
         self.crew = Crew(post.command, post.threads, post.plan, post.interface)
         self.hosts = Hosts(
             meeting, lambda reports: assign(reports, post.inside, post.plan_for), self.report
         )
         self.founds = not meeting.through
         self.view: View | None = None
-        self._held = ExitStack()
-        self._holds = False
         self._selector = selectors.DefaultSelector()
-        self._ticked_s = time.monotonic()
 
     def run(self) -> int:
         """Until the run is over: 0 done, 1 failed, 128 + signal when asked to leave."""
@@ -74,6 +69,8 @@ class Supervisor:
         try:
             for _ in range(self.wants):
                 self._start()
+            # While they import: what a first death would have to wait for.
+            self.post.plan_for(max(1, self.wants // self.post.inside - 1))
             while self.course.code is None:
                 for key, _ in self._selector.select(TICK_S):
                     key.data()
@@ -86,22 +83,25 @@ class Supervisor:
             self.crew.end(0.0)
             self.hosts.close()
             self._selector.close()
-            self._held.close()
             wake.close()
             woken.close()
             for number, action in before.items():
                 signal.signal(number, action)
 
     def report(self) -> dict[str, Any]:
-        """What this host has, for the orders of a view. Asked for when the vote for it is given:
-        ranks are those of the generation that ends by it, or has just ended."""
+        """What this host has, for the orders of a view."""
         ready = [
-            [w.number, w.pid, w.last_rank if w.rank is None else w.rank]
+            Ready(self.name, w.number, w.pid, w.last_rank, w.generation).to_list()
             for w in self.crew.workers.values()
             if w.ready and w.leaving is None and w.done is None
         ]
-        wants = 0 if self.course.signals else self.wants
-        return {"name": self.name, "wants": wants, "ready": ready, "begun": self.course.begun}
+        begun = self.course.begun
+        return {"name": self.name, "wants": self.wants, "ready": ready, "begun": begun}
+
+    @property
+    def _several(self) -> bool:
+        """Whether other hosts are in the run now."""
+        return self.view is not None and len(self.view.hosts) > 1
 
     # ---- what happens ----
 
@@ -122,10 +122,13 @@ class Supervisor:
         course = self.course
         if len(course.signals) == course.heeded:
             return
+        new_s = time.monotonic() - course.entered_s
+        if self._several and course.untold and len(course.signals) == 1 and new_s < GRACE_S:
+            return  # this host may be the only one that holds the run's state
         course.heeded, number = len(course.signals), course.signals[-1]
         if course.heeded > 1 or not self.crew.seated():
             course.code = 128 + number
-        elif self.view is not None and len(self.view.hosts) > 1:
+        elif self._several:
             self.hosts.member.leave(time.monotonic())
         else:
             for worker in self.crew.seated():
@@ -143,7 +146,7 @@ class Supervisor:
         course = self.course
         match message:
             case {"say": "beat", "step": step, "phase": phase, "generation": generation}:
-                worker.step, worker.phase = step, phase
+                self.watch.beat(worker, message)
                 course.step = max(course.step, step)
                 here = self.view is not None and generation == self.view.number
                 if here and phase.startswith(UNDER_WAY):
@@ -176,7 +179,10 @@ class Supervisor:
         if self.course.ending:
             return
         if self.course.begun:
-            if len(self.crew.seated()) < self.wants:
+            inside, seated = self.post.inside, len(self.crew.seated())
+            islands = min(len(ready), self.wants) // inside
+            # With other hosts' ranks this one may make an island whole that this host cannot.
+            if islands * inside > seated or (self._several and seated < self.wants):
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
         elif len(ready) >= self.wants and not self.founds:
             self.hosts.join()
@@ -186,8 +192,7 @@ class Supervisor:
     def _on_leaving(self, worker: Worker, number: int) -> None:
         """A worker that alone was told to go: the others go on; the last one makes all leave."""
         others = [w for w in self.crew.workers.values() if w.ready and w is not worker]
-        alone = self.view is None or len(self.view.hosts) == 1
-        if alone and len(others) < self.post.inside:
+        if not self._several and len(others) < self.post.inside:
             self.course.signals.append(number)
             return
         worker.leaving = number
@@ -201,6 +206,7 @@ class Supervisor:
         with suppress(KeyError, ValueError):
             self._selector.unregister(worker.talk)
         words = worker.last_words()
+        worker.look()
         code = self.crew.bury(worker)
         if worker.done is not None:
             self._on_end(worker, words)
@@ -213,7 +219,7 @@ class Supervisor:
         assert worker.done is not None
         if worker.done and worker.verdict:
             self.crew.end(GRACE_S)
-            Failure(worker.step, worker.verdict, words, worker.done).tell()
+            Failure(worker.step, worker.verdict, "", words, worker.done).tell()
             course.code = worker.done
         elif not [w for w in self.crew.seated() if w.done is None]:
             course.code = worker.done
@@ -227,9 +233,10 @@ class Supervisor:
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
-        failure = Failure(worker.step, f"{who} {how_it_died(code)}", words, code)
-        in_a_row = course.fail(failure)
-        if code == 2 or not self.post.recover or in_a_row >= self.post.tries:
+        failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
+        in_a_row = course.fail(failure, worker.tried_s)
+        last = course.signals and not self._several and not self.crew.workers
+        if code == 2 or not self.post.recover or in_a_row >= self.post.tries or last:
             self.crew.end(GRACE_S if in_a_row == 1 else 0.0)
             course.code = course.give_up()
             return
@@ -238,20 +245,14 @@ class Supervisor:
         if seat is not None:
             spare = any(w.ready and w.rank is None for w in self.crew.workers.values())
             done = "a warm spare takes its place" if spare else "the others go on"
-            self._call("lost", worker, how_it_died(code), done)
+            self._call("lost", worker, failure.cause, done)
         self._fill_up(now=True)
 
     # ---- generations ----
 
     def _call(self, event: str, worker: Worker, what: str, done: str) -> None:
         """Asks for a new generation, and says why in one sentence."""
-        rank = worker.rank if worker.rank is not None else worker.last_rank
-        who = self.name if rank is None else f"rank {rank} (pid {worker.pid} on {self.name})"
-        stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
-        known = record_of(
-            worker, event=event, host=self.name, cause=what, done=done,
-            says=f"{who}: {what}{stood}; {done}",
-        )  # fmt: skip
+        known = verdict(worker, event, self.name, what, done)
         self.hosts.member.call(known, time.monotonic())
         self._follow()
 
@@ -269,19 +270,17 @@ class Supervisor:
                 for worker in self.crew.workers.values():
                     if worker.rank is not None:
                         worker.talk.say({"do": "halt", "generation": number})
-                    worker.last_rank, worker.rank = worker.rank, None
+                        worker.halted, worker.halted_s = number, time.monotonic()
+                    worker.rank = None
             case Entered(view):
+                self.post.hold.share()
                 self._enter(view)
+                if self.course.signals and not self._several and not self.crew.seated():
+                    self.course.code = 128 + self.course.signals[0]
             case Fenced(sentence):
                 self._print(f"{sentence}; it asks to be let in again")
-                if self.hosts.link is not None:
-                    self._selector.unregister(self.hosts.link)
                 self.view = None
-                for worker in self.crew.workers.values():
-                    worker.last_rank = None
-                self.hosts.again()
-                self.hosts.join()
-                self._listen()
+                self._ask_again()
             case Left():
                 self.course.code = 128 + (self.course.signals or [signal.SIGTERM])[0]
 
@@ -307,64 +306,74 @@ class Supervisor:
         armed = drills[course.generations] if course.generations < len(drills) else ""
         course.begun, course.generations = True, course.generations + 1
         members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
-        for rank, (host, number, _) in enumerate(ranks):
-            if host != self.hosts.member.me or number not in self.crew.workers:
+        if words := self.hosts.shown(orders):
+            self._print(words)
+        for rank, (host, number, pid) in enumerate(ranks):
+            if host != self.hosts.member.me:
+                continue
+            if number not in self.crew.workers:  # it died meanwhile: nobody may wait for it
+                says = f"pid {pid} on {self.name} died before it had its seat; all meet again"
+                known = {"event": "lost", "host": self.name, "pid": pid, "rank": rank, "says": says}
+                self.hosts.member.call(known, time.monotonic())
                 continue
             worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
-            worker.rank = rank
+            worker.rank = worker.last_rank = rank
+            worker.generation, worker.tried_s = view.number, course.entered_s
             seat = {
                 "generation": view.number, "rank": rank, "size": len(ranks),
                 "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
                 "members": members, "drill": armed, "ended_s": course.halted_s,
             }  # fmt: skip
             worker.talk.say({"do": "sit", "seat": seat})
-            if course.signals:
+            if course.signals and not self._several:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
 
     # ---- from time to time ----
 
     def _tick(self) -> None:
         now = time.monotonic()
-        asleep, self._ticked_s = now - self._ticked_s > ASLEEP_S, now
         self._heed()
-        self.hosts.member.tick(now)
+        if self.hosts.over is None:
+            self.hosts.member.tick(now)
         self._follow()
-        self._lead()
-        for worker in list(self.crew.workers.values()):
+        self._heed_others(now)
+        for worker in self.crew.workers.values():
             worker.talk.flush()
-            limit_s = self.post.silence_s if worker.ready else self.post.start_s
-            if asleep:
-                worker.heard_s = now
-            elif now - worker.heard_s > limit_s:
-                self._on_silence(worker, now - worker.heard_s)
+        for worker, judged in self.watch.judge(self.crew.workers.values()):
+            # A stopped process hears no other signal. Its death is dealt with like any.
+            worker.judged, worker.heard_s = judged, now
+            self.crew.kill(worker)
+        if stuck := self.watch.stuck(self.crew.seated()):
+            self._call("stuck", *stuck, "all meet again, and who does not come is replaced")
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
             if seated := self.crew.seated():
                 self._call("broken", seated[0], "a connection broke", "all meet again")
         self._fill_up(now=False)
 
-    def _lead(self) -> None:
-        """Holds the run's folder while this host leads; notes what other hosts have decided."""
-        leads = self.view is not None and self.view.leader == self.hosts.member.me
-        if leads and not self._holds and not self.founds:
-            with suppress(ConfigError):
-                self._held.enter_context(self.post.hold())
-                self._holds = True
-        if self.hosts.over is not None and not self.crew.seated():
-            self.course.code = self.hosts.over
-        if refused := self.hosts.refusal():
-            print(f"error: the run did not let this host in: {refused}", file=sys.stderr)
-            self.course.code = 2
+    def _heed_others(self, now: float) -> None:
+        """Acts on the news of the end, on refusals, and on a wish that is not heard."""
+        course, hosts = self.course, self.hosts
+        if hosts.over is not None:
+            course.over = hosts.over == 0
+            course.ended_s = course.ended_s or now
+            if not self.crew.seated() or now - course.ended_s > GRACE_S:
+                course.code = hosts.over
+            return
+        if others := hosts.refused_others():
+            self._print(f"refused {others}")
+        if ending := hosts.shut_out(self.post.hold.is_alone):
+            course.code, words = ending
+            print(words, file=sys.stderr)
+        elif hosts.unheard:
+            self._ask_again()
 
-    def _on_silence(self, worker: Worker, silent_s: float) -> None:
-        """A worker that does not answer: killed, then replaced like any that died."""
-        worker.heard_s = time.monotonic()
-        self._print(
-            f"rank {worker.rank} (pid {worker.pid}) was silent for {silent_s:.1f} s in"
-            f" {worker.phase} of step {worker.step}: killed"
-        )
-        self.crew.kill(worker)
+    def _ask_again(self) -> None:
+        if self.hosts.link is not None:
+            self._selector.unregister(self.hosts.link)
+        self.hosts.again()
+        self._listen()
 
     def _print(self, sentence: str) -> None:
         print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)

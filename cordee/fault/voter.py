@@ -112,6 +112,8 @@ class Voter:
 
     def _enter(self, view: View) -> None:
         self.view, self._round, self._through, self._trouble = view, None, "", ""
+        if view.hosts == (self.me,):  # the last one saves before it leaves
+            self._leaving = False
         self._changes.append(Entered(view))
         del self._calls[: self._offered]
         self._offered = 0

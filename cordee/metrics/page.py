@@ -334,6 +334,8 @@ def _event_table(events: Sequence[dict[str, Any]]) -> str:
             for k, v in event.items()
             if k not in ("time", "event", "step", "sample") and v is not None
         ]
+        if "says" in event:  # the sentence holds all of them
+            parts = [escape(str(event["says"]))]
         rows.append(
             f'<tr><td class="n" title="{escape(str(event.get("time", "")))}">{since}</td>'
             f"<td>{escape(event['event'].replace('_', ' '))}</td>"
@@ -376,6 +378,8 @@ def _value(key: str, value: object) -> str:
         if isinstance(value, int):
             return str(value) if key in ("pid", "rank", "generation") else f"{value:,}"
         return number(value)
+    if key == "members" and isinstance(value, list):
+        return ", ".join(f"{member['pid']} on {member['host']}" for member in value)
     return str(value)
 
 

@@ -27,6 +27,25 @@ class JsonLines:
         self.failure = ""
         self._waiting: list[str] = []
         self._mended = False
+        self._file: tuple[int, int] | None = None
+
+    def take_over(self) -> None:
+        """Makes this the only writer: path becomes another file with the same lines, and what a
+        former writer still appends, frozen as it may be between opening and writing, goes nowhere.
+        Only two sinks that both took the file over mind each other."""
+        try:
+            if self.path.exists() and self._file == _identity(os.stat(self.path)):
+                return
+            write_whole(self.path, self.path.read_bytes() if self.path.exists() else b"")
+            self._file = _identity(os.stat(self.path))
+        except OSError as error:
+            self.failure = f"{self.path.name}: {error.strerror}"
+
+    def keep(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drops all other records (`keep_lines`)."""
+        keep_lines(self.path, keep)
+        if self._file is not None:
+            self._file = _identity(os.stat(self.path))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (kept in memory while the disk refuses, the newest 100,000)."""
@@ -40,6 +59,10 @@ class JsonLines:
         try:
             # Unbuffered: a buffer would be written again by close, after the cut.
             with open(self.path, "a+b", buffering=0) as stream:
+                if self._file not in (None, _identity(os.fstat(stream.fileno()))):
+                    self._waiting.clear()
+                    self.failure = f"{self.path.name}: another host writes it now"
+                    return False
                 if not self._mended:
                     _cut_half_line(stream)
                     self._mended = True
@@ -67,6 +90,10 @@ class JsonLines:
                 os.fsync(stream.fileno())
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
+
+
+def _identity(known: os.stat_result) -> tuple[int, int]:
+    return known.st_dev, known.st_ino
 
 
 def _cut_half_line(stream: FileIO) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from cordee.layout.shares import HOLD, shares
 from cordee.testing import slowed
 from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
@@ -36,6 +38,7 @@ def wait_for_step(folder: Path, step: int, deadline_s: float = 60.0) -> int:
     raise AssertionError(f"step {step} was not made")
 
 
+@pytest.mark.slow
 def test_microbatches_follow_speed_and_the_bits_stay(tmp_path: Path) -> None:
     """Equal, then 1 : 3, then equal again, in one run."""
     folder = tmp_path / "run"
@@ -71,6 +74,7 @@ def _steps(moved: list[dict[str, object]]) -> list[int]:
     return [int(str(event["step"])) for event in moved]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_balanced_says_so(tmp_path: Path) -> None:
     words = ("run.steps=4", "launch.processes=4", "layout.pipeline=2", "evaluate.sample=0")
     assert "shares  stay equal" in train(tmp_path / "run", *words).stderr

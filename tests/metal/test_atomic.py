@@ -176,13 +176,14 @@ def interrupted(
     return counts
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_that_is_interrupted_did_not_happen(ranks: int, tmp_path: Path) -> None:
     names = list(CASES)[:: ranks - 1]
     for counts in launch(interrupted, str(tmp_path), names, ranks=ranks):
         assert dict(zip(names, counts, strict=True)) == {n: CASES[n][1] for n in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor", "shard"])
 def test_nor_where_an_island_is_cut(axis: str, tmp_path: Path) -> None:
     """FSDP2 keeps what it was doing when it was interrupted: its modules are made anew for a second

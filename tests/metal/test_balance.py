@@ -63,12 +63,14 @@ def test_exact_bits_whoever_computes(
     assert same_bits(found, alone[0])
 
 
+@pytest.mark.slow
 def test_exact_bits_with_shards_inside(alone: list[Curve], tmp_path: Path) -> None:
     jobs = [((*EXACT, "layout.shard=2"), [[6, 2], [2, 6]])]
     (found,) = launch(moving, str(tmp_path), jobs, ranks=4)[0]
     assert same_bits(found, alone[0])
 
 
+@pytest.mark.slow
 def test_the_curve_of_other_sums(alone: list[Curve], tmp_path: Path) -> None:
     two: list[Job] = [
         ((*DENSE, "sync.protocol=allreduce"), TWO), ((*DENSE, "sync.protocol=exchange"), TWO),

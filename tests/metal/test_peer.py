@@ -123,6 +123,7 @@ def same_memory(world: World) -> None:
     check(wanted, 2, shapes)
 
 
+@pytest.mark.slow
 def test_layouts_change_in_the_same_memory() -> None:
     launch(same_memory, ranks=2)
 
@@ -159,6 +160,7 @@ def mismatched(world: World) -> None:
         assert caught.value.values["tensor"] == "w" and caught.value.values["rank"] == 1
 
 
+@pytest.mark.slow
 def test_other_shapes_and_dtypes_are_refused_by_all() -> None:
     launch(mismatched, ranks=2)
 
@@ -246,7 +248,7 @@ def any_boxes(world: World, examples: int) -> int:
     return sum(step is not None for step in seen)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_boxes_against_whole_tensors(ranks: int) -> None:
     filled = launch(any_boxes, 150, ranks=ranks)
     assert min(filled) > 30, "scenes that can be filled"
@@ -324,7 +326,11 @@ def filling(join: Any, point: Any, world: World, new: bool) -> tuple[int, int]:
     return filled.step, filled.receivers
 
 
-@pytest.mark.parametrize(("victim", "moment"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (1, 2)])
+MOMENTS = [(0, 0), (1, 1)]
+MORE = [pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 0), (0, 1), (2, 2), (1, 2))]
+
+
+@pytest.mark.parametrize(("victim", "moment"), [*MOMENTS, *MORE])
 def test_a_peer_dies_while_it_fills(victim: int, moment: int, tmp_path: Path) -> None:
     """At its first round, its second, or after: what the others keep is intact; done again."""
     found = crew(filling, tmp_path / "c", victim, moment)

@@ -24,8 +24,8 @@ TOLD = {
         Launched(2, 6, 0, "", True, 3),
     ),
     "ours": (
-        {"CORDEE_LINE": "5,6,7,8"},
-        Launched(by_launcher=True, line=5, plan=6, terminal=(7, 8)),
+        {"CORDEE_LINE": "5,6,7,8,9"},
+        Launched(by_launcher=True, line=5, plan=6, mark=7, terminal=(8, 9)),
     ),
     "a shell inside a Slurm allocation": (
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},

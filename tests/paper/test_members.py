@@ -19,7 +19,7 @@ from cordee.fault.views import Acceptor, Entered, Fenced, Halted, Left, Promise,
 from cordee.fault.witness import FileWitness
 from tests.paper.simulated import World, Wrong, pairs_between, schedule
 
-FAST, ALL, CHUNK = 1000, 5000, 100
+FAST, ALL, CHUNK = 300, 1500, 100
 
 
 def play(first: int) -> dict[str, int]:

@@ -74,3 +74,23 @@ def test_a_line_has_room_beside_a_bar_of_8_in_80_columns() -> None:
     assert brief(row, 3605.4) == ("12345 loss 2.235 bpb 3.224 gnorm   nan lr 4.2e-04 47.9k/s 60:05")
     assert 8 + len(" 100% ") + len(brief(row, 3605.4)) <= 80
     assert describe({**row, "skipped": True}, 0.0).endswith("0:00 left  SKIPPED")
+
+
+def test_a_frozen_writer_wakes_up_and_adds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first = JsonLines(path)
+    first.take_over()
+    for step in (1, 2, 3):
+        first.write({"step": step})
+    with open(path, "ab", buffering=0) as opened:  # frozen between opening and writing
+        second = JsonLines(path)
+        second.take_over()
+        second.keep(lambda row: row["step"] <= 2)
+        opened.write(b'{"step": 3, "by": "zombie"}\n')
+    first.write({"step": 4, "by": "zombie"})
+    assert "another host" in first.failure
+    second.write({"step": 3})
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    first.take_over()  # it is let in again and has the first rank
+    first.write({"step": 4})
+    assert [row["step"] for row in read_lines(path)] == [1, 2, 3, 4]

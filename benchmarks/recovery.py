@@ -1,0 +1,392 @@
+"""From a fault to the next committed step: Cordée beside torchrun's restart, in one go.
+
+    python -m benchmarks.recovery [--json] [--trials N] [--only NAME,NAME] [--steps N]
+
+For the table of docs/performance.md, alone on a quiet machine of two cores (about an hour):
+
+    python -m benchmarks.recovery --trials 10 --json
+
+The clock starts when SIGKILL (or SIGSTOP) is sent, at a random moment of a step, and is read when a
+step of a later generation is in metrics.jsonl (looked at every millisecond): `first` by whoever is
+left, `full` with two islands again. A process that is to take a place is warm before the fault.
+Trials of all systems take turns; a table's figure is the median (smallest - largest). `same`: the
+run's digest (torchrun's: every step's loss) is that of a run without faults, bit by bit.
+
+Systems: `spare` (two workers, a warm spare), `cold` (no spare), `hosts` (two supervisors of one
+worker and a spare each, on loopback; a dead host is started again at once, a frozen one wakes after
+it was replaced), `torchrun` (restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout
+10 s), `torchrun-stop` (the same, SIGSTOP; twice, given 120 s), `cost` (no fault: supervised against
+the same two ranks started by hand; and what the supervisor itself uses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.watched import (
+    Late,
+    Watched,
+    address_of,
+    children,
+    command,
+    cpu_s,
+    end_tree,
+    free_port,
+    household,
+    members,
+    send,
+    settled,
+)
+from cordee.metrics.sinks import last_event
+
+FREE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+GROUP_TIMEOUT_S = 10
+RESTARTED_STEPS, SLEEP_S = 120, 0.05
+GOALS_S = {
+    "spare: kill rank 1": 0.3, "spare: kill rank 0": 0.3, "spare: SIGSTOP rank 1": 5.5,
+    "cold: kill rank 1": 2.0, "cold: kill rank 0": 2.0,
+    "hosts: kill follower": 3.0, "hosts: kill leader": 3.0, "hosts: SIGSTOP follower": 5.5,
+}  # fmt: skip
+"""What issue 4 allows beyond one median step."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault: seconds to the next step and to two islands; NaN: it did not come back."""
+
+    fault: str
+    first_s: float
+    full_s: float
+    step_s: float
+    same: bool = False
+
+
+class Bench:
+    """What all trials share: the folder, the number of steps, the reference, the random moments."""
+
+    def __init__(self, home: Path, steps: int, seed: int) -> None:
+        self.home, self.steps, self.random = home, steps, random.Random(seed)
+        self.digest = ""
+        self.losses: list[float] = []
+        self._made = 0
+
+    def watch(self) -> Watched:
+        """A run in a new folder."""
+        self._made += 1
+        folder = self.home / str(self._made)
+        folder.mkdir()
+        return Watched(folder, self.home / f"{self._made}.log")
+
+    def words(self, *more: str) -> tuple[str, ...]:
+        """The overrides of every Cordée run here."""
+        return (f"run.steps={self.steps}", "launch.processes=2", *more)
+
+    def clean(self) -> str:
+        """The digest of the run without a fault."""
+        if not self.digest:
+            with self.watch() as run:
+                run.start(command(run.folder, *self.words("fault.spares=0")))
+                self.digest = ending(run)
+        return self.digest
+
+    def clean_losses(self) -> list[float]:
+        """The losses of torchrun's run without a fault."""
+        if not self.losses:
+            with self.watch() as run:
+                agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
+                self.losses = losses_of(run, agent)
+        return self.losses
+
+    def strike(self, run: Watched, fault: str, do: Callable[[], None], full: int = 2) -> Trial:
+        """One fault at a random moment of a step, and how the run came back."""
+        run.look()
+        step_s = step_median_s(run)
+        time.sleep(self.random.uniform(0, step_s))
+        return Trial(fault, *run.recovery(do, full), step_s)
+
+
+def step_median_s(run: Watched) -> float:
+    """The median of the newest steps' whole time, of those that all ranks took."""
+    steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
+    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
+    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
+    return median(whole)
+
+
+def until_rows(run: Watched, count: int) -> None:
+    """Waits for so many steps in all."""
+    run.until(lambda: len(run.rows) >= count, 120, f"{count} steps")
+
+
+def until_settled(run: Watched, hosts: list[subprocess.Popen[bytes]], spares: int) -> None:
+    """Waits until two islands compute and every host has its warm spares."""
+    run.until(lambda: settled(run, hosts, 2, spares), 90, "two islands and warm spares", 0.1)
+
+
+def ending(run: Watched) -> str:
+    """Waits for the end of a run; its digest. Late: it did not end well."""
+    run.until(lambda: all(p.poll() is not None for p in run.started), 600, "the end of a run")
+    last = last_event(run.folder)
+    if last.get("event") != "finished":
+        raise Late(f"a run ended as {last}\n{run.words()}")
+    return str(last["weights_sha256"])
+
+
+def judged(found: list[Trial], same: bool) -> list[Trial]:
+    """The trials of a run whose end is known."""
+    return [Trial(**{**asdict(trial), "same": same}) for trial in found]
+
+
+# ---- Cordée --------------------------------------------------------------------------------------
+
+
+def kill_rank(run: Watched, rank: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """A strike at a rank of the newest generation."""
+    pid = members(run.folder)[rank]
+    return lambda: send(pid, number)
+
+
+def spare(bench: Bench) -> list[Trial]:
+    """Two workers and a warm spare."""
+    found = []
+    with bench.watch() as run:
+        host = run.start(command(run.folder, *bench.words()))
+
+        for fault, rank, number in (
+            ("spare: kill rank 1", 1, signal.SIGKILL),
+            ("spare: kill rank 0", 0, signal.SIGKILL),
+            ("spare: SIGSTOP rank 1", 1, signal.SIGSTOP),
+        ):
+            until_settled(run, [host], 1)
+            found.append(bench.strike(run, fault, kill_rank(run, rank, number)))
+        until_settled(run, [host], 1)
+        everybody = children(host.pid)
+
+        def all_at_once() -> None:
+            for pid in everybody:
+                send(pid, signal.SIGKILL)
+
+        found.append(bench.strike(run, "spare: kill all workers", all_at_once))
+        return judged(found, ending(run) == bench.clean())
+
+
+def cold(bench: Bench) -> list[Trial]:
+    """Two workers, nobody else."""
+    found = []
+    with bench.watch() as run:
+        host = run.start(command(run.folder, *bench.words("fault.spares=0")))
+        for rank in (1, 0):
+            until_settled(run, [host], 0)
+            until_rows(run, len(run.rows) + 20)
+            found.append(bench.strike(run, f"cold: kill rank {rank}", kill_rank(run, rank)))
+        return judged(found, ending(run) == bench.clean())
+
+
+def hosts(bench: Bench) -> list[Trial]:
+    """Two supervisors, each with a worker and a spare."""
+    place, found = f"127.0.0.1:{free_port()}", []
+    with bench.watch() as run:
+        words = (f"run.steps={bench.steps}", "launch.processes=1")
+
+        def joining(where: str) -> Any:
+            return run.start([*command(run.folder, *words), "--join", where])
+
+        leader = run.start([*command(run.folder, *words), "--listen", place])
+        run.until(lambda: len(run.rows) > 5, 60, "the first host's steps")
+        follower = joining(place)
+
+        def killed() -> None:
+            nonlocal follower
+            end_tree(follower.pid)
+            follower = joining(place)
+
+        def frozen() -> None:
+            for pid in (follower.pid, *children(follower.pid)):
+                send(pid, signal.SIGSTOP)
+
+        until_settled(run, [leader, follower], 1)
+        found.append(bench.strike(run, "hosts: kill follower", killed))
+        until_settled(run, [leader, follower], 1)
+        stopped = (follower.pid, *children(follower.pid))
+        found.append(bench.strike(run, "hosts: SIGSTOP follower", frozen, full=1))
+        for pid in stopped:
+            send(pid, signal.SIGCONT)
+        until_settled(run, [leader, follower], 1)
+
+        def beheaded() -> None:
+            end_tree(leader.pid)
+            joining(address_of(run.folder, place))
+
+        found.append(bench.strike(run, "hosts: kill leader", beheaded))
+        return judged(found, ending(run) == bench.clean())
+
+
+# ---- others --------------------------------------------------------------------------------------
+
+
+def torchrun_command(folder: Path, steps: int) -> list[str]:
+    """torchrun with as many restarts as it likes."""
+    script = Path(__file__).with_name("restarted.py")
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "9", str(script), str(folder), str(steps), str(GROUP_TIMEOUT_S),
+    ]  # fmt: skip
+
+
+def torchrun(bench: Bench, number: int = signal.SIGKILL) -> list[Trial]:
+    """torchrun's restart of all workers from a checkpoint; a stopped run is not waited for."""
+    killed = number == signal.SIGKILL
+    with bench.watch() as run:
+        agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
+        until_rows(run, 33)
+        pid, took = run.last["pids"][1], (math.nan, math.nan)
+        try:
+            took = run.recovery(lambda: send(pid, number), 2)
+        except Late as error:
+            print(f"torchrun: {error}", file=sys.stderr)
+        found = [Trial(f"torchrun: {'kill' if killed else 'SIGSTOP'} rank 1", *took, SLEEP_S)]
+        if not killed or math.isnan(took[0]):
+            return found
+        return judged(found, losses_of(run, agent) == bench.clean_losses())
+
+
+def losses_of(run: Watched, agent: subprocess.Popen[bytes]) -> list[float]:
+    """Every step's loss, at the end of a run of torchrun."""
+    run.until(lambda: agent.poll() is not None, 120, "the end of torchrun")
+    run.look()
+    return [run.rows[number]["loss"] for number in sorted(run.rows)]
+
+
+def torchrun_stop(bench: Bench) -> list[Trial]:
+    """The same with a worker that is stopped, not dead."""
+    return torchrun(bench, signal.SIGSTOP)
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+
+def cost(bench: Bench) -> dict[str, float]:
+    """Step medians without a fault: supervised, with a spare, and by hand as a launcher does."""
+    found: dict[str, float] = {}
+    by_hand = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    sides = ["supervised", "by hand"]
+    bench.random.shuffle(sides)
+    for side in sides:
+        with bench.watch() as run:
+            if side == "supervised":
+                run.start(command(run.folder, *bench.words()))
+                until_settled(run, run.started, 1)
+            else:
+                port = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+                for rank in range(2):
+                    mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    run.start(command(run.folder, *bench.words()), {**by_hand, **port, **mine})
+                until_rows(run, 60)
+            first, began_s = len(run.rows), time.monotonic()
+            used_s = cpu_s(run.started[0].pid)
+            until_rows(run, first + 150)
+            if side == "supervised":
+                used_s = cpu_s(run.started[0].pid) - used_s
+                found["supervisor's part of a core"] = used_s / (time.monotonic() - began_s)
+            rows = [run.rows[n] for n in range(first, first + 150)]
+            steps = [b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(rows)]
+            found[side] = median(steps)
+    found["ratio"] = found["supervised"] / found["by hand"]
+    return found
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+SYSTEMS: dict[str, Callable[[Bench], list[Trial]]] = {
+    "spare": spare, "cold": cold, "hosts": hosts, "torchrun": torchrun,
+    "torchrun-stop": torchrun_stop,
+}  # fmt: skip
+
+
+def measure(bench: Bench, names: list[str], trials: int) -> Iterator[Trial]:
+    """Systems take turns; a system that fails says so and goes on with its next trial."""
+    for number in range(trials):
+        for name in names:
+            if name == "torchrun-stop" and number > 1:
+                continue
+            try:
+                yield from SYSTEMS[name](bench)
+            except Late as error:
+                print(f"{name}, trial {number}: {error}", file=sys.stderr)
+                yield Trial(f"{name}: LATE", math.nan, math.nan, math.nan)
+
+
+def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
+    """By fault: medians, spread, what lies beyond a step, and the ratio to torchrun's restart."""
+    by_fault: dict[str, list[Trial]] = {}
+    for trial in trials:
+        by_fault.setdefault(trial.fault, []).append(trial)
+    restart = by_fault.get("torchrun: kill rank 1")
+    known: dict[str, dict[str, Any]] = {}
+    for fault, each in by_fault.items():
+        first = [t.first_s for t in each]
+        beyond = [t.first_s - t.step_s for t in each]
+        known[fault] = {
+            "n": len(each), "first_s": spread(first), "full_s": spread([t.full_s for t in each]),
+            "step_s": spread([t.step_s for t in each]), "beyond_a_step_s": spread(beyond),
+            "goal_s": GOALS_S.get(fault),
+            "times_faster_than_torchrun": (
+                round(median(t.first_s for t in restart) / median(first), 1) if restart else None
+            ),
+            "same": f"{sum(t.same for t in each)} of {len(each)}",
+        }  # fmt: skip
+    return known
+
+
+def spread(values: list[float]) -> list[float]:
+    """[median, smallest, largest], in milliseconds' precision."""
+    return [round(v, 3) for v in (median(values), min(values), max(values))]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--only", default=",".join([*SYSTEMS, "cost"]))
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    names = asked.only.split(",")
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    with tempfile.TemporaryDirectory(prefix="cordee-recovery-") as home, household():
+        bench = Bench(Path(home), asked.steps, asked.seed)
+        found, costs = [], []
+        for trial in measure(bench, [n for n in names if n in SYSTEMS], asked.trials):
+            found.append(trial)
+            print(json.dumps(asdict(trial)), file=sys.stderr, flush=True)
+        for _ in range(asked.trials if "cost" in names else 0):
+            costs.append(cost(bench))
+            print(json.dumps(costs[-1]), file=sys.stderr, flush=True)
+    known: dict[str, Any] = table(found)
+    for fault, row in known.items():
+        print(f"{fault:26s}" + "  ".join(f"{key} {value}" for key, value in row.items()))
+    if costs:
+        known["cost"] = {key: spread([each[key] for each in costs]) for key in costs[0]}
+        print(f"{'cost':26s}{known['cost']}")
+    if asked.json:
+        print(json.dumps(known))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Which workers of this host must be taken for dead, or stuck, though their process lives.
+
+Three signs, each with a deadline: no heartbeat; a generation that ended and is not left; a part of
+a step that takes far longer than steps do (median + k deviations of those seen here, never less
+than `STUCK_S`). Not here: what is done about it (`supervise.py`). Traded away: a first step, which
+may compile for minutes, and whatever is no step (evaluation, saving) has no deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cordee.fault.crew import Worker
+from cordee.fault.pace import Pace
+
+STUCK_S = 10.0
+"""Least time in one part of a step after which a worker may be stuck."""
+
+RETURN_S = 4.0
+"""Least time that a worker may take to leave a generation that has ended: it may be computing."""
+
+ASLEEP_S = 1.0
+"""A supervisor that did not look for so long was stopped itself, and judges nobody by it."""
+
+
+class Watch:
+    """Judges the workers of one host by what they say. Every call is cheap."""
+
+    def __init__(self, silence_s: float, start_s: float) -> None:
+        """Deadlines of a heartbeat, and of the first one after a start."""
+        self._silence_s, self._start_s = silence_s, start_s
+        self._pace = Pace(RETURN_S)
+        self._seen: dict[int, tuple[int, int, float]] = {}
+        self._looked_s = time.monotonic()
+
+    def beat(self, worker: Worker, message: Mapping[str, Any]) -> None:
+        """Takes in a heartbeat: step, phase, for how long, and the generation it is in."""
+        now, step = time.monotonic(), int(message["step"])
+        worker.step, worker.phase = step, str(message["phase"])
+        worker.phase_s, worker.inside = float(message["for_s"]), int(message["generation"])
+        generation, before, since_s = self._seen.get(worker.number, (0, 0, now))
+        if generation != worker.inside or step <= 0:
+            self._seen[worker.number] = (worker.inside, step, now)
+        elif step > before:
+            self._pace.feed((now - since_s) / (step - before))
+            self._seen[worker.number] = (worker.inside, step, now)
+            worker.stepped = worker.inside
+
+    def judge(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
+        """Workers to be killed, each with the reason in words."""
+        now = time.monotonic()
+        asleep, self._looked_s = now - self._looked_s > ASLEEP_S, now
+        leave_s = self._pace.deadline_s or self._start_s
+        found = []
+        for worker in workers:
+            silent_s = now - worker.heard_s
+            if asleep:
+                worker.heard_s, worker.halted_s = now, now if worker.halted_s else 0.0
+            elif silent_s > (self._silence_s if worker.ready else self._start_s):
+                found.append((worker, f"was silent for {silent_s:.1f} s and killed"))
+            elif worker.inside == worker.halted and 0 < worker.halted_s < now - leave_s:
+                late = f"did not leave generation {worker.halted} within {leave_s:.0f} s"
+                found.append((worker, f"{late} and was killed"))
+        return found
+
+    def stuck(self, seated: Iterable[Worker]) -> tuple[Worker, str] | None:
+        """The worker that is longest in a part of its step, if that is too long, and in words."""
+        usual_s = self._pace.deadline_s
+        running = [
+            w
+            for w in seated
+            if w.phase.startswith("step.") and w.stepped == w.inside == w.generation
+        ]
+        if usual_s is None or not running:
+            return None
+        limit_s = max(STUCK_S, usual_s)
+        # Who waits for others came later to where it is than who is waited for.
+        worst = max(running, key=lambda w: w.phase_s)
+        if worst.phase_s <= limit_s:
+            return None
+        return worst, f"has been there for {worst.phase_s:.1f} s, the limit is {limit_s:.1f} s"
