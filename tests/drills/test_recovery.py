@@ -47,8 +47,8 @@ WARM = slow(
     "step.start:6:0,step.forward:12:0,step.backward:18:0,step.reduce:24:0,step.agree:30:0",
     "step.start:6:1,step.forward:12:1,step.backward:18:1,step.update:24:1,step.agree:30:1",
     "step.commit:7:1,step.commit:13:0,evaluate:15:1,evaluate:30:0,finish:48:1,finish:48:0",
-    "save.stage:10:0,save.write:20:1,save.part:30:0,save.manifest:40:0,save.rename:40:0",
-    "save.stage:10:1,save.write:20:0,save.part:20:1,save.delete:30:0",
+    "save.stage:10:0,save.write:20:1,save.part:30:0,save.manifest:40:0",
+    "save.stage:10:1,save.rename:20:0,save.part:30:1,save.delete:40:0",
 )
 
 
