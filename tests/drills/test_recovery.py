@@ -188,8 +188,8 @@ def test_a_frozen_rank_is_named_and_replaced(rank: int, clean: str, run_dir: Pat
         with suppress(ProcessLookupError):  # too late: it is gone
             os.kill(pid, signal.SIGCONT)
         assert run.end() == 0, run.said[-3000:]
-        assert f"rank {rank} (pid {pid}) was silent for" in run.said
-        assert pid in [event["pid"] for event in run.told("lost")]
+        (told,) = [event["says"] for event in run.told("lost") if event["pid"] == pid]
+        assert told.startswith(f"rank {rank} (pid {pid} on ") and "was silent for" in told
     same_descent(run_dir, clean, STEPS)
 
 
