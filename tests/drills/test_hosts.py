@@ -92,6 +92,7 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(clean: str, run_dir: P
     assert "quorum" not in [event["event"] for event in found]
 
 
+@pytest.mark.slow
 def test_a_frozen_host_is_fenced_and_comes_back_the_founder_too(clean: str, run_dir: Path) -> None:
     with Rope(run_dir) as rope:
         founder, joined = rope.found(), rope.join()
