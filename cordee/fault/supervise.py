@@ -355,11 +355,13 @@ class Supervisor:
     def _heed_others(self, now: float) -> None:
         """Acts on the news of the end, on refusals, and on a wish that is not heard."""
         course, hosts = self.course, self.hosts
-        if hosts.over is not None:
-            course.over = hosts.over == 0
+        # A rank that was given a seat while the first one came to the end would wait for it.
+        code = 0 if course.over else hosts.over
+        if code is not None:
+            course.over = code == 0
             course.ended_s = course.ended_s or now
             if not self.crew.seated() or now - course.ended_s > GRACE_S:
-                course.code = hosts.over
+                course.code = code
             return
         if others := hosts.refused_others():
             self._print(f"refused {others}")
