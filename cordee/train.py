@@ -171,7 +171,8 @@ def walk(state: RunState, desk: Desk) -> None:
         outcome = step(state, desk)
         desk.record(state, outcome)
         desk.keeper.settle(outcome.tally.saving)
-        rebalance(state, desk, outcome.tally)
+        if desk.done(state) < 1.0:
+            rebalance(state, desk, outcome.tally)
         if state.neighbour is not None and state.neighbour.due(state.progress.step):
             copy_near(state)
         if outcome.verdict.say is Say.STOP:

@@ -106,11 +106,16 @@ class Ears:
         return host in self._heard and not self.silent(host)
 
     def deadline_s(self, host: str) -> float:
-        """How long `host` may be silent: two beats once its connection is lost."""
+        """How long `host` may be silent: two beats once its connection is lost.
+
+        Before its own gaps say, twice the least: beats are sent every `beat_s`, and a host that
+        was given up too early comes back.
+        """
         if host in self._lost:
             return 2 * self._rules.beat_s
         pace = self._paces.get(host)
-        return (pace.deadline_s if pace else None) or self._rules.silence_s
+        observed_s = pace.deadline_s if pace else None
+        return observed_s or min(2 * self._rules.least_s, self._rules.silence_s)
 
     def silence_s(self, host: str) -> float:
         """For how long nothing came from `host` (since its connection was lost, if it was)."""
