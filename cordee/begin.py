@@ -7,7 +7,7 @@ input is found here, before anything is started or written. Not here: the run it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,7 +29,7 @@ from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import Plan, make_plan, unpredicted, with_islands
+from cordee.plan.plan import Plan, devices_of, make_plan, on_devices, unpredicted, with_islands
 from cordee.rendezvous import check_addresses, interface, meet, several
 
 DATA_FOLDER = "data"
@@ -155,12 +155,17 @@ def launch_ranks(run: Run, plan: Plan) -> int:
     """Starts the plan's ranks of this very run on this machine and keeps them running, with those
     of other hosts if there are any; the run's exit code."""
     words = [f"{key}={value}" for key, value in _overrides(run).items()]
-    cluster, planned, symbols = local_cluster(), on_paper(run), vocabulary_of(run)
+    cluster, planned = devices_of(run, local_cluster()), on_paper(run)
+    symbols = vocabulary_of(run)
 
     @cache
-    def plan_for(islands: int) -> tuple[str, int]:
+    def made_for(islands: int, others: tuple[str, ...]) -> tuple[str, int]:
         made = with_islands(plan, planned, cluster, symbols, islands)
+        made = on_devices(made, planned, others)
         return made.to_json(), made.layout.island
+
+    def plan_for(islands: int, devices: Sequence[str] = ()) -> tuple[str, int]:
+        return made_for(islands, () if set(devices) <= {plan.device} else tuple(devices))
 
     fault, layout = run.fault, plan.layout
     with locked(run) as hold:
@@ -181,8 +186,8 @@ def launch_ranks(run: Run, plan: Plan) -> int:
             interface=interface(run),
         )
         data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
-        island = f"{replace(layout, island=1).describe()} on {plan.device}"
-        return supervise(post, meet(run, data, island))
+        island = replace(layout, island=1).describe()
+        return supervise(post, meet(run, data, island, plan.device))
 
 
 def _overrides(run: Run) -> dict[str, str]:

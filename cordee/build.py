@@ -182,7 +182,7 @@ def build(
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
     drill = drill or make_drill(run.fault.kills[0], run.fault, world.rank)
-    optimizer = make_rule(run, mesh, live, engine.parameters)
+    optimizer = make_rule(run, plan, mesh, live, engine.parameters)
     if before is not None:
         optimizer.adopt(before.optimizer)
     return RunState(
@@ -328,10 +328,13 @@ def make_sync(run: Run, plan: Plan, mesh: Mesh, canonical: bool) -> Sync:
             return Alone()
 
 
-def make_rule(run: Run, mesh: Mesh, live: Live, parameters: dict[str, Tensor]) -> Optimizers:
+def make_rule(
+    run: Run, plan: Plan, mesh: Mesh, live: Live, parameters: dict[str, Tensor]
+) -> Optimizers:
     """The update rule. Fused kernels round differently at the edge of a shard: not when exact."""
     # bfloat16 would turn a last-bit difference of a sum into one of 2^-8: not what fp32 promises.
-    dtype = torch.float32 if run.run.precision == "fp32" else None
+    # Devices of two kinds are quick at different ones, and must send each other the same.
+    dtype = torch.float32 if run.run.precision == "fp32" or plan.mixed else None
     alone = run.data.placement == "replicate"
     matrices = {
         name: matrix_of(spec, mesh, alone)

@@ -71,6 +71,7 @@ class Desk:
         told = state.plan.predicted
         fresh = Meter(state.world.device, told.flops, told.peak_flops)
         self.meter: Meter = before.meter if before else fresh
+        self.meter.expect(told.flops, told.peak_flops)
         self.owed: list[str] = []
         """What is due after the step behind and not done yet."""
         self.keeper = Keeper(state.saver, first, state.run.checkpoint.every, self._of_keeper)

@@ -47,7 +47,7 @@ def rehearse(run: Run, plan: Plan, rank: int, vocabulary: int) -> dict[str, floa
         mesh = make_mesh(plan.layout, rank, "cpu", offload)
         live = on_meta(run, stages, mesh, vocabulary, Sharding(plan.zero, offload=offload))
         held = {name: local(p.detach()) for name, p in live.modules().items()}
-        built = state_bytes(held, make_rule(run, mesh, live, held))
+        built = state_bytes(held, make_rule(run, plan, mesh, live, held))
         agree(run, plan, rank, live, built)
         return {
             "parameters": sum(tensor.numel() for tensor in held.values()),

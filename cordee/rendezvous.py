@@ -38,9 +38,10 @@ ADDRESS_OF_INTERFACE = 0x8915
 RULES = Rules()
 
 
-def meet(run: Run, data: str, inside: str) -> Meeting:
+def meet(run: Run, data: str, inside: str, device: str) -> Meeting:
     """How this host's supervisor meets the others. `data` is the dataset's fingerprint, `inside`
-    how an island is cut: both must be equal everywhere. ConfigError: no secret, or no way there."""
+    how an island is cut: both must be equal everywhere; `device` is the kind of this host's.
+    ConfigError: no secret, or no way there."""
     folder, last = Path(run.run.dir), last_generation(Path(run.run.dir))
     rules = Rules(silence_s=run.fault.silence_s, least_s=min(RULES.least_s, run.fault.silence_s))
 
@@ -48,7 +49,9 @@ def meet(run: Run, data: str, inside: str) -> Meeting:
         return last_event(folder).get("event") == "finished"
 
     if not several(run):
-        return Meeting(None, lambda me, **given: Member(me, rules, last=last, **given), finished)
+        return Meeting(
+            None, lambda me, **given: Member(me, rules, last=last, **given), finished, device
+        )
     witness = FileWitness(folder / WITNESS_FILE)
     secret_file = Path(run.launch.secret or folder / SECRET_FILE)
     if run.launch.join:
@@ -59,11 +62,12 @@ def meet(run: Run, data: str, inside: str) -> Meeting:
         witness.forget()
         if not (folder / FOLDER_ID).exists():
             (folder / FOLDER_ID).write_text(uuid.uuid4().hex)
-    hello = greeting(run, data, inside)
+    hello = greeting(run, data, inside, device)
     return Meeting(
         lambda: Link.open(bind, secret, hello),
         lambda me, **given: Member(me, rules, last=last, witness=witness, **given),
         finished,
+        device,
         run.launch.join,
     )
 
@@ -73,17 +77,20 @@ def several(run: Run) -> bool:
     return bool(run.launch.listen or run.launch.join)
 
 
-def greeting(run: Run, data: str, inside: str) -> dict[str, Any]:
-    """What hosts of one run must have in common, by name."""
+def greeting(run: Run, data: str, inside: str, device: str) -> dict[str, Any]:
+    """What hosts of one run must have in common, by name. Where bits are promised, or compared,
+    that includes the kind of device and the very build of torch."""
+    bits = run.run.exact or run.data.placement == "replicate"
     keys = {key: value for key, value in flatten(run).items() if not key.startswith(FREE_ON_RESUME)}
     identity = Path(run.run.dir) / FOLDER_ID
     return {
         **keys,
         "cordee": _version("cordee"),
-        "torch": _version("torch"),
+        "torch": _version("torch") if bits else _version("torch").partition("+")[0],
         "python": ".".join(platform.python_version_tuple()[:2]),
         "data's digest": data,
         "an island": inside,
+        "device (bits are the same only among like devices)": device if bits else None,
         "run.dir is one folder": identity.read_text() if identity.exists() else "",
         "about.name": socket.gethostname(),
     }

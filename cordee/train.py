@@ -123,11 +123,13 @@ def descend(ready: Ready, parts: Parts) -> Report:
 def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked) -> Report:
     """One generation: join, build, load, walk, finish."""
     run, plan, told = ready.run, seat.plan, seat.told
+    # The seat's plan is the leader's, whose devices, and cores, may be others than this host's.
+    device, threads = ready.plan.device, (ready.plan if plan.devices else plan).threads
     drill = make_drill(seat.drill, run.fault, told.rank, seat.mark)
     drill.point("group", max(memory.step, 0))
     with world(
-        told, plan.device, plan.threads, run.launch.timeout_s,
-        always=run.memory.offload != "none", store=seat.store,
+        told, device, threads, run.launch.timeout_s,
+        always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed,
     ) as here:  # fmt: skip
         data = memory.data or distribute_data(run, parts, told)
         # Distribute the model: replicated over islands, sharded inside them; then the state, of
@@ -138,10 +140,22 @@ def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Ask
         desk = Desk(state, asked, memory.desk)
         try:
             restore(state, desk, seat, memory)
+            tell_devices(state, desk)
             walk(state, desk)
             return finish(state, desk)
         finally:
             desk.close()
+
+
+def tell_devices(state: RunState, desk: Desk) -> None:
+    """Says, once, that islands are on devices of different kinds, and what that means."""
+    if state.plan.mixed:
+        kinds = ", ".join(sorted(set(state.plan.devices)))
+        says = f"devices differ ({kinds}): the samples of each step are the same, " + (
+            "the bits are not promised"
+        )
+        told = {"event": "devices_differ", "devices": list(state.plan.devices), "says": says}
+        desk.tell_verdicts(state.progress.step, [told])
 
 
 def distribute_data(run: Run, parts: Parts, told: Launched) -> DatasetInfo:

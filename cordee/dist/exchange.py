@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import gather_flat
+from cordee.dist.flat import gather_flat, outward
 from cordee.layout.split import Node, canonical_subtrees, fold
 
 Partial = list[tuple[Node, list[Tensor]]]
@@ -90,15 +90,16 @@ class Exchange:
         self.bytes_sent += messages * chunk * self.codec.dtype.itemsize
         if self.commutes:
             reached()
-            dist.all_reduce(vectors[0], group=self.group)
-            return vectors[0]
+            whole = outward(vectors[0], self.group)
+            dist.all_reduce(whole, group=self.group)
+            return whole.to(vectors[0].device)
         return self._add_slices(vectors, partial[0][1], chunk, reached)[:n]
 
     def _add_slices(
         self, vectors: Sequence[Tensor], like: Tensor, chunk: int, reached: Callable[[], None]
     ) -> Tensor:
         """All-to-all of slices, the owner's sum in canonical order, all-gather of the sums."""
-        sent = self._encode_slices(vectors, like, chunk)
+        sent = outward(self._encode_slices(vectors, like, chunk), self.group)
         received = sent.new_empty(sum(map(len, self.nodes)) * chunk)
         dist.all_to_all_single(
             received,
@@ -111,7 +112,7 @@ class Exchange:
         reached()
         gathered = sent.new_empty(self.size * chunk)
         gather_flat(gathered, self.codec.encode(slice_sum), group=self.group)
-        return self.codec.decode(gathered)
+        return self.codec.decode(gathered.to(like.device))
 
     def _encode_slices(self, vectors: Sequence[Tensor], like: Tensor, chunk: int) -> Tensor:
         """Payload laid out by receiver: for each member, its slice of each of our vectors."""
@@ -142,9 +143,10 @@ def gather_rows(row: Tensor, group: dist.ProcessGroup | None, size: int) -> Tens
     """Everybody's small vector, stacked by member: shape (k,) -> (size, k)."""
     if size == 1:
         return row[None]
-    rows = row.new_empty(size * row.numel())
-    gather_flat(rows, row, group=group)
-    return rows.view(size, -1)
+    sent = outward(row, group)
+    rows = sent.new_empty(size * row.numel())
+    gather_flat(rows, sent, group=group)
+    return rows.view(size, -1).to(row.device)
 
 
 def gather_bytes(message: bytes, group: dist.ProcessGroup | None, size: int) -> list[bytes]:

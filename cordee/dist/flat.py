@@ -1,9 +1,10 @@
-"""Two flat collectives, the gather and the scatter of sums, and the way their messages travel.
+"""Two flat collectives, the gather and the scatter of sums, and the way messages travel.
 
 On a CPU (gloo) the library's scatter of sums is an all-reduce of which a part is kept; direct
 messages (one all-to-all) and a sum here are two to four times as fast and half the bytes, and a
 gather by direct messages is faster while parts are small (docs/performance.md). Elsewhere both are
-the library's own. Not here: counts of bytes (`wire.py`, `exchange.py`). Traded away: memory, for
+the library's own. Between islands whose devices are of different kinds messages travel from host
+memory (`outward`). Not here: counts of bytes (`wire.py`, `exchange.py`). Traded away: memory, for
 one more copy of what is sent while it is under way.
 """
 
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cordee.dist.start import HOST_ONLY
+
 DIRECT_BYTES = 1 << 19
 """Largest part that is gathered by direct messages on a CPU."""
 
@@ -26,6 +29,15 @@ _gather: Callable[..., Any] = (
 _scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
+
+
+def outward(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """What to hand to a collective of `group` for `tensor`: itself, or its copy in host memory
+    where the group is HOST_ONLY (then what came goes back by `.to(tensor.device)`). All that
+    crosses islands passes here, and so has one device on all ranks of the group."""
+    if dist.get_backend_config(group) != HOST_ONLY:
+        return tensor
+    return tensor.to("cpu", copy=True)
 
 
 def gather_flat(

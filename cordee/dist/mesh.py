@@ -3,7 +3,8 @@
 A group holds the ranks that differ only in the named axes, in rank order. Only the groups that this
 rank belongs to are made, so 16,384 ranks cost no more than two. Not here: how a model is cut
 (`parallel/`). Traded away: axes of degree 1 get no group, because a collective of one is the
-identity.
+identity. Where devices are of different kinds, the groups that cross islands carry host memory only
+(`start.HOST_ONLY`), and those inside an island carry its devices' as ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from cordee.dist.start import BACKENDS, HOST_ONLY
 from cordee.layout.axes import AXES, INSIDE, Layout
 
 WORKERS = ("island", "expert", "shard")
@@ -79,7 +81,7 @@ def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False
 
     `shard_always`: make the shard mesh also of one rank (FSDP2 is then used for what else it does).
     """
-    at = layout.coordinates(rank)
+    at, kind = layout.coordinates(rank), device.split(":")[0]
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
     for axes in SETS:
@@ -88,13 +90,12 @@ def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False
             continue
         ranks = members(layout, at, named)
         if ranks not in made:
-            made[ranks] = _group(ranks, layout.size)
+            made[ranks] = _group(ranks, layout.size, None if "island" in named else kind)
         groups[named] = made[ranks]
     mesh = None
     if layout.shard > 1 or shard_always:
-        kind = device.split(":")[0]
         shards = members(layout, at, ("shard",))
-        group = groups[("shard",)] if layout.shard > 1 else _group(shards, layout.size)
+        group = groups[("shard",)] if layout.shard > 1 else _group(shards, layout.size, kind)
         mesh = DeviceMesh.from_group(group, kind, list(shards), mesh_dim_names=("shard",))
     return Mesh(layout, rank, at, groups, mesh)
 
@@ -112,10 +113,15 @@ def places(layout: Layout, axes: Sequence[str]) -> Iterator[dict[str, int]]:
         yield dict(zip(named, place, strict=True))
 
 
-def _group(ranks: tuple[int, ...], world: int) -> dist.ProcessGroup:
+def _group(ranks: tuple[int, ...], world: int, kind: str | None) -> dist.ProcessGroup:
+    """`kind`: the device of all these ranks; None where they are on several islands."""
     if len(ranks) == world:
         whole = dist.group.WORLD
         assert whole is not None
         return whole
-    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    alike = kind is not None and dist.get_backend_config() == HOST_ONLY
+    backend = BACKENDS[kind] if alike and kind else None  # None: as all ranks' group
+    made: dist.ProcessGroup = dist.new_group(
+        list(ranks), backend=backend, use_local_synchronization=True
+    )
     return made

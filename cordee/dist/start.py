@@ -37,6 +37,12 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What carries a rank's messages, by its kind of device."""
+
+HOST_ONLY = "cpu:gloo"
+"""The same for CUDA ranks in groups with ranks of another kind: gloo alone, from host memory."""
+
 LINE = "CORDEE_LINE"
 """Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
 PLAN_FILE = "plan.json"
@@ -174,12 +180,13 @@ def worker_environment(descriptors: Sequence[int], threads: int, interface: str)
 @contextmanager
 def world(
     told: Launched, device: str, threads: int, timeout_s: float, *, always: bool = False,
-    store: Any = None,
+    store: Any = None, mixed: bool = False,
 ) -> Iterator[World]:  # fmt: skip
     """Joins the process group, pins threads, and leaves the group at the end, whatever happened.
 
     `device` is "cpu" or "cuda"; `always`: make a group also of one process (FSDP2 needs one);
-    `store`: the rendezvous, a torch Store (None: what the launcher told).
+    `store`: the rendezvous, a torch Store (None: what the launcher told); `mixed`: other ranks are
+    on devices of another kind.
     Raises RunError when the others cannot be reached.
     """
     import torch  # late: errors above must not cost an import of torch
@@ -192,7 +199,7 @@ def world(
     if device == "cuda":
         torch.cuda.set_device(told.local_rank)
         place = f"cuda:{told.local_rank}"
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backend = HOST_ONLY if mixed and device == "cuda" else BACKENDS[device]
     if told.size > 1 or (told.by_launcher and store is None):
         _join(told, backend, timeout_s, store)
     elif always:

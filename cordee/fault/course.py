@@ -26,7 +26,7 @@ class Post:
 
     command: Sequence[str]
     plan: str
-    plan_for: Callable[[int], tuple[str, int]]
+    plan_for: Callable[..., tuple[str, int]]
     inside: int
     wants: int
     spares: int

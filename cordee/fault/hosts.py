@@ -28,12 +28,13 @@ AGAIN_S = 0.5
 @dataclass(frozen=True)
 class Meeting:
     """How this host meets others: a new `link()` whenever it needs one (with a fresh id), the
-    member that speaks over it, whether the run's folder says that it is `finished()`, and whom this
-    host asks to be let in ("": it founds the run)."""
+    member that speaks over it, whether the run's folder says that it is `finished()`, the kind of
+    this host's devices, and whom it asks to be let in ("": it founds the run)."""
 
     link: Callable[[], Link] | None
     member: Callable[..., Member]
     finished: Callable[[], bool]
+    device: str
     through: str = ""
 
 
@@ -61,7 +62,7 @@ class Hosts:
         self.link = self._meeting.link() if self._meeting.link else None
         me = self.link.id if self.link else "here"
         self._own.add(place_of(me))
-        self.member = self._meeting.member(me, assign=self._assign, report=self._report)
+        self.member = self._meeting.member(me, assign=self._assign, report=self._tell)
         self._through = through
         self._heard_s = time.monotonic()
         self._greet_s = 0.0
@@ -69,6 +70,10 @@ class Hosts:
             self._tried.append(through)
         else:
             self.member.found(self._heard_s)
+
+    def _tell(self) -> dict[str, Any]:
+        """This host's report, as `orders.assign` reads it."""
+        return {**self._report(), "device": self._meeting.device}
 
     def join(self) -> None:
         """Asks to be let in, now that this host has ranks to bring."""

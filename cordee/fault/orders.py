@@ -2,8 +2,9 @@
 
 PAPER in spirit: values in, values out; the same on whichever host leads. Survivors keep their order
 and come first, so that the first rank is one that knows the run; spares and newcomers fill up.
-Islands are whole or not at all: what is left over waits. Not here: the split of the batch, which
-follows from the plan, and agreement about it (`members.py`).
+Islands are whole or not at all, and each is of workers on one kind of device: what is left over
+waits. Not here: the split of the batch, which follows from the plan, and agreement about it
+(`members.py`).
 """
 
 from __future__ import annotations
@@ -33,32 +34,47 @@ class Ready:
 def assign(
     reports: Mapping[str, Mapping[str, Any]],
     inside: int,
-    plan_for: Callable[[int], tuple[str, int]],
+    plan_for: Callable[[int, Sequence[str]], tuple[str, int]],
 ) -> dict[str, Any]:
     """The orders of a view: {"ranks": [[host, number, pid], ...], "plan": JSON, "names": hosts'
     names}; {} when not one island is whole, or a run that has not begun waits for its first ranks.
 
-    A report says: `name`, `wants` (workers with a seat), `ready` (list of `Ready.to_list()`),
-    `begun` (whether this host knows of a generation that ran). `inside`: ranks of an island;
-    `plan_for(islands)`: the plan (JSON) of so many islands or of fewer, and how many those are.
+    A report says: `name`, `wants` (workers with a seat), `device` (kind of its workers'), `ready`
+    (list of `Ready.to_list()`), `begun` (whether this host knows of a generation that ran).
+    `inside`: ranks of an island; `plan_for(islands, devices)`: the plan (JSON) of so many islands
+    on these kinds of device, or of fewer, and how many those are.
     """
     wanted = sum(int(report["wants"]) for report in reports.values())
     begun = any(report["begun"] for report in reports.values())
     ready = [Ready(host, *entry) for host, report in reports.items() for entry in report["ready"]]
     if not begun and len(ready) < wanted:
         return {}
-    islands = min(wanted, len(ready)) // inside
+    islands = _whole(_in_order(ready, reports, inside), reports, inside) if ready else []
     if not islands:
         return {}
-    plan, islands = plan_for(islands)
-    chosen = _in_order(ready, reports, inside)[: islands * inside]
-    if len(chosen) < islands * inside:
-        return {}
+    devices = [str(reports[island[0].host]["device"]) for island in islands]
+    plan, count = plan_for(len(islands), devices)
+    chosen = [worker for island in islands[:count] for worker in island]
     return {
         "ranks": [[worker.host, worker.number, worker.pid] for worker in chosen],
         "plan": plan,
         "names": {host: str(report["name"]) for host, report in reports.items()},
     }
+
+
+def _whole(
+    ordered: Sequence[Ready], reports: Mapping[str, Mapping[str, Any]], inside: int
+) -> list[list[Ready]]:
+    """Islands of `inside` workers each, of one kind of device, by their first worker's place."""
+    islands: list[list[Ready]] = []
+    filling: dict[str, list[Ready]] = {}
+    for worker in ordered:
+        device = str(reports[worker.host]["device"])
+        if len(filling.get(device, ())) in (0, inside):
+            filling[device] = []
+            islands.append(filling[device])
+        filling[device].append(worker)
+    return [island for island in islands if len(island) == inside]
 
 
 def _in_order(

@@ -2,8 +2,9 @@
 
 Three signs, each with a deadline: no heartbeat; a generation that ended and is not left; a part of
 a step that takes far longer than steps do (median + k deviations of those seen here, never less
-than `STUCK_S`). Not here: what is done about it (`supervise.py`). Traded away: a first step, which
-may compile for minutes, and whatever is no step (evaluation, saving) has no deadline.
+than `STUCK_S`, nor than a few times the step before: a slow host that joined makes all steps slow).
+Not here: what is done about it (`supervise.py`). Traded away: a first step, which may compile for
+minutes, and whatever is no step (evaluation, saving) has no deadline.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from cordee.fault.pace import Pace
 
 STUCK_S = 10.0
 """Least time in one part of a step after which a worker may be stuck."""
+
+TIMES = 3.0
+"""How many times as long as the whole step before a part of a step may take."""
 
 RETURN_S = 4.0
 """Least time that a worker may take to leave a generation that has ended: it may be computing."""
@@ -33,6 +37,7 @@ class Watch:
         self._silence_s, self._start_s = silence_s, start_s
         self._pace = Pace(RETURN_S)
         self._seen: dict[int, tuple[int, int, float]] = {}
+        self._step_s: dict[int, float] = {}
         self._looked_s = time.monotonic()
 
     def beat(self, worker: Worker, message: Mapping[str, Any]) -> None:
@@ -44,7 +49,8 @@ class Watch:
         if generation != worker.inside or step <= 0:
             self._seen[worker.number] = (worker.inside, step, now)
         elif step > before:
-            self._pace.feed((now - since_s) / (step - before))
+            self._step_s[worker.number] = (now - since_s) / (step - before)
+            self._pace.feed(self._step_s[worker.number])
             self._seen[worker.number] = (worker.inside, step, now)
             worker.stepped = worker.inside
 
@@ -75,9 +81,9 @@ class Watch:
         ]
         if usual_s is None or not running:
             return None
-        limit_s = max(STUCK_S, usual_s)
         # Who waits for others came later to where it is than who is waited for.
         worst = max(running, key=lambda w: w.phase_s)
+        limit_s = max(STUCK_S, usual_s, TIMES * self._step_s.get(worst.number, 0.0))
         if worst.phase_s <= limit_s:
             return None
         return worst, f"has been there for {worst.phase_s:.1f} s, the limit is {limit_s:.1f} s"

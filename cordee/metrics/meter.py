@@ -34,6 +34,10 @@ class Meter:
         self.bytes_sent = 0
         self._memory_bytes = math.nan
 
+    def expect(self, flops_per_step: float, peak_flops: float) -> None:
+        """Another plan: what a step computes, and what its devices could."""
+        self._flops, self._peak = flops_per_step, peak_flops
+
     def begin(self) -> None:
         """A step begins."""
         self._phases = {}

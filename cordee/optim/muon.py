@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import gather_flat
+from cordee.dist.flat import gather_flat, outward
 from cordee.errors import LayoutError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -266,10 +266,12 @@ class Muon(torch.optim.Optimizer):
         if mine:
             torch.cat([m.flatten() for m in mine], out=flat[: sum(sizes[ranks.rank])])
         del mine
-        everything = flat.new_empty(ranks.size * longest)
         began = time.perf_counter()
+        sent = outward(flat, ranks.group)
+        everything = sent.new_empty(ranks.size * longest)
         # As bytes: not every backend knows bf16.
-        gather_flat(everything.view(torch.uint8), flat.view(torch.uint8), group=ranks.group)
+        gather_flat(everything.view(torch.uint8), sent.view(torch.uint8), group=ranks.group)
+        everything = everything.to(flat.device)
         self.shared_s += time.perf_counter() - began
         self.sent_bytes += flat.nbytes * (ranks.size - 1)
         by_rank = zip(torch.split(everything, longest), sizes, strict=True)

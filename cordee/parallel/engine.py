@@ -95,6 +95,7 @@ class Engine:
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
         self._began = 0.0
+        self._marks: list[torch.cuda.Event] = []
         self._reached: Callable[[], None] = nothing
 
     def forward_backward(
@@ -115,6 +116,7 @@ class Engine:
             losses.append(self._microbatch(step, index, scale))
             if canonical:
                 self._tree.feed(partial, index, self.take(), _add)
+            self._mark()
         # A step that is dropped or fails has not moved them.
         self._moved = self._copied()
         self._put(before)
@@ -129,8 +131,14 @@ class Engine:
 
     @property
     def compute_s(self) -> float:
-        """Seconds since this step's microbatches began, waits for data left out. Ask when their
-        losses were read: on CUDA only then their backwards have run."""
+        """Seconds that this step's microbatches took, waits for data left out: on CUDA by the
+        device's clock (it may still be busy with the update before, or idle while the host loads),
+        once it is done with them."""
+        if self._marks:
+            self._marks[-1].synchronize()
+            pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+            taken_ms: float = sum(began.elapsed_time(ended) for began, ended in pairs)
+            return taken_ms / 1e3
         return time.perf_counter() - self._began - self.data_s
 
     @property
@@ -151,6 +159,7 @@ class Engine:
             moe.aux_scale = scale / self.work.tokens
         self._clear([*self.modules.values(), *self.parameters.values()])
         self.digests.clear()
+        self._marks.clear()
         self._began = time.perf_counter()
         self.loader.begin(step, self.work.part)
         self.data_s = time.perf_counter() - self._began
@@ -281,12 +290,20 @@ class Engine:
 
     def _microbatch(self, step: int, index: int, scale: float) -> Tensor:
         batch, key = self.batch(step, index), self.key(step, index)
+        self._mark()
         with self._drawing(step, index):
             loss = self.call(self.live.chunks[0], batch, key)
         self._reached()
         torch.autograd.backward(loss / self.work.tokens * scale)
         detached: Tensor = loss.detach()
         return detached
+
+    def _mark(self) -> None:
+        """Notes when the device comes here; on a CPU the host's clock says it."""
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
+            self._marks.append(mark)
 
     def _drawing(self, step: int, index: int) -> AbstractContextManager[None]:
         """What a caller's own model draws depends on the microbatch, not on who computes it."""

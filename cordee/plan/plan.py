@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import AXES, INSIDE, Layout, settle
 from cordee.layout.census import Census, model_census
 from cordee.layout.legal import broken
+from cordee.layout.shares import deal, shares
 from cordee.plan.cluster import Cluster, cpu_only
 from cordee.plan.devices import check_devices
 from cordee.plan.network import splits
@@ -35,12 +36,16 @@ from cordee.plan.search import (
 RANGES = ("splits", "stages")
 """Fields of a plan that are [start, stop) pairs."""
 
+UNMEASURED = 1e6
+"""How much slower than an accelerator a CPU is taken to be until it was measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything the runtime needs to know before it starts. `splits` are [start, stop) of each
     worker's microbatches, in the order of `Layout.worker`; `stages` are [start, stop) of each
-    stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled)."""
+    stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled);
+    `devices` are the islands' kinds of device, where not all are `device`."""
 
     layout: Layout
     processes: int
@@ -54,6 +59,12 @@ class Plan:
     predicted: Prediction
     why: str
     note: str = ""
+    devices: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether islands compute on devices of different kinds."""
+        return len(set(self.devices)) > 1
 
     @property
     def shares(self) -> list[int]:
@@ -87,6 +98,7 @@ class Plan:
             if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
                 raise _bad_plan(f"{name} are pairs of whole numbers", str(pairs)[:80])
             values[name] = tuple((start, stop) for start, stop in pairs)
+        values["devices"] = tuple(values["devices"])
         return cls(**values)
 
 
@@ -157,6 +169,22 @@ def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, island
             made = finished(run, cluster, predict(run, cluster, layout, counted), why)
             return replace(made, threads=plan.threads)
     return plan
+
+
+def on_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
+    """The plan where island i computes on a device of kind `devices[i]`, of which this host may
+    have none: nothing is foretold then. A CPU beside accelerators starts with the least share, as
+    else all would wait for it until speeds are measured."""
+    kinds = tuple(devices[: plan.layout.island])
+    if set(kinds) <= {plan.device}:
+        return plan
+    made, each = unpredicted(plan, plan.predicted.parameters), plan.layout.workers // len(kinds)
+    if len(set(kinds)) > 1 and run.layout.balance and plan.layout.pipeline == 1:
+        seconds = [UNMEASURED if kind == "cpu" else 1.0 for kind in kinds]
+        counts = shares(seconds, run.batch.microbatches, each, least=each)
+        made = replace(made, splits=deal(counts, each))
+    words = " and ".join(sorted(set(kinds)))
+    return replace(made, devices=kinds, note=f"islands are on {words}: nothing is foretold")
 
 
 def unpredicted(plan: Plan, parameters: int) -> Plan:

@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from cordee.dist.exchange import Codec, Exchange, Partial, gather_rows, nothing
+from cordee.dist.flat import outward
 from cordee.errors import RunError
 
 
@@ -82,10 +83,11 @@ class AllReduce(_Stateless):
         gradients = partial[0][1]
         flat = flatten(gradients)
         reached()
-        dist.all_reduce(flat, group=self.group)
+        whole = outward(flat, self.group)
+        dist.all_reduce(whole, group=self.group)
         share = 2 * (self.size - 1) / self.size
         self.bytes_sent += int(share * flat.numel() * flat.element_size())
-        return unflatten(flat, gradients)
+        return unflatten(whole.to(flat.device), gradients)
 
 
 class ByExchange(_Stateless):

@@ -104,7 +104,7 @@ def real(world: World, jobs: Sequence[tuple[str, ...]]) -> Told:
         live = make_live(run, stages, mesh, 60, "cpu", Sharding(plan.zero))
         held = {n: local(p.detach()) for n, p in live.modules().items()}
         assert all(tensor.device.type == "cpu" for tensor in held.values())
-        built = state_bytes(held, make_rule(run, mesh, live, held))
+        built = state_bytes(held, make_rule(run, plan, mesh, live, held))
         sizes = [sum(items.values()) for items in built.values()]
         modules = sum(len(list(chunk.modules())) for chunk in live.chunks)
         there = [tensor.numel() for tensor in held.values() if tensor.numel()]
