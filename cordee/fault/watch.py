@@ -10,7 +10,7 @@ minutes, and whatever is no step (evaluation, saving) has no deadline.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cordee.fault.crew import Worker
@@ -32,17 +32,20 @@ ASLEEP_S = 1.0
 class Watch:
     """Judges the workers of one host by what they say. Every call is cheap."""
 
-    def __init__(self, silence_s: float, start_s: float) -> None:
+    def __init__(
+        self, silence_s: float, start_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Deadlines of a heartbeat, and of the first one after a start."""
+        self._clock = clock
         self._silence_s, self._start_s = silence_s, start_s
         self._pace = Pace(RETURN_S)
         self._seen: dict[int, tuple[int, int, float]] = {}
         self._step_s: dict[int, float] = {}
-        self._looked_s = time.monotonic()
+        self._looked_s = clock()
 
     def beat(self, worker: Worker, message: Mapping[str, Any]) -> None:
         """Takes in a heartbeat: step, phase, for how long, and the generation it is in."""
-        now, step = time.monotonic(), int(message["step"])
+        now, step = self._clock(), int(message["step"])
         worker.step, worker.phase = step, str(message["phase"])
         worker.phase_s, worker.inside = float(message["for_s"]), int(message["generation"])
         generation, before, since_s = self._seen.get(worker.number, (0, 0, now))
@@ -56,7 +59,7 @@ class Watch:
 
     def judge(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
         """Workers to be killed, each with the reason in words."""
-        now = time.monotonic()
+        now = self._clock()
         asleep, self._looked_s = now - self._looked_s > ASLEEP_S, now
         leave_s = self._pace.deadline_s or self._start_s
         found = []

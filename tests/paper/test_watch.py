@@ -1,0 +1,65 @@
+"""When a part of a step takes too long: by what steps took, and by what the step before took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cordee.fault.watch import STUCK_S, TIMES, Watch
+
+
+@dataclass(eq=False)
+class Seen:
+    """What the watch knows of a worker."""
+
+    number: int = 1
+    generation: int = 1
+    inside: int = 0
+    stepped: int = 0
+    step: int = 0
+    phase: str = ""
+    phase_s: float = 0.0
+
+
+class Clock:
+    """Seconds that a test decides."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def walk(watch: Any, clock: Clock, worker: Seen, steps: int, step_s: float) -> None:
+    """So many steps of that length, with a heartbeat at the end of each."""
+    for _ in range(steps):
+        clock.now_s += step_s
+        beat(watch, worker, worker.step + 1, 0.0)
+
+
+def beat(watch: Any, worker: Seen, step: int, for_s: float) -> None:
+    said = {"step": step, "phase": "step.backward", "for_s": for_s, "generation": worker.generation}
+    watch.beat(worker, said)
+
+
+def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
+    clock, worker = Clock(), Seen()
+    watch: Any = Watch(5.0, 300.0, clock)
+    beat(watch, worker, 1, 0.0)
+    walk(watch, clock, worker, 40, 0.1)
+    beat(watch, worker, worker.step, STUCK_S + 1)
+    assert watch.stuck([worker]) is not None
+    # Another generation, in which a step takes 30 s: the first one may, and then the second.
+    worker.generation = 2
+    beat(watch, worker, worker.step, 0.0)
+    beat(watch, worker, worker.step, 3 * STUCK_S)
+    assert watch.stuck([worker]) is None
+    walk(watch, clock, worker, 1, 3 * STUCK_S)
+    beat(watch, worker, worker.step, 3 * STUCK_S)
+    assert watch.stuck([worker]) is None
+    beat(watch, worker, worker.step, TIMES * 3 * STUCK_S + 1)
+    assert watch.stuck([worker]) is not None
+    # Shares have followed: what was slow once is no excuse for long.
+    walk(watch, clock, worker, 1, 0.1)
+    beat(watch, worker, worker.step, STUCK_S + 1)
+    assert watch.stuck([worker]) is not None
