@@ -200,7 +200,8 @@ class LaunchSettings:
     threads: Auto = "auto"
     """CPU threads of a rank; auto shares the cores, 1 under run.exact."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where ranks compute; auto is cuda when there is one."""
+    """Where ranks of this host compute; auto is cuda when there is one. Hosts of one run may differ
+    in it unless run.exact."""
     timeout_s: float = 300.0
     """A collective that waits longer than this has failed."""
     listen: str = ""
