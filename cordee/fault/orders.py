@@ -2,8 +2,9 @@
 
 PAPER in spirit: values in, values out; the same on whichever host leads. Survivors keep their order
 and come first, so that the first rank is one that knows the run; spares and newcomers fill up.
-Islands are whole or not at all: what is left over waits. Not here: the split of the batch, which
-follows from the plan, and agreement about it (`members.py`).
+Islands are whole or not at all: what is left over waits; where nothing else is left, and that has
+lasted, it is told to save what it holds together ("rescue"). Not here: the split of the batch,
+which follows from the plan, and agreement about it (`members.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+
+def is_run(orders: Mapping[str, Any]) -> bool:
+    """Whether these orders make ranks train; else none is to work, or what is left is saved."""
+    return bool(orders) and not orders["rescue"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,9 @@ def assign(
     names}; {} when not one island is whole, or a run that has not begun waits for its first ranks.
 
     A report says: `name`, `wants` (workers with a seat), `ready` (list of `Ready.to_list()`),
-    `begun` (whether this host knows of a generation that ran). `inside`: ranks of an island;
-    `plan_for(islands)`: the plan (JSON) of so many islands or of fewer, and how many those are.
+    `begun` (whether this host knows of a generation that ran), `stranded` (whether it has waited
+    long for an island to be whole). `inside`: ranks of an island; `plan_for(islands)`: the plan
+    (JSON) of so many islands or of fewer, and how many those are.
     """
     wanted = sum(int(report["wants"]) for report in reports.values())
     begun = any(report["begun"] for report in reports.values())
@@ -48,17 +55,27 @@ def assign(
     if not begun and len(ready) < wanted:
         return {}
     islands = min(wanted, len(ready)) // inside
-    if not islands:
-        return {}
-    plan, islands = plan_for(islands)
-    chosen = _in_order(ready, reports, inside)[: islands * inside]
-    if len(chosen) < islands * inside:
+    rescue = not islands and any(report["stranded"] for report in reports.values())
+    if rescue:
+        plan, chosen = plan_for(1)[0], _survivors(ready)
+    elif islands:
+        plan, islands = plan_for(islands)
+        chosen = _in_order(ready, reports, inside)[: islands * inside]
+    if not (rescue or islands) or len(chosen) < max(1, islands * inside):
         return {}
     return {
         "ranks": [[worker.host, worker.number, worker.pid] for worker in chosen],
         "plan": plan,
         "names": {host: str(report["name"]) for host, report in reports.items()},
+        "rescue": rescue,
     }
+
+
+def _survivors(ready: Sequence[Ready]) -> list[Ready]:
+    """Who was in the newest generation that anybody was in, by rank."""
+    newest = max((worker.generation for worker in ready), default=0)
+    found = [w for w in ready if w.rank is not None and w.generation == newest]
+    return sorted(found, key=lambda w: w.rank or 0)
 
 
 def _in_order(
@@ -66,8 +83,7 @@ def _in_order(
 ) -> list[Ready]:
     """Survivors of islands that are whole, by their last rank: together they hold all of the run.
     Then the other survivors, then the rest by host; of each host no more than it wants."""
-    newest = max(worker.generation for worker in ready)
-    survivors = {w.rank: w for w in ready if w.rank is not None and w.generation == newest}
+    survivors = {w.rank or 0: w for w in _survivors(ready)}
     sizes = Counter(rank // inside for rank in survivors)
     by_rank = sorted(survivors, key=lambda rank: (sizes[rank // inside] < inside, rank))
     chosen = [survivors[rank] for rank in by_rank]

@@ -6,6 +6,7 @@ oracle is the run of one process.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, cordee
+from tests.conftest import SMALL, cordee, events
 from tests.drills.hosts import (
     LONG,
     Rope,
@@ -181,6 +182,36 @@ def test_a_host_is_lost_without_a_word(clean: str, run_dir: Path, who: int) -> N
         assert gone_within(workers, 2.0)
         assert hosts[1 - who].end() == 0, rope.told()
     check_run(run_dir, clean)
+
+
+@pytest.mark.slow
+def test_what_is_left_of_an_island_is_saved_and_waits(clean: str, run_dir: Path) -> None:
+    """An island of two hosts loses one: the other holds its part, copied, and saves the whole."""
+    words = ("layout.shard=2", "fault.copy_every=5")
+    with Rope(run_dir, *words) as rope:
+        founder, joined = rope.found(ranks=2), rope.join(ranks=2)
+        settle(rope, 2)
+        for host in (founder, joined):  # one rank each is left: together they are an island
+            before = rope.step
+            os.kill(max(host.workers), signal.SIGTERM)
+            rope.wait(lambda host=host: len(host.workers) == 1, 20)  # type: ignore[misc]
+            rope.until_step(before + 7)
+        assert rope.islands == 1
+        founder.kill()
+        rope.wait(lambda: "rescued" in _names(run_dir), 30)
+        assert "no island is whole: 1 of 2 ranks are ready here" in joined.said
+        joined.kill()
+    (saved,) = [event for event in events(run_dir) if event["event"] == "rescued"]
+    assert 0 <= int(str(saved["step"])) - int(str(saved["state_of_step"])) <= 5, saved
+    with Rope(run_dir, *words) as rope:
+        assert rope.found(ranks=2).end() == 0, rope.told()
+    found = check_run(run_dir, clean)
+    resumed = [event for event in found if event["event"] == "resumed"]
+    assert [event["checkpoint"] for event in resumed] == [saved["path"]]
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(event["event"]) for event in events(folder)]
 
 
 HOURS = ("run.steps=900", "batch.microbatches=4")
