@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, cordee, events
+from tests.conftest import SMALL, cordee, events, train
 from tests.drills.hosts import (
     LONG,
     Rope,
@@ -70,9 +70,21 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(clean: str, run_dir: P
     secret = run_dir.with_name("secret")
     secret.write_text("ab" * 32)
     secret.chmod(0o600)
+    fake = run_dir.with_name("fake")
+    (fake / "torch-0.1.dist-info").mkdir(parents=True)
+    (fake / "torch-0.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 0.1\n")
+    foreign = run_dir.with_name("foreign")
+    train(foreign, "run.steps=1", "run.seed=5", "launch.processes=1")
+    for record in [*foreign.glob("*.jsonl"), foreign / "run.toml"]:
+        record.unlink()
+    shutil.rmtree(foreign / "checkpoints")
     with Rope(run_dir) as rope:
         founder = rope.found()
         other = rope.join("optim.lr=0.001")
+        old = rope.join(path=str(fake))
+        (foreign / "secret").write_bytes((run_dir / "secret").read_bytes())
+        (foreign / "secret").chmod(0o600)
+        elsewhere = rope.join(folder=foreign)
         stranger = rope.join(f"launch.secret={secret}")
         readable = run_dir.with_name("readable")
         shutil.copy(run_dir / "secret", readable)
@@ -81,6 +93,8 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(clean: str, run_dir: P
         lost = rope.join(through=f"127.0.0.1:{free_port()}")
         for host, word in (
             (other, "optim.lr"),
+            (old, "0.1"),
+            (elsewhere, "data's digest"),
             (stranger, "the secret differs"),
             (careless, "chmod 600"),
             (lost, "nobody has answered"),
