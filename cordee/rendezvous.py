@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cordee import __version__
 from cordee.config.load import flatten
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
@@ -85,7 +86,7 @@ def greeting(run: Run, data: str, inside: str, device: str) -> dict[str, Any]:
     identity = Path(run.run.dir) / FOLDER_ID
     return {
         **keys,
-        "cordee": _version("cordee"),
+        "cordee": __version__,
         "torch": _version("torch") if bits else _version("torch").partition("+")[0],
         "python": ".".join(platform.python_version_tuple()[:2]),
         "data's digest": data,

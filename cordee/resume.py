@@ -10,24 +10,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cordee.begin import Ready
 from cordee.build import RunState
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
 from cordee.checkpoint.neighbour import Neighbour
-from cordee.checkpoint.peer import Filled, Kept, fill
+from cordee.checkpoint.peer import Filled, Kept, fill, no_drill
+from cordee.checkpoint.rescue import Rescued, rescue, told_of
+from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Progress, describe, progress_of, reader
+from cordee.config.run import Run
 from cordee.data.source import DatasetInfo
 from cordee.desk import Desk
 from cordee.dist.exchange import gather_rows
 from cordee.dist.line import Line
-from cordee.dist.start import Launched
-from cordee.errors import DataError
+from cordee.dist.start import Launched, World
+from cordee.errors import CheckpointError, DataError
 from cordee.layout.axes import AXES, INSIDE
+from cordee.metrics.screen import Screen
+from cordee.metrics.sinks import JsonLines, now
 from cordee.plan.plan import Plan
 from cordee.rendezvous import last_generation
 
@@ -36,7 +43,8 @@ from cordee.rendezvous import last_generation
 class Seat:
     """This process's place in a generation: the plan, its rank, the rendezvous `store` (None: what
     the launcher told), and of a supervised one its number (0: of no supervisor), the verdicts that
-    led to it, all its processes, and when the one before ended (this host's monotonic clock)."""
+    led to it, all its processes, and when the one before ended (this host's monotonic clock);
+    `rescue`: not to train, but to save what is left."""
 
     plan: Plan
     told: Launched
@@ -47,6 +55,7 @@ class Seat:
     why: tuple[Mapping[str, Any], ...] = ()
     members: tuple[Mapping[str, Any], ...] = ()
     ended_s: float = 0.0
+    rescue: bool = False
 
 
 def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
@@ -59,7 +68,7 @@ def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
         told = replace(ready.told, rank=given.rank, size=given.size, local_rank=given.local_rank)
         yield Seat(
             Plan.from_json(given.plan), told, given.drill, line.store(given), line.mark,
-            given.generation, tuple(given.why), tuple(given.members), given.ended_s,
+            given.generation, tuple(given.why), tuple(given.members), given.ended_s, given.rescue,
         )  # fmt: skip
 
 
@@ -158,6 +167,30 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
         desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
     memory.keep_near(state, seat)
     desk.tell_start(state, None if found is None else found.path.name)
+
+
+def keep_safe(run: Run, seat: Seat, memory: Memory, here: World) -> None:
+    """Ranks that are no island save what they hold together, and keep it while they wait."""
+    seat.mark("rescue", max(memory.step, 0))
+    folder, group = Path(run.run.dir), dist.group.WORLD if here.size > 1 else None
+    saver = Saver(folder / "checkpoints", here.rank, here.size, run.checkpoint.keep, no_drill)
+    events, screen = JsonLines(folder / "events.jsonl"), Screen(silent=not here.first)
+    found = newest(folder / "checkpoints", lambda *_: None) if here.first else None
+    saved_step = found.step if found else -1
+    required = [f"model/{name}" for name in memory.state.specs] if memory.state else []
+    try:
+        saved = rescue(
+            memory.kept(), required, saver, seat.generation, saved_step, group, here.rank, here.size
+        )
+    except CheckpointError as error:
+        saved = Rescued(None, None, error.what)
+    if here.first:
+        events.take_over()
+        known = {"generation": seat.generation, "members": list(seat.members), **told_of(saved)}
+        events.write({"time": now(), "event": "rescued", **known, "step": max(memory.step, 0)})
+        path = saved.report.path.name if saved.report else ""
+        done = f"what is left is saved: {path}" if path else f"nothing is saved: {saved.why}"
+        screen.say(f"step {memory.step:>5}  {done}; the ranks that are left wait for others")
 
 
 def _load(state: RunState, found: Checkpoint, generation: int) -> None:

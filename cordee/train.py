@@ -52,7 +52,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
-from cordee.resume import Memory, Seat, copy_near, restore, seats
+from cordee.resume import Memory, Seat, copy_near, keep_safe, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -114,14 +114,18 @@ def descend(ready: Ready, parts: Parts) -> Report:
                     line.finish(error.exit_code, error.what)
                 raise
             else:
+                if report is None:
+                    continue
                 if line is not None:
                     line.finish(report.exit_code)
                 return report
     return Report(run.run.dir, asked.exit_code)
 
 
-def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked) -> Report:
-    """One generation: join, build, load, walk, finish."""
+def take_part(
+    ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Asked
+) -> Report | None:
+    """One generation: join, build, load, walk, finish; None after one that only saved."""
     run, plan, told = ready.run, seat.plan, seat.told
     # The seat's plan is the leader's, whose devices, and cores, may be others than this host's.
     device, threads = ready.plan.device, (ready.plan if plan.devices else plan).threads
@@ -129,8 +133,11 @@ def take_part(ready: Ready, parts: Parts, seat: Seat, memory: Memory, asked: Ask
     drill.point("group", max(memory.step, 0))
     with world(
         told, device, threads, run.launch.timeout_s,
-        always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed,
+        always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed or seat.rescue,
     ) as here:  # fmt: skip
+        if seat.rescue:
+            keep_safe(run, seat, memory, here)
+            return None
         data = memory.data or distribute_data(run, parts, told)
         # Distribute the model: replicated over islands, sharded inside them; then the state, of
         # peers that hold it, else of the newest checkpoint, cut for this layout.

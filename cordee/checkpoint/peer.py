@@ -82,7 +82,7 @@ def fill(
     before each round of messages, `fill.end` after the last. CheckpointError, on all ranks: a name
     with different shapes or dtypes. RuntimeError: a peer was lost; all kept tensors are as before.
     """
-    told = _tell(wanted, kept, group, size)
+    told = tell_all(wanted, kept, group, size)
     check_alike(told)
     step = best_step(told)
     if step is None:
@@ -102,7 +102,7 @@ def fill(
             target = targets[part.index] if part.giver == part.taker == rank else None
             if target is not None:
                 into = _cut(target, wanted[part.index].place.box, part.box)
-                into.copy_(_source(sources[part.name], part))
+                into.copy_(source_of(sources[part.name], part))
         point("fill.end", step)
         gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
         for item, target in zip(wanted, targets, strict=True):
@@ -137,7 +137,7 @@ def parse_part(row: Sequence[Any]) -> Part:
     return Part(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
 
 
-def _tell(
+def tell_all(
     wanted: Sequence[Holding], kept: Sequence[Kept], group: dist.ProcessGroup | None, size: int
 ) -> list[Told]:
     """What every rank wants and holds. Each part is written once: moments mostly share them."""
@@ -193,7 +193,7 @@ def _cut(tensor: Tensor, held: Box, box: Box) -> Tensor:
     return tensor[tuple(slice(*span) for span in moved(box, held))]
 
 
-def _source(sources: Sequence[Holding], part: Slice) -> Tensor:
+def source_of(sources: Sequence[Holding], part: Slice) -> Tensor:
     """The view of what a slice asks of this rank, which holds `sources` of that name."""
     for item in sources:
         if intersection(item.place.box, part.box) == part.box:
@@ -227,7 +227,7 @@ class _Wire:
         mine = sorted((p for p in slices if p.giver == self.rank), key=lambda p: p.taker)
         theirs = sorted((p for p in slices if p.taker == self.rank), key=lambda p: p.giver)
         for part, room in zip(mine, _rooms(mine, self.sent), strict=True):
-            source = _source(self.sources[part.name], part)
+            source = source_of(self.sources[part.name], part)
             room.view(source.dtype).view(source.shape).copy_(source)
         outgoing, incoming = [0] * self.size, [0] * self.size
         for part in mine:

@@ -69,6 +69,8 @@ class Seat:
     drill: str = ""
     ended_s: float = 0.0
     """Monotonic time of this host at which the generation before ended; 0: there was none."""
+    rescue: bool = False
+    """Not to train: to save, with the others, what is left of the run, and to wait."""
 
 
 @dataclass

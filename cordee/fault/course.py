@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.fault.hold import Hold
+from cordee.fault.orders import is_run
+from cordee.fault.views import View
 
 ASKED = (130, 143)
 """Exit codes of a worker that left because it was told to."""
+
+STRANDED_S = 5.0
+"""Ranks that are no island save together what they hold when it has lasted so long: on one host a
+new worker is there before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,10 @@ class Post:
     hold: Hold
     drills: Sequence[str] = ()
     interface: str = ""
+
+    def drill(self, number: int) -> str:
+        """What is armed in that generation of the run, counted from 0."""
+        return self.drills[number] if number < len(self.drills) else ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,9 @@ class Course:
     ended_s: float = 0.0
     code: int | None = None
     failures: list[Failure] = field(default_factory=list)
+    waits_s: float = 0.0
+    """Since when there has been no island; 0: there is one, or `stranded` says that it was long."""
+    stranded: bool = False
     untold: list[Mapping[str, Any]] = field(default_factory=list)
     """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
@@ -102,6 +115,13 @@ class Course:
         alike = sum(one.step == failure.step for one in self.failures)
         return max(alike, len(self.failures) // 3)
 
+    def strands(self, now: float) -> bool:
+        """True once, when no island has been whole for STRANDED_S."""
+        if not self.waits_s or now - self.waits_s < STRANDED_S:
+            return False
+        self.waits_s, self.stranded = 0.0, True
+        return True
+
     def give_up(self) -> int:
         """Says the first cause of the failures in a row, last; the exit code."""
         first = self.failures[0]
@@ -113,3 +133,14 @@ class Course:
             )
         first.tell()
         return first.code if first.code > 0 else 1
+
+
+def seat_of(view: View, rank: int, slot: int, course: Course, drill: str) -> dict[str, Any]:
+    """A worker's seat in a generation (`dist/line.py`)."""
+    orders, rescue = view.orders, not is_run(view.orders)
+    members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in orders["ranks"]]
+    return {
+        "generation": view.number, "rank": rank, "size": len(orders["ranks"]), "local_rank": slot,
+        "plan": orders["plan"], "why": [] if rescue else list(course.untold), "members": members,
+        "drill": drill, "ended_s": course.halted_s, "rescue": rescue,
+    }  # fmt: skip

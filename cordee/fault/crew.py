@@ -20,6 +20,7 @@ from typing import Any
 
 from cordee.dist.start import worker_environment
 from cordee.dist.talk import MARK, Talk, pair
+from cordee.fault.orders import Ready
 
 WORDS_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
@@ -130,8 +131,26 @@ class Crew:
         self.workers.pop(worker.number, None)
         return code
 
-    def kill(self, worker: Worker) -> None:
-        """Ends a worker that does not answer; a stopped process hears no other signal."""
+    def ready(self, host: str) -> list[list[Any]]:
+        """Who may be given a seat, for this host's report (`orders.assign`)."""
+        return [
+            Ready(host, w.number, w.pid, w.last_rank, w.generation).to_list()
+            for w in self.workers.values()
+            if w.ready and w.leaving is None and w.done is None
+        ]
+
+    def stranded(self, inside: int) -> str:
+        """What a host says whose ranks wait because no island is whole."""
+        ready = sum(w.ready for w in self.workers.values())
+        return (
+            f"no island is whole: {ready} of {inside} ranks are ready here; the run waits for"
+            " others, and those keep their state"
+        )
+
+    def kill(self, worker: Worker, judged: str = "") -> None:
+        """Ends a worker that does not answer; a stopped process hears no other signal. Its death,
+        `judged` its cause, is dealt with like any."""
+        worker.judged, worker.heard_s = judged, time.monotonic()
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 

@@ -14,15 +14,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from cordee.fault.course import ASKED, Course, Failure, Post
+from cordee.fault.course import ASKED, Course, Failure, Post, seat_of
 from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
-from cordee.fault.orders import Ready, assign
+from cordee.fault.orders import assign, is_run
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 from cordee.fault.watch import Watch
 
@@ -90,13 +90,10 @@ class Supervisor:
 
     def report(self) -> dict[str, Any]:
         """What this host has, for the orders of a view."""
-        ready = [
-            Ready(self.name, w.number, w.pid, w.last_rank, w.generation).to_list()
-            for w in self.crew.workers.values()
-            if w.ready and w.leaving is None and w.done is None
-        ]
-        begun = self.course.begun
-        return {"name": self.name, "wants": self.wants, "ready": ready, "begun": begun}
+        return {
+            "name": self.name, "wants": self.wants, "ready": self.crew.ready(self.name),
+            "begun": self.course.begun, "stranded": self.course.stranded,
+        }  # fmt: skip
 
     @property
     def _several(self) -> bool:
@@ -126,7 +123,8 @@ class Supervisor:
         if self._several and course.untold and len(course.signals) == 1 and new_s < GRACE_S:
             return  # this host may be the only one that holds the run's state
         course.heeded, number = len(course.signals), course.signals[-1]
-        if course.heeded > 1 or not self.crew.seated():
+        waits = self.view is not None and course.begun and not is_run(self.view.orders)
+        if course.heeded > 1 or waits or not self.crew.seated():
             course.code = 128 + number
         elif self._several:
             self.hosts.member.leave(time.monotonic())
@@ -288,6 +286,7 @@ class Supervisor:
         """Gives this host's workers their seats in a new generation."""
         course, orders = self.course, view.orders
         self.view, course.stumbled_s, course.entered_s = view, 0.0, time.monotonic()
+        course.stranded, course.waits_s = False, 0.0
         self.hosts.keys.begin(view.number)
         for worker in self.crew.workers.values():
             if worker.leaving is not None:
@@ -295,20 +294,16 @@ class Supervisor:
         course.untold += view.why
         if not orders:
             if course.begun:
-                ready = sum(w.ready for w in self.crew.workers.values())
-                self._print(
-                    f"no island is whole: {ready} of {self.post.inside} ranks are ready here;"
-                    " the run waits for others, and those keep their state"
-                )
+                course.waits_s = course.entered_s
+                self._print(self.crew.stranded(self.post.inside))
             return
-        ranks: Sequence[Sequence[Any]] = orders["ranks"]
-        drills = self.post.drills
-        armed = drills[course.generations] if course.generations < len(drills) else ""
-        course.begun, course.generations = True, course.generations + 1
-        members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in ranks]
-        if words := self.hosts.shown(orders):
-            self._print(words)
-        for rank, (host, number, pid) in enumerate(ranks):
+        armed = ""
+        if is_run(orders):
+            armed = self.post.drill(course.generations)
+            course.begun, course.generations = True, course.generations + 1
+            if words := self.hosts.shown(orders):
+                self._print(words)
+        for rank, (host, number, pid) in enumerate(orders["ranks"]):
             if host != self.hosts.member.me:
                 continue
             if number not in self.crew.workers:  # it died meanwhile: nobody may wait for it
@@ -318,14 +313,10 @@ class Supervisor:
                 continue
             worker = self.crew.workers[number]
             worker.slot = self.crew.free_slot() if worker.slot is None else worker.slot
-            worker.rank = worker.last_rank = rank
-            worker.generation, worker.tried_s = view.number, course.entered_s
-            seat = {
-                "generation": view.number, "rank": rank, "size": len(ranks),
-                "local_rank": worker.slot, "plan": orders["plan"], "why": list(course.untold),
-                "members": members, "drill": armed, "ended_s": course.halted_s,
-            }  # fmt: skip
-            worker.talk.say({"do": "sit", "seat": seat})
+            worker.rank, worker.tried_s = rank, course.entered_s
+            if is_run(orders):
+                worker.last_rank, worker.generation = rank, view.number
+            worker.talk.say({"do": "sit", "seat": seat_of(view, rank, worker.slot, course, armed)})
             if course.signals and not self._several:
                 worker.talk.say({"do": "leave", "signal": course.signals[0]})
 
@@ -341,11 +332,12 @@ class Supervisor:
         for worker in self.crew.workers.values():
             worker.talk.flush()
         for worker, judged in self.watch.judge(self.crew.workers.values()):
-            # A stopped process hears no other signal. Its death is dealt with like any.
-            worker.judged, worker.heard_s = judged, now
-            self.crew.kill(worker)
+            self.crew.kill(worker, judged)
         if stuck := self.watch.stuck(self.crew.seated()):
             self._call("stuck", *stuck, "all meet again, and who does not come is replaced")
+        if self.course.strands(now) and self.view and self.view.leader == self.hosts.member.me:
+            says = "no island has been whole for long; what is left of the run is saved"
+            self.hosts.member.call({"event": "stranded", "host": self.name, "says": says}, now)
         if self.course.stumbled_s and now - self.course.stumbled_s > BROKEN_AFTER_S:
             self.course.stumbled_s = 0.0
             if seated := self.crew.seated():

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
 
@@ -53,12 +54,18 @@ def children_of(pid: int) -> list[int]:
 class Host:
     """One host: the command that a user would give there, its workers, and what it says."""
 
-    def __init__(self, folder: Path, *words: str, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *words: str, prefix: Sequence[str] = (), path: str = ""
+    ) -> None:
+        """`path`: where Python looks first, before the package."""
         self.folder = folder
+        environment = clean_environment()
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment["PYTHONPATH"])))
+        self.began_s = time.monotonic()
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "cordee", "train", *SMALL, *LONG, *words,
              f"run.dir={folder}"],
-            env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.lines: list[str] = []
         self._crew: list[int] = []
@@ -154,14 +161,16 @@ class Rope:
         return self._add(ranks, prefix, f"launch.listen={self.address}", *words)
 
     def join(
-        self, *words: str, through: str = "", ranks: int = 1, prefix: Sequence[str] = ()
+        self, *words: str, through: str = "", ranks: int = 1, prefix: Sequence[str] = (), **own: Any
     ) -> Host:
-        """One more host, as soon as there is a run to join."""
+        """One more host, as soon as there is a run to join; `own`: another folder, another path."""
         self.wait(lambda: (self.folder / "members.id").exists(), 60)
-        return self._add(ranks, prefix, f"launch.join={through or self.address}", *words)
+        return self._add(ranks, prefix, f"launch.join={through or self.address}", *words, **own)
 
-    def _add(self, ranks: int, prefix: Sequence[str], *words: str) -> Host:
-        host = Host(self.folder, f"launch.processes={ranks}", *self.words, *words, prefix=prefix)
+    def _add(self, ranks: int, prefix: Sequence[str], *words: str, **own: Any) -> Host:
+        folder = own.pop("folder", self.folder)
+        words = (f"launch.processes={ranks}", *self.words, *words)
+        host = Host(folder, *words, prefix=prefix, **own)
         self.hosts.append(host)
         return host
 

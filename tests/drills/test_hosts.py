@@ -6,6 +6,7 @@ oracle is the run of one process.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, cordee
+from tests.conftest import SMALL, cordee, events, train
 from tests.drills.hosts import (
     LONG,
     Rope,
@@ -69,9 +70,21 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(clean: str, run_dir: P
     secret = run_dir.with_name("secret")
     secret.write_text("ab" * 32)
     secret.chmod(0o600)
+    fake = run_dir.with_name("fake")
+    (fake / "torch-0.1.dist-info").mkdir(parents=True)
+    (fake / "torch-0.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 0.1\n")
+    foreign = run_dir.with_name("foreign")
+    train(foreign, "run.steps=1", "run.seed=5", "launch.processes=1")
+    for record in [*foreign.glob("*.jsonl"), foreign / "run.toml"]:
+        record.unlink()
+    shutil.rmtree(foreign / "checkpoints")
     with Rope(run_dir) as rope:
         founder = rope.found()
         other = rope.join("optim.lr=0.001")
+        old = rope.join(path=str(fake))
+        (foreign / "secret").write_bytes((run_dir / "secret").read_bytes())
+        (foreign / "secret").chmod(0o600)
+        elsewhere = rope.join(folder=foreign)
         stranger = rope.join(f"launch.secret={secret}")
         readable = run_dir.with_name("readable")
         shutil.copy(run_dir / "secret", readable)
@@ -80,6 +93,8 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(clean: str, run_dir: P
         lost = rope.join(through=f"127.0.0.1:{free_port()}")
         for host, word in (
             (other, "optim.lr"),
+            (old, "0.1"),
+            (elsewhere, "data's digest"),
             (stranger, "the secret differs"),
             (careless, "chmod 600"),
             (lost, "nobody has answered"),
@@ -181,6 +196,36 @@ def test_a_host_is_lost_without_a_word(clean: str, run_dir: Path, who: int) -> N
         assert gone_within(workers, 2.0)
         assert hosts[1 - who].end() == 0, rope.told()
     check_run(run_dir, clean)
+
+
+@pytest.mark.slow
+def test_what_is_left_of_an_island_is_saved_and_waits(clean: str, run_dir: Path) -> None:
+    """An island of two hosts loses one: the other holds its part, copied, and saves the whole."""
+    words = ("layout.shard=2", "fault.copy_every=5")
+    with Rope(run_dir, *words) as rope:
+        founder, joined = rope.found(ranks=2), rope.join(ranks=2)
+        settle(rope, 2)
+        for host in (founder, joined):  # one rank each is left: together they are an island
+            before = rope.step
+            os.kill(max(host.workers), signal.SIGTERM)
+            rope.wait(lambda host=host: len(host.workers) == 1, 20)  # type: ignore[misc]
+            rope.until_step(before + 7)
+        assert rope.islands == 1
+        founder.kill()
+        rope.wait(lambda: "rescued" in _names(run_dir), 30)
+        assert "no island is whole: 1 of 2 ranks are ready here" in joined.said
+        joined.kill()
+    (saved,) = [event for event in events(run_dir) if event["event"] == "rescued"]
+    assert 0 <= int(str(saved["step"])) - int(str(saved["state_of_step"])) <= 5, saved
+    with Rope(run_dir, *words) as rope:
+        assert rope.found(ranks=2).end() == 0, rope.told()
+    found = check_run(run_dir, clean)
+    resumed = [event for event in found if event["event"] == "resumed"]
+    assert [event["checkpoint"] for event in resumed] == [saved["path"]]
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(event["event"]) for event in events(folder)]
 
 
 HOURS = ("run.steps=900", "batch.microbatches=4")
