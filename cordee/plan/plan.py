@@ -81,7 +81,7 @@ class Plan:
         """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
         ranges = {name: [list(part) for part in getattr(self, name)] for name in RANGES}
-        return {**asdict(self), "layout": layout, **ranges}
+        return {**asdict(self), "layout": layout, **ranges, "devices": list(self.devices)}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
