@@ -50,10 +50,11 @@ def test_same_bits_with_dropout(tmp_path: Path) -> None:
 
 
 POINTS = (
-    "step.commit:33:0", "save.rename:40:0", "step.start:33:0", "step.backward:33:1",
-    "step.agree:33:1", "save.stage:20:0", "save.write:20:1", "save.part:30:0",
+    "step.commit:33:0", "save.rename:40:0", "save.stage:20:0", "save.write:20:1", "save.part:30:0",
     "save.manifest:30:0", "save.delete:40:0",
 )  # fmt: skip
+"""Whatever is left of a step is the same for the next start: the other points of a step are in
+`test_recovery.py`, where ranks survive them."""
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_killed_at_a_point_ends_in_the_same_bits(point: str, clean: str, run_dir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_killed_at_a_random_moment(seed: int, clean: str, run_dir: Path) -> None:
     chance = random.Random(seed)
     words = [

@@ -143,7 +143,7 @@ def test_the_supervisor(clean: str, run_dir: Path) -> None:
     same_descent(run_dir, clean, STEPS)
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_kills(kills: int, tmp_path: Path) -> None:
     """Of any worker, ranks, spares and those that import; sometimes two at once or one after
     another while the first is being replaced."""

@@ -154,7 +154,8 @@ def test_experts_at_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("balance", [(), BIASED], ids=["loss", "bias"])
 def test_experts_beside_every_axis(balance: tuple[str, ...], tmp_path: Path) -> None:
     check_experts(4, (*MIXED, *GENTLE, *balance), EXPERTS, tmp_path)
-    check_experts(4, (*MIXED, *balance), EXPERTS, tmp_path, steps=5)
+    if balance:  # once with muon, for which the balance makes no difference
+        check_experts(4, (*MIXED, *balance), EXPERTS, tmp_path, steps=5)
 
 
 MOVES = [
