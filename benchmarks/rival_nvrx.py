@@ -45,9 +45,10 @@ def attempt(
     store: dist.Store,
     folder: Path,
     steps: int,
-    call: inprocess.CallWrapper = None,
+    call: inprocess.CallWrapper | None = None,
 ) -> None:
     """One life of the group; the wrapper looks for the last argument by its annotation."""
+    assert call is not None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mine = dist.PrefixStore(str(call.iteration), store)
     dist.init_process_group("gloo", store=mine, rank=rank, world_size=size, timeout=TIMEOUT)

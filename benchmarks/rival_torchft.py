@@ -5,7 +5,9 @@
 A worker of `rivals.py`, run in an environment of torchft's own; no benchmark by itself and no part
 of Cordée. Model, data and sleep are restarted.py's. LEAST is the least number of replica groups
 that may commit a step: 1 goes on with half the batch, 2 waits for the other group. The first group
-writes a row a step. It trains until it is killed.
+writes a row a step. It trains until it is killed. Gradients are averaged in one message by the
+Manager: over gloo the package's DDP wrapper (0.2.0) ends the survivor with an AssertionError in
+its hook when the other group dies during that message.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.distributed import ReduceOp, TCPStore
-from torchft.ddp import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchft.manager import Manager
 from torchft.optim import OptimizerWrapper
 from torchft.process_group import ProcessGroupGloo
@@ -59,14 +61,17 @@ def main() -> None:
         replica_id=f"replica_{rank}", hostname="localhost", heartbeat_interval=HEARTBEAT,
         init_sync=False,
     )  # fmt: skip
-    parallel = DistributedDataParallel(manager, model)
     optimizer = OptimizerWrapper(manager, inner)
     with open(folder / "metrics.jsonl", "a", buffering=1) as rows:
         while True:
             step = manager.current_step()
             optimizer.zero_grad()
-            loss = loss_of(parallel, step, rank)
+            loss = loss_of(model, step, rank)
             loss.backward()
+            gradients = [each.grad for each in model.parameters()]
+            flat = parameters_to_vector(gradients)
+            manager.allreduce(flat).wait()
+            vector_to_parameters(flat, gradients)
             time.sleep(SLEEP_S)
             total = loss.detach().clone()
             manager.allreduce(total, reduce_op=ReduceOp.SUM).wait()

@@ -115,7 +115,7 @@ def rival(
     """A process of the rivals' environment; its temporary files lie in the run's folder."""
     mine = {
         "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "TMPDIR": str(run.folder),
-        "TORCH_CPP_LOG_LEVEL": "error",
+        "TORCH_CPP_LOG_LEVEL": "error", "RUST_LOG": "warn",
     }  # fmt: skip
     return run.start([bench.rivals, *words], {**mine, **(environment or {})})
 
@@ -135,7 +135,8 @@ def torchft(bench: Bench, least: int = 1) -> list[Trial]:
 
     def begin(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
         lighthouse = Path(bench.rivals).with_name("torchft_lighthouse")
-        run.start([str(lighthouse), "--bind", f"[::]:{port}", "--min_replicas", "1", *LIGHTHOUSE])
+        words = ["--bind", f"[::]:{port}", "--min_replicas", str(least), *LIGHTHOUSE]
+        run.start([str(lighthouse), *words], {"RUST_LOG": "warn"})
         return [replica(bench, run, rank, port, least) for rank in (0, 1)]
 
     with bench.watch() as run:
