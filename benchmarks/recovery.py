@@ -290,13 +290,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join([*SYSTEMS, "cost"]))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rivals", metavar="PYTHON", help="of an environment that has them")
+    parser.add_argument("--rivals", metavar="PYTHON", help="of an environment with them")
     asked = parser.parse_args()
-    python = interpreter(asked.rivals)
-    without = missing(python)
-    names = [name for name in asked.only.split(",") if name not in without]
-    if out := [f"{name} (no {without[name]})" for name in asked.only.split(",") if name in without]:
-        print(f"left out, for want of --rivals PYTHON with them: {', '.join(out)}", file=sys.stderr)
+    names, python = asked.only.split(","), interpreter(asked.rivals)
+    if out := {name: needs for name, needs in missing(python).items() if name in names}:
+        names = [name for name in names if name not in out]
+        told = ", ".join(f"{name} ({needs})" for name, needs in out.items())
+        print(f"left out, as --rivals names no interpreter with: {told}", file=sys.stderr)
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
     with tempfile.TemporaryDirectory(prefix="cordee-recovery-") as home, household():
         bench = Bench(Path(home), asked.steps, asked.seed, python)

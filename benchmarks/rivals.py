@@ -78,7 +78,8 @@ def elastic(python: str, launcher: tuple[str, ...], folder: Path) -> list[str]:
 
 def begin_torchrun(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
     """The agent; its workers tell their pids."""
-    return [run.start(elastic(sys.executable, ("torch.distributed.run",), run.folder), FREE)]
+    words = elastic(sys.executable, ("torch.distributed.run",), run.folder)
+    return [run.start(words, {**FREE, "TMPDIR": str(run.folder)})]
 
 
 def torchrun(bench: Bench, number: int = signal.SIGKILL) -> list[Trial]:
