@@ -74,7 +74,7 @@ class Bench:
     def __init__(self, home: Path, steps: int, seed: int, rivals: str = "") -> None:
         self.home, self.steps, self.random = home, steps, random.Random(seed)
         self.digest, self.rivals = "", rivals
-        self.losses: dict[str, list[float]] = {}
+        self.losses: dict[str, dict[int, float]] = {}
         self._made = 0
 
     def watch(self) -> Watched:

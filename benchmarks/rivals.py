@@ -50,13 +50,13 @@ Begin = Callable[["Bench", Watched], list[subprocess.Popen[bytes]]]
 """Starts a system's processes; the last one can be struck."""
 
 
-def losses(run: Watched) -> list[float]:
-    """The loss of each of the first STEPS steps."""
+def losses(run: Watched) -> dict[int, float]:
+    """The losses of the first STEPS steps that were seen, by step."""
     until_rows(run, STEPS)
-    return [run.rows[number]["loss"] for number in range(1, STEPS + 1)]
+    return {number: row["loss"] for number, row in run.rows.items() if number <= STEPS}
 
 
-def clean(bench: Bench, name: str, begin: Begin) -> list[float]:
+def clean(bench: Bench, name: str, begin: Begin) -> dict[int, float]:
     """The losses of a system's run without a fault, measured once."""
     if name not in bench.losses:
         with household(), bench.watch() as run:
@@ -125,7 +125,7 @@ def replica(
     bench: Bench, run: Watched, rank: int, port: int, least: int
 ) -> subprocess.Popen[bytes]:
     """A replica group of one process."""
-    words = [str(run.folder), str(rank), f"http://localhost:{port}", str(least)]
+    words = [str(run.folder), str(rank), f"http://127.0.0.1:{port}", str(least)]
     return rival(bench, run, ["-m", "benchmarks.rival_torchft", *words])
 
 
@@ -136,7 +136,7 @@ def torchft(bench: Bench, least: int = 1) -> list[Trial]:
 
     def begin(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
         lighthouse = Path(bench.rivals).with_name("torchft_lighthouse")
-        words = ["--bind", f"[::]:{port}", "--min_replicas", str(least), *LIGHTHOUSE]
+        words = ["--bind", f"127.0.0.1:{port}", "--min_replicas", str(least), *LIGHTHOUSE]
         run.start([str(lighthouse), *words], {"RUST_LOG": "warn"})
         return [replica(bench, run, rank, port, least) for rank in (0, 1)]
 
