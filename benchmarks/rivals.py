@@ -3,7 +3,7 @@
 No benchmark by itself. torchrun runs in this environment; torchft 0.2.0 and nvidia-resiliency-ext
 0.4.1 in one of their own, whose interpreter `--rivals` names (docs/performance.md says how to make
 it): nothing here imports them. All train restarted.py's model on two gloo processes; every system
-is set for as fast a recovery as its documentation allows, which is said at each.
+is set for as fast a recovery as its options allow, which is said at each.
 
 `torchrun`: restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout 10 s. `torchrun-stop`:
 the same, SIGSTOP; twice, given 120 s. `torchft`: two replica groups of one process, heartbeats
@@ -131,7 +131,7 @@ def replica(
 
 def torchft(bench: Bench, least: int = 1) -> list[Trial]:
     """A replica group dies and is started again at once; the lighthouse lives."""
-    name = "torchft" if least == 1 else "torchft, both needed"
+    name = "torchft" if least == 1 else "torchft-all"
     port = free_port()
 
     def begin(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
@@ -195,12 +195,12 @@ def struck(bench: Bench, fault: str, name: str, begin: Begin) -> list[Trial]:
 
 def nvrx(bench: Bench) -> list[Trial]:
     """Restart in place: a reserve rank takes the dead one's, the state is read from disk."""
-    return struck(bench, "nvrx, a reserve: kill rank 1", "nvrx", begin_nvrx)
+    return struck(bench, "nvrx: kill rank 1", "nvrx", begin_nvrx)
 
 
 def nvrx_launcher(bench: Bench) -> list[Trial]:
     """Restart of all workers by ft_launcher."""
-    return struck(bench, "nvrx launcher: kill rank 1", "nvrx-launcher", begin_launcher)
+    return struck(bench, "nvrx-launcher: kill rank 1", "nvrx-launcher", begin_launcher)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
