@@ -1,6 +1,7 @@
 """From a fault to the next committed step: Cordée beside torchrun's restart, in one go.
 
     python -m benchmarks.recovery [--json] [--trials N] [--only NAME,NAME] [--steps N]
+                                  [--rivals PYTHON]
 
 For the table of docs/performance.md, alone on a quiet machine of two cores (about an hour):
 
@@ -10,13 +11,13 @@ The clock starts when SIGKILL (or SIGSTOP) is sent, at a random moment of a step
 step of a later generation is in metrics.jsonl (looked at every millisecond): `first` by whoever is
 left, `full` with two islands again. A process that is to take a place is warm before the fault.
 Trials of all systems take turns; a table's figure is the median (smallest - largest). `same`: the
-run's digest (torchrun's: every step's loss) is that of a run without faults, bit by bit.
+run's digest (a rival's: every step's loss) is that of a run without faults, bit by bit.
 
 Systems: `spare` (two workers, a warm spare), `cold` (no spare), `hosts` (two supervisors of one
 worker and a spare each, on loopback; a dead host is started again at once, a frozen one wakes after
-it was replaced), `torchrun` (restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout
-10 s), `torchrun-stop` (the same, SIGSTOP; twice, given 120 s), `cost` (no fault: supervised against
-the same two ranks started by hand; and what the supervisor itself uses).
+it was replaced), `cost` (no fault: supervised against the same two ranks started by hand; and what
+the supervisor itself uses), and those of rivals.py: `torchrun`, `torchrun-stop`, and, with the
+interpreter of an environment that has them, `torchft`, `torchft-all`, `nvrx`, `nvrx-launcher`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.rivals import RIVALS, interpreter, missing
 from benchmarks.watched import (
     Late,
+    Trial,
     Watched,
     address_of,
     children,
@@ -48,15 +51,15 @@ from benchmarks.watched import (
     end_tree,
     free_port,
     household,
+    judged,
     members,
     send,
     settled,
+    step_median_s,
+    until_rows,
 )
 from cordee.metrics.sinks import last_event
 
-FREE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-GROUP_TIMEOUT_S = 10
-RESTARTED_STEPS, SLEEP_S = 120, 0.05
 GOALS_S = {
     "spare: kill rank 1": 0.3, "spare: kill rank 0": 0.3, "spare: SIGSTOP rank 1": 5.5,
     "cold: kill rank 1": 2.0, "cold: kill rank 0": 2.0,
@@ -65,24 +68,13 @@ GOALS_S = {
 """What issue 4 allows beyond one median step."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One fault: seconds to the next step and to two islands; NaN: it did not come back."""
-
-    fault: str
-    first_s: float
-    full_s: float
-    step_s: float
-    same: bool = False
-
-
 class Bench:
-    """What all trials share: the folder, the number of steps, the reference, the random moments."""
+    """What all trials share: folder, steps, references, random moments, the rivals' python."""
 
-    def __init__(self, home: Path, steps: int, seed: int) -> None:
+    def __init__(self, home: Path, steps: int, seed: int, rivals: str = "") -> None:
         self.home, self.steps, self.random = home, steps, random.Random(seed)
-        self.digest = ""
-        self.losses: list[float] = []
+        self.digest, self.rivals = "", rivals
+        self.losses: dict[str, dict[int, float]] = {}
         self._made = 0
 
     def watch(self) -> Watched:
@@ -104,33 +96,12 @@ class Bench:
                 self.digest = ending(run)
         return self.digest
 
-    def clean_losses(self) -> list[float]:
-        """The losses of torchrun's run without a fault."""
-        if not self.losses:
-            with self.watch() as run:
-                agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
-                self.losses = losses_of(run, agent)
-        return self.losses
-
     def strike(self, run: Watched, fault: str, do: Callable[[], None], full: int = 2) -> Trial:
         """One fault at a random moment of a step, and how the run came back."""
         run.look()
         step_s = step_median_s(run)
         time.sleep(self.random.uniform(0, step_s))
         return Trial(fault, *run.recovery(do, full), step_s)
-
-
-def step_median_s(run: Watched) -> float:
-    """The median of the newest steps' whole time, of those that all ranks took."""
-    steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
-    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
-    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
-    return median(whole)
-
-
-def until_rows(run: Watched, count: int) -> None:
-    """Waits for so many steps in all."""
-    run.until(lambda: len(run.rows) >= count, 120, f"{count} steps")
 
 
 def until_settled(run: Watched, hosts: list[subprocess.Popen[bytes]], spares: int) -> None:
@@ -145,11 +116,6 @@ def ending(run: Watched) -> str:
     if last.get("event") != "finished":
         raise Late(f"a run ended as {last}\n{run.words()}")
     return str(last["weights_sha256"])
-
-
-def judged(found: list[Trial], same: bool) -> list[Trial]:
-    """The trials of a run whose end is known."""
-    return [Trial(**{**asdict(trial), "same": same}) for trial in found]
 
 
 # ---- Cordée --------------------------------------------------------------------------------------
@@ -236,47 +202,6 @@ def hosts(bench: Bench) -> list[Trial]:
         return judged(found, ending(run) == bench.clean())
 
 
-# ---- others --------------------------------------------------------------------------------------
-
-
-def torchrun_command(folder: Path, steps: int) -> list[str]:
-    """torchrun with as many restarts as it likes."""
-    script = Path(__file__).with_name("restarted.py")
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "9", str(script), str(folder), str(steps), str(GROUP_TIMEOUT_S),
-    ]  # fmt: skip
-
-
-def torchrun(bench: Bench, number: int = signal.SIGKILL) -> list[Trial]:
-    """torchrun's restart of all workers from a checkpoint; a stopped run is not waited for."""
-    killed = number == signal.SIGKILL
-    with bench.watch() as run:
-        agent = run.start(torchrun_command(run.folder, RESTARTED_STEPS), FREE)
-        until_rows(run, 33)
-        pid, took = run.last["pids"][1], (math.nan, math.nan)
-        try:
-            took = run.recovery(lambda: send(pid, number), 2)
-        except Late as error:
-            print(f"torchrun: {error}", file=sys.stderr)
-        found = [Trial(f"torchrun: {'kill' if killed else 'SIGSTOP'} rank 1", *took, SLEEP_S)]
-        if not killed or math.isnan(took[0]):
-            return found
-        return judged(found, losses_of(run, agent) == bench.clean_losses())
-
-
-def losses_of(run: Watched, agent: subprocess.Popen[bytes]) -> list[float]:
-    """Every step's loss, at the end of a run of torchrun."""
-    run.until(lambda: agent.poll() is not None, 120, "the end of torchrun")
-    run.look()
-    return [run.rows[number]["loss"] for number in sorted(run.rows)]
-
-
-def torchrun_stop(bench: Bench) -> list[Trial]:
-    """The same with a worker that is stopped, not dead."""
-    return torchrun(bench, signal.SIGSTOP)
-
-
 # ---- cost ----------------------------------------------------------------------------------------
 
 
@@ -313,8 +238,7 @@ def cost(bench: Bench) -> dict[str, float]:
 # ---- all of it -----------------------------------------------------------------------------------
 
 SYSTEMS: dict[str, Callable[[Bench], list[Trial]]] = {
-    "spare": spare, "cold": cold, "hosts": hosts, "torchrun": torchrun,
-    "torchrun-stop": torchrun_stop,
+    "spare": spare, "cold": cold, "hosts": hosts, **RIVALS,
 }  # fmt: skip
 
 
@@ -366,11 +290,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join([*SYSTEMS, "cost"]))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rivals", metavar="PYTHON", help="of an environment with them")
     asked = parser.parse_args()
-    names = asked.only.split(",")
+    names, python = asked.only.split(","), interpreter(asked.rivals)
+    if out := {name: needs for name, needs in missing(python).items() if name in names}:
+        names = [name for name in names if name not in out]
+        told = ", ".join(f"{name} ({needs})" for name, needs in out.items())
+        print(f"left out, as --rivals names no interpreter with: {told}", file=sys.stderr)
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
     with tempfile.TemporaryDirectory(prefix="cordee-recovery-") as home, household():
-        bench = Bench(Path(home), asked.steps, asked.seed)
+        bench = Bench(Path(home), asked.steps, asked.seed, python)
         found, costs = [], []
         for trial in measure(bench, [n for n in names if n in SYSTEMS], asked.trials):
             found.append(trial)

@@ -1,10 +1,11 @@
 """What one writes for torchrun to restart: DDP, a checkpoint every 10 steps, all state in it.
 
-    torchrun --standalone --nproc-per-node 2 --max-restarts 9 benchmarks/restarted.py FOLDER STEPS
+    torchrun --standalone --nproc-per-node 2 --max-restarts 9 benchmarks/restarted.py FOLDER STEPS S
 
-A worker of `recovery.py`, no benchmark by itself. 8 x Linear(256) under DDP over gloo, AdamW, data
-by step and rank, and a sleep of 50 ms in place of a larger model. The first rank writes a row a
-step, in the same words as Cordée's rows (`quorum` is the number of restarts).
+A worker of `rivals.py`, no benchmark by itself; S is the group's timeout. 8 x Linear(256) under DDP
+over gloo, AdamW, data by step and rank, and a sleep of 50 ms in place of a larger model. The first
+rank writes a row a step, in the same words as Cordée's rows (`quorum` is the number of restarts).
+Needs torch alone: the other rivals' scripts take the model, the data and the loop from here.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 
 WIDTH, BLOCKS, ROWS, SLEEP_S, EVERY = 256, 8, 16, 0.05, 10
 
 
-def make_model() -> nn.Module:
-    """The same on every rank and at every start."""
+def make_model() -> tuple[nn.Module, Optimizer]:
+    """The same on every rank and at every start, and its optimizer."""
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS)])
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS)])
+    return model, AdamW(model.parameters(), lr=1e-3)
 
 
 def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
@@ -37,16 +40,20 @@ def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
     return (model(x) - x).square().mean()
 
 
-def main() -> None:
-    """Trains from the newest checkpoint to the last step."""
-    torch.set_num_threads(1)
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=float(sys.argv[3])))
+def row(step: int, loss: Tensor, generation: int, islands: int, pids: list[int]) -> str:
+    """A committed step as a line of metrics.jsonl."""
+    words = {"step": step, "loss": float(loss), "quorum": generation, "islands": islands,
+             "pids": pids, "elapsed_s": time.monotonic()}  # fmt: skip
+    return json.dumps(words) + "\n"
+
+
+def train(
+    model: nn.Module, optimizer: Optimizer, folder: Path, steps: int, generation: int
+) -> None:
+    """From the newest checkpoint to the last step, over the default group, which exists."""
     rank, size = dist.get_rank(), dist.get_world_size()
     pids: list[int] = [0] * size
     dist.all_gather_object(pids, os.getpid())
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     kept, step = folder / "checkpoint.pt", 0
     if kept.exists():
         state = torch.load(kept)
@@ -54,25 +61,31 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     parallel = DistributedDataParallel(model)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with open(folder / "metrics.jsonl", "a", buffering=1) as rows:
         while step < steps:
+            optimizer.zero_grad()
             loss = loss_of(parallel, step, rank)
             loss.backward()
             time.sleep(SLEEP_S)
             optimizer.step()
-            optimizer.zero_grad()
             total = loss.detach()
             dist.all_reduce(total)
             step += 1
             if rank == 0:
-                row = {"step": step, "loss": float(total), "quorum": restarts, "islands": size,
-                       "pids": pids}  # fmt: skip
-                rows.write(json.dumps(row) + "\n")
+                rows.write(row(step, total, generation, size, pids))
                 if step % EVERY == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     torch.save({**state, "step": step}, folder / "checkpoint.new")
                     os.replace(folder / "checkpoint.new", kept)
+
+
+def main() -> None:
+    """A worker of an elastic launcher."""
+    torch.set_num_threads(1)
+    folder, steps, timeout_s = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    train(*make_model(), folder, steps, restarts)
     dist.destroy_process_group()
 
 

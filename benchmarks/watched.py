@@ -1,12 +1,14 @@
 """A training run as seen from outside: its rows as they come, its processes, and faults by signal.
 
-Used by `recovery.py` and `soak.py`. Nothing of the run is asked or changed: what it writes and what
-/proc says is all that is known here. Whatever happens, `household` leaves no process behind.
+Used by `recovery.py`, `rivals.py` and `soak.py`. Nothing of the run is asked or changed: what it
+writes and what /proc says is all that is known here. Whatever happens, `household` leaves no
+process behind.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -16,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Self
 
 Row = dict[str, Any]
@@ -28,6 +32,22 @@ PR_SET_CHILD_SUBREAPER = 36
 
 class Late(RuntimeError):
     """What was waited for did not come before its deadline."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault: seconds to the next step and to two islands; NaN: it did not come back."""
+
+    fault: str
+    first_s: float
+    full_s: float
+    step_s: float
+    same: bool = False
+
+
+def judged(found: list[Trial], same: bool) -> list[Trial]:
+    """The trials of a run whose end is known."""
+    return [replace(trial, same=same) for trial in found]
 
 
 class Rows:
@@ -132,6 +152,19 @@ class Watched:
         for process in self.started:
             end_tree(process.pid)
             process.wait()
+
+
+def step_median_s(run: Watched) -> float:
+    """The median of the newest steps' whole time, of those that all ranks took."""
+    steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
+    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
+    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
+    return median(whole)
+
+
+def until_rows(run: Watched, count: int) -> None:
+    """Waits for so many steps in all."""
+    run.until(lambda: len(run.rows) >= count, 120, f"{count} steps")
 
 
 # ---- processes -----------------------------------------------------------------------------------
