@@ -31,7 +31,8 @@ class Worker:
     """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
     and `generation` are its last seat's; `slot` says which local device is its own. `inside`,
     `stepped` and `halted` are generations: the one that it is in, the last in which it committed a
-    step, the last that ended under it. `judged`: why it was killed, if it was."""
+    step, the last that ended under it. `phase_s` is for how long it said to be in
+    its phase, `since_s` since when by this host's clock. `judged`: why it was killed, if it was."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -50,6 +51,7 @@ class Worker:
     step: int = -1
     phase: str = "import"
     phase_s: float = 0.0
+    since_s: float = 0.0
     inside: int = 0
     stepped: int = 0
     halted: int = 0

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from cordee.config.run import POINTS
 from cordee.fault.crew import Worker
 from cordee.fault.pace import Pace
 
@@ -48,6 +49,7 @@ class Watch:
         now, step = self._clock(), int(message["step"])
         worker.step, worker.phase = step, str(message["phase"])
         worker.phase_s, worker.inside = float(message["for_s"]), int(message["generation"])
+        worker.since_s = now - worker.phase_s
         generation, before, since_s = self._seen.get(worker.number, (0, 0, now))
         if generation != worker.inside or step <= 0:
             self._seen[worker.number] = (worker.inside, step, now)
@@ -75,7 +77,8 @@ class Watch:
         return found
 
     def stuck(self, seated: Iterable[Worker]) -> tuple[Worker, str] | None:
-        """The worker that is longest in a part of its step, if that is too long, and in words."""
+        """The worker that is furthest behind in its step, if it is there for too long, and in
+        words: the others wait for it."""
         usual_s = self._pace.deadline_s
         running = [
             w
@@ -84,8 +87,8 @@ class Watch:
         ]
         if usual_s is None or not running:
             return None
-        # Who waits for others came later to where it is than who is waited for.
-        worst = max(running, key=lambda w: w.phase_s)
+        # Of several in one part, who came there first: who waits for others came later.
+        worst = min(running, key=lambda w: (w.step, POINTS.index(w.phase), w.since_s))
         limit_s = max(STUCK_S, usual_s, TIMES * self._step_s.get(worst.number, 0.0))
         if worst.phase_s <= limit_s:
             return None

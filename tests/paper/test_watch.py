@@ -19,6 +19,7 @@ class Seen:
     step: int = 0
     phase: str = ""
     phase_s: float = 0.0
+    since_s: float = 0.0
 
 
 class Clock:
@@ -37,8 +38,8 @@ def walk(watch: Any, clock: Clock, worker: Seen, steps: int, step_s: float) -> N
         beat(watch, worker, worker.step + 1, 0.0)
 
 
-def beat(watch: Any, worker: Seen, step: int, for_s: float) -> None:
-    said = {"step": step, "phase": "step.backward", "for_s": for_s, "generation": worker.generation}
+def beat(watch: Any, worker: Seen, step: int, for_s: float, phase: str = "step.backward") -> None:
+    said = {"step": step, "phase": phase, "for_s": for_s, "generation": worker.generation}
     watch.beat(worker, said)
 
 
@@ -63,3 +64,32 @@ def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
     walk(watch, clock, worker, 1, 0.1)
     beat(watch, worker, worker.step, STUCK_S + 1)
     assert watch.stuck([worker]) is not None
+
+
+def under_way() -> tuple[Any, Clock, list[Seen]]:
+    """Two ranks after ten steps of 0.1 s."""
+    clock, ranks = Clock(), [Seen(1), Seen(2)]
+    watch: Any = Watch(5.0, 300.0, clock)
+    for _ in range(11):
+        clock.now_s += 0.1
+        for worker in ranks:
+            beat(watch, worker, worker.step + 1, 0.0)
+    return watch, clock, ranks
+
+
+def test_who_is_behind_is_the_one_that_is_stuck_not_who_waits_for_it() -> None:
+    """A fast rank waits in the message from before the slow one hangs in its own computation."""
+    watch, _, (hangs, waits) = under_way()
+    beat(watch, waits, 12, STUCK_S + 3, "step.reduce")
+    beat(watch, hangs, 12, STUCK_S - 1, "step.forward")
+    assert watch.stuck([waits, hangs]) is None
+    beat(watch, hangs, 12, STUCK_S + 1, "step.forward")
+    assert watch.stuck([waits, hangs])[0] is hangs
+
+
+def test_of_two_in_one_part_the_first_there_is_stuck_however_old_its_word() -> None:
+    watch, clock, (hangs, waits) = under_way()
+    beat(watch, hangs, 12, STUCK_S + 0.02, "step.reduce")
+    clock.now_s += 0.15
+    beat(watch, waits, 12, STUCK_S + 0.1, "step.reduce")
+    assert watch.stuck([waits, hangs])[0] is hangs
