@@ -23,7 +23,6 @@ interpreter of an environment that has them, `torchft`, `torchft-all`, `nvrx`, `
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -59,6 +58,9 @@ from benchmarks.watched import (
     until_rows,
 )
 from cordee.metrics.sinks import last_event
+
+TURNS, TURN_STEPS = 40, 10
+"""Of the two sides of `cost`."""
 
 GOALS_S = {
     "spare: kill rank 1": 0.3, "spare: kill rank 0": 0.3, "spare: SIGSTOP rank 1": 5.5,
@@ -206,33 +208,49 @@ def hosts(bench: Bench) -> list[Trial]:
 
 
 def cost(bench: Bench) -> dict[str, float]:
-    """Step medians without a fault: supervised, with a spare, and by hand as a launcher does."""
-    found: dict[str, float] = {}
-    by_hand = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    sides = ["supervised", "by hand"]
-    bench.random.shuffle(sides)
-    for side in sides:
-        with bench.watch() as run:
-            if side == "supervised":
-                run.start(command(run.folder, *bench.words()))
-                until_settled(run, run.started, 1)
-            else:
-                port = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-                for rank in range(2):
-                    mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    run.start(command(run.folder, *bench.words()), {**by_hand, **port, **mine})
-                until_rows(run, 60)
-            first, began_s = len(run.rows), time.monotonic()
-            used_s = cpu_s(run.started[0].pid)
-            until_rows(run, first + 150)
-            if side == "supervised":
-                used_s = cpu_s(run.started[0].pid) - used_s
-                found["supervisor's part of a core"] = used_s / (time.monotonic() - began_s)
-            rows = [run.rows[n] for n in range(first, first + 150)]
-            steps = [b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(rows)]
-            found[side] = median(steps)
-    found["ratio"] = found["supervised"] / found["by hand"]
-    return found
+    """Seconds of a step without a fault: supervised with a warm spare, and by hand as a launcher
+    does. Both live at once and take turns, the other stopped, so that both see the same noise."""
+    sides: dict[str, list[float]] = {"supervised": [], "by hand": []}
+    with bench.watch() as ours, bench.watch() as hand:
+        ours.start(command(ours.folder, *bench.words("fault.silence_s=60")))
+        until_settled(ours, ours.started, 1)
+        send_all(ours, signal.SIGSTOP)
+        around = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        around["MASTER_PORT"] = str(free_port())
+        for rank in ("0", "1"):
+            own = {**around, "RANK": rank, "LOCAL_RANK": rank}
+            hand.start(command(hand.folder, *bench.words()), own)
+        until_rows(hand, 60)
+        send_all(hand, signal.SIGSTOP)
+        before_s = cpu_s(ours.started[0].pid)
+        for _ in range(TURNS):
+            sides["supervised"].append(turn(ours))
+            sides["by hand"].append(turn(hand))
+        used_s = cpu_s(ours.started[0].pid) - before_s
+        for run in (ours, hand):
+            send_all(run, signal.SIGCONT)
+    ratios = [a / b for a, b in zip(*sides.values(), strict=True)]
+    awake_s = (TURN_STEPS + 2) * sum(sides["supervised"])
+    found = {side: median(each) for side, each in sides.items()}
+    return {**found, "ratio": median(ratios), "supervisor's part of a core": used_s / awake_s}
+
+
+def send_all(run: Watched, number: int) -> None:
+    """A signal to every process of a run; a supervisor hears it before its workers."""
+    for process in run.started:
+        for pid in (process.pid, *children(process.pid)):
+            send(pid, number)
+
+
+def turn(run: Watched) -> float:
+    """Mean seconds of a step while this run alone is awake."""
+    send_all(run, signal.SIGCONT)
+    run.look()
+    first = max(run.rows) + 2  # not the step that was stopped, nor the next one
+    run.until(lambda: max(run.rows) >= first + TURN_STEPS, 120, "a turn of steps")
+    send_all(run, signal.SIGSTOP)
+    rows = run.rows[first], run.rows[first + TURN_STEPS]
+    return float(rows[1]["elapsed_s"] - rows[0]["elapsed_s"]) / TURN_STEPS
 
 
 # ---- all of it -----------------------------------------------------------------------------------
