@@ -15,8 +15,8 @@ run's digest (a rival's: every step's loss) is that of a run without faults, bit
 
 Systems: `spare` (two workers, a warm spare), `cold` (no spare), `hosts` (two supervisors of one
 worker and a spare each, on loopback; a dead host is started again at once, a frozen one wakes after
-it was replaced), `cost` (no fault: supervised against the same two ranks started by hand; and what
-the supervisor itself uses), and those of rivals.py: `torchrun`, `torchrun-stop`, and, with the
+it was replaced), `cost` (no fault: step time with the supervisor and its spare running and stopped
+in turns, and what they use), and those of rivals.py: `torchrun`, `torchrun-stop`, and, with the
 interpreter of an environment that has them, `torchft`, `torchft-all`, `nvrx`, `nvrx-launcher`.
 """
 
@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 from benchmarks.rivals import RIVALS, interpreter, missing
@@ -55,12 +55,15 @@ from benchmarks.watched import (
     send,
     settled,
     step_median_s,
+    thread_s,
     until_rows,
 )
 from cordee.metrics.sinks import last_event
 
-TURNS, TURN_STEPS = 40, 10
-"""Of the two sides of `cost`."""
+TURNS, TURN_STEPS = 60, 10
+"""Of the two sides of `cost`. A checkpoint is due every 10 steps, so each turn has one."""
+LINE = "cordee line"
+"""The name of the thread in a worker that beats and hears the supervisor."""
 
 GOALS_S = {
     "spare: kill rank 1": 0.3, "spare: kill rank 0": 0.3, "spare: SIGSTOP rank 1": 5.5,
@@ -208,47 +211,45 @@ def hosts(bench: Bench) -> list[Trial]:
 
 
 def cost(bench: Bench) -> dict[str, float]:
-    """Seconds of a step without a fault: supervised with a warm spare, and by hand as a launcher
-    does. Both live at once and take turns, the other stopped, so that both see the same noise."""
-    sides: dict[str, list[float]] = {"supervised": [], "by hand": []}
-    with bench.watch() as ours, bench.watch() as hand:
-        ours.start(command(ours.folder, *bench.words("fault.silence_s=60")))
-        until_settled(ours, ours.started, 1)
-        send_all(ours, signal.SIGSTOP)
-        around = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        around["MASTER_PORT"] = str(free_port())
-        for rank in ("0", "1"):
-            own = {**around, "RANK": rank, "LOCAL_RANK": rank}
-            hand.start(command(hand.folder, *bench.words()), own)
-        until_rows(hand, 60)
-        send_all(hand, signal.SIGSTOP)
-        before_s = cpu_s(ours.started[0].pid)
+    """What supervision costs a step without a fault. Two runs of the same command differ by several
+    percent here, so one run is compared with itself: in turns its supervisor and warm spare are
+    stopped (`error`: the standard error of the mean ratio, which is what such turns can tell).
+    Finer is the processor time that they and the workers' own line threads use."""
+    steps: dict[int, list[float]] = {signal.SIGCONT: [], signal.SIGSTOP: []}
+    with bench.watch() as run:
+        host = run.start(command(run.folder, *bench.words("fault.silence_s=60")))
+        until_settled(run, [host], 1)
+        ranks = members(run.folder)
+        others = [host.pid, *(pid for pid in children(host.pid) if pid not in ranks)]
+
+        def used_s() -> float:
+            return sum(map(cpu_s, others)) + sum(thread_s(pid, LINE) for pid in ranks)
+
         for _ in range(TURNS):
-            sides["supervised"].append(turn(ours))
-            sides["by hand"].append(turn(hand))
-        used_s = cpu_s(ours.started[0].pid) - before_s
-        for run in (ours, hand):
-            send_all(run, signal.SIGCONT)
-    ratios = [a / b for a, b in zip(*sides.values(), strict=True)]
-    awake_s = (TURN_STEPS + 2) * sum(sides["supervised"])
-    found = {side: median(each) for side, each in sides.items()}
-    return {**found, "ratio": median(ratios), "supervisor's part of a core": used_s / awake_s}
-
-
-def send_all(run: Watched, number: int) -> None:
-    """A signal to every process of a run; a supervisor hears it before its workers."""
-    for process in run.started:
-        for pid in (process.pid, *children(process.pid)):
-            send(pid, number)
+            for number, each in steps.items():
+                for pid in others:
+                    send(pid, number)
+                each.append(turn(run))
+        for pid in others:
+            send(pid, signal.SIGCONT)
+        turn(run)  # what waited for them meanwhile is read now
+        before_s, began_s = used_s(), time.monotonic()
+        until_rows(run, len(run.rows) + TURNS * TURN_STEPS // 2)
+        used = (used_s() - before_s) / (time.monotonic() - began_s)
+        same = ending(run) == bench.clean()
+    ratios = [a / b for a, b in zip(*steps.values(), strict=True)]
+    return {
+        "step_s": median(steps[signal.SIGCONT]), "ratio": median(ratios),
+        "error": stdev(ratios) / math.sqrt(len(ratios)), "part of two cores": used / 2,
+        "same": same,
+    }  # fmt: skip
 
 
 def turn(run: Watched) -> float:
-    """Mean seconds of a step while this run alone is awake."""
-    send_all(run, signal.SIGCONT)
+    """Mean seconds of some steps from now on."""
     run.look()
-    first = max(run.rows) + 2  # not the step that was stopped, nor the next one
+    first = max(run.rows) + 2  # not the step of the change, nor the next one
     run.until(lambda: max(run.rows) >= first + TURN_STEPS, 120, "a turn of steps")
-    send_all(run, signal.SIGSTOP)
     rows = run.rows[first], run.rows[first + TURN_STEPS]
     return float(rows[1]["elapsed_s"] - rows[0]["elapsed_s"]) / TURN_STEPS
 
@@ -296,7 +297,7 @@ def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
 
 
 def spread(values: list[float]) -> list[float]:
-    """[median, smallest, largest], in milliseconds' precision."""
+    """[median, smallest, largest], to the thousandth."""
     return [round(v, 3) for v in (median(values), min(values), max(values))]
 
 

@@ -201,6 +201,16 @@ def cpu_s(pid: int) -> float:
     return 0.0
 
 
+def thread_s(pid: int, name: str) -> float:
+    """Seconds of processor time that the threads of that name in a process have used so far."""
+    found = 0.0
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            if (task / "comm").read_text().strip() == name:
+                found += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return found
+
+
 def send(pid: int, number: int) -> None:
     """A signal to a process that may be gone."""
     with suppress(ProcessLookupError):

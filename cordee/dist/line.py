@@ -194,6 +194,7 @@ class Line:
     # ---- the line's thread ----
 
     def _serve(self) -> None:
+        _name("line", "thread-self")
         due = 0.0
         while not self._talk.closed:
             now, seat = time.monotonic(), self._seat
@@ -284,10 +285,10 @@ def _uncounted(key: str) -> str:
     return rest if mark and head.isdigit() and len(head) < 10 else key
 
 
-def _name(what: str) -> None:
-    """What `top` and `ps` call this process; only Linux has it."""
+def _name(what: str, whose: str = "self") -> None:
+    """What `top` and `ps` call this process, or this thread of it; only Linux has it."""
     with suppress(OSError):
-        Path("/proc/self/comm").write_text(f"cordee {what}")
+        Path(f"/proc/{whose}/comm").write_text(f"cordee {what}")
 
 
 def open_line(told: Launched) -> Line | None:
