@@ -19,9 +19,10 @@ from cordee.config.hub import on_paper
 from cordee.config.load import RUN_FILE, differences, dump, flatten, load, override
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
+from cordee.data.manifest import DatasetInfo, is_dataset, read_info
+from cordee.data.mixed import is_mixture, sources_of
 from cordee.data.prepare import check_length, prepare, resolve
 from cordee.data.records import check_images
-from cordee.data.source import DatasetInfo, is_dataset, read_info
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
@@ -47,7 +48,8 @@ def settle(run: Run) -> Run:
     """Fills what depends on other keys: name, folder and a limit; checks everything on paper."""
     name = run.run.name or run.model.name
     values: dict[str, Any] = {"run.name": name, "run.dir": run.run.dir or f"runs/{name}"}
-    if not (run.run.steps or run.run.tokens or run.run.minutes):
+    limits = run.run
+    if not (limits.steps or limits.tokens or limits.epochs or limits.minutes):
         values["run.minutes"] = DEFAULT_MINUTES
     settled = override(run, values)
     check(settled)
@@ -102,9 +104,11 @@ def lay_out_data(run: Run) -> DatasetInfo:
         if is_dataset(place):
             info = read_info(place)
         else:
-            spec, tokens = run.data.path, run.data.tokens or None
-            held_out, seed, image = run.data.held_out, run.run.seed, run.model.image
-            info = prepare(spec, place, held_out, seed, tokens, image=image)
+            data, seed, image = run.data, run.run.seed, run.model.image
+            tokens, weights = data.tokens or None, data.weights
+            info = prepare(
+                data.path, place, data.held_out, seed, tokens, image=image, weights=weights
+            )
         check_images(info, run.model)
         check_length(info, run.data.sequence)
     except DataError:
@@ -114,6 +118,12 @@ def lay_out_data(run: Run) -> DatasetInfo:
                 shutil.rmtree(folder, ignore_errors=True)
         raise
     return info
+
+
+def data_place(run: Run, folder: Path) -> Path:
+    """Where the dataset of the run in `folder` lies: the snapshot there, or a prepared folder."""
+    place = folder / DATA_FOLDER
+    return place if is_dataset(place) else Path(run.data.path)
 
 
 def record(run: Run, plan: Plan) -> None:
@@ -185,7 +195,7 @@ def launch_ranks(run: Run, plan: Plan) -> int:
             drills=fault.kills,
             interface=interface(run),
         )
-        data = read_info(Path(run.run.dir) / DATA_FOLDER).fingerprint
+        data = read_info(data_place(run, Path(run.run.dir))).fingerprint
         island = replace(layout, island=1).describe()
         return supervise(post, meet(run, data, island, plan.device))
 
@@ -272,7 +282,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         and standing.finished is None
         and not (Path(run.run.dir) / DATA_FOLDER).exists()
     ):
-        resolve(run.data.path, run.model)
+        resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
     if launches and run.launch.join:
@@ -285,7 +295,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
 
 def _check_shared(run: Run) -> None:
     """ConfigError when this host does not see the folder of the run that it wants to join."""
-    if not is_dataset(Path(run.run.dir) / DATA_FOLDER):
+    folder = Path(run.run.dir)
+    if not (is_dataset(data_place(run, folder)) and (folder / LOCK_FILE).exists()):
         raise ConfigError(
             "there is no run in this folder yet; the hosts of a run share its folder",
             values={"run.dir": run.run.dir, "launch.join": run.launch.join},
@@ -317,8 +328,10 @@ def _check_vocabulary(run: Run, symbols: int) -> None:
 
 def vocabulary_of(run: Run) -> int:
     """Size of the vocabulary before the data is read."""
-    if is_dataset(Path(run.data.path)):
-        return read_info(Path(run.data.path)).vocabulary
+    path = run.data.path
+    for source in sources_of(path) if is_mixture(path) else [path]:
+        if is_dataset(Path(source)):
+            return read_info(Path(source)).vocabulary
     return MARKOV_SYMBOLS if run.data.path == MARKOV else 256
 
 

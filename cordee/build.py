@@ -19,9 +19,10 @@ from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Holding, Progress, holdings
 from cordee.config.run import Run
 from cordee.data.loader import Loader
+from cordee.data.manifest import DatasetInfo
 from cordee.data.order import Order
 from cordee.data.samples import SampleLoader, Samples
-from cordee.data.source import DatasetInfo, TokenSource, open_dataset
+from cordee.data.source import TokenSource, open_dataset
 from cordee.dist.mesh import WORKERS, Mesh, make_mesh, places
 from cordee.dist.start import World
 from cordee.fault.guard import Guard
@@ -54,8 +55,9 @@ class RunState:
     """A live run on this rank. What survives a restart is listed in checkpoint/state.py.
 
     `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
-    counts for which microbatch's loss (see `gather_tally`); `balance` is None where shares stay as
-    they are; `brought` is the type of a model that the caller brought.
+    counts for which microbatch's loss (see `gather_tally`); `epoch_rows` are the samples of a pass
+    over the data; `balance` is None where shares stay as they are; `brought` is the type of a model
+    that the caller brought.
     """
 
     run: Run
@@ -76,6 +78,7 @@ class RunState:
     spoken: list[range]
     totals: Totals | None
     held_out: TokenSource | Samples | None
+    epoch_rows: int
     balance: Balance | None = None
     brought: str = ""
     neighbour: Neighbour | None = None
@@ -87,10 +90,15 @@ class RunState:
         return Path(self.run.run.dir)
 
     @property
+    def step_rows(self) -> int:
+        """Samples of one step, over all ranks."""
+        return self.run.batch.microbatches * self.run.batch.microbatch
+
+    @property
     def step_tokens(self) -> int:
         """Training tokens of one step, over all ranks."""
-        rows = self.run.batch.microbatches * self.run.batch.microbatch
-        return rows if self.live.loss is not None else rows * self.run.data.sequence
+        foreign = self.live.loss is not None
+        return self.step_rows if foreign else self.step_rows * self.run.data.sequence
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -213,6 +221,7 @@ def build(
         spoken=speakers(run, plan, live.stages),
         totals=None if mesh.size(*INSIDE) == 1 else IslandTotals(mesh, live.specs, live.every),
         held_out=open_held_out(data, parts.held_out) if before is None else before.held_out,
+        epoch_rows=data.rows("train", run.data.sequence) if parts.data is None else len(parts.data),
         balance=make_balance(run, plan),
         brought=parts.model_name,
     )
@@ -291,21 +300,13 @@ def make_work(
 
 def make_loader(run: Run, data: DatasetInfo, device: str, brought: Samples | None) -> Microbatches:
     """The training split, or the samples that were brought, in their global order."""
+    rows = run.batch.microbatch
     if brought is not None:
-        return SampleLoader(brought, make_order(run, len(brought)))
+        order = Order(run.run.seed, len(brought), rows, run.batch.microbatches)
+        return SampleLoader(brought, order)
     source = open_dataset(data.folder, "train")
-    order = make_order(run, source.rows(run.data.sequence))
+    order = source.order(run.run.seed, run.data.sequence, rows, run.batch.microbatches)
     return Loader(source, order, run.data.sequence, device, run.data.prefetch)
-
-
-def make_order(run: Run, rows: int) -> Order:
-    """(seed, step, microbatch) -> rows."""
-    return Order(
-        seed=run.run.seed,
-        rows=rows,
-        microbatch_rows=run.batch.microbatch,
-        microbatches=run.batch.microbatches,
-    )
 
 
 def make_sync(run: Run, plan: Plan, mesh: Mesh, canonical: bool) -> Sync:

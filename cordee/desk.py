@@ -117,6 +117,8 @@ class Desk:
             parts.append(at.step / limits.steps)
         if limits.tokens:
             parts.append(at.tokens / limits.tokens)
+        if limits.epochs:
+            parts.append(at.step * state.step_rows / (limits.epochs * state.epoch_rows))
         if limits.minutes:
             parts.append(at.elapsed_s / (60 * limits.minutes))
         return max(parts)

@@ -50,6 +50,12 @@ class Parts:
                 values={n: getattr(self, n) is not None for n in ("model", "loss", "data")},
                 fix="cordee.train(run, model=module, loss=function, data=samples)",
             )
+        if self.loader is not None and run.run.epochs:
+            raise ConfigError(
+                "a loader of your own does not say how long a pass over its samples is",
+                values={"run.epochs": run.run.epochs},
+                fix="run.steps=1000",
+            )
         if self.model is None:
             return
         name = self.model_name

@@ -26,7 +26,7 @@ from cordee.checkpoint.rescue import Rescued, rescue, told_of
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Progress, describe, progress_of, reader
 from cordee.config.run import Run
-from cordee.data.source import DatasetInfo
+from cordee.data.manifest import DatasetInfo
 from cordee.desk import Desk
 from cordee.dist.exchange import gather_rows
 from cordee.dist.line import Line

@@ -32,8 +32,9 @@ from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
 from cordee.config.run import Run
 from cordee.data.loader import held_out
+from cordee.data.manifest import DatasetInfo, changed_sources
 from cordee.data.samples import batches, describe_samples
-from cordee.data.source import DatasetInfo, TokenSource, changed_sources
+from cordee.data.source import TokenSource
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.line import open_line

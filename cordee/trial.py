@@ -30,8 +30,8 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     is not finite (the last value then is infinity). Writes nothing but the run's data.
     """
     alone = {f"layout.{name}": value for name, value in vars(Run().layout).items()}
-    limits = {"run.steps": max(1, len(lr_of_step)), "run.minutes": 0.0, "run.tokens": 0}
-    values = {"run.seed": seed, **alone, **limits}
+    none = {"run.minutes": 0.0, "run.tokens": 0, "run.epochs": 0}
+    values = {"run.seed": seed, **alone, **none, "run.steps": max(1, len(lr_of_step))}
     run = settle(override(run, values))
     data = lay_out_data(run)
     plan = make_plan(on_paper(run), local_cluster(), data.vocabulary, 1)

@@ -17,11 +17,13 @@ def run(argv: list[str]) -> int:
     made = parser(
         "data",
         "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards;\n"
-        "records:FILE,FILE are images, with model.image.side, .channels and .classes.\n"
+        "records:FILE,FILE are images, with model.image.side, .channels and .classes;\n"
+        "sources with semicolons between are a mixture, drawn by --weights.\n"
         "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.\n"
         "ledger RUN: proves from the run's records that each step took its samples exactly once\n"
         "(exit code 1 if not); --step N: which samples it took; --sample S: which steps took it.",
         'cordee data prepare "docs/**/*.md" shards --held-out 0.05\n'
+        '  cordee data prepare "shards;src" mixed --weights 7,3\n'
         "  cordee data inspect shards\n"
         "  cordee train data.path=shards\n"
         "  cordee data ledger runs/tiny --sample 17",
@@ -30,6 +32,7 @@ def run(argv: list[str]) -> int:
     )
     made.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
     made.add_argument("--seed", type=int, default=0, help="chooses what is held out")
+    made.add_argument("--weights", default="", help='of a mixture "one;two": numbers, as in 7,3')
     made.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
     made.add_argument("--step", type=int, help="of a run, from 1")
     made.add_argument("--sample", type=int, help="a row's number in the training split")
@@ -39,7 +42,10 @@ def run(argv: list[str]) -> int:
         case ("prepare", source, folder):
             flags = words.flags
             tokens, image = flags.tokens or None, words.load().run.model.image
-            info = prepare(source, Path(folder), flags.held_out, flags.seed, tokens, image=image)
+            where, weights = Path(folder), flags.weights
+            info = prepare(
+                source, where, flags.held_out, flags.seed, tokens, image=image, weights=weights
+            )
             known: dict[str, Any] = inspect(info.folder)
         case ("inspect", folder):
             known = inspect(Path(folder))

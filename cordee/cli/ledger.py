@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cordee.begin import DATA_FOLDER
+from cordee.begin import data_place
 from cordee.cli.places import find_run
 from cordee.config.load import RUN_FILE, load
+from cordee.config.run import Run
 from cordee.data.ledger import prove, uses_of
+from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.order import Order
-from cordee.data.source import is_dataset, open_dataset
+from cordee.data.source import open_dataset
 from cordee.errors import ConfigError
 from cordee.metrics.sinks import read_lines
 
@@ -21,7 +23,9 @@ from cordee.metrics.sinks import read_lines
 def tell(word: str, flags: Namespace) -> int:
     """Prints what is asked of the run `word`; 1 when its records do not prove exactly-once."""
     folder = find_run("data ledger", word)
-    order, rows = order_of(folder), read_lines(folder / "metrics.jsonl")
+    run = load(str(folder / RUN_FILE)).run
+    info = dataset_of(run, folder)
+    order, rows = order_of(run, info), read_lines(folder / "metrics.jsonl")
     steps = max((int(row["step"]) for row in rows), default=0)
     if flags.step is not None and flags.sample is not None:
         raise ConfigError(
@@ -33,29 +37,53 @@ def tell(word: str, flags: Namespace) -> int:
         return _print(_of_step(order, steps, flags.step, rows), flags.json)
     if flags.sample is not None:
         uses = [asdict(use) for use in uses_of(order, flags.sample, steps)]
-        return _print({"sample": flags.sample, "steps": steps, "uses": uses}, flags.json)
+        source = _source_of(order, info, flags.sample)
+        return _print({"sample": flags.sample, **source, "steps": steps, "uses": uses}, flags.json)
     proof = prove(order, rows)
     known = {"holds": proof.holds, "samples": order.rows, **asdict(proof)}
-    _print({**known, "epochs": round(proof.epochs, 4)}, flags.json)
+    known |= {"epochs": round(proof.epochs, 4), **_drawn(order, info, proof.steps)}
+    _print(known, flags.json)
     return 0 if proof.holds else 1
 
 
-def order_of(folder: Path) -> Order:
-    """The order of a run's samples, from its folder; ConfigError when its samples are not there."""
-    run = load(str(folder / RUN_FILE)).run
-    place = next(
-        (p for p in (folder / DATA_FOLDER, Path(run.data.path)) if is_dataset(p)), None
-    )  # fmt: skip
-    if place is None:
+def _source_of(order: Order, info: DatasetInfo, sample: int) -> dict[str, Any]:
+    """Which source of a mixture a sample is of, and its number there."""
+    if order.mixture is None:
+        return {}
+    number = order.mixture.source_of(sample)
+    return {"source": info.parts[number].name, "row": sample - order.mixture.starts[number]}
+
+
+def _drawn(order: Order, info: DatasetInfo, steps: int) -> dict[str, Any]:
+    """How often each source of a mixture was drawn: samples, and epochs of its own rows."""
+    if order.mixture is None:
+        return {}
+    drawn = order.mixture.drawn(steps * order.step_rows)
+    each = zip(info.parts, order.mixture.rows, drawn, strict=True)
+    return {
+        "sources": [
+            {"name": part.name, "weight": part.weight, "drawn": n, "epochs": round(n / rows, 4)}
+            for part, rows, n in each
+        ]
+    }
+
+
+def dataset_of(run: Run, folder: Path) -> DatasetInfo:
+    """The dataset of the run in `folder`; ConfigError when its samples are not there."""
+    place = data_place(run, folder)
+    if not is_dataset(place):
         raise ConfigError(
             "the run's samples were brought by a program: their number is not in its folder",
             values={"RUN": str(folder), "data.path": run.data.path},
             fix="cordee.data.ledger.prove with their Order",
         )
-    source = open_dataset(place, "train", verify=False)
-    batch = run.batch
-    count = source.rows(run.data.sequence)
-    return Order(run.run.seed, count, batch.microbatch, batch.microbatches)
+    return read_info(place)
+
+
+def order_of(run: Run, info: DatasetInfo) -> Order:
+    """The order of a run's samples."""
+    source, batch = open_dataset(info.folder, "train", verify=False), run.batch
+    return source.order(run.run.seed, run.data.sequence, batch.microbatch, batch.microbatches)
 
 
 def _of_step(order: Order, steps: int, step: int, rows: list[dict[str, Any]]) -> dict[str, Any]:

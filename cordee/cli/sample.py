@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from pathlib import Path
 
+from cordee.begin import data_place
 from cordee.cli.arguments import parser, read
 from cordee.cli.places import refuse_brought, run_of
 from cordee.config.run import Run
-from cordee.data.source import read_info
+from cordee.data.manifest import read_info
 from cordee.errors import ConfigError
 
 
@@ -35,8 +35,7 @@ def run(argv: list[str]) -> int:
         )
     folder, wanted = run_of("sample", words.run)
     refuse_brought("sample", folder)
-    place = folder / "data"
-    info = read_info(place if place.exists() else Path(wanted.data.path))
+    info = read_info(data_place(wanted, folder))
     if info.tokenizer != "bytes":
         raise ConfigError(
             "the run's tokens are no text",

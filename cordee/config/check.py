@@ -82,6 +82,7 @@ def _check_ranges(run: Run) -> None:
         "batch.microbatch": (run.batch.microbatch, 1),
         "batch.microbatches": (run.batch.microbatches, 1),
         "run.steps": (run.run.steps, 0), "run.tokens": (run.run.tokens, 0),
+        "run.epochs": (run.run.epochs, 0),
         "run.minutes": (run.run.minutes, 0), "run.seed": (run.run.seed, 0),
         "optim.weight_decay": (run.optim.weight_decay, 0),
         "optim.adam_lr": (run.optim.adam_lr, 0), "optim.eps": (run.optim.eps, 0),
@@ -268,7 +269,7 @@ def _check_run(run: Run) -> None:
 
 
 def _check_exact(run: Run) -> None:
-    if run.run.minutes and not (run.run.steps or run.run.tokens):
+    if run.run.minutes and not (run.run.steps or run.run.tokens or run.run.epochs):
         raise ConfigError(
             "run.exact cannot follow a clock",
             values={"run.exact": True, "run.minutes": run.run.minutes},

@@ -33,6 +33,10 @@ class RunSettings:
     """Stop after this many optimiser steps; 0 means no limit by steps."""
     tokens: int = 0
     """Stop once this many training tokens were used; 0 means no limit by tokens."""
+    epochs: int = 0
+    """Stop with the step that completes so many passes over the training samples (of a mixture: as
+    many samples as its sources have together); 0 means no limit. What is over in that step is taken
+    from the next pass, as steps are whole."""
     minutes: float = 0.0
     """Stop after this many minutes of training; 0 means no limit by time (1.5 when no limit is
     given at all). The learning-rate schedule follows the limit that is nearest."""
@@ -59,7 +63,11 @@ class RunSettings:
 class DataSettings:
     path: str = "builtin:stdlib"
     """builtin:stdlib, builtin:markov, builtin:shapes (images), a prepared folder, or files, folders
-    and globs of text separated by commas; records:FILE,FILE for files of images (model.image)."""
+    and globs of text separated by commas; records:FILE,FILE for files of images (model.image).
+    Semicolons between such sources of text make a mixture, drawn by data.weights."""
+    weights: str = ""
+    """How often each source of a mixture is drawn, as numbers with commas ("7,3"); empty: by size.
+    Refused without a mixture."""
     sequence: int = 256
     """Tokens a training sequence has; for classifiers the bytes of an image with its label."""
     held_out: float = 0.1

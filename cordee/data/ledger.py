@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cordee.data.order import Order, invert
+from cordee.data.order import Order
 from cordee.errors import DataError
 
 DIGEST_BITS = 52
@@ -57,12 +57,10 @@ def uses_of(order: Order, sample: int, steps: int) -> list[Use]:
             values={"sample": sample, "samples": order.rows},
             fix=f"0 to {order.rows - 1}",
         )
-    total, found = steps * order.step_rows, []
-    for epoch in range(-(-total // order.rows)):
-        place = int(invert(np.array([sample], np.int64), order.rows, order.seed, epoch)[0])
-        step, rest = divmod(epoch * order.rows + place, order.step_rows)
-        if step < steps:
-            found.append(Use(step + 1, *divmod(rest, order.microbatch_rows), epoch))
+    found = []
+    for position, epoch in sorted(order.uses_of(sample, steps * order.step_rows)):
+        step, rest = divmod(position, order.step_rows)
+        found.append(Use(step + 1, *divmod(rest, order.microbatch_rows), epoch))
     return found
 
 

@@ -7,13 +7,11 @@ are read twice, first to count and refuse, then to write, so nothing is written 
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings, ModelSettings
@@ -22,13 +20,13 @@ from cordee.data.builtin import (
     MARKOV_SYMBOLS,
     MARKOV_TOKENS,
     SHAPES,
-    Corpus,
-    Document,
     find_corpus,
     markov_tokens,
     probe_corpus,
 )
-from cordee.data.order import Order, mixing
+from cordee.data.manifest import SPLITS, DatasetInfo, Shard, changed_sources, is_dataset, read_info
+from cordee.data.mixed import is_mixture, prepare_mixture, probe_mixture
+from cordee.data.order import mixing
 from cordee.data.records import (
     check_images,
     find_records,
@@ -39,24 +37,9 @@ from cordee.data.records import (
 )
 from cordee.data.shapes import SHAPES_IMAGES
 from cordee.data.shards import SHARD_BYTES, ShardWriter, making, write_manifest
-from cordee.data.source import (
-    SPLITS,
-    SUM_BLOCK_BYTES,
-    DatasetInfo,
-    Shard,
-    changed_sources,
-    check_shard,
-    is_dataset,
-    map_shard,
-    open_dataset,
-    read_info,
-)
+from cordee.data.source import SUM_BLOCK_BYTES, check_shard, map_shard, open_dataset
+from cordee.data.text import write_text
 from cordee.errors import DataError
-
-# From this many documents on, whole ones are held out; below, the tail of each.
-WHOLE_DOCUMENTS = 10
-END_OF_DOCUMENT = 0
-_READ_BYTES = 16 << 20
 
 
 def prepare(
@@ -67,16 +50,18 @@ def prepare(
     tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     image: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
+    weights: str = "",
 ) -> DatasetInfo:
     """Make the dataset `folder` from `path_spec`, or nothing: it is renamed into place when whole.
 
     `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
-    dataset already is returned as it is. `held_out` is the fraction kept from training: whole
+    dataset already is returned as it is. With semicolons it is a mixture of such sources, drawn by
+    `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training: whole
     documents by keyed hash from 10 documents on, else the tail of each; of images, random ones.
     `tokens` is the length of a synthetic train split, and of no other source; `image` is the form
     of images. DataError for whatever cannot be read or done.
     """
-    _check_asked(path_spec, held_out, tokens)
+    _check_asked(path_spec, held_out, tokens, weights)
     if is_dataset(Path(path_spec)):
         return read_info(Path(path_spec))
     folder = Path(folder)
@@ -86,6 +71,8 @@ def prepare(
             values={"folder": str(folder)},
             fix=f"use it: data.path={folder}" if is_dataset(folder) else "name a new folder",
         )
+    if is_mixture(path_spec):
+        return prepare_mixture(path_spec, weights, folder, held_out, seed, shard_bytes)
     split = {"held_out": held_out, "seed": seed}
     if path_spec == MARKOV:
         train_tokens = MARKOV_TOKENS if tokens is None else tokens
@@ -104,14 +91,15 @@ def prepare(
             write_manifest(place, {**content, **split, "entropy_bits": None})
     else:
         corpus = find_corpus(path_spec)
-        cuts = _cuts(corpus.documents, held_out, seed)
         with making(folder) as place:
-            content = _write_text(place, corpus, cuts, shard_bytes)
+            content = write_text(place, corpus, held_out, seed, shard_bytes)
             write_manifest(place, {**content, **split, "entropy_bits": None})
     return read_info(folder)
 
 
-def _check_asked(path_spec: str, held_out: float, tokens: int | None) -> None:
+def _check_asked(path_spec: str, held_out: float, tokens: int | None, weights: str) -> None:
+    if weights and not is_mixture(path_spec):
+        raise only_mixtures(path_spec, weights)
     if not 0.0 <= held_out < 1.0:
         raise DataError(
             "the held-out fraction is not in [0, 1)",
@@ -124,69 +112,6 @@ def _check_asked(path_spec: str, held_out: float, tokens: int | None) -> None:
             values={"data.path": path_spec, "tokens": tokens},
             fix=f"leave it out, or data.path={MARKOV}",
         )
-
-
-def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[int]:
-    """For each document how many of its first bytes train; the rest is held out."""
-    if held_out == 0.0:
-        return [document.bytes for document in documents]
-    if len(documents) < WHOLE_DOCUMENTS:
-        return [document.bytes - int(document.bytes * held_out) for document in documents]
-    key = seed % (1 << 64)
-    numbers = sorted(
-        range(len(documents)),
-        key=lambda n: (xxhash.xxh3_64_intdigest(os.fsencode(documents[n].name), seed=key), n),
-    )
-    wanted = held_out * sum(document.bytes for document in documents)
-    chosen: list[int] = []
-    kept = 0
-    for number in numbers[:-1]:
-        # One huge document must not turn a tenth into a half: it stays in training.
-        if kept < wanted and kept + documents[number].bytes <= 1.5 * wanted:
-            chosen.append(number)
-            kept += documents[number].bytes
-    if not chosen:
-        chosen = [min(numbers, key=lambda n: documents[n].bytes)]
-    aside = set(chosen)
-    return [0 if n in aside else document.bytes for n, document in enumerate(documents)]
-
-
-def _write_text(place: Path, corpus: Corpus, cuts: list[int], shard_bytes: int) -> dict[str, Any]:
-    writers = {split: ShardWriter(place, split, shard_bytes) for split in SPLITS}
-    for document, cut in zip(corpus.documents, cuts, strict=True):
-        _write_document(document, cut, writers)
-    sources = [
-        {"path": str(d.path.absolute()), "bytes": d.bytes, "mtime_ns": d.mtime_ns}
-        for d in corpus.documents
-    ]
-    return {
-        "name": corpus.name,
-        "vocabulary": 256,
-        "tokenizer": "bytes",
-        "end_of_document": END_OF_DOCUMENT,
-        "sources": sources,
-        "skipped": corpus.skipped,
-        "splits": {split: asdict(writer.close()) for split, writer in writers.items()},
-    }
-
-
-def _write_document(document: Document, cut: int, writers: dict[str, ShardWriter]) -> None:
-    end = np.array([END_OF_DOCUMENT], dtype=np.uint8)
-    with open(document.path, "rb") as file:
-        for split, size in zip(SPLITS, (cut, document.bytes - cut), strict=True):
-            left = size
-            while left and (piece := file.read(min(left, _READ_BYTES))) and b"\0" not in piece:
-                writers[split].add(np.frombuffer(piece, dtype=np.uint8))
-                left -= len(piece)
-            if left:
-                raise DataError(
-                    "a source changed while it was being read",
-                    values={"file": str(document.path), "bytes_expected": document.bytes},
-                    fix="prepare again when nothing writes to it",
-                )
-            if size:
-                writers[split].add(end)
-                writers[split].end_document()
 
 
 def _write_chain(
@@ -210,11 +135,30 @@ def _write_chain(
     }
 
 
-def resolve(path_spec: str, model: ModelSettings = ModelSettings()) -> None:  # noqa: B008 - frozen
+def only_mixtures(path_spec: str, weights: str) -> DataError:
+    """What is said of weights without sources to weigh."""
+    return DataError(
+        "weights are for a mixture: sources with semicolons between",
+        values={"data.path": path_spec, "data.weights": weights},
+        fix="data.path='one;two', or leave data.weights out",
+    )
+
+
+def resolve(
+    path_spec: str,
+    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
+    weights: str = "",
+) -> None:
     """Raise what `prepare` would raise about its sources, without reading them all through, and
     what `model` cannot learn from."""
+    if weights and not is_mixture(path_spec):
+        raise only_mixtures(path_spec, weights)
     if is_dataset(Path(path_spec)):
         check_images(read_info(Path(path_spec)), model)
+    elif is_mixture(path_spec):
+        if model.classifies:
+            raise text_refused(model, path_spec)
+        probe_mixture(path_spec, weights)
     elif is_images(path_spec):
         if path_spec != SHAPES:
             find_records(path_spec, model.image)
@@ -225,11 +169,17 @@ def resolve(path_spec: str, model: ModelSettings = ModelSettings()) -> None:  # 
 
 
 def check_length(info: DatasetInfo, sequence: int) -> None:
-    """DataError unless every split that was asked for holds one row of `sequence` tokens."""
-    asked = [split for split in SPLITS if split == "train" or info.held_out > 0]
-    fits = min(info.splits[split].tokens for split in asked) - 1
-    for split in asked:
-        tokens = info.splits[split].tokens
+    """DataError unless every split that was asked for holds one row of `sequence` tokens, and in a
+    mixture each source's part of it."""
+    names = [part.name for part in info.parts] or [info.name]
+    asked = {
+        (split, name): sum(shard.tokens for shard in shards)
+        for split in SPLITS
+        if split == "train" or info.held_out > 0
+        for name, shards in zip(names, info.shards_of(split), strict=True)
+    }
+    fits = min(asked.values()) - 1
+    for (split, name), tokens in asked.items():
         if tokens < sequence + 1:
             more = "more text" if split == "train" else "more text, or data.held_out=0"
             raise DataError(
@@ -238,6 +188,7 @@ def check_length(info: DatasetInfo, sequence: int) -> None:
                     "data.sequence": sequence,
                     "tokens": tokens,
                     "data.held_out": info.held_out,
+                    **({"source": name} if info.parts else {}),
                 },
                 fix=f"data.sequence={fits}" if fits >= 1 else more,
             )
@@ -299,6 +250,7 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
     first = start.tobytes().split(b"\0")[0].decode("utf-8", "replace")
     sequence = ImageSettings(**info.images).record if info.images else sequence
     rows = source.rows(sequence)
+    order = source.order(info.seed, sequence, 1, 1) if rows else None
     return {
         "name": info.name,
         "fingerprint": info.fingerprint,
@@ -315,14 +267,27 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
                 "documents": sum(shard.documents for shard in split.shards),
                 "shards": len(split.shards),
                 "bytes": sum(shard.bytes for shard in split.shards),
-                "rows": max(0, (split.tokens - 1) // sequence),
+                "rows": info.rows(name, sequence),
             }
             for name, split in info.splits.items()
         },
+        **({"parts": _parts(info, sequence)} if info.parts else {}),
         "sequence": sequence,
         "sources": len(info.sources),
         "changed_sources": changed_sources(info),
         "skipped": dict(info.skipped),
         "first_document": first if info.tokenizer == "bytes" else start[:32].tolist(),
-        "mixing": asdict(mixing(Order(info.seed, rows, 1, 1))) if rows else None,
+        "mixing": asdict(mixing(order)) if order else None,
     }
+
+
+def _parts(info: DatasetInfo, sequence: int) -> list[dict[str, Any]]:
+    """Of each source of a mixture: its name, weight, share of what is drawn, and rows."""
+    whole, sizes = sum(part.weight for part in info.parts), info.rows_of_parts("train", sequence)
+    return [
+        {
+            "name": part.name, "weight": part.weight, "share": round(part.weight / whole, 6),
+            "rows": rows,
+        }
+        for part, rows in zip(info.parts, sizes, strict=True)
+    ]  # fmt: skip

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings, ModelSettings
 from cordee.data.builtin import SHAPES, raw_words
+from cordee.data.manifest import SPLITS, DatasetInfo
 from cordee.data.shapes import shape_records
 from cordee.data.shards import ShardWriter
-from cordee.data.source import SPLITS, DatasetInfo
 from cordee.errors import DataError
 
 RECORDS = "records:"

@@ -17,8 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cordee.data.manifest import DatasetInfo
 from cordee.data.order import Order
-from cordee.data.source import DatasetInfo
 from cordee.errors import DataError
 
 Batch = tuple[Tensor, ...]

@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from cordee.data.source import (
-    FORMAT,
-    MANIFEST,
-    Shard,
-    Split,
-    fingerprint_of,
-    sync,
-    write_sums,
-)
+from cordee.data.manifest import FORMAT, MANIFEST, Shard, Split, fingerprint_of
+from cordee.data.source import sync, write_sums
 from cordee.errors import DataError
 
 SHARD_BYTES = 256 << 20

@@ -1,8 +1,8 @@
-"""The dataset folder: its description, its checksums, and tokens by row through a memory map.
+"""The dataset folder: its checksums, and tokens by row through a memory map.
 
-A folder holds `dataset.json`, shards in safetensors (`tokens`, `doc_ends`) and, beside each shard,
-its `.sums`. Not here: making the folder (`prepare`), the order of rows (`order`), tensors
-(`loader`). Traded away: compression and remote stores; a row is one copy from mapped memory.
+A folder holds `dataset.json` (`manifest`), shards in safetensors (`tokens`, `doc_ends`) and, beside
+each shard, its `.sums`. Not here: making the folder (`prepare`), the order of rows (`order`),
+tensors (`loader`). Traded away: compression and remote stores; a row is one copy from a memory map.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,142 +19,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from cordee.data.manifest import SPLITS, Shard, read_info, rows_in
+from cordee.data.mixture import Mixture
+from cordee.data.order import Order
 from cordee.errors import DataError
 
-FORMAT = "cordee-data-1"
-MANIFEST = "dataset.json"
-SPLITS = ("train", "held_out")
 SUM_BLOCK_BYTES = 4 << 20
 _DTYPES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 _Tokens = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: `documents` end in it, `bytes` is the size of the whole file."""
-
-    file: str
-    tokens: int
-    documents: int
-    bytes: int
-    xxh3_128: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """The shards of `train` or `held_out`, in order, and their tokens together."""
-
-    shards: tuple[Shard, ...]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file the dataset was made from, as it was then."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What `dataset.json` says, and the `folder` it lies in.
-
-    `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
-    that any model can reach, in bits per token, where it is known. `held_out` is the fraction
-    that was asked for. `skipped` counts files left out, by reason. `images` are the form of images
-    (the fields of ImageSettings) where the tokens are such.
-    """
-
-    folder: Path
-    name: str
-    vocabulary: int
-    dtype: str
-    tokenizer: str
-    bytes_per_token: float
-    entropy_bits: float | None
-    end_of_document: int | None
-    held_out: float
-    seed: int
-    sources: tuple[SourceFile, ...]
-    skipped: Mapping[str, int]
-    splits: Mapping[str, Split]
-    fingerprint: str
-    images: Mapping[str, int] | None = None
-
-    def description(self) -> dict[str, Any]:
-        """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
-        plain = asdict(self)
-        del plain["folder"]
-        if self.images is None:
-            del plain["images"]
-        return {"format": FORMAT, **plain}
-
-
-def fingerprint_of(description: Mapping[str, Any]) -> str:
-    """xxh3-128 of the canonical JSON of a description (sorted keys, no spaces, ASCII).
-
-    Left out is what may differ though the tokens are the same: where the sources lay, when they
-    were written, how many neighbours of theirs were skipped, and the fingerprint itself.
-    """
-    content = {k: v for k, v in description.items() if k not in ("fingerprint", "skipped")}
-    content["sources"] = [{"bytes": source["bytes"]} for source in content["sources"]]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def is_dataset(folder: Path) -> bool:
-    """Whether the folder holds a `dataset.json`."""
-    return os.path.isfile(folder / MANIFEST)
-
-
-def read_info(folder: Path) -> DatasetInfo:
-    """Read `dataset.json`. DataError if it is missing, of another format, or altered since."""
-    path = Path(folder) / MANIFEST
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"no dataset can be read here: {error.strerror}",
-            values={"file": str(path)},
-            fix="make one with: cordee data prepare",
-        ) from error
-    try:
-        plain = json.loads(text)
-        found = plain.pop("format")
-        if found == FORMAT and fingerprint_of(plain | {"format": found}) == plain["fingerprint"]:
-            plain["sources"] = tuple(SourceFile(**source) for source in plain["sources"])
-            plain["splits"] = {name: _split(plain["splits"][name]) for name in SPLITS}
-            return DatasetInfo(folder=Path(folder), **plain)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        found = None
-    raise DataError(
-        "dataset.json is not what was written: its fingerprint does not fit its content"
-        if found == FORMAT
-        else "dataset.json is damaged or of another format",
-        values={"file": str(path), "format": found, "expected": FORMAT},
-        fix="prepare the dataset again, into a new folder",
-    )
-
-
-def _split(plain: Mapping[str, Any]) -> Split:
-    return Split(tuple(Shard(**shard) for shard in plain["shards"]), plain["tokens"])
-
-
-def changed_sources(info: DatasetInfo) -> list[str]:
-    """Paths of source files that vanished, or whose size or time is not what it was when read."""
-    changed = []
-    for source in info.sources:
-        try:
-            now = os.stat(source.path)
-        except OSError:
-            changed.append(source.path)
-            continue
-        if (now.st_size, now.st_mtime_ns) != (source.bytes, source.mtime_ns):
-            changed.append(source.path)
-    return changed
 
 
 def write_sums(path: Path) -> str:
@@ -296,11 +168,16 @@ class TokenSource:
 
     Open it with `open_dataset`. Row i of length L is tokens [i*L, i*L + L + 1) of the split's
     stream: rows share one border token (the last target is the next row's first input), may
-    straddle shards and documents, and only a tail shorter than a row is left out.
+    straddle shards and documents, and only a tail shorter than a row is left out. In a mixture each
+    source has rows of its own, numbered on from the source before.
     """
 
-    def __init__(self, parts: list[_Tokens], dtype: str) -> None:
+    def __init__(
+        self, parts: list[_Tokens], dtype: str, mixed: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """`mixed`: the weight and the tokens of each source of a mixture, in the stream's order."""
         self.dtype = np.dtype(dtype)
+        self._mixed = tuple(mixed)
         self._parts = parts
         # starts[k] is the first token of part k; one more entry closes the last part.
         self._starts = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
@@ -309,11 +186,33 @@ class TokenSource:
 
     def rows(self, sequence: int) -> int:
         """How many rows of `sequence` tokens (and one target more) there are; 0 if too short."""
-        return max(0, (self.tokens - 1) // sequence)
+        return sum(rows_in(tokens, sequence) for tokens in self._sources)
+
+    def order(self, seed: int, sequence: int, microbatch_rows: int, microbatches: int) -> Order:
+        """The global order of its rows. DataError: a source of a mixture has none."""
+        mixture = self.mixture(seed, sequence)
+        return Order(seed, self.rows(sequence), microbatch_rows, microbatches, mixture)
+
+    def mixture(self, seed: int, sequence: int) -> Mixture | None:
+        """How sources take turns, if there are several. DataError: one has no row."""
+        rows = tuple(rows_in(tokens, sequence) for tokens in self._sources)
+        weights = tuple(weight for weight, _ in self._mixed)
+        return Mixture(seed, rows, weights) if weights else None
+
+    @property
+    def _sources(self) -> list[int]:
+        """Tokens of each source."""
+        return [tokens for _, tokens in self._mixed] or [self.tokens]
 
     def gather(self, row_ids: NDArray[np.int64], sequence: int) -> _Tokens:
         """Rows by id, (n, sequence + 1) in the native dtype. IndexError for ids too large."""
         begins = row_ids * sequence
+        if self._mixed:
+            sources = np.array(self._sources)
+            first_rows = np.cumsum([0, *(rows_in(tokens, sequence) for tokens in sources)])
+            source = np.searchsorted(first_rows[1:], row_ids, side="right")
+            first_tokens = np.cumsum([0, *sources])
+            begins += first_tokens[source] - first_rows[source] * sequence
         if len(self._parts) == 1 and sequence < self.tokens:
             return self._windows(0, sequence + 1)[begins]
         return self._gather_parts(begins, sequence + 1)
@@ -367,4 +266,6 @@ def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenSource:
                 fix="prepare the dataset again, into a new folder",
             )
         parts.append(tokens)
-    return TokenSource(parts, info.dtype)
+    sizes = [sum(shard.tokens for shard in shards) for shards in info.shards_of(split)]
+    mixed = [(part.weight, size) for part, size in zip(info.parts, sizes, strict=False)]
+    return TokenSource(parts, info.dtype, mixed)

@@ -113,3 +113,24 @@ def test_a_cut_island_that_loses_a_rank(
         if processes == 4:
             assert islands(run_dir)[:2] == [2, 1]
     same_descent(run_dir, clean, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis",
+    ["layout.tensor=2", "layout.pipeline=2", "layout.context=2",
+     "layout.expert=2 model.moe.experts=4"],
+)  # fmt: skip
+def test_an_island_of_any_axis_that_loses_a_rank_is_made_whole_by_a_spare(
+    axis: str, tmp_path: Path
+) -> None:
+    """What the dead rank alone held comes from its neighbour's memory. The same layout adds in the
+    same order, so that even here, where bits are not promised over layouts, they are the same."""
+    words = [*WORDS[1:], *axis.split(), "launch.processes=2", "fault.copy_every=5"]
+    train(tmp_path / "clean", *words)
+    with Live(tmp_path / "run", *words, "fault.kill=step.agree:17:1") as run:
+        run.until_spares(1)
+        assert run.end() == 0, run.said[-3000:]
+        (quorum,) = run.told("quorum")
+        assert quorum["step"] == 15 and not run.told("resumed"), quorum
+    same_descent(tmp_path / "run", digest(tmp_path / "clean"), STEPS)

@@ -26,13 +26,10 @@ from safetensors.numpy import load_file
 
 from cordee.data.builtin import MARKOV_SYMBOLS, markov_tokens, stdlib_files
 from cordee.data.loader import Loader, held_out
+from cordee.data.manifest import read_info
 from cordee.data.order import Order, invert
 from cordee.data.prepare import check_length, inspect, prepare, resolve, verify
-from cordee.data.source import (
-    TokenSource,
-    open_dataset,
-    read_info,
-)
+from cordee.data.source import TokenSource, open_dataset
 from cordee.errors import DataError
 
 MARKOV_START = [9, 20, 7, 43, 61, 3, 3, 0, 27, 15, 43, 34]

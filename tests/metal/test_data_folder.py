@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cordee.data.manifest import changed_sources, fingerprint_of, read_info
 from cordee.data.prepare import prepare, resolve, verify
-from cordee.data.source import (
-    SUM_BLOCK_BYTES,
-    changed_sources,
-    fingerprint_of,
-    open_dataset,
-    read_info,
-    write_sums,
-)
+from cordee.data.source import SUM_BLOCK_BYTES, open_dataset, write_sums
 from cordee.errors import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,190 @@
+"""dataset.json: what a dataset folder says of itself, under a fingerprint of its own.
+
+Not here: tokens and checksums (`source`), making a folder (`prepare`, `shards`). Traded away: a
+schema language; the fingerprint refuses what was altered, and the classes below refuse what is not
+of this format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from cordee.errors import DataError
+
+FORMAT = "cordee-data-1"
+MANIFEST = "dataset.json"
+SPLITS = ("train", "held_out")
+
+
+def rows_in(tokens: int, sequence: int) -> int:
+    """Rows of `sequence` tokens, and one target more, in a stream."""
+    return max(0, (tokens - 1) // sequence)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: `documents` end in it, `bytes` is the size of the whole file."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of `train` or `held_out`, in order, and their tokens together."""
+
+    shards: tuple[Shard, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file the dataset was made from, as it was then."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of a mixture: what it was named, the weight it is drawn with (a whole number), and
+    how many shards of each split are its own; the parts' shards follow each other."""
+
+    name: str
+    weight: int
+    shards: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `dataset.json` says, and the `folder` it lies in.
+
+    `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
+    that any model can reach, in bits per token, where it is known. `held_out` is the fraction
+    that was asked for. `skipped` counts files left out, by reason. `images` are the form of images
+    (the fields of ImageSettings) where the tokens are such; `parts` the sources of a mixture.
+    """
+
+    folder: Path
+    name: str
+    vocabulary: int
+    dtype: str
+    tokenizer: str
+    bytes_per_token: float
+    entropy_bits: float | None
+    end_of_document: int | None
+    held_out: float
+    seed: int
+    sources: tuple[SourceFile, ...]
+    skipped: Mapping[str, int]
+    splits: Mapping[str, Split]
+    fingerprint: str
+    images: Mapping[str, int] | None = None
+    parts: tuple[Part, ...] = ()
+
+    def description(self) -> dict[str, Any]:
+        """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
+        plain = asdict(self)
+        del plain["folder"]
+        if self.images is None:
+            del plain["images"]
+        if not self.parts:
+            del plain["parts"]
+        return {"format": FORMAT, **plain}
+
+    def rows_of_parts(self, split: str, sequence: int) -> list[int]:
+        """Rows of `sequence` tokens (and one target more) in each source; see `TokenSource`."""
+        return [
+            rows_in(sum(shard.tokens for shard in shards), sequence)
+            for shards in self.shards_of(split)
+        ]
+
+    def rows(self, split: str, sequence: int) -> int:
+        """Rows of a split in all."""
+        return sum(self.rows_of_parts(split, sequence))
+
+    def shards_of(self, split: str) -> list[tuple[Shard, ...]]:
+        """The shards of a split by part; of what is no mixture, all of them."""
+        shards = self.splits[split].shards
+        if not self.parts:
+            return [shards]
+        counts = [part.shards[split] for part in self.parts]
+        ends = accumulate(counts)
+        return [shards[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def fingerprint_of(description: Mapping[str, Any]) -> str:
+    """xxh3-128 of the canonical JSON of a description (sorted keys, no spaces, ASCII).
+
+    Left out is what may differ though the tokens are the same: where the sources lay, when they
+    were written, how many neighbours of theirs were skipped, and the fingerprint itself.
+    """
+    content = {k: v for k, v in description.items() if k not in ("fingerprint", "skipped")}
+    content["sources"] = [{"bytes": source["bytes"]} for source in content["sources"]]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether the folder holds a `dataset.json`."""
+    return os.path.isfile(folder / MANIFEST)
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Read `dataset.json`. DataError if it is missing, of another format, or altered since."""
+    path = Path(folder) / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"no dataset can be read here: {error.strerror}",
+            values={"file": str(path)},
+            fix="make one with: cordee data prepare",
+        ) from error
+    try:
+        plain = json.loads(text)
+        found = plain.pop("format")
+        if found == FORMAT and fingerprint_of(plain | {"format": found}) == plain["fingerprint"]:
+            plain["sources"] = tuple(SourceFile(**source) for source in plain["sources"])
+            plain["parts"] = tuple(Part(**part) for part in plain.get("parts", ()))
+            plain["splits"] = {name: _split(plain["splits"][name]) for name in SPLITS}
+            return DatasetInfo(folder=Path(folder), **plain)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = None
+    raise DataError(
+        "dataset.json is not what was written: its fingerprint does not fit its content"
+        if found == FORMAT
+        else "dataset.json is damaged or of another format",
+        values={"file": str(path), "format": found, "expected": FORMAT},
+        fix="prepare the dataset again, into a new folder",
+    )
+
+
+def _split(plain: Mapping[str, Any]) -> Split:
+    return Split(tuple(Shard(**shard) for shard in plain["shards"]), plain["tokens"])
+
+
+def changed_sources(info: DatasetInfo) -> list[str]:
+    """Paths of source files that vanished, or whose size or time is not what it was when read."""
+    changed = []
+    for source in info.sources:
+        try:
+            now = os.stat(source.path)
+        except OSError:
+            changed.append(source.path)
+            continue
+        if (now.st_size, now.st_mtime_ns) != (source.bytes, source.mtime_ns):
+            changed.append(source.path)
+    return changed
