@@ -284,6 +284,7 @@ def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
     for fault, each in by_fault.items():
         first = [t.first_s for t in each]
         beyond = [t.first_s - t.step_s for t in each]
+        ends = [t.same for t in each if t.same is not None]
         known[fault] = {
             "n": len(each), "first_s": spread(first), "full_s": spread([t.full_s for t in each]),
             "step_s": spread([t.step_s for t in each]), "beyond_a_step_s": spread(beyond),
@@ -291,7 +292,7 @@ def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
             "times_faster_than_torchrun": (
                 round(median(t.first_s for t in restart) / median(first), 1) if restart else None
             ),
-            "same": f"{sum(t.same for t in each)} of {len(each)}",
+            "same": f"{ends.count(True)} of {len(ends)}",
         }  # fmt: skip
     return known
 

@@ -36,13 +36,14 @@ class Late(RuntimeError):
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault: seconds to the next step and to two islands; NaN: it did not come back."""
+    """One fault: seconds to the next step and to two islands; NaN: it did not come back. `same`:
+    whether the run ended with the bits of one without faults; None: its end was not waited for."""
 
     fault: str
     first_s: float
     full_s: float
     step_s: float
-    same: bool = False
+    same: bool | None = None
 
 
 def judged(found: list[Trial], same: bool) -> list[Trial]:
