@@ -20,10 +20,14 @@ from cordee.data.mixture import whole_weights
 from cordee.data.records import is_images
 from cordee.data.shards import making, write_manifest
 from cordee.data.source import sync
-from cordee.data.text import write_text
+from cordee.data.text import END_OF_DOCUMENT, write_text
 from cordee.errors import DataError
 
 BETWEEN = ";"
+TEXT = {
+    "tokenizer": "bytes", "vocabulary": 256, "dtype": "uint8", "end_of_document": END_OF_DOCUMENT,
+}  # fmt: skip
+"""What sources of a mixture have in common, as text has it."""
 FINEST = 10_000
 """Weights by size are whole parts of this."""
 
@@ -76,11 +80,14 @@ def probe_mixture(path_spec: str, weights: str) -> None:
     """Raises what `prepare_mixture` would raise, reading no more than it must to know."""
     sources = sources_of(path_spec)
     read_weights(weights, len(sources))
+    found = []
     for source in sources:
         if is_dataset(Path(source)):
-            read_info(Path(source))
+            found.append(_there(Path(source)))
         else:
             probe_corpus(source)
+            found.append(TEXT)
+    _check_alike(sources, found)
 
 
 def prepare_mixture(
@@ -111,7 +118,7 @@ def _written(
     here.mkdir()
     found = write_text(here, find_corpus(source), held_out, seed, shard_bytes)
     sync(here)
-    return _moved(found, Path(str(number))) | {"bytes_per_token": 1.0, "dtype": "uint8"}
+    return {**_moved(found, Path(str(number))), **TEXT, "bytes_per_token": 1.0}
 
 
 def _there(folder: Path) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def _moved(found: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _check_alike(sources: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
-    for key in ("tokenizer", "vocabulary", "dtype", "end_of_document"):
+    for key in TEXT:
         values = {source: one[key] for source, one in zip(sources, found, strict=True)}
         if len(set(values.values())) > 1:
             raise DataError(
@@ -171,7 +178,7 @@ def _joined(
     pairs = list(zip(weights, found, strict=True))
     reasons = dict.fromkeys(reason for one in found for reason in one["skipped"])
     return {
-        **{key: found[0][key] for key in ("tokenizer", "vocabulary", "dtype", "end_of_document")},
+        **{key: found[0][key] for key in TEXT},
         "name": " + ".join(one["name"] for one in found),
         "bytes_per_token": sum(w * one["bytes_per_token"] for w, one in pairs) / sum(weights),
         "entropy_bits": None,

@@ -277,7 +277,7 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "changed_sources": changed_sources(info),
         "skipped": dict(info.skipped),
         "first_document": first if info.tokenizer == "bytes" else start[:32].tolist(),
-        "mixing": asdict(mixing(order)) if order else None,
+        "mixing": asdict(mixing(order)) if order and not info.parts else None,
     }
 
 

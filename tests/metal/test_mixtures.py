@@ -146,10 +146,12 @@ def test_what_is_refused_leaves_nothing(texts: Path, words: str, weights: str, t
 
 def test_sources_of_unlike_tokens_and_nested_mixtures_are_refused(texts: Path) -> None:
     prepare("builtin:markov", texts / "chain", 0.1, 0, tokens=5000)
-    with pytest.raises(DataError, match="differ in their tokenizer"):
-        prepare(f"{texts}/one.txt;{texts}/chain", texts / "x", 0.1, 0)
-    with pytest.raises(DataError, match="plain dataset"):
-        prepare(f"{texts}/one.txt;{mix(texts)}", texts / "x", 0.1, 0)
+    unlike, nested = f"{texts}/one.txt;{texts}/chain", f"{texts}/one.txt;{mix(texts)}"
+    for spec, told in ((unlike, "differ in their tokenizer"), (nested, "plain dataset")):
+        with pytest.raises(DataError, match=told):
+            resolve(spec)
+        with pytest.raises(DataError, match=told):
+            prepare(spec, texts / "x", 0.1, 0)
     assert not (texts / "x").exists()
 
 
