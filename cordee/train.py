@@ -136,6 +136,7 @@ def take_part(
         told, device, threads, run.launch.timeout_s,
         always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed or seat.rescue,
     ) as here:  # fmt: skip
+        drill.point("build", max(memory.step, 0))
         if seat.rescue:
             keep_safe(run, seat, memory, here)
             return None

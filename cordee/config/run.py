@@ -18,9 +18,9 @@ AutoFloat = float | Literal["auto"]
 
 POINTS = (
     "step.start", "step.forward", "step.backward", "step.reduce", "step.agree", "step.update",
-    "step.commit", "evaluate", "finish", "group", "fill", "fill.round", "fill.end", "copy.begin",
-    "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part", "save.manifest",
-    "save.rename", "save.delete",
+    "step.commit", "evaluate", "finish", "group", "build", "fill", "fill.round", "fill.end",
+    "copy.begin", "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part",
+    "save.manifest", "save.rename", "save.delete",
 )  # fmt: skip
 """Where a drill can strike (fault/inject.py)."""
 

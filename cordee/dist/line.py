@@ -96,6 +96,8 @@ class Line:
         self._cut_s = math.inf
         self._seat: Seat | None = None
         self._ended = threading.Condition()
+        self._cutting = threading.Lock()
+        """Held while connections are cut: none of the next generation is made meanwhile."""
         self.asked: int | None = None
         """The signal by which the supervisor asks all ranks to leave; None while it does not."""
         self.step = -1
@@ -112,7 +114,8 @@ class Line:
 
     def take(self) -> Seat | None:
         """Waits for the next seat; None: nothing is left to do, or the supervisor is gone."""
-        self._seat = None
+        with self._cutting:
+            self._seat = None
         self.mark("wait", self.step)
         while True:
             seat = self._seats.get()
@@ -205,11 +208,16 @@ class Line:
             select.select([self._talk], [], [], max(0.0, min(due, cut_s) - time.monotonic()))
             for message in self._talk.hear():
                 self._obey(message)
+            self._cut_if_due()
+        self._seats.put(None)
+
+    def _cut_if_due(self) -> None:
+        """Shuts this process's connections once its generation has ended and the grace is over."""
+        with self._cutting:
             seat, now = self._seat, time.monotonic()
             if seat is not None and self._halted >= seat.generation and now >= self._cut_s:
                 cut_connections()
                 self._cut_s = now + GRACE_S  # again: what was about to connect has by then
-        self._seats.put(None)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         match message["do"]:

@@ -1,10 +1,10 @@
 """Which workers of this host must be taken for dead, or stuck, though their process lives.
 
-Three signs, each with a deadline: no heartbeat; a generation that ended and is not left; a part of
-a step that takes far longer than steps do (median + k deviations of those seen here, never less
-than `STUCK_S`, nor than a few times the step before: a slow host that joined makes all steps slow).
-Not here: what is done about it (`supervise.py`). Traded away: a first step, which may compile for
-minutes, and whatever is no step (evaluation, saving) has no deadline.
+Four signs, each with a deadline: no heartbeat; a generation that ended and is not left; a group
+that is not made; a part of a step that takes far longer than steps do (median + k deviations of
+those seen here, never less than `STUCK_S`, nor than a few times the step before: a slow host that
+joined makes all steps slow). Not here: what is done about it (`supervise.py`). Traded away: a first step,
+which may compile for minutes, and whatever is no step (evaluation, saving) has no deadline.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from cordee.fault.pace import Pace
 
 STUCK_S = 10.0
 """Least time in one part of a step after which a worker may be stuck."""
+
+MEETING_S = 20.0
+"""Time in which the ranks of a generation, all of which were ready, make their group."""
 
 TIMES = 3.0
 """How many times as long as the whole step before a part of a step may take."""
@@ -79,12 +82,12 @@ class Watch:
     def stuck(self, seated: Iterable[Worker]) -> tuple[Worker, str] | None:
         """The worker that is furthest behind in its step, if it is there for too long, and in
         words: the others wait for it."""
+        inside = [w for w in seated if w.inside == w.generation]
+        for worker in inside:
+            if worker.phase == "group" and worker.phase_s > MEETING_S:
+                return worker, f"has waited for the others for {worker.phase_s:.0f} s"
         usual_s = self._pace.deadline_s
-        running = [
-            w
-            for w in seated
-            if w.phase.startswith("step.") and w.stepped == w.inside == w.generation
-        ]
+        running = [w for w in inside if w.phase.startswith("step.") and w.stepped == w.inside]
         if usual_s is None or not running:
             return None
         # Of several in one part, who came there first: who waits for others came later.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.fault.watch import STUCK_S, TIMES, Watch
+from cordee.fault.watch import MEETING_S, STUCK_S, TIMES, Watch
 
 
 @dataclass(eq=False)
@@ -64,6 +64,17 @@ def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
     walk(watch, clock, worker, 1, 0.1)
     beat(watch, worker, worker.step, STUCK_S + 1)
     assert watch.stuck([worker]) is not None
+
+
+def test_ranks_that_do_not_find_each_other_meet_again() -> None:
+    clock, worker = Clock(), Seen(generation=7)
+    watch: Any = Watch(5.0, 300.0, clock)
+    beat(watch, worker, -1, MEETING_S - 1, "group")
+    assert watch.stuck([worker]) is None
+    beat(watch, worker, -1, MEETING_S + 1, "group")
+    assert watch.stuck([worker]) is not None
+    beat(watch, worker, -1, 3 * MEETING_S, "build")  # may take long, and is nobody's fault
+    assert watch.stuck([worker]) is None
 
 
 def under_way() -> tuple[Any, Clock, list[Seen]]:
