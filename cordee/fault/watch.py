@@ -3,8 +3,8 @@
 Four signs, each with a deadline: no heartbeat; a generation that ended and is not left; a group
 that is not made; a part of a step that takes far longer than steps do (median + k deviations of
 those seen here, never less than `STUCK_S`, nor than a few times the step before: a slow host that
-joined makes all steps slow). Not here: what is done about it (`supervise.py`). Traded away: a first step,
-which may compile for minutes, and whatever is no step (evaluation, saving) has no deadline.
+joined makes all steps slow). Not here: what is done about it (`supervise.py`). Traded away: a first
+step, which may compile for minutes, and whatever is no step (evaluation, saving) has no deadline.
 """
 
 from __future__ import annotations
