@@ -31,7 +31,7 @@ class Worker:
     """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
     and `generation` are its last seat's; `slot` says which local device is its own. `inside`,
     `stepped` and `halted` are generations: the one that it is in, the last in which it committed a
-    step, the last that ended under it. `phase_s` is for how long it said to be in
+    step, the last of its seats that ended. `phase_s` is for how long it said to be in
     its phase, `since_s` since when by this host's clock. `judged`: why it was killed, if it was."""
 
     number: int

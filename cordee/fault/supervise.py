@@ -268,7 +268,7 @@ class Supervisor:
                 for worker in self.crew.workers.values():
                     if worker.rank is not None:
                         worker.talk.say({"do": "halt", "generation": number})
-                        worker.halted, worker.halted_s = number, time.monotonic()
+                        self.watch.halt(worker, number)
                     worker.rank = None
             case Entered(view):
                 self.post.hold.share()

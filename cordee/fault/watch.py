@@ -47,10 +47,19 @@ class Watch:
         self._step_s: dict[int, float] = {}
         self._looked_s = clock()
 
+    def halt(self, worker: Worker, generation: int) -> None:
+        """A generation in which `worker` has a seat ended. If it is still in an older one, which it
+        should have left before, its time goes on to run."""
+        if not 0 < worker.inside <= worker.halted:
+            worker.halted_s = self._clock()
+        worker.halted = generation
+
     def beat(self, worker: Worker, message: Mapping[str, Any]) -> None:
         """Takes in a heartbeat: step, phase, for how long, and the generation it is in."""
         now, step = self._clock(), int(message["step"])
         worker.step, worker.phase = step, str(message["phase"])
+        if worker.inside != int(message["generation"]):
+            worker.halted_s = now
         worker.phase_s, worker.inside = float(message["for_s"]), int(message["generation"])
         worker.since_s = now - worker.phase_s
         generation, before, since_s = self._seen.get(worker.number, (0, 0, now))
@@ -71,11 +80,11 @@ class Watch:
         for worker in workers:
             silent_s = now - worker.heard_s
             if asleep:
-                worker.heard_s, worker.halted_s = now, now if worker.halted_s else 0.0
+                worker.heard_s = worker.halted_s = now
             elif silent_s > (self._silence_s if worker.ready else self._start_s):
                 found.append((worker, f"was silent for {silent_s:.1f} s and killed"))
-            elif worker.inside == worker.halted and 0 < worker.halted_s < now - leave_s:
-                late = f"did not leave generation {worker.halted} within {leave_s:.0f} s"
+            elif 0 < worker.inside <= worker.halted and worker.halted_s < now - leave_s:
+                late = f"did not leave generation {worker.inside} within {leave_s:.0f} s"
                 found.append((worker, f"{late} and was killed"))
         return found
 

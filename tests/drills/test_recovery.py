@@ -194,6 +194,30 @@ def test_a_frozen_rank_is_named_and_replaced(rank: int, clean: str, run_dir: Pat
 
 
 @pytest.mark.slow
+def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(
+    tmp_path: Path,
+) -> None:
+    """A rank is frozen when the other one dies, and who took the place of the dead dies as well."""
+    steps, run_dir = 300, tmp_path / "run"
+    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0")
+    train(tmp_path / "clean", *words, "launch.processes=1")
+    with Live(run_dir, *words, "launch.processes=2", PATIENT, "fault.spares=2") as run:
+        run.until_spares(2)
+        run.until_step(150)  # by then it is known how long steps take
+        before = run.ranks()
+        os.kill(before[1], signal.SIGSTOP)
+        os.kill(before[0], signal.SIGKILL)
+        run.until(lambda: set(run.ranks().values()) - set(before.values()))
+        time.sleep(1)  # less than a rank may take to leave
+        for pid in set(run.ranks().values()) - set(before.values()):
+            os.kill(pid, signal.SIGKILL)
+        assert run.end(60) == 0, run.said[-3000:]
+        (told,) = [event["says"] for event in run.told("lost") if event["pid"] == before[1]]
+        assert "did not leave generation" in told
+    same_descent(run_dir, digest(tmp_path / "clean"), steps)
+
+
+@pytest.mark.slow
 def test_a_short_freeze_changes_nothing(clean: str, run_dir: Path) -> None:
     with Live(run_dir, *TWO, "fault.silence_s=20") as run:
         for step, rank in ((8, 0), (16, 1), (24, 0)):

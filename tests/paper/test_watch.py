@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.fault.watch import MEETING_S, STUCK_S, TIMES, Watch
+from cordee.fault.watch import MEETING_S, RETURN_S, STUCK_S, TIMES, Watch
 
 
 @dataclass(eq=False)
@@ -20,6 +20,10 @@ class Seen:
     phase: str = ""
     phase_s: float = 0.0
     since_s: float = 0.0
+    halted: int = 0
+    halted_s: float = 0.0
+    heard_s: float = 0.0
+    ready: bool = True
 
 
 class Clock:
@@ -64,6 +68,39 @@ def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
     walk(watch, clock, worker, 1, 0.1)
     beat(watch, worker, worker.step, STUCK_S + 1)
     assert watch.stuck([worker]) is not None
+
+
+def judged(watch: Any, clock: Clock, worker: Seen, for_s: float) -> list[str]:
+    """What the watch says of a worker whose heart beats, over the next so many seconds."""
+    found = []
+    for _ in range(round(for_s / 0.1)):
+        clock.now_s += 0.1
+        worker.heard_s = clock.now_s
+        found += [why for _, why in watch.judge([worker])]
+    return found
+
+
+def test_who_does_not_leave_is_found_however_many_generations_end_meanwhile() -> None:
+    watch, clock, (worker, _) = under_way()
+    watch.halt(worker, 1)
+    assert not judged(watch, clock, worker, RETURN_S - 1)
+    watch.halt(worker, 2)  # it had a seat there too, and never came to take it
+    (*_, why) = judged(watch, clock, worker, 2)
+    assert "did not leave generation 1" in why
+
+
+def test_who_left_has_its_time_anew() -> None:
+    watch, clock, (worker, _) = under_way()
+    watch.halt(worker, 1)
+    assert not judged(watch, clock, worker, RETURN_S - 1)
+    worker.generation = 2
+    beat(watch, worker, worker.step, 0.0)
+    watch.halt(worker, 2)
+    assert not judged(watch, clock, worker, RETURN_S - 1)
+    assert judged(watch, clock, worker, 2)
+    worker.generation = 0  # it waits for a seat
+    beat(watch, worker, worker.step, 0.0, "wait")
+    assert not judged(watch, clock, worker, 3 * RETURN_S)
 
 
 def test_ranks_that_do_not_find_each_other_meet_again() -> None:
