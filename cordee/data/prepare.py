@@ -98,8 +98,7 @@ def prepare(
 
 
 def _check_asked(path_spec: str, held_out: float, tokens: int | None, weights: str) -> None:
-    if weights and not is_mixture(path_spec):
-        raise only_mixtures(path_spec, weights)
+    _check_weighed(path_spec, weights)
     if not 0.0 <= held_out < 1.0:
         raise DataError(
             "the held-out fraction is not in [0, 1)",
@@ -135,13 +134,13 @@ def _write_chain(
     }
 
 
-def only_mixtures(path_spec: str, weights: str) -> DataError:
-    """What is said of weights without sources to weigh."""
-    return DataError(
-        "weights are for a mixture: sources with semicolons between",
-        values={"data.path": path_spec, "data.weights": weights},
-        fix="data.path='one;two', or leave data.weights out",
-    )
+def _check_weighed(path_spec: str, weights: str) -> None:
+    if weights and not is_mixture(path_spec):
+        raise DataError(
+            "weights are for a mixture: sources with semicolons between",
+            values={"data.path": path_spec, "data.weights": weights},
+            fix="data.path='one;two', or leave data.weights out",
+        )
 
 
 def resolve(
@@ -151,8 +150,7 @@ def resolve(
 ) -> None:
     """Raise what `prepare` would raise about its sources, without reading them all through, and
     what `model` cannot learn from."""
-    if weights and not is_mixture(path_spec):
-        raise only_mixtures(path_spec, weights)
+    _check_weighed(path_spec, weights)
     if is_dataset(Path(path_spec)):
         check_images(read_info(Path(path_spec)), model)
     elif is_mixture(path_spec):

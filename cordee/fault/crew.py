@@ -31,8 +31,8 @@ class Worker:
     """One process. `rank` is that of the generation at hand, None while it has no seat; `last_rank`
     and `generation` are its last seat's; `slot` says which local device is its own. `inside`,
     `stepped` and `halted` are generations: the one that it is in, the last in which it committed a
-    step, the last of its seats that ended. `phase_s` is for how long it said to be in
-    its phase, `since_s` since when by this host's clock. `judged`: why it was killed, if it was."""
+    step, the last of its seats that ended. `phase_s` is for how long it said to be in its phase,
+    `since_s` since when by this host's clock. `judged`: why it was killed, if it was."""
 
     number: int
     process: subprocess.Popen[bytes]
