@@ -1,6 +1,7 @@
 """Mixed faults for minutes on end: the run must come back every time and end bit for bit the same.
 
-    python -m benchmarks.soak --minutes 30 --seed 1 [--hosts 1|2] [--workers N] [--steps N] [--json]
+    python -m benchmarks.soak --minutes 30 --seed 1 [--hosts 1|2] [--workers N] [--json]
+                              [--steps N [--digest D]]
 
 One exact run; the seed chooses faults and pauses (mean --pause seconds): SIGKILL of any worker, of
 the spare, of all, of two in a row, of a supervisor (the same command follows; of two hosts, the
@@ -8,7 +9,8 @@ other goes on and the dead one joins it again); SIGSTOP, short, or longer than f
 SIGCONT when it has been replaced; SIGTERM to one worker (it leaves until its supervisor is started
 again). After 90 % of the steps the run is let alone; then the digest must be that of a run without
 faults, each sample once by `cordee data ledger`, one row a step, and nothing be left: no
-process, port, shared memory or temporary file. The last line replays it. Exit code 1: it failed.
+process, port, shared memory or temporary file. --digest: that of N steps without faults, known from
+another soak (hosts and workers do not change it). The last line replays it. Exit code 1: it failed.
 """
 
 from __future__ import annotations
@@ -306,9 +308,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="of each host")
     parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between faults")
     parser.add_argument("--steps", type=int, default=0, help="0: from the measured speed")
+    parser.add_argument("--digest", default="", help="of --steps without faults, where known")
     parser.add_argument("--keep", default="", help="folder that is kept, for looking into it")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if asked.digest and not asked.steps:
+        parser.error("--digest is that of a number of steps: give --steps too")
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
     wrong: list[str] = []
     with home_of(asked.keep) as home, household():
@@ -324,7 +329,8 @@ def main() -> None:
             f" --steps {steps}"
         )
         print(again, flush=True)
-        clean, _ = clean_run(Path(home), words)
+        clean = asked.digest or clean_run(Path(home), words)[0]
+        print(f"digest without faults: {clean}", flush=True)
         folder = Path(home) / "run"
         folder.mkdir()
         with Watched(folder, Path(home) / "run.log") as run:
