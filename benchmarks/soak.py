@@ -319,9 +319,9 @@ def main() -> None:
     with home_of(asked.keep) as home, household():
         words = [f"launch.processes={asked.workers}", f"fault.silence_s={SILENCE_S}"]
         steps = asked.steps
-        if not steps:  # recoveries take about half of the time
+        if not steps:  # recoveries take about a quarter of the time
             _, step_s = clean_run(Path(home), [*words, "run.steps=100"])
-            steps = max(100, int(asked.minutes * 60 * 0.5 / step_s))
+            steps = max(100, int(asked.minutes * 60 * 0.75 / step_s))
         words.append(f"run.steps={steps}")
         again = (
             f"python -m benchmarks.soak --minutes {asked.minutes:g} --seed {asked.seed}"
