@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_short_soak_leaves_the_descent_and_the_machine_as_they_were(hosts: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.5", "--seed", "3",
-         "--hosts", str(hosts), "--workers", str(3 - hosts), "--steps", "250", "--pause", "1.5"],
+         "--hosts", str(hosts), "--workers", str(3 - hosts), "--steps", "200", "--pause", "1.5"],
         cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

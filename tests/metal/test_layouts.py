@@ -13,6 +13,8 @@ from cordee.testing import launch
 from tests.metal.layouts import DENSE, Curve, curves, moved
 
 STEPS = 20
+FEW = 8
+"""Steps where the jobs are many; that the model learns is seen in `STEPS`."""
 AXES = ("islands", "shard", "tensor", "pipeline", "context")
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -63,10 +65,17 @@ def close(found: Curve, oracle: Curve, curve: float, parameter: float) -> None:
         assert off <= parameter * tensor.abs().max(), name
 
 
-def check(ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """The one process, a few steps."""
+    return launch(curves, str(tmp_path_factory.mktemp("few")), [DENSE], FEW, ranks=1)[0][0]
+
+
+def check(
+    ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path, steps: int = STEPS
+) -> None:
     whole = [(*DENSE, *job) for job in jobs]
-    found = launch(curves, str(folder), whole, STEPS, ranks=ranks, deadline_s=280)[0]
-    assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
+    found = launch(curves, str(folder), whole, steps, ranks=ranks, deadline_s=280)[0]
     for job, made in zip(jobs, found, strict=True):
         print(job)
         close(made, oracle, 1e-5, 1e-4)
@@ -74,16 +83,17 @@ def check(ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path) 
 
 def test_each_axis_at_two(oracle: Curve, tmp_path: Path) -> None:
     check(2, TWO, oracle, tmp_path)
+    assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
 
 
 @pytest.mark.slow
-def test_each_axis_at_four_and_every_pair(oracle: Curve, tmp_path: Path) -> None:
-    check(4, FOUR, oracle, tmp_path)
+def test_each_axis_at_four_and_every_pair(short: Curve, tmp_path: Path) -> None:
+    check(4, FOUR, short, tmp_path, FEW)
 
 
 @pytest.mark.slow
-def test_three_axes(oracle: Curve, tmp_path: Path) -> None:
-    check(8, EIGHT, oracle, tmp_path)
+def test_three_axes(short: Curve, tmp_path: Path) -> None:
+    check(8, EIGHT, short, tmp_path, FEW)
 
 
 @pytest.mark.slow
@@ -135,9 +145,9 @@ EXPERTS = [
 def check_experts(
     ranks: int, job: tuple[str, ...], jobs: list[tuple[str, ...]], at: Path, steps: int = STEPS
 ) -> None:
-    parameter = 1e-4 if steps == STEPS else 1e-3
+    parameter = 1e-4 if set(GENTLE) <= set(job) else 1e-3
     one = launch(curves, str(at), [job], steps, ranks=1)[0][0]
-    assert one.losses[-1] < one.losses[0] - 0.3
+    assert steps < STEPS or one.losses[-1] < one.losses[0] - 0.3
     whole = [(*job, *axes) for axes in jobs]
     found = launch(curves, str(at), whole, steps, ranks=ranks, deadline_s=280)[0]
     for axes, made in zip(jobs, found, strict=True):
@@ -153,9 +163,9 @@ def test_experts_at_two(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", [(), BIASED], ids=["loss", "bias"])
 def test_experts_beside_every_axis(balance: tuple[str, ...], tmp_path: Path) -> None:
-    check_experts(4, (*MIXED, *GENTLE, *balance), EXPERTS, tmp_path)
+    check_experts(4, (*MIXED, *GENTLE, *balance), EXPERTS, tmp_path, FEW)
     if balance:  # once with muon, for which the balance makes no difference
-        check_experts(4, (*MIXED, *balance), EXPERTS, tmp_path, steps=5)
+        check_experts(4, (*MIXED, *balance), EXPERTS, tmp_path, 5)
 
 
 MOVES = [
@@ -177,7 +187,7 @@ def test_experts_move_between_layouts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     ring = [*zip(MOVES, MOVES[1:] + MOVES[:1], strict=True)]
-    across = [(MOVES[i], MOVES[i - 3]) for i in range(len(MOVES))]
+    across = [(MOVES[i], MOVES[i - 3]) for i in range(0, len(MOVES), 2)]
     pairs = [((*DENSE, *a), (*DENSE, *b)) for a, b in ring + across]
     found = launch(moved, str(tmp_path), pairs, ranks=4, deadline_s=280)[0]
     assert len(found) >= 12
