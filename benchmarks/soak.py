@@ -85,17 +85,15 @@ class Soak:
         self.pids: set[int] = set()
         self.temporary = run.folder.with_name("temporary")
         self.temporary.mkdir()
-        self.left = False
+        self.left: subprocess.Popen[bytes] | None = None
 
     # ---- hosts ----
 
     def raise_host(self) -> None:
-        """Starts a supervisor: the first founds the run, another joins who is there."""
+        """Starts a supervisor: the first founds the run, another joins who is there now."""
         flags = ["--listen", self.place] if self.place else []
         if self.hosts:
-            known = self.run.folder / "members.json"
-            founder = known.exists() and self.place in known.read_text()
-            flags = ["--join", self.place if founder else address_of(self.run.folder, self.place)]
+            flags = ["--join", address_of(self.run.folder, "")]
         more = {"TMPDIR": str(self.temporary)}
         self.hosts.append(self.run.start([*command(self.run.folder, *self.words), *flags], more))
 
@@ -125,7 +123,6 @@ class Soak:
     def choose(self) -> str:
         """The next fault; a host that was left by a worker is soon started again."""
         if self.left:
-            self.left = False
             return "supervisor"
         return self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
@@ -135,7 +132,8 @@ class Soak:
         part, pause_s = pick.random(), pick.uniform(0.0, 0.4)
         if not ranks:
             return
-        victim = aim(ranks[int(part * len(ranks))])
+        pid = ranks[int(part * len(ranks))]
+        victim = aim(pid)
         match fault:
             case "kill":
                 self._back(fault, lambda: victim(signal.SIGKILL))
@@ -145,8 +143,8 @@ class Soak:
                 everybody = [aim(pid) for pid in self.workers()]
                 self._back(fault, lambda: [fire(signal.SIGKILL) for fire in everybody])
             case "spare":
-                for pid in [p for p, name in self.workers().items() if name == "ready"][:1]:
-                    aim(pid)(signal.SIGKILL)
+                for spare in [p for p, name in self.workers().items() if name == "ready"][:1]:
+                    aim(spare)(signal.SIGKILL)
                     self._goes_on(fault)
             case "short stop":
                 victim(signal.SIGSTOP)
@@ -157,10 +155,11 @@ class Soak:
                 self._back(fault, lambda: victim(signal.SIGSTOP))
                 victim(signal.SIGCONT)
             case "leave" if len(ranks) > 1:
+                self.left = next((h for h in self.hosts if pid in children(h.pid)), None)
                 self._back(fault, lambda: victim(signal.SIGTERM))
-                self.left = True
             case "supervisor":
-                self._behead(int(part * len(self.hosts)))
+                self._behead(self.left or self.hosts[int(part * len(self.hosts))])
+                self.left = None
 
     def _twice(self, first: Callable[[int], None], pause_s: float, part: float) -> None:
         first(signal.SIGKILL)
@@ -168,11 +167,11 @@ class Soak:
         if left := sorted(pid for pid, name in self.workers().items() if name):
             aim(left[int(part * len(left))])(signal.SIGKILL)
 
-    def _behead(self, index: int) -> None:
-        """Kills a supervisor; with other hosts only when all are whole, so that they can go on."""
-        if self.wanted > 1 and not self.whole():
+    def _behead(self, host: subprocess.Popen[bytes]) -> None:
+        """Kills a supervisor; with other hosts only when all are whole, so that they can go on, or
+        when it is the one that was left."""
+        if self.wanted > 1 and host is not self.left and not self.whole():
             return
-        host = self.hosts[index]
         below = children(host.pid)
         self.pids |= {host.pid, *below}
 
