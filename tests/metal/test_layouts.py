@@ -14,7 +14,7 @@ from tests.metal.layouts import DENSE, Curve, curves, moved
 
 STEPS = 20
 FEW = 8
-"""Steps where the jobs are many; that the model learns is seen in `STEPS`."""
+"""Steps where the jobs are many."""
 AXES = ("islands", "shard", "tensor", "pipeline", "context")
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -76,6 +76,7 @@ def check(
 ) -> None:
     whole = [(*DENSE, *job) for job in jobs]
     found = launch(curves, str(folder), whole, steps, ranks=ranks, deadline_s=280)[0]
+    assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
     for job, made in zip(jobs, found, strict=True):
         print(job)
         close(made, oracle, 1e-5, 1e-4)
@@ -83,7 +84,6 @@ def check(
 
 def test_each_axis_at_two(oracle: Curve, tmp_path: Path) -> None:
     check(2, TWO, oracle, tmp_path)
-    assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def check_experts(
 ) -> None:
     parameter = 1e-4 if set(GENTLE) <= set(job) else 1e-3
     one = launch(curves, str(at), [job], steps, ranks=1)[0][0]
-    assert steps < STEPS or one.losses[-1] < one.losses[0] - 0.3
+    assert one.losses[-1] < one.losses[0] - 0.3
     whole = [(*job, *axes) for axes in jobs]
     found = launch(curves, str(at), whole, steps, ranks=ranks, deadline_s=280)[0]
     for axes, made in zip(jobs, found, strict=True):
