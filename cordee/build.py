@@ -41,7 +41,6 @@ from cordee.optim.scale import LEAST, LossScale
 from cordee.parallel.apply import Live, make_live, place_of
 from cordee.parallel.engine import Engine, Microbatches, Work
 from cordee.parallel.foreign import guard, make_hub, take, whole_copy, whole_hub
-from cordee.parallel.pipeline import PipelineEngine
 from cordee.parallel.shard import Sharding, whole_rows
 from cordee.parallel.sums import IslandTotals
 from cordee.parts import Parts
@@ -186,7 +185,7 @@ def build(
         live, whole = make_model(run, plan, mesh, data, world, sharding, parts)
         loader = parts.loader or make_loader(run, data, world.device, parts.data)
     given = (live, loader, mesh, make_work(run, plan, mesh, sharding, world, live))
-    engine = PipelineEngine(*given, run) if plan.layout.pipeline > 1 else Engine(*given)
+    engine = make_engine(given, run, plan)
     if before is None and (parts.model is not None or run.model.hub):
         guard(engine, whole, run)
     drill = drill or make_drill(run.fault.kills[0], run.fault, world.rank)
@@ -225,6 +224,15 @@ def build(
         balance=make_balance(run, plan),
         brought=parts.model_name,
     )
+
+
+def make_engine(given: tuple[Live, Microbatches, Mesh, Work], run: Run, plan: Plan) -> Engine:
+    """The engine of the layout; torch's pipelining is imported where there are stages only."""
+    if plan.layout.pipeline == 1:
+        return Engine(*given)
+    from cordee.parallel.pipeline import PipelineEngine
+
+    return PipelineEngine(*given, run)
 
 
 def open_held_out(data: DatasetInfo, brought: Samples | None) -> TokenSource | Samples | None:

@@ -94,7 +94,10 @@ class Transformer(nn.Module):
         self.lookup: Callable[[Tensor, Tensor], Tensor] = look_up
         self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy
         headed = last and not settings.tied
-        self.embed = nn.Embedding(rows, width) if first or (last and settings.tied) else None
+        embedded = first or (last and settings.tied)
+        # Without values: Embedding's own, drawn on the meta device, would import torch._dynamo.
+        values = torch.empty(rows, width) if embedded else None
+        self.embed = nn.Embedding(rows, width, _weight=values) if embedded else None
         self.blocks = nn.ModuleDict({str(layer): Block(settings, layer) for layer in part})
         self.norm = RMSNorm(width, settings.norm_eps) if last else None
         self.head = nn.Linear(width, rows, bias=False) if headed else None

@@ -7,7 +7,7 @@ param groups of the user's own; a rule has one rate, and weight decay is on matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from cordee.config.run import OptimSettings
 from cordee.errors import CheckpointError, ConfigError
 from cordee.layout.tensors import group_of
 from cordee.optim.muon import Matrix, Muon, Update, product_dtype
+from cordee.optim.rules import SGD, Adafactor, Adam, UpdateRule
 
 GROUPS = ("matrices", "embeddings", "vectors")
 """Kinds of parameters; ClipSettings has limits for each."""
@@ -43,9 +44,9 @@ class _Rate:
 
 
 class Optimizers:
-    """One or two torch optimizers as one: step, rates, state by name. Made by `make_optimizer`."""
+    """One or two update rules as one: step, rates, state by name. Made by `make_optimizer`."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[str, Tensor]) -> None:
+    def __init__(self, parts: Sequence[UpdateRule], names: dict[str, Tensor]) -> None:
         """`names` maps 'group/name' to the parameter; rates so far become the peaks."""
         self.parts = parts
         self._names = names
@@ -53,9 +54,7 @@ class Optimizers:
         self._state: dict[str, dict[str, Tensor]] = {}
         part_of = {p: part for part in parts for g in part.param_groups for p in g["params"]}
         for key, parameter in names.items():
-            part = part_of[parameter]
-            part.state[parameter].update(_fresh_state(part, parameter))
-            self._state[key] = part.state[parameter]
+            self._state[key] = part_of[parameter].state[parameter]
 
     @property
     def peak_lr(self) -> float:
@@ -152,7 +151,7 @@ def make_optimizer(
     lr = float(DEFAULT_LR[settings.name] if settings.lr == "auto" else settings.lr)
     if settings.name != "muon":
         return Optimizers([_library(settings, groups, lr, fused)], names)
-    parts: list[torch.optim.Optimizer] = []
+    parts: list[UpdateRule] = []
     if named := groups["matrices"]:
         tensors, decay = [p for _, p in named], settings.weight_decay
         told = None if matrices is None else [matrices[name] for name, _ in named]
@@ -163,42 +162,31 @@ def make_optimizer(
         )  # fmt: skip
     if groups["embeddings"] or groups["vectors"]:
         rest = {**groups, "matrices": []}
-        parts.append(_adam(torch.optim.AdamW, settings, rest, settings.adam_lr, fused))
+        parts.append(_adam(settings, rest, settings.adam_lr, fused, decoupled=True))
     return Optimizers(parts, names)
 
 
 def _library(
     settings: OptimSettings, groups: dict[str, Named], lr: float, fused: bool
-) -> torch.optim.Optimizer:
+) -> UpdateRule:
     match settings.name:
         case "sgd" | "momentum":
             momentum = settings.momentum if settings.name == "momentum" else 0.0
-            return torch.optim.SGD(
-                _decayed(groups, settings), lr, momentum=momentum, **_kernels(fused)
-            )
-        case "adam":
-            return _adam(torch.optim.Adam, settings, groups, lr, fused)
-        case "adamw":
-            return _adam(torch.optim.AdamW, settings, groups, lr, fused)
+            return SGD(_decayed(groups, settings), lr, momentum, fused)
+        case "adam" | "adamw":
+            return _adam(settings, groups, lr, fused, decoupled=settings.name == "adamw")
         case "adafactor":
-            return torch.optim.Adafactor(_decayed(groups, settings), lr)
+            return Adafactor(_decayed(groups, settings), lr)
     raise ConfigError(
         "no such update rule", values={"optim.name": settings.name}, fix="optim.name=muon"
     )
 
 
 def _adam(
-    rule: type[torch.optim.Adam], settings: OptimSettings, groups: dict[str, Named], lr: float,
-    fused: bool,
-) -> torch.optim.Optimizer:  # fmt: skip
-    betas = (settings.beta1, settings.beta2)
-    return rule(_decayed(groups, settings), lr, betas, settings.eps, **_kernels(fused))
-
-
-def _kernels(fused: bool) -> dict[str, Any]:
-    """foreach when not fused: the same bits as one tensor at a time, and a tenth of the calls
-    (which matters for DTensors)."""
-    return {"fused": True} if fused else {"foreach": True}
+    settings: OptimSettings, groups: dict[str, Named], lr: float, fused: bool, *, decoupled: bool
+) -> Adam:
+    betas, parts = (settings.beta1, settings.beta2), _decayed(groups, settings)
+    return Adam(parts, lr, betas, settings.eps, decoupled=decoupled, fused=fused)
 
 
 def _decayed(groups: dict[str, Named], settings: OptimSettings) -> list[dict[str, Any]]:
@@ -207,27 +195,3 @@ def _decayed(groups: dict[str, Named], settings: OptimSettings) -> list[dict[str
     rest = [p for group in GROUPS[1:] for _, p in groups[group]]
     split = ((matrices, settings.weight_decay), (rest, 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in split if params]
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """State as the optimizer would make it at its first step, all zero."""
-    group = optimizer.param_groups[0]
-    step = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
-    with torch.no_grad():
-        if isinstance(optimizer, Muon):
-            return {"momentum_buffer": torch.zeros_like(parameter)}
-        if isinstance(optimizer, torch.optim.SGD):
-            return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}
-        if isinstance(optimizer, torch.optim.Adafactor):
-            if parameter.ndim < 2:
-                return {"step": step, "variance": torch.zeros_like(parameter)}
-            row, column = (
-                torch.zeros_like(parameter[..., :1]),
-                torch.zeros_like(parameter[..., :1, :]),
-            )
-            return {"step": step, "row_var": row, "col_var": column}
-        return {
-            "step": step,
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }

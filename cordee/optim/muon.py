@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cordee.dist.flat import gather_flat, outward
 from cordee.errors import LayoutError
+from cordee.optim.rules import State, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X: chosen by Jordan et al. for slope at zero."""
@@ -164,7 +165,7 @@ def deal(costs: Sequence[int], size: int) -> list[int]:
     return owner
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(UpdateRule):
     """Muon for parameters of two or more dims (further dims count as columns).
 
     Update: m <- m + (1 - momentum)(g - m); u = g + momentum (m - g) (Nesterov);
@@ -221,10 +222,12 @@ class Muon(torch.optim.Optimizer):
                 found.append(Update(group, jobs, self._share_cut(jobs, momentum, ranks)))
         return found
 
+    def fresh_state(self, parameter: Tensor) -> State:
+        """The momentum."""
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: None = None, prepared: list[Update] | None = None
-    ) -> None:
+    def step(self, prepared: list[Update] | None = None) -> None:
         """One update of every parameter that has a gradient: local, of what `prepare` returned for
         these gradients (without it, it is called first)."""
         for update in self.prepare() if prepared is None else prepared:
@@ -240,8 +243,6 @@ class Muon(torch.optim.Optimizer):
     def _jobs(self, parameter: Tensor, matrix: Matrix) -> list[_Job]:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
         held = (parameter, state["momentum_buffer"], grad)
         if not matrix.stacked:
             return [_Job(*held, matrix)]

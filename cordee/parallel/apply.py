@@ -34,7 +34,7 @@ from cordee.model.span import Span
 from cordee.model.transformer import Transformer
 from cordee.parallel.context import GatherAttention, RingAttention
 from cordee.parallel.expert import deal_experts
-from cordee.parallel.shard import Sharding, local, shard
+from cordee.parallel.shard import Sharding, fsdp_modules, local, shard
 from cordee.parallel.tensor import split_sequence
 
 WIRES = {
@@ -208,7 +208,16 @@ def compile_blocks(model: Any, memory: MemorySettings) -> None:
 
 def to_memory(model: nn.Module, device: str, sharding: Sharding) -> None:
     """Memory without values: parameters on `device`, or on the host when they are offloaded."""
-    model.to_empty(device="cpu" if sharding.offload else device)
+    home = "cpu" if sharding.offload else device
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=home)
+
+    if fsdp_modules(model):
+        model.to_empty(device=home)
+    else:
+        # As to_empty does, but for its empty_like: that, of a meta tensor, imports sympy (0.5 s).
+        model._apply(empty)  # type: ignore[no-untyped-call]
     if sharding.offload:
         for module in model.modules():
             for name, buffer in module._buffers.items():
