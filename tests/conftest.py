@@ -13,6 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from cordee.layout.boxes import Box, whole
+from cordee.testing import PRELOADED
+
+PRELOADED += [
+    "torch.distributed.fsdp", "torch.distributed.pipelining", "hypothesis", "pytest",
+    "tests.metal.layouts",
+]  # fmt: skip
+# Worlds of `launch` are forks of one process that has all this: imported once, not in each rank.
 
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
@@ -29,12 +36,14 @@ SMALL = (
     "batch.microbatches=12",
     "evaluate.tokens=2048",
     "launch.threads=1",
+    "run.precision=fp32",
 )
-"""A model and a source small enough to train 60 steps in about a second."""
+"""A model and a source small enough to train 60 steps in about a second. fp32: every processor has
+it, and bf16 without instructions for it is thirty times as slow."""
 
 
 def cordee(
-    *words: str, folder: Path | None = None, deadline_s: float = 180.0, **environment: str
+    *words: str, folder: Path | None = None, deadline_s: float = 400.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The command, as a user's shell would start it."""
     return subprocess.run(
@@ -55,7 +64,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def train(
-    directory: Path, *words: str, deadline_s: float = 180.0
+    directory: Path, *words: str, deadline_s: float = 400.0
 ) -> subprocess.CompletedProcess[str]:
     """`cordee train` of the small run in `directory`; must succeed."""
     done = cordee("train", *SMALL, f"run.dir={directory}", *words, deadline_s=deadline_s)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 400, 60, 8, 100, 28_000
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 400, 60, 8, 100, 28_200
 
 FLOORS = {
     "errors": 1, "config": 2, "layout": 3, "model": 3, "plan": 4, "dist": 4, "data": 4,
@@ -30,7 +31,10 @@ PAPER = (
     "config", "layout", "plan", "data/order.py", "data/mixture.py", "data/permutation.py",
     "errors.py",
 )  # fmt: skip
-LATE_IMPORTS = {"dist/start.py", "__init__.py", "model/hub.py", "model/keras.py"}
+LATE_IMPORTS = {
+    "dist/start.py", "__init__.py", "model/hub.py", "model/keras.py", "parallel/shard.py",
+    "build.py",
+}  # fmt: skip
 """Files outside cli/ that may import inside a function; each says why in its header."""
 ENVIRONMENT = {"dist/start.py", "testing.py"}
 BROAD = ("fault/", "testing.py")
@@ -68,39 +72,63 @@ def test_there_is_a_house() -> None:
     assert len(FILES) > 40
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_caps(path: Path) -> None:
+@dataclass
+class Offenders:
+    """What breaks a rule, over all files."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def unless(self, kept: object, path: Path, says: str) -> None:
+        """Notes that `path` breaks the rule unless it is kept."""
+        if not kept:
+            self.lines.append(f"{name_of(path)}: {says}")
+
+
+@pytest.fixture
+def offenders() -> Iterator[Offenders]:
+    """Fails at the end of a test that has found any."""
+    found = Offenders()
+    yield found
+    assert not found.lines, "\n" + "\n".join(found.lines)
+
+
+def test_caps(offenders: Offenders) -> None:
+    for path in FILES:
+        _check_caps(path, offenders)
+
+
+def _check_caps(path: Path, offenders: Offenders) -> None:
     lines = path.read_text().splitlines()
-    assert len(lines) <= FILE_LINES
+    offenders.unless(len(lines) <= FILE_LINES, path, f"{len(lines)} lines")
     long = [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS]
-    assert not long, f"lines over {COLUMNS} columns: {long}"
+    offenders.unless(not long, path, f"lines over {COLUMNS} columns: {long}")
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
-        assert length <= FUNCTION_LINES, f"{function.name}: {length} lines"
+        offenders.unless(length <= FUNCTION_LINES, path, f"{function.name}: {length} lines")
         given = function.args
         count = len([a for a in [*given.posonlyargs, *given.args] if a.arg not in ("self", "cls")])
         count += len(given.kwonlyargs)
-        assert count <= PARAMETERS, f"{function.name}: {count} parameters"
+        offenders.unless(count <= PARAMETERS, path, f"{function.name}: {count} parameters")
 
 
 def test_package_size() -> None:
     assert sum(len(path.read_text().splitlines()) for path in FILES) <= PACKAGE_LINES
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_floors(path: Path) -> None:
-    room = room_of(path)
-    if room in FACES:
-        return
-    for module in imports(tree_of(path)):
-        if not module.startswith("cordee."):
+def test_floors(offenders: Offenders) -> None:
+    for path in FILES:
+        room = room_of(path)
+        if room in FACES:
             continue
-        other = module.split(".")[1]
-        assert other in FLOORS, f"{module} has no floor"
-        if other != room:
-            assert FLOORS[other] < FLOORS[room] or _same_floor_below(room, other), (
-                f"{name_of(path)} (floor {FLOORS[room]}) imports {module} (floor {FLOORS[other]})"
-            )
+        for module in imports(tree_of(path)):
+            if not module.startswith("cordee."):
+                continue
+            other = module.split(".")[1]
+            assert other in FLOORS, f"{module} has no floor"
+            if other != room:
+                below = FLOORS[other] < FLOORS[room] or _same_floor_below(room, other)
+                says = f"floor {FLOORS[room]} imports {module} of floor {FLOORS[other]}"
+                offenders.unless(below, path, says)
 
 
 def _same_floor_below(room: str, other: str) -> bool:
@@ -136,48 +164,64 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_paper_knows_no_torch(path: Path) -> None:
-    name = name_of(path)
-    if name.startswith(PAPER):
-        assert not [m for m in imports(tree_of(path)) if m.split(".")[0] == "torch"]
-    if name.startswith("model/"):
-        assert not [m for m in imports(tree_of(path)) if m.startswith("torch.distributed")]
+def test_paper_knows_no_torch(offenders: Offenders) -> None:
+    for path in FILES:
+        name, modules = name_of(path), list(imports(tree_of(path)))
+        if name.startswith(PAPER):
+            torch = [m for m in modules if m.split(".")[0] == "torch"]
+            offenders.unless(not torch, path, f"imports {torch}")
+        if name.startswith("model/"):
+            groups = [m for m in modules if m.startswith("torch.distributed")]
+            offenders.unless(not groups, path, f"imports {groups}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_manners(path: Path) -> None:
+def test_manners(offenders: Offenders) -> None:
+    for path in FILES:
+        _check_manners(path, offenders)
+
+
+def _check_manners(path: Path, offenders: Offenders) -> None:
     name, text, tree = name_of(path), path.read_text(), tree_of(path)
-    assert ast.get_docstring(tree), "a file says what it is"
-    assert path.stem not in BANNED_NAMES
-    assert not re.search(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b", text)
-    assert "pickle" not in set(imports(tree)) and "torch.load" not in text
+    offenders.unless(ast.get_docstring(tree), path, "a file says what it is")
+    offenders.unless(path.stem not in BANNED_NAMES, path, "a name that says nothing")
+    marks = re.findall(r"\b(?:TODO|FIXME|XXX|HACK|NotImplementedError)\b", text)
+    offenders.unless(not marks, path, f"unfinished: {marks}")
+    offenders.unless("pickle" not in set(imports(tree)), path, "pickle")
+    offenders.unless("torch.load" not in text, path, "torch.load")
     if name not in ENVIRONMENT:
-        assert not re.search(r"os\.environ|os\.getenv", text), "environment is read in dist/start"
+        reads = re.search(r"os\.environ|os\.getenv", text)
+        offenders.unless(not reads, path, "environment is read in dist/start")
     for node in ast.walk(tree):
-        assert not isinstance(node, ast.Global), "no global"
+        offenders.unless(not isinstance(node, ast.Global), path, "global")
         if isinstance(node, ast.ExceptHandler) and not name.startswith(BROAD):
             caught = ast.unparse(node.type) if node.type else ""
-            assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}: broad"
+            narrow = caught not in ("", "Exception", "BaseException")
+            offenders.unless(narrow, path, f"line {node.lineno}: broad")
     if not name.startswith("cli/") and name not in LATE_IMPORTS:
         for function in functions(path):
-            assert not list(imports(function)), f"{function.name}: import inside a function"
+            late = list(imports(function))
+            offenders.unless(not late, path, f"{function.name}: imports {late} inside")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_public_names_are_documented_and_typed(path: Path) -> None:
+def test_public_names_are_documented_and_typed(offenders: Offenders) -> None:
+    for path in FILES:
+        _check_public_names(path, offenders)
+
+
+def _check_public_names(path: Path, offenders: Offenders) -> None:
     tree = tree_of(path)
     public = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
     bodies = [tree.body, *[node.body for node in public]]
     for body in bodies:
         for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
-                assert node.returns is not None, f"{node.name} has no return type"
+                documented = ast.get_docstring(node)
+                offenders.unless(documented, path, f"{node.name} has no docstring")
+                offenders.unless(node.returns, path, f"{node.name} has no return type")
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             documented = ast.get_docstring(node) or name_of(path) in KNOBS
-            assert documented, f"{node.name} has no docstring"
+            offenders.unless(documented, path, f"{node.name} has no docstring")
 
 
 def test_every_knob_is_documented_and_read() -> None:

@@ -211,11 +211,10 @@ class Rope:
         """Waits until so many islands compute."""
         self.wait(lambda: self.islands == count, deadline_s)
 
-    def pause_s(self) -> float:
-        """Seconds until a step is committed that was not when this was called."""
-        began, step = time.monotonic(), self.step
+    def goes_on(self) -> None:
+        """Waits until a step is committed that is not now."""
+        step = self.step
         self.wait(lambda: self.step > step, 60)
-        return time.monotonic() - began
 
     def wait(self, happened: Callable[[], bool], deadline_s: float) -> None:
         """Waits for something; what all hosts said, when it does not come."""

@@ -104,6 +104,19 @@ def test_killed_at_a_random_moment(seed: int, clean: str, run_dir: Path) -> None
     assert [row["step"] for row in rows(run_dir)] == list(range(1, 61))
 
 
+def test_bf16_gives_the_same_bits_anywhere_and_after_a_kill(tmp_path: Path) -> None:
+    """Little: where a processor has no instructions for bf16 it is emulated, and slow."""
+    words = (
+        *EXACT, "run.steps=12", "run.precision=bf16", "model.layers=1", "model.width=32",
+        "data.sequence=16", "batch.microbatches=4", "checkpoint.every=5",
+    )  # fmt: skip
+    train(tmp_path / "one", *words, "launch.processes=1")
+    broken = ("train", *SMALL, *words, f"run.dir={tmp_path / 'two'}", "launch.processes=2")
+    assert cordee(*broken, "fault.kill=step.agree:8:1", NO_REPLACEMENT).returncode == 1
+    assert cordee(*broken).returncode == 0
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
 def test_fp32_curves_agree_without_exact(tmp_path: Path) -> None:
     curves = []
     for processes in (1, 4):

@@ -35,14 +35,18 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest(folder)
 
 
-def slow(*values: str) -> list[object]:
-    """Parameters of which only the first is fast."""
-    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+def graded(first: str, *slow: str, nightly: tuple[str, ...] = ()) -> list[object]:
+    """Parameters: one that is fast, some that a change has to pass, repetitions of these."""
+    return [
+        first,
+        *(pytest.param(value, marks=pytest.mark.slow) for value in slow),
+        *(pytest.param(value, marks=pytest.mark.nightly) for value in nightly),
+    ]
 
 
 # ---- kills at named points -----------------------------------------------------------------------
 
-WARM = slow(
+WARM = graded(
     "step.reduce:12:1,step.update:24:0",
     "step.start:6:0,step.forward:12:0,step.backward:18:0,step.reduce:24:0,step.agree:30:0",
     "step.start:6:1,step.forward:12:1,step.backward:18:1,step.update:24:1,step.agree:30:1",
@@ -66,11 +70,14 @@ def test_a_warm_spare_takes_the_place_of_the_dead(kills: str, clean: str, run_di
     same_descent(run_dir, clean, STEPS)
 
 
-COLD = slow(
-    "step.forward:20:0", "step.start:20:1", "step.backward:20:1", "step.reduce:20:0",
-    "step.agree:20:1", "step.update:20:0", "step.commit:20:1", "evaluate:15:0",
-    "save.rename:20:0",
+COLD = graded(
+    "step.forward:20:0", "step.update:20:1", "evaluate:15:0", "save.rename:20:0",
+    nightly=(
+        "step.start:20:1", "step.backward:20:1", "step.reduce:20:0", "step.agree:20:1",
+        "step.commit:20:1",
+    ),
 )  # fmt: skip
+"""Every point of a step is one of WARM too; without a spare nothing else happens there."""
 
 
 @pytest.mark.parametrize("kill", COLD)
@@ -82,15 +89,17 @@ def test_without_a_spare_the_others_go_on(kill: str, clean: str, run_dir: Path) 
     same_descent(run_dir, clean, STEPS)
 
 
-DURING = slow(
+DURING = graded(
     "step.agree:20:1,fill:19:0",
-    "step.agree:20:1,fill:0:1",
-    "step.agree:20:1,group:19:0",
     "step.agree:20:1,group:0:1",
     "step.agree:20:1,fill.round:19:0",
-    "step.agree:20:1,fill.round:19:1",
-    "step.agree:20:0,fill.end:19:0",
     "step.agree:20:1,fill.end:19:1,fill:19:0",
+    nightly=(
+        "step.agree:20:1,fill:0:1",
+        "step.agree:20:1,group:19:0",
+        "step.agree:20:1,fill.round:19:1",
+        "step.agree:20:0,fill.end:19:0",
+    ),
 )
 
 
@@ -136,14 +145,12 @@ def test_the_supervisor(clean: str, run_dir: Path) -> None:
         run.until_step(25)
         run.process.kill()
         run.end()
-        began = time.monotonic()
         run.left_nothing()
-        assert time.monotonic() - began < 4  # 2 on a quiet machine
     train(run_dir, *TWO)
     same_descent(run_dir, clean, STEPS)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.nightly)])
 def test_random_kills(kills: int, tmp_path: Path) -> None:
     """Of any worker, ranks, spares and those that import; sometimes two at once or one after
     another while the first is being replaced."""
@@ -182,9 +189,7 @@ def test_a_frozen_rank_is_named_and_replaced(rank: int, clean: str, run_dir: Pat
         run.until_step(10)
         pid = run.ranks()[rank]
         os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
         run.until(lambda: run.told("lost"))
-        assert 1.5 < time.monotonic() - began < 10  # 2.5 on a quiet machine
         with suppress(ProcessLookupError):  # too late: it is gone
             os.kill(pid, signal.SIGCONT)
         assert run.end() == 0, run.said[-3000:]

@@ -13,7 +13,7 @@ from tests.conftest import clean_environment
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_short_soak_leaves_the_descent_and_the_machine_as_they_were(hosts: int) -> None:
     done = subprocess.run(

@@ -395,7 +395,7 @@ def test_operations_by_hand() -> None:
 
 EXACT = (
     "run.exact=true", "run.steps=12", "data.tokens=60000", "batch.microbatch=4",
-    "evaluate.tokens=20000", "launch.threads=1",
+    "evaluate.tokens=20000", "launch.threads=1", "run.precision=fp32",
 )  # fmt: skip
 
 
@@ -431,7 +431,7 @@ def test_it_learns_and_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = cordee(
         "train", "model.preset=shapes-conv", "run.steps=100", "launch.processes=1",
-        "launch.threads=1", "model.image.classes=3", "data.tokens=1500000",
+        "launch.threads=1", "run.precision=fp32", "model.image.classes=3", "data.tokens=1500000",
         "evaluate.tokens=100000", "evaluate.every=60", f"run.dir={folder}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

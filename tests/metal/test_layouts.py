@@ -75,7 +75,7 @@ def check(
     ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path, steps: int = STEPS
 ) -> None:
     whole = [(*DENSE, *job) for job in jobs]
-    found = launch(curves, str(folder), whole, steps, ranks=ranks, deadline_s=280)[0]
+    found = launch(curves, str(folder), whole, steps, ranks=ranks)[0]
     assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
     for job, made in zip(jobs, found, strict=True):
         print(job)
@@ -91,7 +91,7 @@ def test_each_axis_at_four_and_every_pair(short: Curve, tmp_path: Path) -> None:
     check(4, FOUR, short, tmp_path, FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_axes(short: Curve, tmp_path: Path) -> None:
     check(8, EIGHT, short, tmp_path, FEW)
 
@@ -101,7 +101,7 @@ def test_dropout_and_levers_are_the_same_under_every_axis(tmp_path: Path) -> Non
     bare = [(*DENSE, *lever) for lever in LEVERS]
     oracles = launch(curves, str(tmp_path), bare, 5, ranks=1)[0]
     jobs = [(*DENSE, *lever, *axis) for lever in LEVERS for axis in LEVERED]
-    found = launch(curves, str(tmp_path), jobs, 5, ranks=2, deadline_s=280)[0]
+    found = launch(curves, str(tmp_path), jobs, 5, ranks=2)[0]
     assert oracles[0].losses != pytest.approx(oracles[2].losses, rel=1e-3)
     for place, made in enumerate(found):
         print(jobs[place][len(DENSE) :])
@@ -149,7 +149,7 @@ def check_experts(
     one = launch(curves, str(at), [job], steps, ranks=1)[0][0]
     assert one.losses[-1] < one.losses[0] - 0.3
     whole = [(*job, *axes) for axes in jobs]
-    found = launch(curves, str(at), whole, steps, ranks=ranks, deadline_s=280)[0]
+    found = launch(curves, str(at), whole, steps, ranks=ranks)[0]
     for axes, made in zip(jobs, found, strict=True):
         print(axes)
         close(made, one, 1e-5, parameter)
@@ -180,7 +180,7 @@ def test_experts_move_between_layouts(tmp_path: Path) -> None:
     places = [words(expert=4), words(expert=2, shard=2), words(tensor=2, pipeline=2)]
     job = (*MIXED, *BIASED)
     pairs = [((*job, *a), (*job, *b)) for a, b in itertools.permutations(places, 2)]
-    for undisturbed, resumed in launch(moved, str(tmp_path), pairs, ranks=4, deadline_s=280)[0]:
+    for undisturbed, resumed in launch(moved, str(tmp_path), pairs, ranks=4)[0]:
         assert resumed == pytest.approx(undisturbed, rel=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     ring = [*zip(MOVES, MOVES[1:] + MOVES[:1], strict=True)]
     across = [(MOVES[i], MOVES[i - 3]) for i in range(0, len(MOVES), 2)]
     pairs = [((*DENSE, *a), (*DENSE, *b)) for a, b in ring + across]
-    found = launch(moved, str(tmp_path), pairs, ranks=4, deadline_s=280)[0]
+    found = launch(moved, str(tmp_path), pairs, ranks=4)[0]
     assert len(found) >= 12
     for (a, b), (undisturbed, resumed) in zip(ring + across, found, strict=True):
         print(a, b)

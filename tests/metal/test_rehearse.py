@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,11 +199,10 @@ MIXED_235B = (
 
 @pytest.mark.parametrize(("axes", "rank"), [(AXES_405B, 9000), (MIXED_235B, 16383)])
 def test_one_rank_of_16384(axes: tuple[str, ...], rank: int) -> None:
-    began = time.monotonic()
     done = cordee("plan", *BIG, *axes, "--dry-run", "--rank", str(rank), "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)["rank"]
-    assert time.monotonic() - began < 60 and told["ranks"] == 16384
+    assert told["ranks"] == 16384
     built, state = told["rehearsal"], told["state_bytes"]
     assert built["memory"] < 4 * GIB
     assert built["parameters"] == told["parameters"] and built["tensors"] == told["tensors"]

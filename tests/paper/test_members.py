@@ -39,7 +39,7 @@ def test_seeded_schedules(first: int) -> None:
     assert play(first)["on"] > 0.7 * CHUNK
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("first", range(FAST, ALL, CHUNK))
 def test_more_seeded_schedules(first: int) -> None:
     assert play(first)["on"] > 0.7 * CHUNK
