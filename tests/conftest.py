@@ -37,9 +37,11 @@ SMALL = (
     "evaluate.tokens=2048",
     "launch.threads=1",
     "run.precision=fp32",
+    "fault.spares=0",
 )
 """A model and a source small enough to train 60 steps in about a second. fp32: every processor has
-it, and bf16 without instructions for it is thirty times as slow."""
+it, and bf16 without instructions for it is thirty times as slow. No spare: each is an import of
+torch; runs that are disturbed (`drills/live.py`) have one."""
 
 
 def cordee(

@@ -29,7 +29,7 @@ class Live:
 
     def __init__(self, folder: Path, *words: str) -> None:
         self.folder = folder
-        self.words = ("train", *SMALL, f"run.dir={folder}", *words)
+        self.words = ("train", *SMALL, "fault.spares=1", f"run.dir={folder}", *words)
         self.temporary = folder.with_name(folder.name + "-tmp")
         self.temporary.mkdir(exist_ok=True)
         self.process = subprocess.Popen(

@@ -75,10 +75,11 @@ def test_parameter_limits_hold_for_their_group_alone(layout: str, run_dir: Path)
 @pytest.mark.parametrize(
     ("rule", "clip"),
     [
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-            ("sgd", "none"), ("momentum", "value"), ("adam", "normalise"), ("adafactor", "norm"),
-        )),
         ("adamw", "agc"), ("muon", "norm"),
+        pytest.param("adafactor", "norm", marks=pytest.mark.slow),
+        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in (
+            ("sgd", "none"), ("momentum", "value"), ("adam", "normalise"),
+        )),
     ],
 )  # fmt: skip
 def test_every_rule_goes_on_in_the_same_bits(rule: str, clip: str, tmp_path: Path) -> None:
