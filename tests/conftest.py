@@ -26,7 +26,7 @@ settings.load_profile("house")
 # A busy machine is no fault of what is tested.
 
 SMALL = (
-    "model.layers=2",
+    "model.layers=1",
     "model.width=64",
     "model.heads=4",
     "data.path=builtin:markov",

@@ -24,6 +24,7 @@ STEPS = 160
 LONG = (
     "run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "evaluate.tokens=0",
     "checkpoint.every=50", "batch.microbatches=12", "fault.spares=0",
+    "model.layers=2",
 )  # fmt: skip
 """A run that lasts long enough for hosts to come and go: some ten seconds alone."""
 

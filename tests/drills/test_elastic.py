@@ -118,7 +118,7 @@ def test_a_cut_island_that_loses_a_rank(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "axis",
-    ["layout.tensor=2", "layout.pipeline=2", "layout.context=2",
+    ["layout.tensor=2", "layout.pipeline=2 model.layers=2", "layout.context=2",
      "layout.expert=2 model.moe.experts=4"],
 )  # fmt: skip
 def test_an_island_of_any_axis_that_loses_a_rank_is_made_whole_by_a_spare(

@@ -204,7 +204,7 @@ def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(
 ) -> None:
     """A rank is frozen when the other one dies, and who took the place of the dead dies as well."""
     steps, run_dir = 300, tmp_path / "run"
-    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0")
+    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0", "batch.microbatches=4")
     train(tmp_path / "clean", *words, "launch.processes=1")
     with Live(run_dir, *words, "launch.processes=2", PATIENT, "fault.spares=2") as run:
         run.until_spares(2)
