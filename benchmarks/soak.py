@@ -20,7 +20,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from benchmarks.watched import (
     events,
     free_port,
     household,
+    listens,
     lives,
 )
 
@@ -231,11 +231,8 @@ class Soak:
 def left_behind(soak: Soak) -> list[str]:
     """Whatever of the run is still there."""
     found = [f"process {pid}" for pid in children(os.getpid())]
-    if soak.place:
-        host, _, port = soak.place.rpartition(":")
-        with socket.socket() as asking:
-            if asking.connect_ex((host, int(port))) == 0:
-                found.append(f"somebody listens on {soak.place}")
+    if soak.place and listens(soak.place):
+        found.append(f"somebody listens on {soak.place}")
     names = [path.name for path in soak.temporary.rglob("*")]
     found += [f"file {name}" for name in names if not name.startswith("torchinductor_")]
     pids = set(map(str, soak.pids))

@@ -253,9 +253,10 @@ WORDS = (
     "run.exact=true", "model.layers=2", "model.width=128", "model.heads=4", "data.sequence=128",
     "data.path=builtin:markov", "data.tokens=200000", "batch.microbatch=2",
     "batch.microbatches=6", "optim.name=adamw", "evaluate.sample=0", "evaluate.tokens=2048",
-    "checkpoint.every=10", "launch.threads=1",
+    "checkpoint.every=10", "launch.threads=1", "run.precision=fp32",
 )  # fmt: skip
-"""A small model: a step of some 50 ms on two processes of a quiet core each."""
+"""A small model: a step of some 50 ms on two processes of a quiet core each. fp32, which every
+processor has; so a digest holds for all of one kind."""
 
 
 def command(folder: Path, *words: str) -> list[str]:
@@ -292,9 +293,21 @@ def settled(run: Watched, hosts: Sequence[subprocess.Popen[bytes]], full: int, s
 
 
 def address_of(folder: Path, but: str) -> str:
-    """Where a host of the newest view is met that is not the founder."""
+    """Where a living host of the newest view is met that is not the founder. A view names a host
+    that has just been killed until the others have voted. Late: nobody answers."""
     known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
-    return next(str(host).partition("#")[0] for host in known if host.partition("#")[0] != but)
+    for address in (str(host).partition("#")[0] for host in known):
+        if address != but and listens(address):
+            return address
+    raise Late(f"no host of {known} but {but or 'none'} answers")
+
+
+def listens(address: str) -> bool:
+    """Whether somebody takes connections at host:port."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as asking:
+        asking.settimeout(5)
+        return asking.connect_ex((host, int(port))) == 0
 
 
 def free_port() -> int:
