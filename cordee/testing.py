@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cordee.dist.start import Launched, World, end_with_parent
+from cordee.dist.start import Launched, World
 from cordee.dist.start import world as join
 from cordee.errors import RunError
 
@@ -98,10 +98,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    end_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it died before we asked
-        os._exit(1)
+    _end_with_launcher()
     try:
         with join(told, "cpu", threads, deadline_s) as here:
             sender.send((True, function(here, *arguments)))
@@ -111,6 +108,20 @@ def _rank(
     except BaseException:
         sender.send((False, traceback.format_exc()))
         raise SystemExit(1) from None
+
+
+def _end_with_launcher() -> None:
+    """Ends this rank when the process that called `launch` ends. The system's own signal of a
+    parent's death is no help: the parent is the server, which lives as long as its forks."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:

@@ -156,16 +156,10 @@ def follow_parent() -> None:
     parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return
-    end_with_parent()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died before we asked
         os._exit(1)
-
-
-def end_with_parent() -> None:
-    """Asks the system to kill this process when its parent ends (Linux; elsewhere nothing)."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """Update rules over parameter groups whose state exists from the start.
 
-Kernels are `fused`, or foreach: the bits of one tensor at a time in a tenth of the calls.
-
 SGD, Adam, AdamW and Adafactor are torch.optim's, called in their functional form: its classes
-import torch._dynamo when the first one is made, 1.4 s of processor time in every process.
+import torch._dynamo when the first one is made, 1.4 s of processor time in every process. Kernels
+are `fused`, or foreach: the bits of one tensor at a time in a tenth of the calls.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim._adafactor import adafactor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
-
-# The module of torch that exports it has a leading underscore; `torch.optim.adafactor` is it.
-from torch.optim._adafactor import adafactor  # isort: skip
 
 State = dict[str, Tensor]
 Group = dict[str, Any]

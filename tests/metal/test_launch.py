@@ -1,0 +1,98 @@
+"""Ranks of `launch`: what they see, whose they are; and what a run imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cordee.errors import RunError
+from cordee.testing import World, launch
+from tests.conftest import SMALL, clean_environment
+from tests.drills.hosts import alive, gone_within
+
+LATE = (
+    "torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+)  # fmt: skip
+"""What only shards, stages or compiled blocks need: 2 of the 5 s of processor time of a start."""
+
+
+def seen(world: World, word: str) -> tuple[int, int, str]:
+    """What a rank knows."""
+    return world.rank, world.size, word
+
+
+def failing(world: World) -> None:
+    """The second rank fails, the first waits for it."""
+    if world.rank == 1:
+        raise ValueError("the second rank fails")
+    time.sleep(600)
+
+
+def sleeping(world: World, folder: str) -> None:
+    """Says its pid, and stays."""
+    (Path(folder) / f"{world.rank}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_every_rank_knows_its_place() -> None:
+    for _ in range(2):
+        assert launch(seen, "here", ranks=3) == [(rank, 3, "here") for rank in range(3)]
+
+
+def test_the_first_to_fail_ends_all_and_is_what_is_raised() -> None:
+    with pytest.raises(RunError, match="the second rank fails"):
+        launch(failing, ranks=2)
+
+
+def test_a_deadline_names_who_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="did not end before the deadline"):
+        launch(sleeping, str(tmp_path), ranks=2, deadline_s=3)
+
+
+def test_no_rank_outlives_who_launched_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cordee.testing import launch;"
+        " from tests.metal.test_launch import sleeping; launch(sleeping, sys.argv[1], ranks=2)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=clean_environment(), cwd=root
+    )
+    end = time.monotonic() + 120
+    while len(files := [p for p in tmp_path.glob("*.pid") if p.stat().st_size]) < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    ranks = [int(path.read_text()) for path in files]
+    assert all(map(alive, ranks))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert gone_within(ranks, 60), f"orphans among {ranks}"
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [((), ()), (("optim.name=adamw", "run.exact=true"), ()), (("run.compile=blocks",), LATE[:2])],
+    ids=["muon", "exact", "compiled"],
+)
+def test_a_run_imports_what_its_plan_needs(
+    words: tuple[str, ...], needed: tuple[str, ...], run_dir: Path
+) -> None:
+    code = (
+        "import sys, cordee; cordee.train(cordee.load(None, sys.argv[1:]).run);"
+        f" print(*[name for name in {LATE} if name in sys.modules])"
+    )
+    given = (*SMALL, *words, "run.steps=2", "launch.processes=1", f"run.dir={run_dir}")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        env=clean_environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = done.stdout.split()
+    assert loaded == [] if not needed else set(needed) <= set(loaded)
