@@ -23,8 +23,8 @@ def ledger(run: Path, *words: str, code: int = 0) -> dict[str, Any]:
     ["layout.pipeline=2", "layout.context=2", "layout.tensor=2", "data.placement=replicate"],
 )
 def test_layouts_leave_the_same_words(layout: str, tmp_path: Path) -> None:
-    words = ("run.steps=6", "evaluate.sample=0", "data.prefetch=1")
-    train(tmp_path / "one", *words[:2], "launch.processes=1")
+    words = ("run.steps=6", "evaluate.sample=0", "model.layers=2", "data.prefetch=1")
+    train(tmp_path / "one", *words[:3], "launch.processes=1")
     train(tmp_path / "cut", *words, "launch.processes=2", layout)
     one, cut = ([row["samples"] for row in rows(tmp_path / name)] for name in ("one", "cut"))
     assert one == cut

@@ -21,7 +21,7 @@ MOE = ("model.moe.experts=4", "model.moe.active=2", "model.moe.width=64")
 
 def losses(folder: Path, *words: str) -> list[float]:
     """The losses of 20 steps of the small run."""
-    train(folder, "run.steps=20", "evaluate.sample=0", *words)
+    train(folder, "run.steps=20", "evaluate.sample=0", "model.layers=2", *words)
     return [float(str(row["loss"])) for row in rows(folder)]
 
 
