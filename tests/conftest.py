@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ it, and bf16 without instructions for it is thirty times as slow. No spare: each
 torch; runs that are disturbed (`drills/live.py`) have one."""
 
 
+TINY = ("model.layers=1", "model.width=32", "data.sequence=16", "batch.microbatches=4")
+"""Smaller still: for what is emulated (bf16, fp16), and for runs of very many steps."""
+
+
 def cordee(
     *words: str, folder: Path | None = None, deadline_s: float = 400.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -72,6 +77,17 @@ def train(
     done = cordee("train", *SMALL, f"run.dir={directory}", *words, deadline_s=deadline_s)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def wait_for_step(folder: Path, step: int, deadline_s: float = 120.0) -> int:
+    """Until the run has made that step; returns the step it has made."""
+    end, path = time.monotonic() + deadline_s, folder / "metrics.jsonl"
+    while time.monotonic() < end:
+        count = path.read_bytes().count(b"\n") if path.exists() else 0
+        if count >= step:
+            return count
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not made")
 
 
 def rows(directory: Path) -> list[dict[str, object]]:

@@ -8,7 +8,7 @@ are `fused`, or foreach: the bits of one tensor at a time in a tenth of the call
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,10 +53,13 @@ class UpdateRule(ABC):
             else:
                 parameter.grad.zero_()
 
-    def _updated(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[State]]:
-        """Parameters of a group that have a gradient, the gradients, the states."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        return parameters, [p.grad for p in parameters], [self.state[p] for p in parameters]
+    def _updated(self) -> Iterator[tuple[Group, list[Tensor], list[Tensor], list[State]]]:
+        """Each group with its parameters that have a gradient, the gradients, the states."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                grads, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+                yield group, parameters, grads, states
 
 
 class SGD(UpdateRule):
@@ -73,13 +76,11 @@ class SGD(UpdateRule):
     @torch.no_grad()
     def step(self) -> None:
         """m <- momentum m + g; p <- p - lr m."""
-        for group in self.param_groups:
-            parameters, grads, states = self._updated(group)
-            if parameters:
-                momenta: list[Tensor | None] = [s["momentum_buffer"] for s in states if s]
-                sgd(parameters, grads, momenta, weight_decay=group["weight_decay"],
-                    momentum=self._momentum, lr=group["lr"], dampening=0.0, nesterov=False,
-                    maximize=False, foreach=not self._fused, fused=self._fused)  # fmt: skip
+        for group, parameters, grads, states in self._updated():
+            momenta: list[Tensor | None] = [s["momentum_buffer"] for s in states if s]
+            sgd(parameters, grads, momenta, weight_decay=group["weight_decay"],
+                momentum=self._momentum, lr=group["lr"], dampening=0.0, nesterov=False,
+                maximize=False, foreach=not self._fused, fused=self._fused)  # fmt: skip
 
 
 class Adam(UpdateRule):
@@ -105,18 +106,16 @@ class Adam(UpdateRule):
     @torch.no_grad()
     def step(self) -> None:
         """p <- p - lr m / (sqrt(v) + eps), with moments m and v of the gradient, bias removed."""
-        for group in self.param_groups:
-            parameters, grads, states = self._updated(group)
-            if parameters:
-                first, second, steps = (
-                    [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
-                )
-                self._update(
-                    parameters, grads, first, second, [], steps, amsgrad=False,
-                    beta1=self._betas[0], beta2=self._betas[1], lr=group["lr"],
-                    weight_decay=group["weight_decay"], eps=self._eps, maximize=False,
-                    foreach=not self._fused, fused=self._fused,
-                )  # fmt: skip
+        for group, parameters, grads, states in self._updated():
+            first, second, steps = (
+                [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
+            self._update(
+                parameters, grads, first, second, [], steps, amsgrad=False,
+                beta1=self._betas[0], beta2=self._betas[1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=self._eps, maximize=False,
+                foreach=not self._fused, fused=self._fused,
+            )  # fmt: skip
 
 
 class Adafactor(UpdateRule):
@@ -138,14 +137,12 @@ class Adafactor(UpdateRule):
     @torch.no_grad()
     def step(self) -> None:
         """p <- p - max(1e-3, rms(p)) min(lr, 1/sqrt(t)) g / sqrt(v), clipped to rms 1."""
-        for group in self.param_groups:
-            parameters, grads, states = self._updated(group)
-            if parameters:
-                rows, columns, whole = (
-                    [s.get(name) for s in states] for name in ("row_var", "col_var", "variance")
-                )
-                adafactor(
-                    parameters, grads, rows, columns, whole, [s["step"] for s in states], d=1.0,
-                    lr=group["lr"], beta2_decay=-0.8, weight_decay=group["weight_decay"],
-                    eps1=None, eps2=1e-3, maximize=False,  # type: ignore[arg-type]
-                )  # fmt: skip
+        for group, parameters, grads, states in self._updated():
+            rows, columns, whole = (
+                [s.get(name) for s in states] for name in ("row_var", "col_var", "variance")
+            )
+            adafactor(
+                parameters, grads, rows, columns, whole, [s["step"] for s in states], d=1.0,
+                lr=group["lr"], beta2_decay=-0.8, weight_decay=group["weight_decay"],
+                eps1=None, eps2=1e-3, maximize=False,  # type: ignore[arg-type]
+            )  # fmt: skip

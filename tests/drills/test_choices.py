@@ -110,7 +110,7 @@ def test_a_run_ends_by_tokens(run_dir: Path) -> None:
 def test_a_run_ends_by_minutes_on_all_ranks_alike(run_dir: Path) -> None:
     train(run_dir, "run.minutes=0.05", "launch.processes=2", "optim.schedule=linear")
     told = rows(run_dir)
-    assert float(str(told[-1]["elapsed_s"])) >= 3.0
+    assert 3.0 <= float(str(told[-1]["elapsed_s"])) < 6.0
     assert float(str(told[-1]["lr"])) < 0.2 * max(float(str(row["lr"])) for row in told)
 
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
+from tests.conftest import (
+    SMALL,
+    TINY,
+    clean_environment,
+    cordee,
+    digest,
+    events,
+    rows,
+    train,
+    wait_for_step,
+)
 
 EXACT = ("run.exact=true", "run.steps=60", "evaluate.sample=0")
 NO_REPLACEMENT = "fault.recover=false"
@@ -94,7 +104,7 @@ def test_killed_at_a_random_moment(seed: int, clean: str, run_dir: Path) -> None
         [*words, f"launch.processes={chance.choice((1, 2))}"],
         env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for_rows(run_dir, chance.randint(0, 50))
+    wait_for_step(run_dir, chance.randint(0, 50))
     time.sleep(chance.uniform(0, 0.2))
     process.send_signal(signal.SIGKILL)  # its ranks die with it
     process.wait()
@@ -108,8 +118,7 @@ def test_killed_at_a_random_moment(seed: int, clean: str, run_dir: Path) -> None
 def test_bf16_gives_the_same_bits_anywhere_and_after_a_kill(tmp_path: Path) -> None:
     """Little: where a processor has no instructions for bf16 it is emulated, and slow."""
     words = (
-        *EXACT, "run.steps=12", "run.precision=bf16", "model.width=32",
-        "data.sequence=16", "batch.microbatches=4", "checkpoint.every=5",
+        *EXACT, *TINY, "run.steps=12", "run.precision=bf16", "checkpoint.every=5",
     )  # fmt: skip
     train(tmp_path / "one", *words, "launch.processes=1")
     broken = ("train", *SMALL, *words, f"run.dir={tmp_path / 'two'}", "launch.processes=2")
@@ -146,21 +155,13 @@ def test_ctrl_c_saves_and_leaves_then_resumes(clean: str, run_dir: Path) -> None
         [sys.executable, "-m", "cordee", *words], env=clean_environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for_rows(run_dir)
+    wait_for_step(run_dir, 1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert events(run_dir)[-1]["event"] == "interrupted"
     assert events(run_dir)[-1]["saved"] is True
     assert cordee(*words).returncode == 0
     assert digest(run_dir) == clean
-
-
-def wait_for_rows(folder: Path, count: int = 1, deadline_s: float = 120.0) -> None:
-    """Until the run has made so many steps."""
-    end, path = time.monotonic() + deadline_s, folder / "metrics.jsonl"
-    while count and not (path.exists() and path.read_bytes().count(b"\n") >= count):
-        assert time.monotonic() < end, f"step {count} was not made"
-        time.sleep(0.01)
 
 
 def test_non_finite_gradient_never_reaches_parameters(run_dir: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, cordee, events, train
+from tests.conftest import SMALL, TINY, cordee, events, train
 from tests.drills.hosts import (
     LONG,
     Rope,
@@ -220,10 +220,6 @@ def test_what_is_left_of_an_island_is_saved_and_waits(clean: str, run_dir: Path)
 
 def _names(folder: Path) -> list[str]:
     return [str(event["event"]) for event in events(folder)]
-
-
-TINY = ("model.layers=1", "model.width=32", "data.sequence=16", "batch.microbatches=4")
-"""Short steps, of which a run for faults that last has many."""
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(clean: str, run_d
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.005)
     run.process.send_signal(signal.SIGINT)
-    assert run.end(60) == 130, run.said[-2000:]
+    assert run.end(20) == 130, run.said[-2000:]
     assert "Traceback" not in run.said
     train(run_dir, *LONG, "launch.processes=3")
     assert digest(run_dir) == clean

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cordee.layout.shares import HOLD, shares
 from cordee.testing import slowed
-from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
+from tests.conftest import (
+    SMALL,
+    clean_environment,
+    cordee,
+    digest,
+    events,
+    rows,
+    train,
+    wait_for_step,
+)
 
 WORDS = ("run.exact=true", "run.steps=120", "evaluate.sample=0", "model.width=128",
          "model.layers=2", "optim.name=adamw", "fault.spares=0")  # fmt: skip
@@ -25,18 +33,6 @@ def rank_of(folder: Path, rank: int) -> int:
     """The pid of a rank of the run in `folder`, as it is now."""
     told = [event["members"] for event in events(folder) if "members" in event]
     return int(told[-1][rank]["pid"])  # type: ignore[index]
-
-
-def wait_for_step(folder: Path, step: int, deadline_s: float = 60.0) -> int:
-    """Until the run has made that step; returns the step it has made."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        path = folder / "metrics.jsonl"
-        made = path.read_bytes().count(b"\n") if path.exists() else 0
-        if made >= step:
-            return made
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not made")
 
 
 @pytest.mark.slow
@@ -65,8 +61,10 @@ def test_microbatches_follow_speed_and_the_bits_stay(tmp_path: Path) -> None:
         assert event["after"] == given[step + 1] == shares(seconds, 12)  # type: ignore[arg-type]
         assert event["before"] == given[step] and "times as long" in str(event["why"])
     assert all(b - a >= HOLD for a, b in zip(*(_steps(moved)[i:] for i in (0, 1)), strict=False))
-    # Noise of a machine that does other work is in the shares, but not that they go and come back.
-    assert min(given[s][1] for s in range(begun, ended)) <= 4, (begun, moved)
+    # A slow machine's noise is in the shares; that they follow within ten steps is not noise. How
+    # soon they come back is, where other work slows a rank that nobody stops any more.
+    assert min(given[s][1] for s in range(begun, begun + 12)) <= 4, (begun, moved)
+    assert given[ended][1] <= 5, (ended, moved)
     assert max(given[s][1] for s in range(ended, 121)) >= 5, (ended, moved)
 
 

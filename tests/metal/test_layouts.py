@@ -72,9 +72,11 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Curve:
     return launch(curves, str(tmp_path_factory.mktemp("few")), [DENSE], FEW, ranks=1)[0][0]
 
 
-def check(ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path) -> None:
+def check(
+    ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path, steps: int = FEW
+) -> None:
     whole = [(*DENSE, *job) for job in jobs]
-    found = launch(curves, str(folder), whole, FEW, ranks=ranks)[0]
+    found = launch(curves, str(folder), whole, steps, ranks=ranks)[0]
     assert oracle.losses[-1] < oracle.losses[0] - 0.5, "the oracle learns"
     for job, made in zip(jobs, found, strict=True):
         print(job)
@@ -83,6 +85,11 @@ def check(ranks: int, jobs: list[tuple[str, ...]], oracle: Curve, folder: Path) 
 
 def test_each_axis_at_two(short: Curve, tmp_path: Path) -> None:
     check(2, TWO, short, tmp_path)
+
+
+@pytest.mark.nightly
+def test_each_axis_at_two_for_longer(oracle: Curve, tmp_path: Path) -> None:
+    check(2, TWO, oracle, tmp_path, STEPS)
 
 
 @pytest.mark.slow
@@ -107,13 +114,18 @@ def test_dropout_and_levers_are_the_same_under_every_axis(tmp_path: Path) -> Non
         close(made, oracles[place // len(LEVERED)], 1e-5, 1e-4)
 
 
-@pytest.mark.slow
-def test_bf16_stays_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(STEPS, marks=pytest.mark.nightly)],
+)
+def test_bf16_stays_near(steps: int, tmp_path: Path) -> None:
     job = [*DENSE, "run.precision=bf16"]
-    one = launch(curves, str(tmp_path), [tuple(job)], FEW, ranks=1)[0][0]
+    one = launch(curves, str(tmp_path), [tuple(job)], steps, ranks=1)[0][0]
     axes = [words(**{axis: 2}) for axis in AXES]
     jobs = [(*job, *axis) for axis in axes]
-    for axis, made in zip(axes, launch(curves, str(tmp_path), jobs, FEW, ranks=2)[0], strict=True):
+    for axis, made in zip(
+        axes, launch(curves, str(tmp_path), jobs, steps, ranks=2)[0], strict=True
+    ):
         print(axis)
         assert made.losses == pytest.approx(one.losses, rel=2e-2)
         assert made.norms == pytest.approx(one.norms, rel=0.1)
@@ -152,9 +164,10 @@ def check_experts(
         close(made, one, 1e-5, parameter)
 
 
-def test_experts_at_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [FEW, pytest.param(STEPS, marks=pytest.mark.nightly)])
+def test_experts_at_two(steps: int, tmp_path: Path) -> None:
     jobs = [words(**{axis: 2}) for axis in (*AXES, "expert")]
-    check_experts(2, (*MIXED, *GENTLE), jobs, tmp_path)
+    check_experts(2, (*MIXED, *GENTLE), jobs, tmp_path, steps)
 
 
 @pytest.mark.slow

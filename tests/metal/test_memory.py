@@ -123,7 +123,8 @@ SHAPES = ((256, 0, 0), (256, 0, 1), (8192, 0, 0), (8192, 128, 2))
     [
         *((shape, "fp32", 4) for shape in SHAPES),
         # One row: bf16 is emulated where there are no instructions for it.
-        (SHAPES[1], "bf16", 1), pytest.param(SHAPES[3], "bf16", 1, marks=pytest.mark.nightly),
+        (SHAPES[1], "bf16", 1),
+        *(pytest.param(shape, "bf16", 4, marks=pytest.mark.nightly) for shape in SHAPES),
     ],
 )  # fmt: skip
 def test_peak_is_what_the_plan_says(

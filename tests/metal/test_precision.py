@@ -34,11 +34,9 @@ from cordee.plan.plan import make_plan
 from cordee.testing import World, launch
 from cordee.train import step
 from cordee.train import train as cordee_train
-from tests.conftest import SMALL, cordee, digest, events, rows, train
+from tests.conftest import SMALL, TINY, cordee, digest, events, rows, train
 from tests.metal.layouts import live_model, plain_model
 
-TINY = ("model.width=32", "data.sequence=16", "batch.microbatches=4")
-"""fp16 is emulated where there are no instructions for it, at a thirtieth of fp32's speed."""
 FP16 = (*TINY, "run.precision=fp16", "run.exact=true", "run.steps=16", "evaluate.tokens=0")
 
 

@@ -199,7 +199,8 @@ MIXED_235B = (
 
 @pytest.mark.parametrize(("axes", "rank"), [(AXES_405B, 9000), (MIXED_235B, 16383)])
 def test_one_rank_of_16384(axes: tuple[str, ...], rank: int) -> None:
-    done = cordee("plan", *BIG, *axes, "--dry-run", "--rank", str(rank), "--json")
+    words = ("plan", *BIG, *axes, "--dry-run", "--rank", str(rank), "--json")
+    done = cordee(*words, deadline_s=60)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)["rank"]
     assert told["ranks"] == 16384

@@ -389,7 +389,7 @@ def test_who_says_nothing_or_too_slowly_is_dropped(how: str) -> None:
         stranger.settimeout(0.05)
         letters = iter(b"\0\0\x40\0" + b" " * 100)
         began = time.monotonic()
-        while time.monotonic() - began < 30:
+        while time.monotonic() - began < 5:
             try:
                 if how == "slow":
                     stranger.send(bytes([next(letters)]))
@@ -399,7 +399,7 @@ def test_who_says_nothing_or_too_slowly_is_dropped(how: str) -> None:
                 continue
             except OSError:
                 break
-        assert 0.5 < time.monotonic() - began < 30
+        assert 0.5 < time.monotonic() - began < 3
         assert until(a.refused)
 
 

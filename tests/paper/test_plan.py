@@ -346,7 +346,7 @@ def test_any_number_of_ranks_is_planned_in_seconds(ranks: int) -> None:
     began = time.process_time()
     free = make_plan(run, cluster)
     told = make_plan(run, cluster, processes=ranks)
-    assert time.process_time() - began < 60
+    assert time.process_time() - began < 15
     assert told.processes == ranks and told.layout.workers == ranks
     assert told.splits == tuple((i, i + 1) for i in range(ranks))
     assert free.predicted.step_s <= told.predicted.step_s
