@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 400, 60, 8, 100, 28_200
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 31_000
 
 FLOORS = {
     "errors": 1, "config": 2, "layout": 3, "model": 3, "plan": 4, "dist": 4, "data": 4,
