@@ -7,6 +7,7 @@ input is found here, before anything is started or written. Not here: the run it
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,11 +29,15 @@ from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
 from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
+from cordee.machine import measured_cluster
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
+from cordee.plan.devices import with_precision
 from cordee.plan.plan import Plan, devices_of, make_plan, on_devices, unpredicted, with_islands
 from cordee.rendezvous import check_addresses, interface, meet, several
 
+JOIN_WAIT_S = 60.0
+"""How long a host that joins waits for run.toml, which the first rank of the run writes."""
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
 
@@ -55,6 +60,21 @@ def settle(run: Run) -> Run:
     check(settled)
     check_addresses(settled)
     return settled
+
+
+def as_recorded(run: Run) -> Run:
+    """The run with what it resolved when it began, where its folder says so: a run keeps its
+    precision. A host that joins waits for the founder's file."""
+    kept = Path(run.run.dir) / RUN_FILE
+    if run.run.precision != "auto":
+        return run
+    waited = time.monotonic() + (JOIN_WAIT_S if run.launch.join and kept.parent.exists() else 0.0)
+    while not kept.exists() and time.monotonic() < waited:
+        time.sleep(0.1)
+    if not kept.exists():
+        return run
+    recorded = load(str(kept)).run.run.precision
+    return replace(run, run=replace(run.run, precision=recorded))
 
 
 def look(run: Run, brought: str = "") -> Standing:
@@ -259,6 +279,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     """
     run = settle(run)
     told = launched()
+    if not told.supervised:
+        run = as_recorded(run)
     if several(run) and not told.supervised:  # one supervisor a host, whatever started it
         told = Launched()
     # A worker's supervisor has looked; by now the run itself may have written there.
@@ -267,13 +289,17 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     if made := told.read_plan():
         plan = Plan.from_json(made)
     else:
-        cluster = replace(local_cluster(), hosts=told.hosts)
+        # A launcher's other ranks take rank 0's plan: they need no profile of their own.
+        probes = run.launch.probe and told.rank == 0 and standing.finished is None
+        cluster, profile = measured_cluster(probes)
+        cluster = replace(cluster, hosts=told.hosts)
+        run = with_precision(run, devices_of(run, cluster))
         planned, symbols = on_paper(run), vocabulary_of(run)
         if told.by_launcher or brought.any:  # nobody would come back to a copy
             planned = override(planned, {"fault.copy_every": 0})
         if not brought.model:
             _check_vocabulary(planned, symbols)
-        plan = make_plan(planned, cluster, symbols, wanted)
+        plan = replace(make_plan(planned, cluster, symbols, wanted), profile=profile)
         if brought.model:
             plan = unpredicted(plan, brought.parameters)
     check_compiler(run, plan.device)

@@ -303,6 +303,7 @@ class Desk:
             f"model   {state.brought or run.model.name}: {size} parameters;"
             f" {batch.microbatches} microbatches x {batch.microbatch} {row}"
             f" a step, {run.optim.name}, {run.run.precision}"
+            + (f" ({plan.precision})" if plan.precision else "")
         )
         self.screen.say(f"layout  {plan.why}")
         if plan.layout.island > 1 and plan.layout.pipeline > 1 and run.layout.balance:

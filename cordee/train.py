@@ -15,6 +15,7 @@ save, log and leave is decided in `walk`.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from cordee.begin import Brought, Ready, get_ready, launch_ranks, lay_out_data, 
 from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
+from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.data.loader import held_out
 from cordee.data.manifest import DatasetInfo, changed_sources
@@ -39,7 +41,7 @@ from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.line import open_line
 from cordee.dist.mesh import WORKERS
-from cordee.dist.start import Launched, follow_parent, world
+from cordee.dist.start import Launched, broadcast_text, follow_parent, world
 from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.evaluate import HeldOut, evaluate
@@ -53,6 +55,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
+from cordee.plan.plan import Plan
 from cordee.resume import Memory, Seat, copy_near, keep_safe, restore, seats
 from cordee.sample import generate, to_text
 
@@ -137,6 +140,8 @@ def take_part(
         always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed or seat.rescue,
     ) as here:  # fmt: skip
         drill.point("build", max(memory.step, 0))
+        if told.by_launcher and told.size > 1 and not told.supervised:
+            run, plan = as_first_rank(run, plan)
         if seat.rescue:
             keep_safe(run, seat, memory, here)
             return None
@@ -154,6 +159,13 @@ def take_part(
             return finish(state, desk)
         finally:
             desk.close()
+
+
+def as_first_rank(run: Run, plan: Plan) -> tuple[Run, Plan]:
+    """Rank 0's precision and plan: under a launcher each rank has made its own, and profiles of
+    hosts, or of one host at two times, differ."""
+    first = json.loads(broadcast_text(json.dumps([run.run.precision, plan.to_json()])))
+    return override(run, {"run.precision": first[0]}), Plan.from_json(first[1])
 
 
 def tell_devices(state: RunState, desk: Desk) -> None:

@@ -17,10 +17,11 @@ from cordee.config.run import Run
 from cordee.dist.start import Launched, world
 from cordee.dist.tally import Wishes, gather_tally
 from cordee.layout.axes import AXES
+from cordee.machine import measured_cluster
 from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
+from cordee.plan.devices import with_precision
+from cordee.plan.plan import devices_of, make_plan
 
 
 def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
@@ -34,7 +35,9 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     values = {"run.seed": seed, **alone, **none, "run.steps": max(1, len(lr_of_step))}
     run = settle(override(run, values))
     data = lay_out_data(run)
-    plan = make_plan(on_paper(run), local_cluster(), data.vocabulary, 1)
+    cluster = measured_cluster(run.launch.probe)[0]
+    run = with_precision(run, devices_of(run, cluster))
+    plan = make_plan(on_paper(run), cluster, data.vocabulary, 1)
     check_compiler(run, plan.device)
     losses: list[float] = []
     offload = run.memory.offload != "none"

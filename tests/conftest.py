@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,9 @@ PRELOADED += [
     "tests.metal.layouts",
 ]  # fmt: skip
 # Worlds of `launch` are forks of one process that has all this: imported once, not in each rank.
+
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"cordee-tests-{os.getuid()}")
+# The machine profile of tests is not the user's: a probe beside other tests is a poor one.
 
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
@@ -39,6 +43,7 @@ SMALL = (
     "launch.threads=1",
     "run.precision=fp32",
     "fault.spares=0",
+    "launch.probe=false",
 )
 """A model and a source small enough to train 60 steps in about a second. fp32: every processor has
 it, and bf16 without instructions for it is thirty times as slow. No spare: each is an import of

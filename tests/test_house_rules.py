@@ -23,7 +23,7 @@ FLOORS = {
     "optim": 5, "parallel": 5, "sync": 5, "checkpoint": 5, "fault": 5, "metrics": 5,
     "evaluate": 5, "sample": 5, "parts": 6,
     "build": 6, "rendezvous": 6, "begin": 6, "testing": 6, "desk": 6, "resume": 6, "balance": 6,
-    "trial": 6, "rehearse": 6, "train": 7,
+    "trial": 6, "rehearse": 6, "probe": 5, "machine": 6, "train": 7,
     "cli": 8,
 }  # fmt: skip
 FACES = {"__init__", "__main__"}
@@ -134,8 +134,8 @@ def test_floors(offenders: Offenders) -> None:
 def _same_floor_below(room: str, other: str) -> bool:
     """Inside floors 3, 4 and 6 a room may use one that stands before it in this list."""
     order = ["layout", "model", "dist", "data", "plan",
-             "parts", "build", "rendezvous", "begin", "desk", "balance", "resume", "trial",
-             "rehearse", "testing"]  # fmt: skip
+             "parts", "build", "rendezvous", "machine", "begin", "desk", "balance", "resume",
+             "trial", "rehearse", "testing"]  # fmt: skip
     return (
         FLOORS[room] == FLOORS[other]
         and room in order

@@ -21,8 +21,11 @@ from pathlib import Path
 from cordee.cli.arguments import parser, read
 from cordee.dist.start import World
 from cordee.errors import CordeeError
+from cordee.machine import probe
 from cordee.metrics.sinks import read_lines
 from cordee.plan.cluster import local_cluster
+from cordee.plan.devices import fastest_precision
+from cordee.plan.profile import describe, read_profile, this_host
 
 SMALL = (
     "data.path=builtin:markov", "data.tokens=40000", "data.sequence=32", "model.preset=micro",
@@ -94,6 +97,7 @@ def _machine() -> Iterator[Finding]:
     cluster = local_cluster()
     memory = cluster.memory_bytes / 2**30
     yield Finding("ok", f"{cluster.cores} cores, {memory:.1f} GiB of memory ({cluster.name})")
+    yield _profile()
     load = os.getloadavg()[0]
     if load > cluster.cores:
         yield Finding(
@@ -105,6 +109,22 @@ def _machine() -> Iterator[Finding]:
     state = "ok" if free > 2**30 else "warn"
     fix = "" if state == "ok" else "make room, or run.dir on another disk"
     yield Finding(state, f"{free / 2**30:.1f} GiB free on this disk", fix)
+
+
+def _profile() -> Finding:
+    """The machine profile, measured now where none is kept."""
+    host = this_host()
+    profile = read_profile(host)[0] or probe(host)
+    if profile is None:
+        return Finding("warn", "this machine could not be measured", "plans take nominal figures")
+    state = "warn" if profile.noisy else "ok"
+    cluster = local_cluster(profile)
+    best = fastest_precision(cluster)
+    return Finding(
+        state,
+        f"profile: {describe(profile)}; run.precision=auto is {best}",
+        "cordee probe, when the machine is quiet" if profile.noisy else "",
+    )
 
 
 def _tried(what: str, check: Callable[[], str]) -> Finding:

@@ -26,6 +26,7 @@ VERBS = {
     "export": "weights of a run as safetensors, or as a folder for transformers",
     "fingerprint": "SHA-256 of the weights of a run or checkpoint",
     "config": "explain a key, or show the resolved run",
+    "probe": "measure this machine: what plans and the choice of precision rest on",
     "doctor": "check this machine: environment, exchange, restart",
 }
 

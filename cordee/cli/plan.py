@@ -10,6 +10,7 @@ import difflib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from cordee.cli.arguments import Words, parser, read, say
 from cordee.config.check import check
@@ -20,7 +21,9 @@ from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.layout.census import model_census
 from cordee.layout.tensors import parameters
-from cordee.plan.cluster import Cluster, local_cluster, read_cluster
+from cordee.machine import measured_cluster
+from cordee.plan.cluster import Cluster, read_cluster
+from cordee.plan.devices import with_precision
 from cordee.plan.plan import Plan, devices_of, finished, make_plan, without_axes
 from cordee.plan.rank import RankView, view_rank
 from cordee.plan.report import assumed, count_text, job_text, plan_text, rank_text
@@ -39,7 +42,7 @@ def run(argv: list[str]) -> int:
         " --dry-run --rank 9000\n"
         "  cordee plan --models",
         "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
-        " [--models] [--json] [--save FILE] [--dry-run --rank R]",
+        " [--models] [--json] [--save FILE] [--no-probe] [--dry-run --rank R]",
     )
     made.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
     made.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
@@ -47,6 +50,7 @@ def run(argv: list[str]) -> int:
     made.add_argument("--models", action="store_true", help="list the presets")
     made.add_argument("--json", action="store_true", help="one JSON object")
     made.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
+    made.add_argument("--no-probe", action="store_true", help="do not measure this machine")
     made.add_argument("--dry-run", action="store_true", help="build one rank's modules on meta")
     made.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
     words = read(made, argv, rest=1)
@@ -58,10 +62,11 @@ def run(argv: list[str]) -> int:
     wanted = on_paper(wanted)
     vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
     top = _at_least("--top", words.flags.top, 1)
-    cluster = read_cluster(words.flags.cluster) if words.flags.cluster else local_cluster()
     rank = _rank_of(words, wanted)
-    plan = make_plan(wanted, cluster, vocabulary)
+    cluster, profile = _devices(words, wanted)
     devices = devices_of(wanted, cluster)
+    wanted = with_precision(wanted, devices)
+    plan = replace(make_plan(wanted, cluster, vocabulary), profile=profile)
     view = None
     if rank is not None:
         view = view_rank(wanted, plan, rank, model_census(wanted.model, vocabulary))
@@ -76,6 +81,13 @@ def run(argv: list[str]) -> int:
     else:
         print(plan_text(wanted, devices, plan, ranking, top))
     return 0
+
+
+def _devices(words: Words, wanted: Run) -> tuple[Cluster, dict[str, Any]]:
+    """The cluster of a file, or this machine with its profile."""
+    if words.flags.cluster:
+        return read_cluster(words.flags.cluster), {}
+    return measured_cluster(wanted.launch.probe and not words.flags.no_probe)
 
 
 def _run_of(words: Words) -> Run:

@@ -40,8 +40,10 @@ def run(argv: list[str]) -> int:
     made.add_argument("--json", action="store_true", help="one JSON object at the end")
     for flag, (shown, says) in HOSTS.items():
         made.add_argument(f"--{flag}", metavar=shown, help=says)
+    made.add_argument("--no-probe", action="store_true", help="do not measure this machine")
     words = read(made, argv)
     given = [f"launch.{flag}={word}" for flag in HOSTS if (word := getattr(words.flags, flag))]
+    given += ["launch.probe=false"] if words.flags.no_probe else []
     words = replace(words, overrides=(*words.overrides, *given))
     ready = get_ready(words.load().run)
     folder = Path(ready.run.run.dir)

@@ -46,10 +46,11 @@ class RunSettings:
     """Name of the run; the default is the model preset's name."""
     exact: bool = False
     """Same bits on any number of processes: canonical order of summation, one thread per rank."""
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
-    """Arithmetic of forward and backward; parameters, gradients and sums stay fp32. fp16 scales
-    the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have it) and the rest in
-    bf16."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Arithmetic of forward and backward; parameters, gradients and sums stay fp32. auto is the
+    fastest that the device has instructions for, by the machine's profile; a run keeps what it
+    began with. fp16 scales the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have
+    it) and the rest in bf16."""
     loss_scale: int = 0
     """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000
     good steps); a power of two stays as it is."""
@@ -212,6 +213,9 @@ class LaunchSettings:
     in it unless run.exact."""
     timeout_s: float = 300.0
     """A collective that waits longer than this has failed."""
+    probe: bool = True
+    """Measure this machine the first time that a plan needs it (`cordee probe` measures anew);
+    false (--no-probe): without a kept profile, take the processor's flags."""
     listen: str = ""
     """HOST:PORT where other hosts may join this run (--listen); empty: nobody may."""
     join: str = ""

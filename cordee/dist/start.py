@@ -48,6 +48,13 @@ LINE = "CORDEE_LINE"
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
 PARENT = "CORDEE_PARENT"
+CACHE = "XDG_CACHE_HOME"
+"""The user's folder for what can be made anew."""
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+"""Variables that hold the libraries of a CPU to fewer instructions than it has."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun has started these ranks anew."""
 
@@ -151,6 +158,29 @@ def compiler(device: str) -> tuple[str, bool]:
     return " or ".join(names), found and headers.exists()
 
 
+def cache_folder() -> Path | None:
+    """Where what can be made anew is kept for this user; None where there is no home folder."""
+    place = os.environ.get(CACHE, "")
+    if os.path.isabs(place):  # the XDG specification ignores relative ones
+        return Path(place) / "cordee"
+    try:
+        return Path.home() / ".cache" / "cordee"
+    except RuntimeError:
+        return None
+
+
+def instruction_limits() -> dict[str, str]:
+    """Those of LIMITS that are set, with their values."""
+    return {name: os.environ[name] for name in LIMITS if name in os.environ}
+
+
+def loopback_environment() -> dict[str, str]:
+    """This environment for processes whose peers are all on this host."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    ours = {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
+    return {**os.environ, **ours}
+
+
 def follow_parent() -> None:
     """Dies with the process that launched this one (Linux), so that no orphan trains on."""
     parent = os.environ.get(PARENT)
@@ -175,6 +205,20 @@ def worker_environment(descriptors: Sequence[int], threads: int, interface: str)
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text on every rank of the process group."""
+    import torch
+    import torch.distributed as dist
+
+    size = torch.tensor([len(text.encode())])
+    dist.broadcast(size, 0)
+    data = torch.zeros(int(size), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    return data.numpy().tobytes().decode()
 
 
 @contextmanager

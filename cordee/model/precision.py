@@ -11,13 +11,16 @@ import torch
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The autocast type of run.precision; None where nothing is cast. What fp8 leaves is bf16."""
+    """The autocast type of run.precision, resolved; None where nothing is cast. What fp8 leaves is
+    bf16."""
     match precision:
         case "fp32":
             return None
         case "fp16":
             return torch.float16
-    return torch.bfloat16
+        case "bf16" | "fp8":
+            return torch.bfloat16
+    raise ValueError(f"run.precision={precision} is not resolved (plan/devices.py)")
 
 
 def casting(device: str, dtype: torch.dtype | None) -> torch.autocast:

@@ -1,15 +1,13 @@
-"""The devices and links that a plan is made for: read from this machine or from a TOML file.
+"""The devices and links that a plan is made for: this machine, or what a TOML file describes.
 
-Not here: measuring them (a probe does that and writes the TOML). Traded away: figures of the CPU
-itself. A core's peak is its clock times what its instruction set can do, and its bandwidth is a
-nominal value; both are stated as assumed in the plan and replaced by a file when it matters.
+This machine's figures are those of its profile (`profile.py`) where there is one. Without, a core's
+peak is its clock times what its instruction set can do, and its bandwidth is a nominal value.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +16,15 @@ from typing import Any, Literal
 
 from cordee.config.load import read_toml
 from cordee.errors import ConfigError
+from cordee.plan.profile import (
+    Host,
+    Profile,
+    control_groups,
+    field_of,
+    read_profile,
+    read_text,
+    this_host,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +46,22 @@ class Cluster:
     """The same in bf16 with fp32 sums."""
     flops_fp8: float = 0.0
     """The same in fp8; 0: not known to have it."""
+    flops_fp16: float = 0.0
+    """The same in fp16; 0: as in bf16."""
     bf16_share: float = 0.0
     """Share of the bf16 peak that large products reach; 0: what is usual for such devices."""
+    measured: bool = False
+    """Whether the figures of a CPU were measured on it: products then reach their rates whole."""
+    thread_products: float = 0.0
+    """How many times as fast all threads of a host multiply as one; 0: what is usual."""
+    thread_passes: float = 0.0
+    """The same for element passes."""
+    pass_bytes_per_s: float = 0.0
+    """What element passes of one core read and write in cache; 0: a share of the memory's."""
+    operator_s: float = 0.0
+    """Time of a small operator, forward and backward; 0: what is usual."""
+    spread: float = 0.0
+    """Relative difference of repeated measurements: a busy machine's step is less certain."""
     memory_bytes_per_s: float
     """Bandwidth of the memory as one accelerator or one core sees it."""
     link_bytes_per_s: float
@@ -58,8 +79,10 @@ class Cluster:
         return (self.devices if self.device == "cuda" else self.cores) * self.hosts
 
     def flops(self, precision: str) -> float:
-        """Peak of one accelerator or core, operations per second: fp32's, or bf16's for what is
-        narrower (in fp8 are only the blocks' products; MFU counts against bf16)."""
+        """Peak of one accelerator or core, operations per second: fp32's, fp16's, or bf16's for
+        what is narrower (in fp8 are only the blocks' products; MFU counts against bf16)."""
+        if precision == "fp16" and self.flops_fp16:
+            return self.flops_fp16
         return self.flops_fp32 if precision == "fp32" else self.flops_bf16
 
 
@@ -107,32 +130,75 @@ def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> 
     )
 
 
-def local_cluster() -> Cluster:
-    """This machine, from /proc, /sys, /dev and the process's CPU mask: microseconds, no torch.
+def local_cluster(profile: Profile | None = None) -> Cluster:
+    """This machine, by `profile`, the kept one (None), or else /proc, /sys, /dev and the process's
+    CPU mask: about a millisecond, no torch.
 
     Several hosts are for the launcher to say: `replace(local_cluster(), hosts=4)`. A device that
     the table does not know is planned as an A100, and the name says so.
     """
-    cores = _cores()
+    host = this_host()
+    profile = profile or read_profile(host)[0]
     found = [p for p in glob.glob("/dev/nvidia[0-9]*") if p[len("/dev/nvidia") :].isdigit()]
     if found:
         told = _gpu_name()
         kind = next((k for k in _GPU if k in told), None)
-        made = gpu_cluster(kind or "A100", len(found), cores=cores)
-        return made if kind else replace(made, name=f"{len(found)} {told or 'GPU'} (as A100)")
-    info = _read("/proc/cpuinfo")
+        made = gpu_cluster(kind or "A100", len(found), cores=host.cores)
+        return made if kind else _unknown_gpu(made, told, profile)
+    return _cpu_cluster(host, profile)
+
+
+def _unknown_gpu(cluster: Cluster, told: str, profile: Profile | None) -> Cluster:
+    """An accelerator that the table lacks: as an A100, but for the products that were measured."""
+    name = f"{cluster.devices} {told or 'GPU'} (as A100)"
+    if profile is None or not profile.device_products:
+        return replace(cluster, name=name)
+    rates = profile.device_products
+    return replace(
+        cluster,
+        name=name,
+        bf16_share=1.0,
+        flops_fp32=rates["fp32"],
+        flops_bf16=rates["bf16"],
+        flops_fp16=rates["fp16"],
+    )
+
+
+def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
+    info = read_text("/proc/cpuinfo")
     fp32, bf16 = _core_flops(info)
-    told = _field(info, "model name") or "CPU"
-    return Cluster(
+    told = field_of(info, "model name") or "CPU"
+    made = Cluster(
         device="cpu",
-        name=f"{told}, {cores} core{'s' if cores > 1 else ''}",
-        cores=cores,
+        name=f"{told}, {host.cores} core{'s' if host.cores > 1 else ''}",
+        cores=host.cores,
         memory_bytes=_memory_bytes(),
         flops_fp32=fp32,
         flops_bf16=bf16,
         memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
         link_bytes_per_s=CPU_LINK_BYTES_PER_S,
         link_s=CPU_LINK_S,
+    )
+    return made if profile is None else _with_profile(made, profile)
+
+
+def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
+    """A CPU host with measured rates instead of nominal ones."""
+    products = profile.products
+    return replace(
+        cluster,
+        flops_fp32=products["fp32"][0],
+        flops_bf16=products["bf16"][0],
+        flops_fp16=products["fp16"][0],
+        measured=True,
+        thread_products=products["fp32"][-1] / products["fp32"][0],
+        thread_passes=profile.passes[-1] / profile.passes[0],
+        operator_s=profile.operator_s,
+        spread=profile.spread,
+        memory_bytes_per_s=profile.memory[0],
+        pass_bytes_per_s=profile.passes[0],
+        link_bytes_per_s=profile.reduce_bytes_per_s or CPU_LINK_BYTES_PER_S,
+        link_s=profile.reduce_s or CPU_LINK_S,
     )
 
 
@@ -140,21 +206,10 @@ def cpu_only(cluster: Cluster) -> Cluster:
     """The same hosts without their accelerators (launch.device=cpu); the memory is this host's."""
     if cluster.device == "cpu":
         return cluster
-    fp32, bf16 = _core_flops(_read("/proc/cpuinfo"))
-    return replace(
-        cluster,
-        device="cpu",
-        name=f"{cluster.cores} cores of {cluster.name}",
-        devices=0,
-        memory_bytes=_memory_bytes(),
-        flops_fp32=fp32,
-        flops_bf16=bf16,
-        flops_fp8=0.0,
-        bf16_share=0.0,
-        memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
-        link_bytes_per_s=CPU_LINK_BYTES_PER_S,
-        link_s=CPU_LINK_S,
-    )
+    host = this_host()
+    made = _cpu_cluster(host, read_profile(host)[0])
+    name = f"{cluster.cores} cores of {cluster.name}"
+    return replace(made, name=name, cores=cluster.cores, hosts=cluster.hosts)
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -191,7 +246,7 @@ def read_cluster(path: str | Path) -> Cluster:
 def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
     if cluster.device not in ("cpu", "cuda"):
         raise _unlike("no such kind of device", "device", cluster.device, ["cpu", "cuda"])
-    free = ("devices", "bf16_share", "flops_fp8")
+    free = {f.name for f in fields(Cluster) if f.default == 0}
     for key, value in asdict(cluster).items():
         if isinstance(value, int | float) and key not in free and value <= 0:
             raise ConfigError(
@@ -211,7 +266,7 @@ def _typed(key: str, value: Any, kind: str, path: str | Path) -> Any:
     text = "str" in kind or "Literal" in kind
     right = isinstance(value, str) if text else isinstance(value, int | float)
     if not text and isinstance(value, bool):
-        right = False
+        right = kind == "bool"
     if kind == "int" and isinstance(value, float) and not value.is_integer():
         right = False
     if not right:
@@ -221,7 +276,7 @@ def _typed(key: str, value: Any, kind: str, path: str | Path) -> Any:
             values={"file": str(path), key: value},
             fix=f'{key} = "{value}"' if text else f"{key} = 8",
         )
-    return value if text else int(value) if kind == "int" else float(value)
+    return value if text or kind == "bool" else int(value) if kind == "int" else float(value)
 
 
 def _has_default(name: str) -> bool:
@@ -235,40 +290,20 @@ def _unlike(what: str, key: str, value: str, known: list[str], file: str = "") -
     return ConfigError(what, values=values, fix=fix)
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _field(text: str, name: str) -> str:
-    match = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
-    return match.group(1).strip() if match else ""
-
-
-def _cores() -> int:
-    """Cores in the CPU mask, or fewer where a control group grants less time."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
 def _memory_bytes() -> int:
-    """Memory of the machine, or the control group's limit where that is lower."""
-    total = _field(_read("/proc/meminfo"), "MemTotal").split(" ")[0]
-    found = int(total) * 1024 if total.isdigit() else 8 * 2**30
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return min(found, int(limit)) if limit.isdigit() else found
+    """Memory of the machine, or the control groups' limit where that is lower."""
+    total = field_of(read_text("/proc/meminfo"), "MemTotal").split(" ")[0]
+    limits = [int(total) * 1024 if total.isdigit() else 8 * 2**30]
+    for folder in control_groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
+            limit = read_text(folder / name).strip()
+            limits += [int(limit)] if limit.isdigit() else []
+    return min(limits)
 
 
 def _gpu_name() -> str:
     for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
-        if name := _field(_read(path), "Model"):
+        if name := field_of(read_text(path), "Model"):
             return name
     return ""
 
@@ -279,8 +314,8 @@ def _core_flops(info: str) -> tuple[float, float]:
     AMD's family 25 (Zen 3 and 4) runs 512-bit instructions in two halves. bf16 without its own
     instructions is widened to fp32 and gains nothing. Two hardware threads of a core share it.
     """
-    flags = set((_field(info, "flags") or _field(info, "Features")).split())
-    halves = "AMD" in _field(info, "vendor_id") and _field(info, "cpu family") == "25"
+    flags = set((field_of(info, "flags") or field_of(info, "Features")).split())
+    halves = "AMD" in field_of(info, "vendor_id") and field_of(info, "cpu family") == "25"
     if "avx512f" in flags and not halves:
         per_cycle = 64
     elif "fma" in flags or "avx512f" in flags:
@@ -288,14 +323,14 @@ def _core_flops(info: str) -> tuple[float, float]:
     else:
         per_cycle = 16  # two 128-bit units, as on most 64-bit Arm cores
     gain = 8.0 if "amx_bf16" in flags else 2.0 if flags & {"avx512_bf16", "bf16"} else 1.0
-    whole, seen = _field(info, "cpu cores"), _field(info, "siblings")
+    whole, seen = field_of(info, "cpu cores"), field_of(info, "siblings")
     part = int(whole) / int(seen) if whole.isdigit() and seen.isdigit() and int(seen) else 1.0
     peak = per_cycle * _clock_hz(info) * min(1.0, part or 1.0)
     return peak, gain * peak
 
 
 def _clock_hz(info: str) -> float:
-    told = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
+    told = read_text("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
     if told.isdigit():
         return float(told) * 1e3
     shown = re.search(r"^cpu MHz\s*:\s*([\d.]+)", info, re.MULTILINE)

@@ -30,6 +30,7 @@ from cordee.layout.stages import Part
 from cordee.plan.classifier import microbatch_counts
 from cordee.plan.cluster import Cluster
 from cordee.plan.dealing import deals
+from cordee.plan.profile import NOISY
 
 MUON_SHARE = 0.88
 """Share of the bf16 peak that they reach on a CPU (192 to 768 wide: 0.76 to 0.98)."""
@@ -53,13 +54,17 @@ class Kind:
     """Constants of one (device, precision). Shares are of the cluster's nominal figures."""
 
     matrix: float
-    """Share of peak that large matrix products reach."""
+    """Share of nominal peak that large matrix products reach."""
+    reach: float = 1.0
+    """Share of the measured rate that a model's products reach."""
     rows: float = 0.0
     """Rows of a microbatch at which a product reaches half of that."""
     attention: float
     """Speed of causal attention, forward and backward, as a share of the products'."""
     bandwidth: float
     """Share of nominal bandwidth that element passes reach."""
+    passes: float = 0.0
+    """The same as a share of the measured speed of passes, where a CPU was measured."""
     per_logit: float
     per_weight: float
     per_probability: float = 0.0
@@ -72,7 +77,7 @@ class Kind:
     """What a mixture adds to it, and each of its experts on the rank (a CPU runs one by one)."""
     serial_matrix: float = 0.0
     serial_passes: float = 0.0
-    """t threads are t / (1 + serial x (t - 1)) as fast as one."""
+    """t threads are t / (1 + serial x (t - 1)) as fast as one, where that was not measured."""
     low: float
     high: float
     """The step takes between low x and high x what is predicted."""
@@ -82,17 +87,20 @@ SELECTIVE_LAYERS = 2.2
 """CPU: selective recomputation asks a Python rule at every operation of a block, which costs as
 much as the fixed time of so many blocks (bf16; measured, 5.2 ms a block and microbatch)."""
 
+USUAL_OPERATOR_S = 5.6e-6
+"""Small operator, forward and backward, of the machine on which fixed times were measured."""
+
 STEP_S = 2e-3
 """Fixed time of a step: data, tally, records."""
 
 KINDS: Mapping[tuple[str, str], Kind] = {
     ("cpu", "fp32"): Kind(
-        matrix=0.99, attention=0.74, bandwidth=0.193, per_logit=11, per_weight=2.0,
+        matrix=0.99, attention=0.74, bandwidth=0.193, passes=0.125, per_logit=11, per_weight=2.0,
         per_probability=3.0, layer_s=1.0e-3, router_s=2.2e-3, expert_s=0.28e-3,
         serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.35,
     ),
     ("cpu", "bf16"): Kind(
-        matrix=0.92, attention=0.71, bandwidth=0.54, per_logit=23, per_weight=2.0,
+        matrix=0.92, attention=0.71, bandwidth=0.54, passes=0.36, per_logit=23, per_weight=2.0,
         per_probability=5.7, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3,
         serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.45,
     ),
@@ -264,7 +272,7 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
     element_bytes = 4 if precision == "fp32" or cluster.device == "cpu" else 2
     speed = matrix_share(cluster, precision) * cluster.flops(precision)
     speed *= work.tokens / (work.tokens + kind.rows)
-    speed /= _slowdown(kind.serial_matrix, threads, cluster)
+    speed /= _product_slowdown(kind, threads, cluster)
     passes = (
         work.block_elements
         + kind.per_logit * work.logits
@@ -272,21 +280,27 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
         + kind.per_probability * work.probabilities
     )
     bandwidth = kind.bandwidth * cluster.memory_bytes_per_s
-    bandwidth /= _slowdown(kind.serial_passes, threads, cluster)
+    if cluster.pass_bytes_per_s:
+        bandwidth = kind.passes * cluster.pass_bytes_per_s
+    bandwidth /= _pass_slowdown(kind, threads, cluster)
+    dispatch = cluster.operator_s / USUAL_OPERATOR_S if cluster.operator_s else 1.0
     # Not measured: as far from fp8's peak as from bf16's, the head's product too.
     gain = cluster.flops_fp8 / cluster.flops_bf16 if precision == "fp8" else 1.0
     return {
         "matrices": work.matrix_flops / (speed * gain),
         "attention": work.attention_flops / (kind.attention * speed),
         "elementwise": passes * element_bytes / bandwidth,
-        "dispatch": kind.layer_s * work.layers
-        + kind.router_s * work.routers
-        + kind.expert_s * work.experts,
+        "dispatch": dispatch
+        * (
+            kind.layer_s * work.layers + kind.router_s * work.routers + kind.expert_s * work.experts
+        ),
     }
 
 
 def matrix_share(cluster: Cluster, precision: str) -> float:
     """Share of peak that large matrix products reach on these devices."""
+    if cluster.measured:
+        return kind_of(cluster, precision).reach
     told = cluster.bf16_share if precision != "fp32" else 0.0
     return told or kind_of(cluster, precision).matrix
 
@@ -306,12 +320,20 @@ def update_s(
     for held in census(specs).held(layout, ORIGIN, parts):
         rule = "adamw" if name == "muon" and held.spec.group != "matrices" else name
         traffic += held.elements * (bytes_of[rule] + CLIP_BYTES)
-    slow = _slowdown(kind.serial_passes, threads, cluster)
+    slow = _pass_slowdown(kind, threads, cluster)
     seconds = traffic / cluster.memory_bytes_per_s * slow
     flops = sum(deal.flops for deal in deals(run, specs, layout, parts))
-    share = MUON_SHARE if cluster.device == "cpu" else matrix_share(cluster, "bf16")
-    speed = share * cluster.flops("bf16")
-    return seconds + flops / speed * _slowdown(kind.serial_matrix, threads, cluster)
+    products = muon_precision(run.run.precision, cluster)
+    share = MUON_SHARE if cluster.device == "cpu" else matrix_share(cluster, products)
+    speed = share * cluster.flops(products)
+    return seconds + flops / speed * _product_slowdown(kind, threads, cluster)
+
+
+def muon_precision(precision: str, cluster: Cluster) -> str:
+    """What Muon's products are computed in (`optim/muon.product_dtype`): bf16 where the device has
+    it and the run is not fp32."""
+    native = cluster.device != "cpu" or cluster.flops_bf16 > cluster.flops_fp32
+    return "bf16" if native and precision != "fp32" else "fp32"
 
 
 def contention(cluster: Cluster, processes_per_host: int, threads: int) -> float:
@@ -330,10 +352,12 @@ def interval(
     """(low, high) factors of a predicted step; CPU ranks with several threads suffer most from
     other programs, and ranks that share cores from each other."""
     kind = kind_of(cluster, precision)
+    wider = 1.0 + min(1.0, cluster.spread) if cluster.spread > NOISY else 1.0
     if cluster.device != "cpu":
         return kind.low, kind.high
     crowded = processes_per_host * threads > cluster.cores
-    return kind.low, kind.high * (1.15 if threads > 1 else 1.0) * (1.3 if crowded else 1.0)
+    high = kind.high * (1.15 if threads > 1 else 1.0) * (1.3 if crowded else 1.0)
+    return kind.low / wider, high * wider
 
 
 def fresh_s(cluster: Cluster, buffer_bytes: float, buffers: int) -> float:
@@ -343,8 +367,19 @@ def fresh_s(cluster: Cluster, buffer_bytes: float, buffers: int) -> float:
     return buffers * buffer_bytes * FRESH_S_PER_BYTE
 
 
-def _slowdown(serial: float, threads: int, cluster: Cluster) -> float:
-    """Time with `threads` over time with one."""
+def _product_slowdown(kind: Kind, threads: int, cluster: Cluster) -> float:
+    return _slowdown(kind.serial_matrix, cluster.thread_products, threads, cluster)
+
+
+def _pass_slowdown(kind: Kind, threads: int, cluster: Cluster) -> float:
+    return _slowdown(kind.serial_passes, cluster.thread_passes, threads, cluster)
+
+
+def _slowdown(serial: float, gain: float, threads: int, cluster: Cluster) -> float:
+    """Time with `threads` over time with one. `gain`: how many times as fast all cores together
+    are, where it was measured; it says what is serial."""
+    if gain and cluster.cores > 1:
+        serial = max(0.0, (cluster.cores / gain - 1) / (cluster.cores - 1))
     if cluster.device != "cpu":
         return 1.0
     return (1 + serial * (threads - 1)) / threads

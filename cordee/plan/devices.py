@@ -1,14 +1,57 @@
-"""What a run asks of its devices that not all have: fp8 products, a host beside them.
-
-Not here: how many devices there are and whether a layout fits (`plan.py`). Traded away: asking the
-driver; the table and the cluster's file say what devices can, before anything is started.
+"""What a run asks of its devices: the precision that is fastest there, fp8 products, a host beside
+them. The table, the machine's profile or the cluster's file say what devices can.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.plan.cluster import Cluster
+
+WORTH = 1.5
+"""How many times as fast products must be before casts to another precision pay."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def fastest_precision(cluster: Cluster) -> Precision:
+    """bf16 where the devices multiply it faster than fp32, else fp32; fp16, which needs a scaled
+    loss, only where it is measured to be faster than both."""
+    best: Precision = "fp32"
+    if cluster.flops_bf16 >= WORTH * cluster.flops_fp32:
+        best = "bf16"
+    if cluster.flops_fp16 >= WORTH * cluster.flops(best):
+        best = "fp16"
+    return best
+
+
+def with_precision(run: Run, cluster: Cluster) -> Run:
+    """The run with run.precision=auto resolved for these devices."""
+    if run.run.precision != "auto":
+        return run
+    return replace(run, run=replace(run.run, precision=fastest_precision(cluster)))
+
+
+def precision_text(precision: str, cluster: Cluster) -> str:
+    """Why a precision is fast or slow on these devices: its products against fp32's or bf16's."""
+    source = "measured" if cluster.measured else "by nominal figures"
+    source = "by the table of devices" if cluster.device != "cpu" else source
+    if precision == "fp32":
+        other = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
+        ratio = cluster.flops(other) / cluster.flops_fp32
+        if ratio < 1:
+            return f"{other} products are {1 / ratio:.1f} x slower here, {source}"
+        return f"{other} products are {ratio:.1f} x as fast here, {source}"
+    ratio = cluster.flops(precision) / cluster.flops_fp32
+    if ratio < 1:
+        return (
+            f"emulated here: products {1 / ratio:.1f} x slower than in fp32, {source};"
+            " run.precision=fp32 is faster"
+        )
+    return f"products {ratio:.1f} x as fast as in fp32 here, {source}"
 
 
 def check_devices(run: Run, cluster: Cluster) -> None:

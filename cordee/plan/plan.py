@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from cordee.config.check import check_processes
@@ -21,7 +21,7 @@ from cordee.layout.census import Census, model_census
 from cordee.layout.legal import broken
 from cordee.layout.shares import deal, shares
 from cordee.plan.cluster import Cluster, cpu_only
-from cordee.plan.devices import check_devices
+from cordee.plan.devices import check_devices, precision_text, with_precision
 from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
@@ -59,6 +59,10 @@ class Plan:
     predicted: Prediction
     why: str
     note: str = ""
+    precision: str = ""
+    """Why the run's precision is fast or slow on these devices."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """The machine profile that the figures rest on; empty: nominal figures."""
     devices: tuple[str, ...] = ()
 
     @property
@@ -112,6 +116,7 @@ def make_plan(
     """
     _check_vocabulary(run, vocabulary)
     cluster = devices_of(run, cluster)
+    run = with_precision(run, cluster)
     asked = processes
     if asked is None and run.launch.processes != "auto":
         asked = int(run.launch.processes)
@@ -153,6 +158,7 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
         predicted=candidate.predicted,
         why=why,
         note=_note(run, cluster, candidate),
+        precision=precision_text(run.run.precision, cluster),
     )
 
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.plan.cluster import Cluster
-from cordee.plan.costs import kind_of
+from cordee.plan.costs import kind_of, matrix_share
+from cordee.plan.devices import precision_text
 from cordee.plan.memory import FITS
 from cordee.plan.plan import Plan
+from cordee.plan.profile import NOISY
 from cordee.plan.rank import RankView
 from cordee.plan.search import MIB, Prediction, Ranking
 
@@ -131,19 +133,28 @@ def _ranks(group: Sequence[int]) -> str:
 
 def assumed(run: Run, cluster: Cluster) -> dict[str, str]:
     """What the figures rest on, in words."""
-    kind = kind_of(cluster, run.run.precision)
-    peak = "fp32" if run.run.precision == "fp32" else "bf16"
+    kind, precision = kind_of(cluster, run.run.precision), run.run.precision
+    peak = "bf16" if precision == "fp8" else precision
+    reach = matrix_share(cluster, precision)
     unit = "core" if cluster.device == "cpu" else "device"
     told = {
         "devices": _devices(cluster),
-        "peak": f"{cluster.flops(run.run.precision) / 1e9:,.0f} GFLOP/s a {unit}"
-        f" ({peak}), of which matrix products reach {kind.matrix:.0%}",
+        "precision": f"{precision}: {precision_text(precision, cluster)}",
+        "peak": f"{cluster.flops(precision) / 1e9:,.0f} GFLOP/s a {unit}"
+        f" ({peak}), of which matrix products reach {reach:.0%}",
         "memory bandwidth": f"{cluster.memory_bytes_per_s / 1e9:,.0f} GB/s a {unit}",
         "link": f"{cluster.link_bytes_per_s / 1e9:,.2f} GB/s,"
         f" {cluster.link_s * 1e6:.0f} us between ranks of a host",
         "interval": f"{kind.low:.2f} to {kind.high:.2f} x the prediction"
-        " (more with several CPU threads, or ranks that share cores)",
-        "constants": "of this kind of device (plan/costs.py), not measured on it",
+        + (
+            f", wider by {min(1.0, cluster.spread):.0%} as repeated figures differ"
+            if cluster.spread > NOISY
+            else ""
+        )
+        + " (more with several CPU threads, or ranks that share cores)",
+        "constants": "of this kind of device (plan/costs.py); rates measured here"
+        if cluster.measured
+        else "of this kind of device (plan/costs.py), not measured on it",
         "memory": f"a plan may fill {FITS:.0%} of the {'host' if unit == 'core' else 'device'}",
     }
     if cluster.hosts > 1:

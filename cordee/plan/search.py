@@ -26,6 +26,7 @@ from cordee.plan.costs import (
     microbatch_work,
     update_s,
 )
+from cordee.plan.devices import with_precision
 from cordee.plan.memory import FITS, OVERHEAD_BYTES, Memory, Wire, rank_memory, unlike
 from cordee.plan.network import Load, choose_wire, gradient_bytes, rank_subtrees, traffic
 from cordee.plan.pipeline import bubble
@@ -102,6 +103,7 @@ def search(
     Axes that the run gives are kept. Smaller numbers of ranks than there are devices are cut by
     shards only, unless no layout of all devices is legal. Pure, a millisecond per layout.
     """
+    run = with_precision(run, cluster)
     counted = model_census(run.model, vocabulary)
     counts = [processes] if processes is not None else rank_counts(cluster)
     reasons, looked = Reasons(), _Looked()

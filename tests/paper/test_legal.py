@@ -23,7 +23,7 @@ MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.shared=3")
 
 
 def run_of(*overrides: str) -> Run:
-    return load(None, overrides).run
+    return load(None, ("run.precision=bf16", *overrides)).run
 
 
 CASES = {

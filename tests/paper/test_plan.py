@@ -46,7 +46,7 @@ CPU = Cluster(
 
 
 def run_of(*overrides: str) -> Run:
-    return load(None, overrides).run
+    return load(None, ("run.precision=bf16", *overrides)).run
 
 
 def specs_of(run: Run, vocabulary: int = 256) -> tuple[TensorSpec, ...]:
