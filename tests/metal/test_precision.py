@@ -212,7 +212,8 @@ def test_fp8_products_are_those_of_quantised_numbers(dtype: torch.dtype) -> None
 
 def fp8_run(**memory: str) -> Run:
     keys = {f"memory.{key}": value for key, value in memory.items()}
-    shape = {"model.layers": 2, "model.width": 32, "model.heads": 2, "initial.residual": "same"}
+    shape = {"model.layers": 2, "model.width": 32, "model.heads": 2, "initial.residual": "same",
+             "run.precision": "bf16"}  # fmt: skip
     return override(Run(), {**shape, **keys})
 
 

@@ -44,7 +44,7 @@ def one_thread() -> None:
 
 
 def run_of(*words: str) -> Run:
-    return load(None, words).run
+    return load(None, ("run.precision=bf16", *words)).run
 
 
 def plan_of(run: Run, hosts: int = 1) -> Plan:
