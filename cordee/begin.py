@@ -18,6 +18,7 @@ from typing import Any
 from cordee.config.check import DEFAULT_MINUTES, check
 from cordee.config.hub import on_paper
 from cordee.config.load import RUN_FILE, differences, dump, flatten, load, override
+from cordee.config.model import USUAL_PRESET
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
@@ -29,13 +30,16 @@ from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
 from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
-from cordee.machine import measured_cluster
+from cordee.machine import measured_cluster, say
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.devices import with_precision
 from cordee.plan.plan import Plan, devices_of, make_plan, on_devices, unpredicted, with_islands
+from cordee.plan.recipe import follows_clock, for_machine, recorded_recipe, with_evaluation
 from cordee.rendezvous import check_addresses, interface, meet, several
 
+RESOLVED = ("run.precision", "evaluate.tokens", "evaluate.sample")
+"""Keys that are "auto" until a run begins."""
 JOIN_WAIT_S = 60.0
 """How long a host that joins waits for run.toml, which the first rank of the run writes."""
 DATA_FOLDER = "data"
@@ -56,6 +60,8 @@ def settle(run: Run) -> Run:
     limits = run.run
     if not (limits.steps or limits.tokens or limits.epochs or limits.minutes):
         values["run.minutes"] = DEFAULT_MINUTES
+    if run.model.preset == "auto" and not follows_clock(override(run, values)):
+        values["model.preset"] = USUAL_PRESET
     settled = override(run, values)
     check(settled)
     check_addresses(settled)
@@ -63,18 +69,19 @@ def settle(run: Run) -> Run:
 
 
 def as_recorded(run: Run) -> Run:
-    """The run with what it resolved when it began, where its folder says so: a run keeps its
-    precision. A host that joins waits for the founder's file."""
-    kept = Path(run.run.dir) / RUN_FILE
-    if run.run.precision != "auto":
-        return run
-    waited = time.monotonic() + (JOIN_WAIT_S if run.launch.join and kept.parent.exists() else 0.0)
-    while not kept.exists() and time.monotonic() < waited:
+    """The run with what it resolved when it began, where its folder says so: it keeps its recipe,
+    its precision and what it evaluates. A host that joins waits for the founder's file."""
+    file = Path(run.run.dir) / RUN_FILE
+    limit = time.monotonic() + (JOIN_WAIT_S if run.launch.join and file.parent.exists() else 0.0)
+    while not file.exists() and time.monotonic() < limit:
         time.sleep(0.1)
-    if not kept.exists():
+    if not file.exists():
         return run
-    recorded = load(str(kept)).run.run.precision
-    return replace(run, run=replace(run.run, precision=recorded))
+    recorded = load(str(file)).run
+    if follows_clock(run):
+        run = recorded_recipe(run, recorded)
+    before, values = flatten(run), flatten(recorded)
+    return override(run, {key: values[key] for key in RESOLVED if before[key] == "auto"})
 
 
 def look(run: Run, brought: str = "") -> Standing:
@@ -293,8 +300,14 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         probes = run.launch.probe and told.rank == 0 and standing.finished is None
         cluster, profile = measured_cluster(probes)
         cluster = replace(cluster, hosts=told.hosts)
+        symbols = vocabulary_of(run)
+        begins = not (Path(run.run.dir) / RUN_FILE).exists()
+        if begins and not brought.any:
+            run, text = for_machine(run, cluster, symbols, wanted)
+            if text and told.rank == 0:
+                say(f"recipe  {text}")
         run = with_precision(run, devices_of(run, cluster))
-        planned, symbols = on_paper(run), vocabulary_of(run)
+        planned = on_paper(run)
         if told.by_launcher or brought.any:  # nobody would come back to a copy
             planned = override(planned, {"fault.copy_every": 0})
         if not brought.model:
@@ -302,6 +315,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         plan = replace(make_plan(planned, cluster, symbols, wanted), profile=profile)
         if brought.model:
             plan = unpredicted(plan, brought.parameters)
+        rate = plan.predicted.tokens_per_s
+        run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
     if (
         not brought.data

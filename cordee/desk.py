@@ -22,6 +22,7 @@ from torch import Tensor
 from cordee.build import RunState
 from cordee.checkpoint.keep import Keeper
 from cordee.checkpoint.state import Progress
+from cordee.data.byte_table import ORDER
 from cordee.data.ledger import word_of
 from cordee.dist.exchange import gather_rows
 from cordee.dist.tally import Tally, Wishes
@@ -323,6 +324,8 @@ class Desk:
         if loss is not None:
             entropy = state.data.entropy_bits
             known = "" if entropy is None else f"  (the source's entropy is {entropy:.4f})"
+            if table := finished["table_bits_per_byte"]:
+                known += f"  (a counted table of {ORDER} bytes of context: {table:.4f})"
             self.screen.say(f"held out   {_held_out(bits, accuracy, loss)}{known}")
         self.screen.say(f"weights    {finished['weights_sha256']}")
         folder = state.run.run.dir

@@ -25,7 +25,7 @@ def measured_cluster(probes: bool) -> tuple[Cluster, dict[str, Any]]:
     host = this_host()
     profile, trouble = read_profile(host)
     if trouble:
-        _say(f"profile {trouble}")
+        say(f"profile {trouble}")
     if profile is None and probes:
         profile = probe(host)
     return local_cluster(profile), {} if profile is None else asdict(profile)
@@ -43,12 +43,13 @@ def probe(host: Host) -> Profile | None:
         answer = json.loads(done.stdout)
         profile = Profile.from_json(json.dumps(answer["profile"]))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-        _say(f"profile none, by the processor's flags: {error}")
+        say(f"profile none, by the processor's flags: {error}")
         return None
     kept = f" (not kept: {answer['trouble']})" if answer["trouble"] else ""
-    _say(f"profile {describe(profile)}; measured in {profile.seconds:.1f} s{kept}")
+    say(f"profile {describe(profile)}; measured in {profile.seconds:.1f} s{kept}")
     return profile if profile.host == host else None
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for the person, on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,13 @@ from cordee.begin import Brought, Ready, get_ready, launch_ranks, lay_out_data, 
 from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
-from cordee.config.load import override
+from cordee.config.load import flatten, override
 from cordee.config.run import Run
+from cordee.data.byte_table import table_bits_per_byte
 from cordee.data.loader import held_out
 from cordee.data.manifest import DatasetInfo, changed_sources
 from cordee.data.samples import batches, describe_samples
-from cordee.data.source import TokenSource
+from cordee.data.source import TokenSource, open_dataset
 from cordee.desk import Desk, Outcome
 from cordee.dist.exchange import gather_rows
 from cordee.dist.line import open_line
@@ -60,6 +62,8 @@ from cordee.resume import Memory, Seat, copy_near, keep_safe, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
+TABLE_BYTES = 4 << 20
+"""Bytes that the counted table is made from at most: it takes half a second."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,10 @@ def take_part(
 
 
 def as_first_rank(run: Run, plan: Plan) -> tuple[Run, Plan]:
-    """Rank 0's precision and plan: under a launcher each rank has made its own, and profiles of
+    """Rank 0's run and plan: under a launcher each rank has resolved its own, and profiles of
     hosts, or of one host at two times, differ."""
-    first = json.loads(broadcast_text(json.dumps([run.run.precision, plan.to_json()])))
-    return override(run, {"run.precision": first[0]}), Plan.from_json(first[1])
+    settings, text = json.loads(broadcast_text(json.dumps([flatten(run), plan.to_json()])))
+    return override(run, settings), Plan.from_json(text)
 
 
 def tell_devices(state: RunState, desk: Desk) -> None:
@@ -325,20 +329,40 @@ def measure(state: RunState) -> HeldOut | None:
     if state.held_out is None or not run.evaluate.tokens:
         return None
     state.drill.point("evaluate", state.progress.step)
-    rows = run.batch.microbatch
-    count = max(1, run.evaluate.tokens * run.batch.microbatches // state.step_tokens)
-    if isinstance(state.held_out, TokenSource):
-        given: list[Any] = list(held_out(state.held_out, run.data.sequence, rows, count))
-    else:
-        given = list(batches(state.held_out, rows, count))
     workers = state.mesh.size(*WORKERS)
     return evaluate(
         state.engine,
-        given,
+        held_out_batches(state),
         (state.mesh.worker, workers),
         lambda sums: gather_rows(sums, state.mesh.group(*WORKERS), workers),
         state.bytes_per_token,
     )
+
+
+def held_out_batches(state: RunState) -> list[Any]:
+    """What an evaluation scores: the first rows of the held-out data, evaluate.tokens of them."""
+    run, rows = state.run, state.run.batch.microbatch
+    count = max(1, int(run.evaluate.tokens) * run.batch.microbatches // state.step_tokens)
+    if isinstance(state.held_out, TokenSource):
+        return list(held_out(state.held_out, run.data.sequence, rows, count))
+    return list(batches(state.held_out, rows, count)) if state.held_out else []
+
+
+def score_table(state: RunState) -> float | None:
+    """Bits per byte of a counted table on what the evaluation scored, by rank 0: counts of as many
+    bytes as the model was trained on. None where the data is not bytes."""
+    sequence, source = state.run.data.sequence, state.held_out
+    if not state.world.first or state.data.tokenizer != "bytes" or state.brought:
+        return None
+    if not isinstance(source, TokenSource) or not state.run.evaluate.tokens:
+        return None
+    rows = torch.cat(held_out_batches(state)).numpy().astype(np.uint8)
+    trained = open_dataset(state.data.folder, "train", verify=False)
+    number = min(trained.rows(sequence), TABLE_BYTES // sequence, state.progress.tokens // sequence)
+    # Spread over the whole text, as training rows are.
+    ids = np.linspace(0, trained.rows(sequence) - 1, max(1, number)).astype(np.int64)
+    text = trained.gather(ids, sequence)[:, 1:].astype(np.uint8).reshape(-1)
+    return table_bits_per_byte(text, rows)
 
 
 def finish(state: RunState, desk: Desk) -> Report:
@@ -351,10 +375,12 @@ def finish(state: RunState, desk: Desk) -> Report:
         desk.screen.say(f"left after step {number}; the same command goes on from there")
         return Report(state.run.run.dir, desk.asked.exit_code)
     scored = measure(state)
+    table_bits = score_table(state)
     digest = weights_sha256(state.specs, lambda name: whole(state, name))
     text = sample(state)
     finished = {
         "weights_sha256": digest, "held_out_bits_per_byte": scored and scored.bits_per_byte,
+        "table_bits_per_byte": table_bits,
         "held_out_loss": scored and scored.loss, "held_out_accuracy": scored and scored.accuracy,
         "steps": number, "tokens": state.progress.tokens,
         "elapsed_s": round(state.progress.elapsed_s, 3), "skipped": state.progress.skipped,
@@ -397,6 +423,6 @@ def sample(state: RunState) -> str | None:
     compiled = run.run.compile != "none"
     # Every length of the window would be compiled anew.
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        count, window = run.evaluate.sample, run.data.sequence
+        count, window = int(run.evaluate.sample), run.data.sequence
         made = generate(state.engine.logits, prompt, count, window, 0.8, run.run.seed)
     return to_text(made)

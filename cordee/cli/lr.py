@@ -22,6 +22,7 @@ from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
 from cordee.metrics.report import amount, seconds
 from cordee.metrics.sinks import write_whole
 from cordee.optim.search import Finding, SearchSettings, Sweep, find_lr
+from cordee.plan.recipe import for_machine
 
 EVERY_S = 10.0
 """Seconds between lines that say how far the search is."""
@@ -47,9 +48,12 @@ def run(argv: Sequence[str]) -> int:
     )  # fmt: skip
     made.add_argument("--json", action="store_true", help="print the finding as one JSON object")
     words = read(made, argv)
-    from cordee.begin import settle
+    from cordee.begin import settle, vocabulary_of
+    from cordee.machine import measured_cluster
 
     wanted = settle(words.load().run)
+    cluster, _ = measured_cluster(wanted.launch.probe)
+    wanted, _ = for_machine(wanted, cluster, vocabulary_of(wanted))
     settings = SearchSettings(
         centre=peak(wanted),
         steps=words.flags.steps,

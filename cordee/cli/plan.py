@@ -23,9 +23,9 @@ from cordee.layout.census import model_census
 from cordee.layout.tensors import parameters
 from cordee.machine import measured_cluster
 from cordee.plan.cluster import Cluster, read_cluster
-from cordee.plan.devices import with_precision
 from cordee.plan.plan import Plan, devices_of, finished, make_plan, without_axes
 from cordee.plan.rank import RankView, view_rank
+from cordee.plan.recipe import for_machine
 from cordee.plan.report import assumed, count_text, job_text, plan_text, rank_text
 from cordee.plan.search import Ranking, search
 
@@ -65,7 +65,9 @@ def run(argv: list[str]) -> int:
     rank = _rank_of(words, wanted)
     cluster, profile = _devices(words, wanted)
     devices = devices_of(wanted, cluster)
-    wanted = with_precision(wanted, devices)
+    wanted, text = for_machine(wanted, cluster, vocabulary)
+    if text:
+        say(f"recipe  {text}")
     plan = replace(make_plan(wanted, cluster, vocabulary), profile=profile)
     view = None
     if rank is not None:

@@ -49,8 +49,9 @@ def _least_of_keeping(run: Run) -> dict[str, tuple[float, float]]:
     """Least values of what keeps a run going."""
     return {
         "checkpoint.keep": (run.checkpoint.keep, 1), "guard.in_a_row": (run.guard.in_a_row, 1),
-        "evaluate.every": (run.evaluate.every, 0), "evaluate.tokens": (run.evaluate.tokens, 0),
-        "evaluate.sample": (run.evaluate.sample, 0),
+        "evaluate.every": (run.evaluate.every, 0),
+        **{f"evaluate.{name}": (value, 0) for name in ("tokens", "sample")
+           if (value := getattr(run.evaluate, name)) != "auto"},
         "evaluate.layers_every": (run.evaluate.layers_every, 0),
         "memory.recompute_every": (run.memory.recompute_every, 1),
         "memory.loss_chunk": (run.memory.loss_chunk, 0),

@@ -66,7 +66,7 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Loaded:
             raise _unknown_key(key, list(keys), place)
         values[key] = convert(key, value, keys[key])
     preset = values.get("model.preset", ModelSettings().preset)
-    presets = model_presets()
+    presets = {"auto": ModelSettings(), **model_presets()}
     if preset not in presets:
         raise _unknown_value("model.preset", preset, list(presets))
     made = override(replace(Run(), model=presets[preset]), values)

@@ -35,6 +35,9 @@ class MoeSettings:
     """Tokens an expert takes at most, as a multiple of an equal share; more are dropped. 0: all."""
 
 
+USUAL_PRESET = "tiny"
+"""What model.preset=auto stands for, but for a run that the clock alone limits."""
+
 SMALLEST_SIDE = 4
 """Blocks of convolutions do not halve an image of this side or less."""
 
@@ -62,8 +65,10 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    preset: str = "tiny"
-    """A named size (see `cordee plan --models`); the other model keys override parts of it."""
+    preset: str = "auto"
+    """A named size (see `cordee plan --models`); the other model keys override parts of it. auto:
+    tiny; for a run without any limit, model and batch are those that this machine can train in two
+    minutes."""
     kind: Literal["transformer", "mlp", "conv"] = "transformer"
     """transformer: a language model; mlp, conv: classifiers of images."""
     hub: str = ""
@@ -112,7 +117,8 @@ class ModelSettings:
     @property
     def name(self) -> str:
         """What the model is called: its folder's name, or its preset's."""
-        return Path(self.hub).resolve().name if self.hub else self.preset
+        preset = USUAL_PRESET if self.preset == "auto" else self.preset
+        return Path(self.hub).resolve().name if self.hub else preset
 
     @property
     def classifies(self) -> bool:

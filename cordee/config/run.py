@@ -242,10 +242,11 @@ class GuardSettings:
 class EvaluateSettings:
     every: int = 0
     """Steps between evaluations on held-out data; 0 means only at the end."""
-    tokens: int = 262144
-    """Held-out tokens an evaluation uses at most."""
-    sample: int = 240
-    """Tokens of text sampled at the end; 0 means none."""
+    tokens: Auto = "auto"
+    """Held-out tokens an evaluation uses at most; 0 means none. auto: 262144, or fewer where they
+    would take more than a twentieth of a run that is limited by time."""
+    sample: Auto = "auto"
+    """Tokens of text sampled at the end; 0 means none. auto: 240, or fewer likewise."""
     layers_every: int = 10
     """Steps between records of the gradient norm per layer; 0 means never."""
 

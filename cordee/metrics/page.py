@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from cordee.config.load import field_doc, flatten
+from cordee.config.model import USUAL_PRESET
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.metrics.charts import Chart, Line, extremes, figure, means, number, smooth
@@ -307,7 +308,7 @@ def _config_table(run: Run | None) -> str:
     if run is None:
         return ""
     model = model_presets().get(run.model.preset, Run().model)
-    default = flatten(replace(Run(), model=model)) | {"model.preset": Run().model.preset}
+    default = flatten(replace(Run(), model=model)) | {"model.preset": USUAL_PRESET}
     rows = [
         f'<tr title="{escape(field_doc(key))}"><td><code>{key}</code></td>'
         f"<td><code>{escape(str(value))}</code></td>"

@@ -147,7 +147,7 @@ def test_this_machine_is_measured_once_and_the_plan_holds_it(
     cache.mkdir(parents=True)
     profile_path(this_host()).write_text("damaged")
     saved = tmp_path / "plan.json"
-    assert main(["plan", "--save", str(saved), "--json"]) == 0
+    assert main(["plan", "tiny", "--save", str(saved), "--json"]) == 0
     said = capsys.readouterr().err
     assert "is no profile" in said and "GFLOP/s" in said and "measured in" in said
     profile, why = read_profile(this_host())
@@ -155,7 +155,7 @@ def test_this_machine_is_measured_once_and_the_plan_holds_it(
     assert profile.reduce_s > 0 and profile.threads[-1] == cores()
     plan = Plan.from_json(saved.read_text())
     assert Profile.from_json(json.dumps({"format": 1, **plan.profile})) == profile
-    assert main(["plan", "--json"]) == 0
+    assert main(["plan", "tiny", "--json"]) == 0
     out, said = capsys.readouterr()
     assert said == ""  # kept: not measured again
     assert json.loads(out)["assumed"]["measured"] is True
@@ -163,7 +163,7 @@ def test_this_machine_is_measured_once_and_the_plan_holds_it(
 
 def test_without_a_probe_the_flags_count(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     for words in (["--no-probe"], ["launch.probe=false"]):
-        assert main(["plan", "--json", *words]) == 0
+        assert main(["plan", "tiny", "--json", *words]) == 0
         out, said = capsys.readouterr()
         assert said == "" and json.loads(out)["assumed"]["measured"] is False
     assert not cache.exists()
