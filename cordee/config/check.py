@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 
+from cordee.config.load import flatten
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.run import POINTS, MemorySettings, Run
 from cordee.errors import ConfigError
@@ -23,6 +24,7 @@ MOST_PROCESSES_PER_CORE = 8
 
 def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
+    _check_texts(run)
     _check_ranges(run)
     _check_foreign(run)
     if run.model.classifies:
@@ -32,6 +34,18 @@ def check(run: Run) -> None:
         _check_moe(run)
     _check_run(run)
     _check_fault(run)
+
+
+def _check_texts(run: Run) -> None:
+    """What run.toml cannot hold (bytes that are no UTF-8, which Python reads as lone surrogates),
+    or no file can be called."""
+    for key, value in flatten(run).items():
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+            raise ConfigError(
+                f"{key} is no text: it holds a NUL or bytes that are not UTF-8",
+                values={key: value},
+                fix=f"{key} in UTF-8; a file may be renamed, or have a link with such a name",
+            )
 
 
 def check_processes(processes: int, cores: int) -> None:

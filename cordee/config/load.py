@@ -8,6 +8,7 @@ a strict rule of its own (3.5 is no int, "yes" is no bool) and errors name key, 
 from __future__ import annotations
 
 import ast
+import codecs
 import difflib
 import inspect
 import itertools
@@ -21,12 +22,27 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cordee.config.model import ModelSettings
+from cordee.config.paths import home, home_of_each
 from cordee.config.presets import implied, model_presets
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
 RUN_FILE = "run.toml"
 """A run's resolved settings, in its folder."""
+PATHS = {
+    "run.dir": home, "launch.secret": home, "model.hub": home, "initial.weights": home,
+    "data.path": home_of_each,
+}  # fmt: skip
+"""Keys that name files, and what makes their `~` a home folder."""
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+"""Byte order marks of encodings in which nothing is read here; the longer ones first."""
+_ESCAPES = {
+    "\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r",
+}  # fmt: skip
+"""What TOML writes with a letter; other control characters have their number."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Loaded:
     presets = {"auto": ModelSettings(), **model_presets()}
     if preset not in presets:
         raise _unknown_value("model.preset", preset, list(presets))
-    made = override(replace(Run(), model=presets[preset]), values)
+    made = at_home(override(replace(Run(), model=presets[preset]), values))
     left = {k: v for k, v in implied(made.model).items() if k not in values}
     return Loaded(override(made, left), {key: place for key, (_, place) in given.items()})
 
@@ -81,11 +97,31 @@ def override(run: Run, values: Mapping[str, Any]) -> Run:
     return run
 
 
+def at_home(run: Run) -> Run:
+    """`run` with the `~` of its paths as home folders."""
+    values = {key: (_get(run, key), expand) for key, expand in PATHS.items()}
+    return override(run, {key: expand(v) for key, (v, expand) in values.items() if "~" in v})
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that the byte order mark at a file's start names, when it is none that is read
+    here (UTF-16, UTF-32); else empty."""
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; ConfigError when it is missing, unreadable or malformed."""
+    """The tables of a TOML file, with or without UTF-8's byte order mark; ConfigError when it is
+    missing, unreadable, malformed or in another encoding."""
+    path = Path(home(str(path)))
     try:
-        with open(path, "rb") as stream:
-            return tomllib.load(stream)
+        raw = path.read_bytes()
+        if encoding := encoding_of(raw[:4]):
+            raise ConfigError(
+                f"the file is {encoding} text, as its byte order mark says; TOML is UTF-8",
+                values={"file": str(path)},
+                fix=f"save it as UTF-8: iconv -f {encoding} -t UTF-8 {path} > NEW.toml",
+            )
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             "the file is not valid TOML",
@@ -111,7 +147,7 @@ def split_override(text: str) -> tuple[str, str]:
             values={"argument": text},
             fix=f"{key or 'run.steps'}=VALUE, or a path that ends in .toml for a file",
         )
-    return key.strip(), value.strip()
+    return key.strip(), value
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
@@ -124,8 +160,9 @@ def convert(key: str, value: Any, kind: Any) -> Any:
                 continue
         raise _wrong_type(key, value, kind)
     if get_origin(kind) is Literal:
+        word = value.strip() if isinstance(value, str) else value
         for allowed in get_args(kind):
-            if not isinstance(value, bool) and value in (allowed, str(allowed)):
+            if not isinstance(word, bool) and word in (allowed, str(allowed)):
                 return allowed
         raise _unknown_value(key, value, [str(v) for v in get_args(kind)])
     converted = _leaf(value, kind)
@@ -137,6 +174,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
 def _leaf(value: Any, kind: type) -> Any:
     if kind is str:
         return value if isinstance(value, str) else None
+    value = value.strip() if isinstance(value, str) else value
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -260,9 +298,14 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return '"' + "".join(map(_escaped, value)) + '"'
     return repr(value)
+
+
+def _escaped(character: str) -> str:
+    """A character as it stands in a TOML string."""
+    number = f"\\u{ord(character):04X}" if character < " " or character == "\x7f" else character
+    return _ESCAPES.get(character, number)
 
 
 def _unknown_key(key: str, known: Sequence[str], place: str) -> ConfigError:
