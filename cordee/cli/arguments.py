@@ -7,12 +7,17 @@ into overrides first, because argparse cannot know them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cordee.config.load import Loaded, load
+from cordee.config.load import Loaded, known_keys, load
+from cordee.config.paths import home
 from cordee.errors import ConfigError
+
+SECTIONS = frozenset(key.partition(".")[0] for key in known_keys())
+"""What stands before the first dot of every key."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,25 @@ def parser(verb: str, summary: str, example: str, words: str = "") -> argparse.A
     return made
 
 
-def read(made: argparse.ArgumentParser, argv: Sequence[str], *, rest: int = 0) -> Words:
-    """Parses `argv`; at most `rest` words may be neither a file nor an override."""
+def read(
+    made: argparse.ArgumentParser,
+    argv: Sequence[str],
+    *,
+    rest: int = 0,
+    settings: Sequence[str] | None = None,
+) -> Words:
+    """Parses `argv`; at most `rest` words may be neither a file nor an override.
+
+    `settings` are the sections whose keys the verb takes, None: every one. A verb that takes only
+    some takes no file either: all its other words are names and paths, whatever is in them.
+    """
     # Intermixed: words may stand before and after a flag.
     flags = made.parse_intermixed_args(_dotted_as_overrides(argv))
-    overrides = tuple(word for word in flags.words if "=" in word)
-    files = [w for w in flags.words if "=" not in w and w.endswith(".toml")]
-    others = [w for w in flags.words if "=" not in w and not w.endswith(".toml")]
+    kinds = [_kind(word, settings) for word in flags.words]
+    overrides, files, others = (
+        [word for word, kind in zip(flags.words, kinds, strict=True) if kind == which]
+        for which in ("override", "file", "other")
+    )
     if len(files) > 1 or len(others) > rest:
         extra = files[1:] if len(files) > 1 else others[rest:]
         raise ConfigError(
@@ -61,7 +78,24 @@ def read(made: argparse.ArgumentParser, argv: Sequence[str], *, rest: int = 0) -
             values={"word": extra[0], "command": made.prog},
             fix=f"{made.usage}, with overrides as key=value",
         )
-    return Words(flags, files[0] if files else None, overrides, tuple(others))
+    return Words(flags, files[0] if files else None, tuple(overrides), tuple(map(home, others)))
+
+
+def _kind(word: str, settings: Sequence[str] | None) -> str:
+    """override, file or other. A path may have `=` in it (runs/lr=0.1), and so may a file's name;
+    with a key in front of the `=` it is an override, unless ./ stands before that."""
+    key, equals, _ = word.partition("=")
+    section, dot, _ = key.strip().partition(".")
+    is_key = bool(equals and dot) and "/" not in key and section in SECTIONS
+    if settings is not None:
+        return "override" if is_key and section in settings else "other"
+    if equals and (is_key or not ("/" in key or (word.endswith(".toml") and _is_file(word)))):
+        return "override"
+    return "file" if word.endswith(".toml") else "other"
+
+
+def _is_file(word: str) -> bool:
+    return os.path.isfile(home(word))
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cordee.cli.arguments import parser, read
 from cordee.cli.ledger import tell
+from cordee.config.paths import home_of_each
 from cordee.data.prepare import inspect, prepare, verify
 from cordee.errors import ConfigError
 
@@ -37,9 +38,10 @@ def run(argv: list[str]) -> int:
     made.add_argument("--step", type=int, help="of a run, from 1")
     made.add_argument("--sample", type=int, help="a row's number in the training split")
     made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=3)
+    words = read(made, argv, rest=3, settings=("model",))
     match words.rest:
         case ("prepare", source, folder):
+            source = home_of_each(source)
             flags = words.flags
             tokens, image = flags.tokens or None, words.load().run.model.image
             where, weights = Path(folder), flags.weights

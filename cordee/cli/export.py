@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import refuse_brought, run_of
+from cordee.cli.places import refuse_brought, refuse_other, replacing, run_of
 from cordee.config.load import flatten
+from cordee.config.paths import home
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
@@ -30,10 +30,10 @@ def run(argv: list[str]) -> int:
         "--shard-mb", type=float, default=2000.0, help="hf: largest file, in MB (default 2000)"
     )
     made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1)
+    words = read(made, argv, rest=1, settings=())
     folder, wanted = run_of("export", words.run)
     hf = words.flags.to == "hf"
-    output = Path(words.flags.output or folder / ("hf" if hf else "model.safetensors"))
+    output = Path(home(words.flags.output) or folder / ("hf" if hf else "model.safetensors"))
     if not output.parent.is_dir():
         raise ConfigError(
             "the output's folder does not exist",
@@ -59,16 +59,32 @@ def run(argv: list[str]) -> int:
 
 def _file(folder: Path, wanted: Run, output: Path) -> tuple[int, int]:
     """One safetensors file, whole; (step, bytes)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from cordee.cli.weights import open_weights, weights
 
+    refuse_other(output, "--output", _is_export)
     found = open_weights("export", str(folder))
     settings = {k: str(v) for k, v in flatten(wanted).items() if k.startswith("model.")}
-    beside = output.with_name(output.name + ".part")
-    save_file(weights(found), beside, metadata={**settings, "step": str(found.step)})
-    os.replace(beside, output)
+    with replacing(output, "--output") as beside:
+        try:
+            save_file(weights(found), beside, metadata={**settings, "step": str(found.step)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     return found.step, output.stat().st_size
+
+
+def _is_export(output: Path) -> bool:
+    """Whether a file is one of these: its metadata names a step and the model's settings."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(output, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError:
+        return False
+    return "step" in metadata and "model.preset" in metadata
 
 
 def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
         "RUN | CHECKPOINT [--json]",
     )
     made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1)
+    words = read(made, argv, rest=1, settings=())
     from cordee.cli.weights import PREFIX, open_weights
 
     found = open_weights("fingerprint", words.run)

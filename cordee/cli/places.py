@@ -1,4 +1,5 @@
-"""Finds what a word on the command line means: a run's folder or one of its checkpoints.
+"""Finds what a word on the command line means: a run's folder or one of its checkpoints; and where
+a verb may write: a place that is free, or holds what this verb wrote before.
 
 Not here: what is in them. A run is found while it lives, when it ended and after it was killed.
 """
@@ -6,9 +7,13 @@ Not here: what is in them. A run is found while it lives, when it ended and afte
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cordee.config.load import RUN_FILE, load
+from cordee.config.paths import free_name
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 from cordee.metrics.sinks import read_lines
@@ -82,3 +87,37 @@ def checkpoint_folder(verb: str, word: str | None) -> Path:
     if word and Path(word).name.startswith("step-") and Path(word).is_dir():
         return Path(word)
     return find_run(verb, word) / "checkpoints"
+
+
+def refuse_other(target: Path, flag: str, is_own: Callable[[Path], bool]) -> None:
+    """ConfigError when `target` is there and is not, as `is_own` says, what the verb writes."""
+    with suppress(OSError):
+        if not os.path.lexists(target) or (target.is_file() and is_own(target)):
+            return
+    number = 2
+    while os.path.lexists(free := target.parent / f"{target.stem}-{number}{target.suffix}"):
+        number += 1
+    raise ConfigError(
+        "there is something else at the place of the output, and it is not replaced",
+        values={flag: str(target), "there": "a folder" if target.is_dir() else "another file"},
+        fix=f"{flag} {free}, or move it away",
+    )
+
+
+@contextmanager
+def replacing(target: Path, flag: str) -> Iterator[Path]:
+    """A free name beside `target` to write to, which then becomes `target` (of a link, the file
+    that it names); removed when that fails. ConfigError: it cannot be written there."""
+    target = Path(os.path.realpath(target))
+    beside = free_name(target)
+    try:
+        yield beside
+        os.replace(beside, target)
+    except OSError as error:
+        raise ConfigError(
+            f"the output cannot be written: {error.strerror or error}",
+            values={flag: str(target)},
+            fix=f"{flag} PATH, in a folder that you may write to, on a disk with room",
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)

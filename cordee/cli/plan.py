@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import Words, parser, read, say
+from cordee.cli.places import refuse_other, replacing
 from cordee.config.check import check
 from cordee.config.hub import on_paper
 from cordee.config.model import ModelSettings
+from cordee.config.paths import home
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.errors import ConfigError
@@ -73,7 +75,7 @@ def run(argv: list[str]) -> int:
     if rank is not None:
         view = view_rank(wanted, plan, rank, model_census(wanted.model, vocabulary))
     if words.flags.save:
-        _save(Path(words.flags.save), plan)
+        _save(Path(home(words.flags.save)), plan)
     if view is not None:
         print(_dry_run(wanted, devices, plan, view, vocabulary, words.flags.json))
         return 0
@@ -189,12 +191,16 @@ def _at_least(flag: str, value: int, least: int) -> int:
 
 
 def _save(path: Path, plan: Plan) -> None:
-    try:
-        path.write_text(plan.to_json() + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"the plan cannot be written: {error.strerror}",
-            values={"--save": str(path)},
-            fix="a path in a folder that exists",
-        ) from error
+    refuse_other(path, "--save", _is_plan)
+    with replacing(path, "--save") as beside:
+        beside.write_text(plan.to_json() + "\n")
     say(f"plan written to {path}")
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file holds a plan, of this version or another."""
+    try:
+        plain = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(plain, dict) and {"layout", "predicted", "why"} <= plain.keys()

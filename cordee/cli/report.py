@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import find_run
+from cordee.cli.places import find_run, refuse_other, replacing
+from cordee.config.paths import home
 from cordee.errors import ConfigError
-from cordee.metrics.page import page
+from cordee.metrics.page import TITLE_END, page
 from cordee.metrics.records import read_run
 from cordee.metrics.report import summarise
-from cordee.metrics.sinks import write_whole
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,32 +32,28 @@ def run(argv: Sequence[str]) -> int:
         "--output", metavar="FILE", help="where to write it (default RUN/report.html)"
     )
     made.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    words = read(made, argv, rest=1)
-    if words.overrides or words.file:
-        raise ConfigError(
-            "a report has no settings",
-            values={"word": words.file or words.overrides[0]},
-            fix="cordee report RUN [--output FILE] [--json]",
-        )
+    words = read(made, argv, rest=1, settings=())
     folder = find_run("report", words.run)
-    target = Path(words.flags.output) if words.flags.output else folder / "report.html"
+    target = Path(home(words.flags.output)) if words.flags.output else folder / "report.html"
     if not target.parent.is_dir() or target.is_dir():
         raise ConfigError(
             "the page cannot be written there",
             values={"--output": str(target)},
             fix=f"--output {folder / 'report.html'}",
         )
+    refuse_other(target, "--output", _is_report)
     records = read_run(folder)
     summary = summarise(records)
-    try:
-        write_whole(target, page(records, summary).encode())
-    except OSError as error:
-        raise ConfigError(
-            f"the page cannot be written: {error.strerror}",
-            values={"--output": str(target)},
-            fix="--output FILE in a folder that you may write to",
-        ) from error
+    with replacing(target, "--output") as beside:
+        # A file's name may hold bytes that are no text.
+        beside.write_bytes(page(records, summary).encode(errors="backslashreplace"))
     say(f"{summary.verdict}\nwrote {target}")
     if words.flags.json:
         print(json.dumps(asdict(summary) | {"report": str(target)}))
     return 0
+
+
+def _is_report(target: Path) -> bool:
+    """Whether a file is one of these pages, by its head."""
+    with open(target, "rb") as stream:
+        return TITLE_END.encode() in stream.read(4096)

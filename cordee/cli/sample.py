@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     made.add_argument("--temperature", type=float, default=0.8, help="0 is always the likeliest")
     made.add_argument("--seed", type=int, default=0, help="another seed, another text")
     made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1)
+    words = read(made, argv, rest=1, settings=())
     if words.flags.tokens < 1 or words.flags.temperature < 0 or not words.flags.prompt:
         raise ConfigError(
             "a sample needs a prompt, at least one token and a temperature of 0 or more",

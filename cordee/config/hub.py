@@ -78,7 +78,7 @@ def read_config(path: str, key: str) -> dict[str, Any]:
 def read_json(file: Path, values: Mapping[str, object]) -> Any:
     """What a JSON file of such a folder says; ConfigError with `values` when it says nothing."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"no folder of a transformers model: {file.name} cannot be read",

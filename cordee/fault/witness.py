@@ -12,11 +12,12 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cordee.config.paths import free_name
 from cordee.errors import RunError
 from cordee.fault.views import View
 
@@ -146,9 +147,9 @@ class FileWitness:
             return None
 
     def _write(self, slate: Slate) -> None:
-        fresh = self.path.with_name(self.path.name + ".new")
+        fresh = free_name(self.path)
         try:
-            with open(fresh, "w") as stream:
+            with open(fresh, "x") as stream:
                 stream.write(json.dumps(slate.to_json()))
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -160,3 +161,5 @@ class FileWitness:
                 os.close(folder)
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)

@@ -26,6 +26,8 @@ from cordee.metrics.style import SCRIPT, STYLE
 SENT = {"bytes_sent": "Sent in a step", "bytes_inside": "Sent in a step inside the island"}
 """Columns of bytes that a rank sends, and what their charts are called."""
 
+TITLE_END = " · cordee report</title>"
+"""How the title of every page ends, by which a page is known."""
 POINTS = 800
 """Points of a line; a figure is some 500 pixels wide, and each bucket keeps both its extremes."""
 ALL_LAYERS = 24_000
@@ -49,7 +51,7 @@ def page(records: Records, summary: Summary) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(summary.run)} · cordee report</title><style>{STYLE}</style></head>"
+        f"<title>{escape(summary.run)}{TITLE_END}<style>{STYLE}</style></head>"
         f"<body><main>{body}<footer>cordee report {escape(str(records.folder))}"
         + (f" · weights {escape(summary.weights_sha256)}" if summary.weights_sha256 else "")
         + f"</footer></main><script>{SCRIPT}</script></body></html>\n"

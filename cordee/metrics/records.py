@@ -134,7 +134,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     what is not one, such as a torn last line, is passed over."""
     if not path.is_file():
         return
-    with open(path, encoding="utf-8", errors="replace") as stream:
+    with open(path, encoding="utf-8-sig", errors="replace") as stream:
         for line in stream:
             try:
                 record = json.loads(line)

@@ -16,6 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from cordee.config.paths import free_name
+
 KEPT_LINES = 100_000
 
 
@@ -116,7 +118,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    with open(path, encoding="utf-8", errors="replace") as stream:
+    with open(path, encoding="utf-8-sig", errors="replace") as stream:
         for line in stream:
             try:
                 record = json.loads(line)
@@ -158,9 +160,9 @@ def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that is seen whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = free_name(path)
     try:
-        with open(part, "wb") as stream:
+        with open(part, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

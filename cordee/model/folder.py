@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cordee.config.hub import CONFIG, read_config, read_json
+from cordee.config.paths import free_name
 from cordee.errors import ConfigError, DataError
 from cordee.layout.boxes import Box
 
@@ -122,9 +123,32 @@ def write_folder(
             values={"output": str(folder)},
             fix="--output with a folder that is new or empty",
         )
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder = Path(os.path.realpath(folder))
+    part = free_name(folder)
+    try:
+        part.mkdir(parents=True)
+        size_bytes = _fill(part, config, shapes, read, shard_bytes, beside)
+        os.replace(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"the output cannot be written: {error}",
+            values={"output": str(folder)},
+            fix="--output with a folder that can be written, on a disk with room",
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return size_bytes
+
+
+def _fill(
+    part: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], Tensor],
+    shard_bytes: int,
+    beside: Sequence[Path],
+) -> int:
+    """Writes all files of `write_folder` into `part`."""
     shards = _shards({name: 4 * math.prod(shape) for name, shape in shapes.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -140,7 +164,6 @@ def write_folder(
     _write(part / CONFIG, config)
     for file_beside in beside:
         shutil.copyfile(file_beside, part / file_beside.name)
-    os.replace(part, folder)
     return size_bytes
 
 
