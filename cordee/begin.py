@@ -6,10 +6,10 @@ input is found here, before anything is started or written. Not here: the run it
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Any
 
 from cordee.config.check import DEFAULT_MINUTES, check
 from cordee.config.hub import on_paper
-from cordee.config.load import RUN_FILE, differences, dump, flatten, load, override
+from cordee.config.load import RUN_FILE, at_home, differences, dump, flatten, load, override
 from cordee.config.model import USUAL_PRESET
 from cordee.config.run import Run
 from cordee.data.builtin import MARKOV, MARKOV_SYMBOLS
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.mixed import is_mixture, sources_of
-from cordee.data.prepare import check_length, prepare, resolve
+from cordee.data.prepare import check_length, resolve
 from cordee.data.records import check_images
+from cordee.data.snapshot import is_of, make, remove, state_of
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
@@ -34,7 +35,15 @@ from cordee.machine import measured_cluster, say
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.devices import with_precision
-from cordee.plan.plan import Plan, devices_of, make_plan, on_devices, unpredicted, with_islands
+from cordee.plan.plan import (
+    Plan,
+    devices_of,
+    holds_plan,
+    make_plan,
+    on_devices,
+    unpredicted,
+    with_islands,
+)
 from cordee.plan.recipe import follows_clock, for_machine, recorded_recipe, with_evaluation
 from cordee.rendezvous import check_addresses, interface, meet, several
 
@@ -44,6 +53,8 @@ JOIN_WAIT_S = 60.0
 """How long a host that joins waits for run.toml, which the first rank of the run writes."""
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
+RECORDS = ("events.jsonl", "metrics.jsonl", "layers.jsonl", "checkpoints")
+"""What a run writes into its folder after run.toml."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Standing:
 
 def settle(run: Run) -> Run:
     """Fills what depends on other keys: name, folder and a limit; checks everything on paper."""
+    run = at_home(run)
     name = run.run.name or run.model.name
     values: dict[str, Any] = {"run.name": name, "run.dir": run.run.dir or f"runs/{name}"}
     limits = run.run
@@ -89,7 +101,7 @@ def look(run: Run, brought: str = "") -> Standing:
     `brought` names the model that the caller brings."""
     folder = Path(run.run.dir)
     kept = folder / RUN_FILE
-    if not kept.exists():
+    if not os.path.exists(kept):  # also where a path is too long to be one
         _refuse_foreign(folder)
         return Standing(None)
     other = load(str(kept)).run
@@ -119,38 +131,76 @@ def look(run: Run, brought: str = "") -> Standing:
     return Standing(last if last.get("event") == "finished" else None)
 
 
+def find_data(run: Run) -> Path | None:
+    """Where the dataset of this start lies; None when a snapshot is to be made first.
+
+    DataError when `data` in the run's folder is nothing that a run made there for what is asked:
+    it is not used for something else, and not removed.
+    """
+    place, path = Path(run.run.dir) / DATA_FOLDER, Path(run.data.path)
+    if is_dataset(place) and (_has_begun(Path(run.run.dir)) or run.launch.join):
+        return place
+    prepared = is_dataset(path)
+    if prepared and is_dataset(place) and os.path.samefile(place, path):
+        return path
+    state = state_of(place, run)
+    if state == "other" and (is_dataset(place) or not prepared):
+        whose = "a dataset" if is_dataset(place) else "something"
+        raise DataError(
+            f"the run's folder has {whose} called {DATA_FOLDER} that was not made there for this"
+            " run; it is not used, and nothing of it is touched",
+            values={"there": str(place), "data.path": run.data.path},
+            fix=f"run.dir={_free_name(place.parent)}"
+            + (f", or data.path={place}" if is_dataset(place) else ""),
+        )
+    if prepared:
+        # A snapshot of other data would be taken for the run's own at the next start.
+        return None if state in ("same", "own") else path
+    return place if state == "same" else None
+
+
 def lay_out_data(run: Run) -> DatasetInfo:
     """The run's dataset: a prepared folder as it is, anything else as a snapshot in the run.
 
-    A snapshot makes later changes of the source harmless. DataError when it is shorter than a
-    sequence; then nothing stays behind.
+    For the one process that holds the run's folder. A snapshot makes later changes of the source
+    harmless. DataError when it is shorter than a sequence; then nothing stays behind.
     """
-    folder = Path(run.run.dir)
-    place = folder / DATA_FOLDER
-    try:
-        if is_dataset(place):
-            info = read_info(place)
-        else:
-            data, seed, image = run.data, run.run.seed, run.model.image
-            tokens, weights = data.tokens or None, data.weights
-            info = prepare(
-                data.path, place, data.held_out, seed, tokens, image=image, weights=weights
-            )
-        check_images(info, run.model)
-        check_length(info, run.data.sequence)
-    except DataError:
-        if not (folder / RUN_FILE).exists():
-            shutil.rmtree(place, ignore_errors=True)
-            if {entry.name for entry in folder.glob("*")} <= {LOCK_FILE}:
-                shutil.rmtree(folder, ignore_errors=True)
-        raise
+    found, place = find_data(run), Path(run.run.dir) / DATA_FOLDER
+    if found is None and not is_dataset(Path(run.data.path)):
+        return make(run, place)
+    if found is None:
+        remove(place)
+    return _checked(run, found or Path(run.data.path))
+
+
+def open_data(run: Run, supervised: bool) -> DatasetInfo:
+    """The dataset that was laid out, for a rank that only reads it. Laid out here when there is
+    none in sight (another host without a common disk), under the supervisor's lock or its own."""
+    place = data_place(run, Path(run.run.dir))
+    if is_dataset(place):
+        return _checked(run, place)
+    with nullcontext() if supervised else locked(run):
+        return lay_out_data(run)
+
+
+def _checked(run: Run, place: Path) -> DatasetInfo:
+    info = read_info(place)
+    check_images(info, run.model)
+    check_length(info, run.data.sequence)
     return info
 
 
 def data_place(run: Run, folder: Path) -> Path:
     """Where the dataset of the run in `folder` lies: the snapshot there, or a prepared folder."""
     place = folder / DATA_FOLDER
-    return place if is_dataset(place) else Path(run.data.path)
+    is_own = is_dataset(place) and (_has_begun(folder) or run.launch.join or is_of(place, run))
+    return place if is_own else Path(run.data.path)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has begun in `folder`: its data is then the run's, also of versions that wrote
+    no marker. A run.toml alone may be a user's own file."""
+    return (folder / RUN_FILE).exists() and any((folder / name).exists() for name in RECORDS)
 
 
 def record(run: Run, plan: Plan) -> None:
@@ -166,7 +216,33 @@ def record(run: Run, plan: Plan) -> None:
 def locked(run: Run) -> Iterator[Hold]:
     """Holds the run's folder; ConfigError when another process has it. Freed by any death. A host
     that joins only opens the lock: it shares the folder once it is let in."""
-    folder = Path(run.run.dir)
+    folder, lock = Path(run.run.dir), Path(run.run.dir) / LOCK_FILE
+    missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+    fresh = not (run.launch.join or os.path.lexists(lock))
+    try:
+        with closing(_open_lock(folder)) as hold:
+            if not run.launch.join and not hold.take():
+                raise ConfigError(
+                    "another process trains in this folder",
+                    values={"run.dir": str(folder), "pid": hold.holder()},
+                    fix=f"wait for it, or run.dir={_free_name(folder)}",
+                )
+            if run.launch.listen:
+                hold.share(anew=True)
+            try:
+                yield hold
+            except (ConfigError, DataError):
+                if fresh and not (folder / RUN_FILE).exists():
+                    lock.unlink(missing_ok=True)
+                raise
+    except (ConfigError, DataError):  # refused before it began: what it made goes, if it is empty
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()
+        raise
+
+
+def _open_lock(folder: Path) -> Hold:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         hold = Hold(folder / LOCK_FILE)
@@ -176,16 +252,14 @@ def locked(run: Run) -> Iterator[Hold]:
             values={"run.dir": str(folder)},
             fix="run.dir=... in a place that you may write to, on a disk with room",
         ) from error
-    with closing(hold):
-        if not run.launch.join and not hold.take():
-            raise ConfigError(
-                "another process trains in this folder",
-                values={"run.dir": str(folder), "pid": hold.holder()},
-                fix=f"wait for it, or run.dir={_free_name(folder)}",
-            )
-        if run.launch.listen:
-            hold.share(anew=True)
-        yield hold
+    if hold.is_lock():
+        return hold
+    hold.close()
+    raise ConfigError(
+        f"the folder has a file called {LOCK_FILE} that no run wrote; it is not touched",
+        values={"run.dir": str(folder)},
+        fix=f"run.dir={_free_name(folder)}",
+    )
 
 
 def launch_ranks(run: Run, plan: Plan) -> int:
@@ -240,20 +314,28 @@ def _overrides(run: Run) -> dict[str, str]:
 
 def _refuse_foreign(folder: Path) -> None:
     """A folder with a run's records but no run.toml is damaged or not ours."""
-    strays = [n for n in ("metrics.jsonl", "checkpoints") if (folder / n).exists()]
+    strays = [n for n in RECORDS if os.path.lexists(folder / n)]
     if strays:
         raise ConfigError(
             "the folder holds records of a run but no run.toml",
             values={"run.dir": str(folder), "found": strays},
             fix=f"run.dir={_free_name(folder)}",
         )
+    if os.path.lexists(folder / PLAN_FILE) and not holds_plan(folder / PLAN_FILE):
+        raise ConfigError(
+            f"the folder has a file called {PLAN_FILE} that is no plan, and a run writes one",
+            values={"run.dir": str(folder)},
+            fix=f"run.dir={_free_name(folder)}",
+        )
 
 
 def _free_name(folder: Path) -> str:
+    if folder.name in ("", ".."):  # . and the like
+        folder = Path(os.path.realpath(folder))
     number = 2
-    while folder.with_name(f"{folder.name}-{number}").exists():
+    while os.path.lexists(free := folder.parent / f"{folder.name or 'run'}-{number}"):
         number += 1
-    return str(folder.with_name(f"{folder.name}-{number}"))
+    return str(free)
 
 
 @dataclass(frozen=True)
@@ -318,12 +400,10 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         rate = plan.predicted.tokens_per_s
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
-    if (
-        not brought.data
-        and standing.finished is None
-        and not (Path(run.run.dir) / DATA_FOLDER).exists()
-    ):
-        resolve(run.data.path, run.model, run.data.weights)
+    if not (brought.data or told.supervised or standing.finished):
+        found = find_data(run)
+        if found in (None, Path(run.data.path)):
+            resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
     if launches and run.launch.join:

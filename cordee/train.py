@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from cordee.balance import rebalance
-from cordee.begin import Brought, Ready, get_ready, launch_ranks, lay_out_data, locked, record
+from cordee.begin import (
+    Brought,
+    Ready,
+    get_ready,
+    launch_ranks,
+    lay_out_data,
+    locked,
+    open_data,
+    record,
+)
 from cordee.build import RunState, build
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.state import describe, pieces
@@ -191,7 +200,12 @@ def distribute_data(run: Run, parts: Parts, told: Launched) -> DatasetInfo:
     for turn in range(3):
         if turn == mine:
             brought = parts.data
-            data = lay_out_data(run) if brought is None else describe_samples(brought, run.run.seed)
+            if brought is not None:
+                data = describe_samples(brought, run.run.seed)
+            elif told.rank == 0 and not told.supervised:
+                data = lay_out_data(run)
+            else:
+                data = open_data(run, told.supervised)
         if told.size > 1 and not told.supervised:
             torch.distributed.barrier()
     return data

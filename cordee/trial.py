@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
-from cordee.begin import check_compiler, lay_out_data, settle
+from cordee.begin import check_compiler, find_data, lay_out_data, locked, settle
 from cordee.build import RunState, build
 from cordee.config.hub import on_paper
 from cordee.config.load import override
 from cordee.config.run import Run
+from cordee.data.manifest import DatasetInfo
 from cordee.dist.start import Launched, world
 from cordee.dist.tally import Wishes, gather_tally
 from cordee.layout.axes import AXES
@@ -33,8 +35,8 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     alone = {f"layout.{name}": value for name, value in vars(Run().layout).items()}
     none = {"run.minutes": 0.0, "run.tokens": 0, "run.epochs": 0}
     values = {"run.seed": seed, **alone, **none, "run.steps": max(1, len(lr_of_step))}
-    run = settle(override(run, values))
-    data = lay_out_data(run)
+    own, run = run.run.seed, settle(override(run, values))
+    data = _data_of(override(run, {"run.seed": own}))
     cluster = measured_cluster(run.launch.probe)[0]
     run = with_precision(run, devices_of(run, cluster))
     plan = make_plan(on_paper(run), cluster, data.vocabulary, 1)
@@ -55,6 +57,13 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
                 break
             losses.append(loss)
     return losses
+
+
+def _data_of(run: Run) -> DatasetInfo:
+    """The dataset that the run itself would use, whatever the seed of a trial; made, if it must be,
+    under the lock of the run's folder."""
+    with locked(run) if find_data(run) is None else nullcontext():
+        return lay_out_data(run)
 
 
 def step(state: RunState, number: int) -> tuple[float, float]:

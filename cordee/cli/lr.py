@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import Words, parser, read, say
+from cordee.cli.places import refuse_other
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import Run
 from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
@@ -61,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
         first_seed=wanted.run.seed,
     )
     settings.check()
+    _check_places(Path(wanted.run.dir))
     tell = _clocked(say)
     found = find_lr(_sweep(wanted, settings.steps, tell), settings, tell)
     folder = Path(wanted.run.dir)
@@ -74,6 +76,21 @@ def run(argv: Sequence[str]) -> int:
         print(conclusion(found, command))
     say(f"wrote {folder / 'lr.json'} and {folder / 'lr.png'}")
     return 0 if found.conclusive else 1
+
+
+def _check_places(folder: Path) -> None:
+    """ConfigError when lr.json or lr.png in the folder is somebody's own."""
+    findings, fix = folder / "lr.json", "run.dir=... another folder"
+    refuse_other(findings, "file", _holds_finding, fix)
+    refuse_other(folder / "lr.png", "file", lambda _: findings.is_file(), fix)
+
+
+def _holds_finding(path: Path) -> bool:
+    try:
+        plain = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(plain, dict) and {"range_test", "conclusive"} <= plain.keys()
 
 
 def peak(run: Run) -> float:

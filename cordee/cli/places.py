@@ -89,7 +89,7 @@ def checkpoint_folder(verb: str, word: str | None) -> Path:
     return find_run(verb, word) / "checkpoints"
 
 
-def refuse_other(target: Path, flag: str, is_own: Callable[[Path], bool]) -> None:
+def refuse_other(target: Path, flag: str, is_own: Callable[[Path], bool], fix: str = "") -> None:
     """ConfigError when `target` is there and is not, as `is_own` says, what the verb writes."""
     with suppress(OSError):
         if not os.path.lexists(target) or (target.is_file() and is_own(target)):
@@ -100,7 +100,7 @@ def refuse_other(target: Path, flag: str, is_own: Callable[[Path], bool]) -> Non
     raise ConfigError(
         "there is something else at the place of the output, and it is not replaced",
         values={flag: str(target), "there": "a folder" if target.is_dir() else "another file"},
-        fix=f"{flag} {free}, or move it away",
+        fix=fix or f"{flag} {free}, or move it away",
     )
 
 

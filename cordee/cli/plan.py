@@ -25,7 +25,7 @@ from cordee.layout.census import model_census
 from cordee.layout.tensors import parameters
 from cordee.machine import measured_cluster
 from cordee.plan.cluster import Cluster, read_cluster
-from cordee.plan.plan import Plan, devices_of, finished, make_plan, without_axes
+from cordee.plan.plan import Plan, devices_of, finished, holds_plan, make_plan, without_axes
 from cordee.plan.rank import RankView, view_rank
 from cordee.plan.recipe import for_machine
 from cordee.plan.report import assumed, count_text, job_text, plan_text, rank_text
@@ -191,16 +191,7 @@ def _at_least(flag: str, value: int, least: int) -> int:
 
 
 def _save(path: Path, plan: Plan) -> None:
-    refuse_other(path, "--save", _is_plan)
+    refuse_other(path, "--save", holds_plan)
     with replacing(path, "--save") as beside:
         beside.write_text(plan.to_json() + "\n")
     say(f"plan written to {path}")
-
-
-def _is_plan(path: Path) -> bool:
-    """Whether a file holds a plan, of this version or another."""
-    try:
-        plain = json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return isinstance(plain, dict) and {"layout", "predicted", "why"} <= plain.keys()

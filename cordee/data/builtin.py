@@ -2,11 +2,13 @@
 
 `builtin:stdlib` is Python's own library, `builtin:markov` a chain whose entropy rate is known, so
 that it says how far from perfect a model still is. Not here: splitting and writing (`prepare`).
-Traded away: decoding. A text is any file without a NUL byte; what its bytes mean is not asked.
+Traded away: decoding. A text is any file without a NUL byte; what its bytes mean is not asked, but
+for a byte order mark in front: UTF-8's is no part of the text, and UTF-16 and UTF-32 are refused.
 """
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import itertools
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cordee.config.load import encoding_of
 from cordee.errors import DataError
 
 STDLIB = "builtin:stdlib"
@@ -35,17 +38,24 @@ _NOT_LIBRARY = frozenset(
 # Successors of a state and their chances in 256ths, three habits of unlike entropy.
 _HABITS = ((200, 32, 16, 8), (160, 64, 24, 8), (120, 72, 40, 24))
 _READ_BYTES = 16 << 20
-_SKIPS = ("hidden", "binary", "empty", "special", "duplicate")
+_SKIPS = ("hidden", "binary", "empty", "special", "duplicate", "link", "utf-16", "utf-32")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A file that becomes a document. `name` is relative, so it moves with its folder."""
+    """A file that becomes a document. `name` is relative, so it moves with its folder; its first
+    `mark` bytes are a byte order mark."""
 
     path: Path
     name: str
     bytes: int
     mtime_ns: int
+    mark: int = 0
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text, without the mark."""
+        return self.bytes - self.mark
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,8 @@ def _entropy_bits(counts: NDArray[np.int64]) -> float:
 def find_corpus(path_spec: str) -> Corpus:
     """The documents that `path_spec` names: `builtin:stdlib`, or files, folders (recursive) and
     globs with commas between. In folders and globs, hidden files, files with NUL bytes, empty ones,
-    and what is no file are skipped and counted; a file seen twice counts once.
+    UTF-16 and what is no file are skipped and counted, in a folder also a link to another folder,
+    which may lead anywhere; a file seen twice counts once.
 
     Order: as named, and by relative name within a folder or glob. DataError for a path that does
     not exist or cannot be read, a named file that is empty or holds NUL bytes, or nothing to read.
@@ -171,6 +182,11 @@ def find_corpus(path_spec: str) -> Corpus:
     if not documents:
         raise _nothing(path_spec, skipped)
     return Corpus(name, tuple(documents), skipped)
+
+
+def listed_files(path_spec: str) -> list[Path]:
+    """The files that `find_corpus` would look into, and those it reads; none for what is drawn."""
+    return [] if path_spec in (MARKOV, SHAPES) else [file.path for file in _find(path_spec)[1]]
 
 
 def probe_corpus(path_spec: str) -> None:
@@ -250,6 +266,7 @@ def _find_folder(root: Path, skipped: dict[str, int]) -> list[_Found]:
             shown = [name for name in listed if not name.startswith(".")]
             skipped["hidden"] += len(listed) - len(shown)
             listed[:] = shown
+        skipped["link"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
         found += [Path(folder, name) for name in names]
     named = sorted((path.relative_to(root).as_posix(), path) for path in found)
     return [_Found(path, name, False) for name, path in named]
@@ -259,22 +276,43 @@ def _examine(file: _Found) -> Document | str:
     """The document, or the reason for which the file is skipped; DataError if it was named."""
     if not stat.S_ISREG(_mode(file.path)):
         return "special"
-    total, reason = 0, ""
+    total, reason, mark = 0, "", 0
     with _open(file.path) as opened:
         status = os.fstat(opened.fileno())
         while not reason and (piece := opened.read(_READ_BYTES)):
+            if not total:
+                mark = len(codecs.BOM_UTF8) if piece.startswith(codecs.BOM_UTF8) else 0
+                reason = _wide(piece)
             total += len(piece)
-            reason = "binary" if b"\0" in piece else ""
-    reason = reason or ("" if total else "empty")
+            reason = reason or ("binary" if b"\0" in piece else "")
+    reason = reason or ("" if total > mark else "empty")
     if not reason:
-        return Document(file.path, file.name, total, status.st_mtime_ns)
+        return Document(file.path, file.name, total, status.st_mtime_ns, mark)
     if file.named:
-        raise DataError(
-            "the file is empty" if reason == "empty" else "the file holds NUL bytes: not a text",
-            values={"data.path": str(file.path)},
-            fix=_use(STDLIB) + ", or a text file",
-        )
+        raise _unfit(file.path, reason)
     return reason
+
+
+def _wide(start: bytes) -> str:
+    """utf-16 or utf-32 when a file's start has such a mark and is text of that encoding, not other
+    data that begins with the same two bytes; else empty."""
+    encoding = encoding_of(start[:4])
+    try:
+        text = codecs.getincrementaldecoder(encoding or "ascii")("strict").decode(start[: 1 << 16])
+    except UnicodeDecodeError:
+        return ""
+    return "" if "\0" in text else encoding.lower()
+
+
+def _unfit(path: Path, reason: str) -> DataError:
+    """A named file that cannot be a document."""
+    what, fix = "the file holds NUL bytes: not a text", _use(STDLIB) + ", or a text file"
+    if reason == "empty":
+        what = "the file is empty"
+    elif reason.startswith("utf"):
+        what = f"the file is {reason.upper()} text, as its byte order mark says; UTF-8 is read"
+        fix = f"iconv -f {reason.upper()} -t UTF-8 {path} > NEW.txt, then data.path=NEW.txt"
+    return DataError(what, values={"data.path": str(path)}, fix=fix)
 
 
 def _open(path: Path) -> BufferedReader:

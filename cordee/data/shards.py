@@ -6,8 +6,11 @@ other widths than a byte; a writer holds at most one shard in memory.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -84,17 +87,23 @@ def write_manifest(place: Path, content: dict[str, Any]) -> None:
 def making(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder` to write in; renamed to `folder` at the end, else removed.
 
-    What a killed process of this machine left behind is removed first.
+    Its name is one that nobody else has: this host, process and moment are in it. What a killed
+    process of this machine left behind is removed first. Of a link, the folder that it names.
     """
+    if folder.is_symlink():
+        folder = Path(os.path.realpath(folder))
     parent = folder.absolute().parent
     prefix = f".{folder.name}.{socket.gethostname()}."
-    place = parent / f"{prefix}{os.getpid()}.partial"
+    place = parent / f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.partial"
+    own = False
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f"{prefix.replace('[', '[[]')}*.partial"):
-            if not _is_running(left.name[len(prefix) : -len(".partial")]):
+        for left in parent.glob(f"{glob.escape(prefix)}*.partial"):
+            tail = re.fullmatch(r"([0-9]+)(\.[0-9a-f]{8})?\.partial", left.name[len(prefix) :])
+            if tail and left.is_dir() and not left.is_symlink() and not _is_running(tail[1]):
                 shutil.rmtree(left)
         place.mkdir()
+        own = True
         yield place
         sync(place)
         os.rename(place, folder)
@@ -106,7 +115,8 @@ def making(folder: Path) -> Iterator[Path]:
             fix="a folder that can be written, on a disk with room",
         ) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if own:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _is_running(process: str) -> bool:
@@ -115,7 +125,7 @@ def _is_running(process: str) -> bool:
     try:
         number = int(process)
         os.kill(number, 0)
-    except (ValueError, PermissionError):
+    except (OverflowError, PermissionError):
         return True
     except ProcessLookupError:
         return False

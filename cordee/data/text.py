@@ -49,34 +49,36 @@ def write_text(
 
 
 def _cuts(documents: tuple[Document, ...], held_out: float, seed: int) -> list[int]:
-    """For each document how many of its first bytes train; the rest is held out."""
+    """For each document how many of its text's first bytes train; the rest is held out."""
+    sizes = [document.text_bytes for document in documents]
     if held_out == 0.0:
-        return [document.bytes for document in documents]
+        return sizes
     if len(documents) < WHOLE_DOCUMENTS:
-        return [document.bytes - int(document.bytes * held_out) for document in documents]
+        return [size - int(size * held_out) for size in sizes]
     key = seed % (1 << 64)
     numbers = sorted(
         range(len(documents)),
         key=lambda n: (xxhash.xxh3_64_intdigest(os.fsencode(documents[n].name), seed=key), n),
     )
-    wanted = held_out * sum(document.bytes for document in documents)
+    wanted = held_out * sum(sizes)
     chosen: list[int] = []
     kept = 0
     for number in numbers[:-1]:
         # One huge document must not turn a tenth into a half: it stays in training.
-        if kept < wanted and kept + documents[number].bytes <= 1.5 * wanted:
+        if kept < wanted and kept + sizes[number] <= 1.5 * wanted:
             chosen.append(number)
-            kept += documents[number].bytes
+            kept += sizes[number]
     if not chosen:
-        chosen = [min(numbers, key=lambda n: documents[n].bytes)]
+        chosen = [min(numbers, key=lambda n: sizes[n])]
     aside = set(chosen)
-    return [0 if n in aside else document.bytes for n, document in enumerate(documents)]
+    return [0 if n in aside else size for n, size in enumerate(sizes)]
 
 
 def _write_document(document: Document, cut: int, writers: dict[str, ShardWriter]) -> None:
     end = np.array([END_OF_DOCUMENT], dtype=np.uint8)
     with open(document.path, "rb") as file:
-        for split, size in zip(SPLITS, (cut, document.bytes - cut), strict=True):
+        file.seek(document.mark)
+        for split, size in zip(SPLITS, (cut, document.text_bytes - cut), strict=True):
             left = size
             while left and (piece := file.read(min(left, _READ_BYTES))) and b"\0" not in piece:
                 writers[split].add(np.frombuffer(piece, dtype=np.uint8))

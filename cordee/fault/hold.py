@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -17,12 +18,19 @@ class Hold:
     """One process's hold on a lock file. OSError: the file cannot be opened."""
 
     def __init__(self, path: Path) -> None:
-        self._stream = open(path, "a+")  # noqa: SIM115 - closed by `close`
+        self._path = path
+        self._stream = open(path, "a+", errors="replace")  # noqa: SIM115 - closed by `close`
         self._held = False
 
+    def is_lock(self) -> bool:
+        """Whether the file holds what `take` writes, or nothing: else it is somebody's own."""
+        self._stream.seek(0)
+        return re.fullmatch(r"([0-9]+ on [^\n]*)?", self._stream.read(400)) is not None
+
     def take(self) -> bool:
-        """Alone; False while another process holds or shares the folder."""
-        if not self._lock(fcntl.LOCK_EX):
+        """Alone; False while another process holds or shares the folder, or when the file is no
+        longer the one in the folder: a start that was refused took it along."""
+        if not self._lock(fcntl.LOCK_EX) or not self._is_current():
             return False
         self._stream.truncate(0)
         self._stream.write(f"{os.getpid()} on {socket.gethostname()}")
@@ -47,6 +55,12 @@ class Hold:
     def close(self) -> None:
         """Gives it back."""
         self._stream.close()
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self._path))
+        except OSError:
+            return False
 
     def _lock(self, kind: int) -> bool:
         try:

@@ -11,6 +11,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from cordee.config.check import check_processes
@@ -104,6 +105,15 @@ class Plan:
             values[name] = tuple((start, stop) for start, stop in pairs)
         values["devices"] = tuple(values["devices"])
         return cls(**values)
+
+
+def holds_plan(path: Path) -> bool:
+    """Whether a file holds a plan, of this version or another."""
+    try:
+        plain = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(plain, dict) and {"layout", "predicted", "why"} <= plain.keys()
 
 
 def make_plan(
