@@ -12,7 +12,7 @@ import contextlib
 import errno
 import json
 import os
-import shutil
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +59,10 @@ class CommitReport:
     bytes: int
     seconds: float
     warning: str | None = None
+
+
+_OWN = re.compile(rf"(rank-[0-9]{{5,9}}\.(safetensors|json)|{re.escape(MANIFEST)})(\.tmp)?")
+"""Names of the files that saves write into a checkpoint's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,19 +374,28 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> bool:
-    """Removes a checkpoint, its manifest first, so that no moment shows a half one as complete."""
+    """Removes a checkpoint, its manifest first, so that no moment shows a half one as complete.
+    Files that no save writes stay, and their folder with them; whether nothing else is left."""
     try:
         (path / MANIFEST).unlink(missing_ok=True)
+        names = os.listdir(path)
     except OSError:
-        return False
-    shutil.rmtree(path, ignore_errors=True)
-    return not os.path.lexists(path)
+        return not os.path.lexists(path)
+    own = [name for name in names if _OWN.fullmatch(name)]
+    for name in own:
+        with contextlib.suppress(OSError):
+            (path / name).unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
+    return not any(os.path.lexists(path / name) for name in own) and (
+        len(own) < len(names) or not os.path.lexists(path)
+    )
 
 
 def _remove_own(path: Path, rank: int) -> None:
     """Removes what a rank wrote, as far as the disk allows; of rank 0 the manifest first."""
-    patterns = [f"{MANIFEST}*"] if rank == 0 else []
+    names = [MANIFEST] if rank == 0 else []
     with contextlib.suppress(OSError):
-        for pattern in [*patterns, part_name(rank).replace("json", "*")]:
-            for file in path.glob(pattern):
-                file.unlink()
+        for name in [*names, part_name(rank), file_name(rank)]:
+            for file in (path / name, path / f"{name}.tmp"):
+                file.unlink(missing_ok=True)
