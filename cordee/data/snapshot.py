@@ -96,8 +96,8 @@ def make(run: Run, place: Path) -> DatasetInfo:
             os.rename(entry, folder / entry.name)
         inner.rmdir()
         files = {name: (folder / name).stat().st_size for name in _files(folder)}
-        path = os.path.realpath(place)
-        marker = Marker(asked_of(run), stamp, files, path, os.stat(folder).st_ino)
+        inode = os.stat(folder).st_ino
+        marker = Marker(asked_of(run), stamp, files, _path_of(place), inode)
         _write_marker(folder, marker)
         remove(place)
     return read_info(place)
@@ -150,7 +150,7 @@ def _is_own(place: Path, marker: Marker) -> bool:
     """Whether the folder is the very one that the marker was written in (not a copy, not one that
     was moved to where it does not belong), with no file but those, each of its size."""
     try:
-        here = (os.path.realpath(place), os.stat(place).st_ino)
+        here = (_path_of(place), os.stat(place).st_ino)
         # A removal that was cut short leaves folders without files.
         names = set(_files(place)) - {MARKER, *(str(Path(name).parent) for name in marker.files)}
         return (
@@ -160,6 +160,12 @@ def _is_own(place: Path, marker: Marker) -> bool:
         )
     except OSError:
         return False
+
+
+def _path_of(place: Path) -> str:
+    """Where a place is, whatever links lead to it. One that is a link itself is where that lies:
+    another run's snapshot is not this run's for being linked."""
+    return os.path.join(os.path.realpath(place.parent), place.name)
 
 
 def _files(folder: Path) -> list[str]:
