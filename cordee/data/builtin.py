@@ -15,6 +15,7 @@ import itertools
 import os
 import stat
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -251,12 +252,39 @@ def _find_item(item: str, skipped: dict[str, int]) -> list[_Found]:
     while glob.has_magic(str(root)):
         root = root.parent
     found = []
-    for path in sorted(map(Path, glob.glob(item, recursive=True))):
+    for path in sorted(map(Path, _matches(item))):
         if path.is_file():
             found.append(_Found(path, path.relative_to(root).as_posix(), False))
     if not found:
         raise _missing(item, "no file matches this pattern")
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, `**` being any folders, linked ones too, but not round in circles: of
+    two links to a folder above them, the library's own would never come to an end."""
+    words = pattern.split("/")
+    if "**" not in words:
+        return glob.glob(pattern)
+    at = words.index("**")
+    base, rest = "/".join(words[:at]), "/".join(words[at + 1 :]) or "*"
+    tops = glob.glob(base or "/") if at else [""]
+    found = []
+    for top in tops:
+        for folder in _folders(top, ()):
+            found += _matches(os.path.join(glob.escape(folder), rest))
+    return found
+
+
+def _folders(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """A folder and all below it but hidden ones; `above` are the real paths of those it is in."""
+    real = os.path.realpath(folder)
+    if real in above or not os.path.isdir(folder or "."):
+        return
+    yield folder
+    for name in sorted(os.listdir(folder or ".")) if os.access(folder or ".", os.R_OK) else ():
+        if not name.startswith("."):
+            yield from _folders(os.path.join(folder, name), (*above, real))
 
 
 def _find_folder(root: Path, skipped: dict[str, int]) -> list[_Found]:

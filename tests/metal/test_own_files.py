@@ -6,6 +6,7 @@ In one process; runs are two steps long. Not here: what a dataset folder is (tes
 from __future__ import annotations
 
 import codecs
+import glob
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from cordee.cli.main import main
 from cordee.config.load import dump, load, override, read_toml
 from cordee.config.paths import free_name, home_of_each
 from cordee.config.run import Run
+from cordee.data.builtin import _matches
 from cordee.data.manifest import changed_sources, is_dataset, read_info
 from cordee.data.prepare import prepare
 from cordee.data.shards import making
@@ -80,7 +82,9 @@ def refused(*words: str) -> str:
 # --- the run's snapshot --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["text", "dataset", "copy", "file", "link", "added", "changed"])
+@pytest.mark.parametrize(
+    "content", ["text", "dataset", "copy", "file", "link", "added", "changed", "restored"]
+)
 def test_data_of_the_user_in_the_runs_folder_stays_and_is_not_used(
     content: str, here: Path
 ) -> None:
@@ -102,6 +106,11 @@ def test_data_of_the_user_in_the_runs_folder_stays_and_is_not_used(
         else:
             Path("r").rename("gone")
             lay_out_data(run_of("run.dir=p", "data.path=a.txt"))
+            if content == "restored":  # from a copy: no longer the folder that the run made
+                place.rename("aside")
+                shutil.copytree("aside", place)
+                refused("run.dir=p", "data.path=b.txt")
+                return
             name = "notes.txt" if content == "added" else "train-00000.safetensors"
             (place / name).write_text("mine")
     for data in ("b.txt", "p/data/a.txt"):
@@ -471,6 +480,22 @@ def test_a_link_to_a_folder_is_counted_or_followed_where_it_is_named(here: Path)
     folder = prepare("top", Path("one"), 0.1, 0)
     assert len(folder.sources) == 2 and folder.skipped["link"] == 2
     assert len(prepare("top/more", Path("two"), 0.1, 0).sources) == 1
+
+
+def test_patterns_are_the_librarys_without_its_circles(here: Path) -> None:
+    for folder in ("t/one/two", "t/.hidden", "t/[x]", "real/deep"):
+        Path(folder).mkdir(parents=True)
+        for name in ("a.txt", ".b.txt", "c.md"):
+            (Path(folder) / name).write_text(folder + name)
+    Path("t/link").symlink_to("../real")
+    folder = f"{here}/t"
+    patterns = ("**", "**/*", "**/*.txt", "**/one/**", "one/**/a.*", "**/[x]/*", "*/a.txt", "**/**")
+    for pattern in [*patterns, *(f"t/{p}" for p in patterns), *(f"{folder}/{p}" for p in patterns)]:
+        theirs = {p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)}
+        assert {p for p in _matches(pattern) if os.path.isfile(p)} == theirs, pattern
+    for name in ("round", "again", "one/up"):
+        (Path("t") / name).symlink_to(here / "t")
+    assert len(prepare("t/**/*.txt", Path("set"), 0.1, 0).sources) == 3
 
 
 def test_a_run_in_linked_folders(here: Path) -> None:
