@@ -165,12 +165,13 @@ def lay_out_data(run: Run) -> DatasetInfo:
     For the one process that holds the run's folder. A snapshot makes later changes of the source
     harmless. DataError when it is shorter than a sequence; then nothing stays behind.
     """
-    found, place = find_data(run), Path(run.run.dir) / DATA_FOLDER
-    if found is None and not is_dataset(Path(run.data.path)):
+    place, path = Path(run.run.dir) / DATA_FOLDER, Path(run.data.path)
+    there = find_data(run)
+    if there is None and not is_dataset(path):
         return make(run, place)
-    if found is None:
+    if there is None:
         remove(place)
-    return _checked(run, found or Path(run.data.path))
+    return _read_data(run, there or path)
 
 
 def open_data(run: Run, supervised: bool) -> DatasetInfo:
@@ -178,12 +179,12 @@ def open_data(run: Run, supervised: bool) -> DatasetInfo:
     none in sight (another host without a common disk), under the supervisor's lock or its own."""
     place = data_place(run, Path(run.run.dir))
     if is_dataset(place):
-        return _checked(run, place)
+        return _read_data(run, place)
     with nullcontext() if supervised else locked(run):
         return lay_out_data(run)
 
 
-def _checked(run: Run, place: Path) -> DatasetInfo:
+def _read_data(run: Run, place: Path) -> DatasetInfo:
     info = read_info(place)
     check_images(info, run.model)
     check_length(info, run.data.sequence)
@@ -237,8 +238,8 @@ def locked(run: Run) -> Iterator[Hold]:
                 raise
     except (ConfigError, DataError):  # refused before it began: what it made goes, if it is empty
         with suppress(OSError):
-            for made in missing:
-                made.rmdir()
+            for parent in missing:
+                parent.rmdir()
         raise
 
 
@@ -401,8 +402,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
     if not (brought.data or told.supervised or standing.finished):
-        found = find_data(run)
-        if found in (None, Path(run.data.path)):
+        if find_data(run) in (None, Path(run.data.path)):
             resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
@@ -410,6 +410,9 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         _check_shared(run)
     elif launches:
         with locked(run):
+            look(
+                run, brought.model
+            )  # again: another run may have begun here before the lock was taken
             lay_out_data(run)
     return Ready(run, plan, told, standing, launches)
 

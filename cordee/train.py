@@ -35,6 +35,7 @@ from cordee.begin import (
     launch_ranks,
     lay_out_data,
     locked,
+    look,
     open_data,
     record,
 )
@@ -120,6 +121,8 @@ def descend(ready: Ready, parts: Parts) -> Report:
     lock = locked(run) if line is None and told.rank == 0 else nullcontext()
     memory = Memory()
     with lock, leaving(line) as asked:
+        if line is None and told.rank == 0:  # another run may have begun here meanwhile
+            look(run, parts.model_name)
         for seat in seats(ready, line):
             try:
                 report = take_part(ready, parts, seat, memory, asked)

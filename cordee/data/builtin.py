@@ -269,11 +269,11 @@ def _matches(pattern: str) -> list[str]:
     at = words.index("**")
     base, rest = "/".join(words[:at]), "/".join(words[at + 1 :]) or "*"
     tops = glob.glob(base or "/") if at else [""]
-    found = []
+    paths = []
     for top in tops:
         for folder in _folders(top, ()):
-            found += _matches(os.path.join(glob.escape(folder), rest))
-    return found
+            paths += _matches(os.path.join(glob.escape(folder), rest))
+    return paths
 
 
 def _folders(folder: str, above: tuple[str, ...]) -> Iterator[str]:

@@ -37,17 +37,17 @@ there, untouched; or something else, which is nobody's to remove."""
 
 @dataclass(frozen=True)
 class Marker:
-    """What `snapshot.json` says: what was `asked`, a digest of the `sources` as they were then, the
+    """What `snapshot.json` says: the `request`, a digest of the `sources` as they were then, the
     `files` with their bytes, and the folder itself: its `path` and its `inode`."""
 
-    asked: Mapping[str, Any]
+    request: Mapping[str, Any]
     sources: str
     files: Mapping[str, int]
     path: str
     inode: int
 
 
-def asked_of(run: Run) -> dict[str, Any]:
+def request_of(run: Run) -> dict[str, Any]:
     """What of a run decides its snapshot, with absolute paths."""
     data, path = run.data, run.data.path
     return {
@@ -69,14 +69,14 @@ def state_of(place: Path, run: Run) -> State:
     marker = read_marker(place)
     if marker is None or not _is_own(place, marker):
         return "other"
-    asked = marker.asked == asked_of(run) and marker.sources == _stamp(run.data.path)
-    return "same" if asked and is_dataset(place) else "own"
+    same = marker.request == request_of(run) and marker.sources == _stamp(run.data.path)
+    return "same" if same and is_dataset(place) else "own"
 
 
 def is_of(place: Path, run: Run) -> bool:
     """Whether a snapshot of what the run asks for lies in `place`, be its sources as they may."""
     marker = read_marker(place)
-    return marker is not None and is_dataset(place) and marker.asked == asked_of(run)
+    return marker is not None and is_dataset(place) and marker.request == request_of(run)
 
 
 def make(run: Run, place: Path) -> DatasetInfo:
@@ -97,7 +97,7 @@ def make(run: Run, place: Path) -> DatasetInfo:
         inner.rmdir()
         files = {name: (folder / name).stat().st_size for name in _files(folder)}
         inode = os.stat(folder).st_ino
-        marker = Marker(asked_of(run), stamp, files, _path_of(place), inode)
+        marker = Marker(request_of(run), stamp, files, _path_of(place), inode)
         _write_marker(folder, marker)
         remove(place)
     return read_info(place)
@@ -181,7 +181,7 @@ def _files(folder: Path) -> list[str]:
 
 def _stamp(path_spec: str) -> str:
     """A digest of the sources as they are now: names, sizes and times of all files."""
-    found: list[list[Any]] = []
+    rows: list[list[Any]] = []
     for path in _paths(path_spec) if is_mixture(path_spec) else [path_spec]:
         if is_dataset(Path(path)):
             files = [Path(path) / MANIFEST]
@@ -189,11 +189,11 @@ def _stamp(path_spec: str) -> str:
             files = [Path(name) for name in _paths(path_spec) if name not in BUILTINS]
         else:
             files = listed_files(path)
-        found += map(_seen, files)
-    return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
+        rows += map(_status_of, files)
+    return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
 
 
-def _seen(file: Path) -> list[Any]:
+def _status_of(file: Path) -> list[Any]:
     try:
         status = file.stat()
     except OSError:

@@ -34,6 +34,7 @@ from cordee.errors import ConfigError, DataError
 from cordee.fault.witness import FileWitness, Slate
 from cordee.metrics.sinks import write_whole
 from cordee.model.folder import write_folder
+from cordee.train import train as cordee_train
 from cordee.trial import losses_at
 from tests.conftest import SMALL, TINY
 
@@ -508,3 +509,21 @@ def test_a_run_in_linked_folders(here: Path) -> None:
     second = lay_out_data(run_of("run.dir=run", "data.path=b.txt"))
     assert second.fingerprint != first.fingerprint and is_dataset(Path("big"))
     assert Path("disk/data").is_symlink() and Path("run").is_symlink()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_began_before_the_lock_was_taken_is_seen(
+    processes: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("run.dir=r", "data.path=a.txt", f"launch.processes={processes}")
+    other = override(run, {"optim.lr": 0.5})
+
+    def takes(*_: object) -> None:
+        Path("r").mkdir()
+        Path("r/run.toml").write_text(dump(other))
+
+    # The last thing before the lock, in either way.
+    monkeypatch.setattr("cordee.begin.resolve", takes)
+    with pytest.raises(ConfigError, match="another run"):
+        cordee_train(run)
+    assert sorted(os.listdir("r")) == ["lock", "run.toml"]
