@@ -401,18 +401,16 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         rate = plan.predicted.tokens_per_s
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
-    if not (brought.data or told.supervised or standing.finished):
-        if find_data(run) in (None, Path(run.data.path)):
-            resolve(run.data.path, run.model, run.data.weights)
+    reads = not (brought.data or told.supervised or standing.finished)
+    if reads and find_data(run) in (None, Path(run.data.path)):
+        resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
     if launches and run.launch.join:
         _check_shared(run)
     elif launches:
         with locked(run):
-            look(
-                run, brought.model
-            )  # again: another run may have begun here before the lock was taken
+            look(run, brought.model)  # again: another run may have begun before the lock was ours
             lay_out_data(run)
     return Ready(run, plan, told, standing, launches)
 
