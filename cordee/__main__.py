@@ -1,4 +1,27 @@
-"""`python -m cordee` is the `cordee` command."""
+"""`python -m cordee`, or this file by its path, is the `cordee` command.
+
+Neither imports what lies in the current folder: a user's cordee.py or random.py there is not ours.
+"""
+
+import sys
+
+if not __package__:
+    # By its path, as workers are started: the package is the one in which this file lies.
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    here = Path(__file__).resolve().parent
+    spec = spec_from_file_location(
+        "cordee", here / "__init__.py", submodule_search_locations=[str(here)]
+    )
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{here} is no package")
+    package = module_from_spec(spec)
+    sys.modules["cordee"] = package
+    spec.loader.exec_module(package)
+if not sys.flags.safe_path:
+    # -m puts the current folder here, a path this file's own; the package itself is imported.
+    del sys.path[0]
 
 from cordee.cli.main import program
 

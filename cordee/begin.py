@@ -27,11 +27,12 @@ from cordee.data.prepare import check_length, resolve
 from cordee.data.records import check_images
 from cordee.data.snapshot import is_of, make, remove, state_of
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
+from cordee.dist.streams import say
 from cordee.errors import ConfigError, DataError
 from cordee.fault.course import Post
 from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
-from cordee.machine import measured_cluster, say
+from cordee.machine import measured_cluster
 from cordee.metrics.sinks import last_event, read_lines, write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.devices import with_precision
@@ -282,7 +283,7 @@ def launch_ranks(run: Run, plan: Plan) -> int:
     fault, layout = run.fault, plan.layout
     with locked(run) as hold:
         post = Post(
-            command=["-m", "cordee", "train", *words],
+            command=["train", *words],
             plan=plan.to_json(),
             plan_for=plan_for,
             inside=layout.size // layout.island,

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cordee.dist.start import loopback_environment
+from cordee.dist.streams import say
 from cordee.plan.cluster import Cluster, local_cluster
 from cordee.plan.profile import Host, Profile, describe, read_profile, this_host
 
@@ -48,8 +49,3 @@ def probe(host: Host) -> Profile | None:
     kept = f" (not kept: {answer['trouble']})" if answer["trouble"] else ""
     say(f"profile {describe(profile)}; measured in {profile.seconds:.1f} s{kept}")
     return profile if profile.host == host else None
-
-
-def say(text: str) -> None:
-    """A line for the person, on standard error."""
-    print(text, file=sys.stderr, flush=True)

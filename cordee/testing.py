@@ -17,8 +17,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.machinery import PathFinder
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from typing import Any
 from cordee.dist.start import Launched, World
 from cordee.dist.start import world as join
 from cordee.errors import RunError
+
+PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
+"""Environment variables that say where a Python that starts finds modules."""
 
 PRELOADED = ["cordee.train"]
 """Modules that the server imports when the first world starts; later additions do nothing."""
@@ -53,11 +57,13 @@ def launch(
         processes = []
         for rank, (_, sender) in enumerate(pairs):
             told = Launched(rank, ranks, rank, str(Path(folder) / "store"), True)
-            job = (told, threads, deadline_s, sender, function, arguments)
+            paths = {name: os.environ.get(name) for name in PATHS}
+            job = (told, threads, deadline_s, sender, paths, function, arguments)
             processes.append(context.Process(target=_rank, args=job, daemon=True))
         try:
-            for process in processes:
-                process.start()
+            with _no_current_folder():
+                for process in processes:
+                    process.start()
             for _, sender in pairs:
                 sender.close()
             return _collect([receiver for receiver, _ in pairs], deadline_s)
@@ -90,15 +96,41 @@ def slowed(pid: int, part: float = 1 / 3, period_s: float = 0.06) -> Iterator[No
         thread.join()
 
 
+@contextmanager
+def _no_current_folder() -> Iterator[None]:
+    """While this lasts, a Python that starts imports nothing of the current folder, and finds this
+    very package: the server would take what lies there for the modules that it imports first."""
+    before = {name: os.environ.get(name) for name in PATHS}
+    root = str(Path(__file__).resolve().parents[1])
+    found = PathFinder.find_spec("cordee", sys.path if sys.flags.safe_path else sys.path[1:])
+    if found is None or not Path(str(found.origin)).resolve().is_relative_to(root):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before["PYTHONPATH"])))
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        _put(before)
+
+
+def _put(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def _rank(
     told: Launched,
     threads: int,
     deadline_s: float,
     sender: Connection,
+    paths: Mapping[str, str | None],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     _end_with_launcher()
+    _put(paths)
     try:
         with join(told, "cpu", threads, deadline_s) as here:
             sender.send((True, function(here, *arguments)))

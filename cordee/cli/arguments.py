@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cordee.config.load import Loaded, known_keys, load
 from cordee.config.paths import home
+from cordee.dist.streams import say as say
 from cordee.errors import ConfigError
 
 SECTIONS = frozenset(key.partition(".")[0] for key in known_keys())
@@ -96,11 +96,6 @@ def _kind(word: str, settings: Sequence[str] | None) -> str:
 
 def _is_file(word: str) -> bool:
     return os.path.isfile(home(word))
-
-
-def say(text: str) -> None:
-    """A line for the person, on standard error, so that --json has standard output alone."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _dotted_as_overrides(argv: Sequence[str]) -> list[str]:

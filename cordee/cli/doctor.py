@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cordee.cli.arguments import parser, read
-from cordee.dist.start import World
+from cordee.dist.start import World, python_command
 from cordee.errors import CordeeError
 from cordee.machine import probe
 from cordee.metrics.sinks import read_lines
@@ -179,7 +178,7 @@ def _restart() -> str:
 
 
 def _train(folder: Path, expected: int, *more: str) -> None:
-    command = [sys.executable, "-m", "cordee", "train", *SMALL, f"run.dir={folder}", *more]
+    command = [*python_command(), "train", *SMALL, f"run.dir={folder}", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode != expected:
         raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip()[-400:]}")

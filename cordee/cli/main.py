@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cordee import __version__
+from cordee.dist.streams import outlive_readers, say
 from cordee.errors import ConfigError, CordeeError
 
 VERBS = {
@@ -55,13 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verb(words[0], words[1:])
     except CordeeError as error:
-        print(f"error: {error.sentence()}", file=sys.stderr)
+        say(f"error: {error.sentence()}")
         return error.exit_code
-    except BrokenPipeError:
-        return 1
     except OSError as error:
         # A disk or a file that nobody expected to fail: its name and its reason are what helps.
-        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        say(f"error: {error.strerror or error}: {error.filename or ''}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -69,11 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The process: runs the verb and leaves with its exit code."""
+    outlive_readers()
     code = main()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        say(f"error: the output cannot be written: {error.strerror}")
+        code = code or 1
     if "torch.distributed" in sys.modules:
         # All is written and joined by now. The interpreter's own way out would unwind the worker
         # threads of gloo and FSDP2, which now and then aborts a rank whose work is done.
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)

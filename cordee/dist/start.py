@@ -192,6 +192,12 @@ def follow_parent() -> None:
         os._exit(1)
 
 
+def python_command() -> list[str]:
+    """How this very package is started as a command, whatever else is called cordee: by its path,
+    and with nothing of the current folder imported (-P)."""
+    return [sys.executable, "-P", str(Path(__file__).resolve().parents[1] / "__main__.py")]
+
+
 def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
     """The environment of a worker that our supervisor starts; `interface`: the network interface
     that its peers reach it by ("": whatever this host's name stands for)."""

@@ -5,12 +5,12 @@ Values and their bookkeeping; no process is touched here (`supervise.py` does th
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cordee.dist.streams import say
 from cordee.fault.hold import Hold
 from cordee.fault.orders import is_run
 from cordee.fault.views import View
@@ -70,9 +70,9 @@ class Failure:
         """The sentence and the worker's own words."""
         if self.code in ASKED:
             return
-        print(f"\n{self.who} {self.how}".rstrip() + which, file=sys.stderr)
+        say(f"\n{self.who} {self.how}".rstrip() + which)
         if self.words:
-            print(self.words, file=sys.stderr)
+            say(self.words)
 
 
 @dataclass
@@ -126,10 +126,9 @@ class Course:
         """Says the first cause of the failures in a row, last; the exit code."""
         first = self.failures[0]
         if len(self.failures) > 1:
-            print(
+            say(
                 f"\nstopped after {len(self.failures)} failures in a row at step {first.step}, none"
-                " of which the run came past; the first was:",
-                file=sys.stderr,
+                " of which the run came past; the first was:"
             )
         first.tell()
         return first.code if first.code > 0 else 1

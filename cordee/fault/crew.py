@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from cordee.dist.start import worker_environment
+from cordee.dist.start import python_command, worker_environment
 from cordee.dist.talk import MARK, Talk, pair
 from cordee.fault.orders import Ready
 
@@ -83,7 +82,7 @@ class Crew:
     """The workers of this host, by number in the order of their start."""
 
     def __init__(self, command: Sequence[str], threads: int, plan: str, interface: str) -> None:
-        """`command`: the arguments after the interpreter; `plan`: JSON, what workers check with."""
+        """`command`: the words after `cordee`; `plan`: JSON, what workers check with."""
         self.command, self.threads, self.interface = list(command), threads, interface
         self.workers: dict[int, Worker] = {}
         self._plan = os.memfd_create("cordee-plan")
@@ -98,7 +97,7 @@ class Crew:
         os.ftruncate(mark, MARK.size)
         descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
         process = subprocess.Popen(
-            [sys.executable, *self.command],
+            [*python_command(), *self.command],
             env=worker_environment(descriptors, self.threads, self.interface),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -12,13 +12,13 @@ from __future__ import annotations
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from cordee.dist.streams import say
 from cordee.fault.course import ASKED, Course, Failure, Post, seat_of
 from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
@@ -359,7 +359,7 @@ class Supervisor:
             self._print(f"refused {others}")
         if ending := hosts.shut_out(self.post.hold.is_alone):
             course.code, words = ending
-            print(words, file=sys.stderr)
+            say(words)
         elif hosts.unheard:
             self._ask_again()
 
@@ -370,7 +370,7 @@ class Supervisor:
         self._listen()
 
     def _print(self, sentence: str) -> None:
-        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
+        say(f"{self.name}: {sentence}")
 
     def _fill_up(self, now: bool) -> None:
         """Starts what is missing: at once what computes, spares when the run is under way."""

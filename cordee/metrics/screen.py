@@ -6,13 +6,14 @@ than 0 get a silent screen, so the loop never asks.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from cordee.dist.streams import say
 
 LINE_EVERY_S = 5.0
 
@@ -38,7 +39,7 @@ class Screen:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
         """The state after a step: `done` in [0, 1], `left_s` seconds to go."""
@@ -56,7 +57,7 @@ class Screen:
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY_S or row["step"] <= 1 or done >= 1:
             self._last_line = now
-            print(describe(row, left_s), file=sys.stderr, flush=True)
+            say(describe(row, left_s))
 
     def close(self) -> None:
         """Takes the bar away; its last state stays on the screen."""

@@ -1,0 +1,77 @@
+"""Standard streams whose reader goes away (`| head`, a closed terminal, a full disk) or never was.
+
+What a command does never depends on who reads it: lines that nobody takes are dropped, a run goes
+on to its end, files are written whole. Not here: what is said.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+STREAMS = ("stdin", "stdout", "stderr")
+"""Names in `sys` of descriptors 0, 1 and 2."""
+
+
+def outlive_readers() -> None:
+    """Makes standard output and error of this process such streams; for a process of our own.
+
+    A descriptor that was closed becomes /dev/null: else the next file that is opened would get its
+    number, and whatever is said would be written into it.
+    """
+    for descriptor, name in enumerate(STREAMS):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        before: Any = getattr(sys, name)
+        if descriptor > 0:
+            setattr(sys, name, _stream(descriptor, before))
+        elif before is None:
+            sys.stdin = open(descriptor, closefd=False)
+
+
+def say(text: str) -> None:
+    """A line for the person, on standard error, so that --json has standard output alone; nothing
+    when it cannot be written."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Outlet(io.FileIO):
+    """A descriptor that takes what is written to it and drops what nobody reads. An error of
+    standard output that is no reader's (a full disk) is raised once: a result was lost."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self._quiet = descriptor == 2
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            # None: a terminal that would have to be waited for.
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO) and not self._quiet:
+                self._quiet = True
+                raise
+            return memoryview(data).nbytes
+
+
+def _stream(descriptor: int, before: TextIO | None) -> TextIO:
+    if before is not None:
+        with suppress(OSError):
+            before.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Outlet(descriptor)),
+        encoding=before.encoding if before else None,
+        errors=before.errors if before else "backslashreplace",
+        line_buffering=descriptor == 2 or os.isatty(descriptor),
+    )
