@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cordee.config.check import DEFAULT_MINUTES, check
+from cordee.config.check import DEFAULT_MINUTES, check, check_threads
 from cordee.config.hub import on_paper
 from cordee.config.load import RUN_FILE, at_home, differences, dump, flatten, load, override
 from cordee.config.model import USUAL_PRESET
@@ -402,6 +402,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         rate = plan.predicted.tokens_per_s
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
+    if not told.supervised:
+        check_threads(run, local_cluster().cores)
     reads = not (brought.data or told.supervised or standing.finished)
     if reads and find_data(run) in (None, Path(run.data.path)):
         resolve(run.data.path, run.model, run.data.weights)

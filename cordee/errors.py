@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+DIGITS, LETTERS = 40, 2000
+"""Of a value that is shown in a sentence, at most."""
+
 
 class CordeeError(Exception):
     """Base of all errors meant for the user: `what`, the `values` involved, the nearest `fix`.
@@ -30,10 +33,21 @@ class CordeeError(Exception):
         """The error as shown: what, one line of values, one line with the nearest fix."""
         lines = [self.what]
         if self.values:
-            lines.append("  values: " + ", ".join(f"{k}={v!r}" for k, v in self.values.items()))
+            lines.append(
+                "  values: " + ", ".join(f"{k}={_shown(v)}" for k, v in self.values.items())
+            )
         if self.fix:
             lines.append("  nearest fix: " + self.fix)
         return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; of an integer or a text without end, its start and its length."""
+    if isinstance(value, int) and abs(value) >= 10**DIGITS:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > LETTERS:
+        return f"{value[:LETTERS]!r}... ({len(value)} letters)"
+    return repr(value)
 
 
 class ConfigError(CordeeError):

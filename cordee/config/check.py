@@ -12,6 +12,7 @@ from difflib import get_close_matches
 
 from cordee.config.load import flatten
 from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.ranges import check_ranges
 from cordee.config.run import POINTS, MemorySettings, Run
 from cordee.errors import ConfigError
 
@@ -25,7 +26,7 @@ MOST_PROCESSES_PER_CORE = 8
 def check(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_texts(run)
-    _check_ranges(run)
+    check_ranges(flatten(run), flatten(Run()))
     _check_foreign(run)
     if run.model.classifies:
         _check_classifier(run)
@@ -59,79 +60,6 @@ def check_processes(processes: int, cores: int) -> None:
         )
 
 
-def _least_of_keeping(run: Run) -> dict[str, tuple[float, float]]:
-    """Least values of what keeps a run going."""
-    return {
-        "checkpoint.keep": (run.checkpoint.keep, 1), "guard.in_a_row": (run.guard.in_a_row, 1),
-        "evaluate.every": (run.evaluate.every, 0),
-        **{f"evaluate.{name}": (value, 0) for name in ("tokens", "sample")
-           if (value := getattr(run.evaluate, name)) != "auto"},
-        "evaluate.layers_every": (run.evaluate.layers_every, 0),
-        "memory.recompute_every": (run.memory.recompute_every, 1),
-        "memory.loss_chunk": (run.memory.loss_chunk, 0),
-        "launch.timeout_s": (run.launch.timeout_s, 1), "fault.spares": (run.fault.spares, 0),
-        "fault.copy_every": (run.fault.copy_every, 0),
-        "fault.silence_s": (run.fault.silence_s, 1), "fault.tries": (run.fault.tries, 1),
-    }  # fmt: skip
-
-
-def _check_ranges(run: Run) -> None:
-    at_least = {
-        "model.layers": (run.model.layers, 1), "model.width": (run.model.width, 2),
-        "model.heads": (run.model.heads, 1), "model.kv_heads": (run.model.kv_heads, 0),
-        "model.ffn": (run.model.ffn, 0), "model.window": (run.model.window, 0),
-        "model.head_width": (run.model.head_width, 0),
-        "model.moe.experts": (run.model.moe.experts, 0),
-        "model.moe.active": (run.model.moe.active, 1),
-        "model.moe.width": (run.model.moe.width, 0),
-        "model.moe.shared": (run.model.moe.shared, 0),
-        "model.moe.dense_layers": (run.model.moe.dense_layers, 0),
-        "model.moe.balance_rate": (run.model.moe.balance_rate, 0),
-        "model.moe.capacity": (run.model.moe.capacity, 0),
-        "model.logit_cap": (run.model.logit_cap, 0),
-        "model.image.side": (run.model.image.side, 1),
-        "model.image.channels": (run.model.image.channels, 1),
-        "model.image.classes": (run.model.image.classes, 2),
-        "data.sequence": (run.data.sequence, 1), "data.prefetch": (run.data.prefetch, 0),
-        "data.tokens": (run.data.tokens, 0),
-        "batch.microbatch": (run.batch.microbatch, 1),
-        "batch.microbatches": (run.batch.microbatches, 1),
-        "run.steps": (run.run.steps, 0), "run.tokens": (run.run.tokens, 0),
-        "run.epochs": (run.run.epochs, 0),
-        "run.minutes": (run.run.minutes, 0), "run.seed": (run.run.seed, 0),
-        "optim.weight_decay": (run.optim.weight_decay, 0),
-        "optim.adam_lr": (run.optim.adam_lr, 0), "optim.eps": (run.optim.eps, 0),
-        "clip.limit": (run.clip.limit, 0), "checkpoint.every": (run.checkpoint.every, 0),
-        **_least_of_keeping(run),
-    }  # fmt: skip
-    if run.launch.processes != "auto":
-        at_least["launch.processes"] = (int(run.launch.processes), 1)
-    if run.launch.threads != "auto":
-        at_least["launch.threads"] = (int(run.launch.threads), 1)
-    if run.optim.lr != "auto":
-        at_least["optim.lr"] = (float(run.optim.lr), 0)
-    for key, (value, least) in at_least.items():
-        if value < least:
-            raise ConfigError(
-                f"{key} is at least {least}", values={key: value}, fix=f"{key}={least}"
-            )
-    parts = {
-        "model.dropout": run.model.dropout, "data.held_out": run.data.held_out,
-        "optim.momentum": run.optim.momentum, "optim.beta1": run.optim.beta1,
-        "optim.beta2": run.optim.beta2,
-    }  # fmt: skip
-    for key, value in parts.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{key} lies in [0, 1)", values={key: value}, fix=f"{key}=0.1")
-    for key, value in {"warmup": run.optim.warmup, "decay": run.optim.decay}.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(
-                f"optim.{key} is a part of the run, in [0, 1]",
-                values={f"optim.{key}": value},
-                fix=f"optim.{key}=0.1",
-            )
-
-
 def _check_model(run: Run) -> None:
     width, heads = run.model.width, run.model.heads
     if run.model.head_width % 2:
@@ -161,12 +89,6 @@ def _check_model(run: Run) -> None:
             values={"model.qk_gain": True, "model.qk_norm": False},
             fix="model.qk_norm=true",
         )
-    if run.model.norm_eps <= 0:
-        raise ConfigError(
-            "model.norm_eps is above 0: the norm of zeros divides by its root",
-            values={"model.norm_eps": run.model.norm_eps},
-            fix="model.norm_eps=1e-6",
-        )
 
 
 def _check_moe(run: Run) -> None:
@@ -189,12 +111,6 @@ def _check_moe(run: Run) -> None:
 
 def _check_classifier(run: Run) -> None:
     model, record = run.model, run.model.image.record
-    if model.image.classes > 256:
-        raise ConfigError(
-            "a label is one byte",
-            values={"model.image.classes": model.image.classes},
-            fix="model.image.classes=256",
-        )
     if run.data.sequence != record:
         raise ConfigError(
             "a classifier's row is one image: its label and its pixels",
@@ -349,6 +265,21 @@ def _check_fp8(run: Run) -> None:
             )
 
 
+def check_threads(run: Run, cores: int) -> None:
+    """Refuses threads of a rank, or spare processes, that make no sense on `cores` cores."""
+    most = MOST_PROCESSES_PER_CORE * cores
+    for key, count in {
+        "launch.threads": run.launch.threads,
+        "fault.spares": run.fault.spares,
+    }.items():
+        if count != "auto" and int(count) > most:
+            raise ConfigError(
+                f"{key} is more than makes sense on this machine",
+                values={key: count, "cores": cores, "most": most},
+                fix=f"{key}={cores}",
+            )
+
+
 def _near(value: int, step: int) -> int:
     return max(1, round(value / step)) * step
 
@@ -374,4 +305,4 @@ def _check_fault(run: Run) -> None:
 
 def _is_drill(text: str, most: int = 2) -> bool:
     parts = text.split(":")
-    return 2 <= len(parts) <= most and all(part.isdigit() for part in parts)
+    return 2 <= len(parts) <= most and all(part.isdecimal() and len(part) < 19 for part in parts)

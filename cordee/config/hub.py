@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cordee.config.load import flatten
 from cordee.config.model import ModelSettings, MoeSettings
+from cordee.config.ranges import check_ranges
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
@@ -59,12 +61,21 @@ def shape_of(path: str) -> ModelSettings:
     if width % found["heads"]:
         found["head_width"] = found["head_width"] or max(1, width // found["heads"])
     gated = "gelu" not in str(told.get("hidden_act", told.get("activation_function")))
-    return ModelSettings(
+    made = ModelSettings(
         hub=path, **found,
         mlp="gated" if gated or "gemma" in str(config.get("model_type")) else "relu2",
         tied=bool(told.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
         moe=_experts(told),
     )  # fmt: skip
+    try:
+        check_ranges(flatten(Run(model=made)), flatten(Run()))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{CONFIG} tells a size that no model has: {error.what}",
+            values={"model.hub": path, **error.values},
+            fix="the folder of a causal language model of transformers",
+        ) from error
+    return made
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def read_json(file: Path, values: Mapping[str, object]) -> Any:
             values={**values, "error": error.strerror},
             fix=f"the path of a folder with {CONFIG} (nothing is downloaded)",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file.name} is no valid JSON", values={**values, "error": str(error)}
         ) from error

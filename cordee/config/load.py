@@ -122,7 +122,8 @@ def read_toml(path: Path) -> dict[str, Any]:
                 fix=f"save it as UTF-8: iconv -f {encoding} -t UTF-8 {path} > NEW.toml",
             )
         return tomllib.loads(raw.decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # TOMLDecodeError and UnicodeDecodeError are such; so is an integer of thousands of digits.
         raise ConfigError(
             "the file is not valid TOML",
             values={"file": str(path), "error": str(error)},
@@ -152,6 +153,8 @@ def split_override(text: str) -> tuple[str, str]:
 
 def convert(key: str, value: Any, kind: Any) -> Any:
     """`value` (text or from TOML) as `kind`; ConfigError names key, value and what is allowed."""
+    if isinstance(value, int) and abs(value) >= 2**64:  # no key is that long, no sentence either
+        raise _wrong_type(key, value, kind)
     if get_origin(kind) in (Union, types.UnionType):
         for option in get_args(kind):
             try:
@@ -184,10 +187,11 @@ def _leaf(value: Any, kind: type) -> Any:
     try:
         if kind is int:
             if isinstance(value, str):
-                return int(value.replace("_", ""))
+                value = int(value.replace("_", ""))
+                return value if abs(value) < 2**64 else None
             return value if isinstance(value, int) else None
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if number == number and abs(number) != float("inf") else None
 
