@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cordee.config.load import Loaded, known_keys, load
 from cordee.config.paths import home
+from cordee.config.ranges import Range
 from cordee.dist.streams import say as say
 from cordee.errors import ConfigError
 
@@ -96,6 +97,20 @@ def _kind(word: str, settings: Sequence[str] | None) -> str:
 
 def _is_file(word: str) -> bool:
     return os.path.isfile(home(word))
+
+
+def check_flags(
+    made: argparse.ArgumentParser, flags: argparse.Namespace, ranges: Mapping[str, Range]
+) -> None:
+    """ConfigError for the first flag, by its name in `flags`, whose number is beside its range."""
+    for name, given in ranges.items():
+        value, flag = getattr(flags, name), "--" + name.replace("_", "-")
+        if value not in given:
+            raise ConfigError(
+                f"{flag} is {given}",
+                values={flag: value},
+                fix=f"{flag} {given.near(value, made.get_default(name))}",
+            )
 
 
 def _dotted_as_overrides(argv: Sequence[str]) -> list[str]:

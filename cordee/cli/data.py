@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import parser, read
+from cordee.cli.arguments import check_flags, parser, read
 from cordee.cli.ledger import tell
 from cordee.config.paths import home_of_each
+from cordee.config.ranges import RANGES
 from cordee.data.prepare import inspect, prepare, verify
 from cordee.errors import ConfigError
+
+FLAGS = {
+    "held_out": RANGES["data.held_out"], "seed": RANGES["run.seed"], "tokens": RANGES["data.tokens"]
+}  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
@@ -39,6 +44,7 @@ def run(argv: list[str]) -> int:
     made.add_argument("--sample", type=int, help="a row's number in the training split")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=3, settings=("model",))
+    check_flags(made, words.flags, FLAGS)
     match words.rest:
         case ("prepare", source, folder):
             source = home_of_each(source)

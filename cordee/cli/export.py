@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cordee.cli.arguments import parser, read, say
+from cordee.cli.arguments import check_flags, parser, read, say
 from cordee.cli.places import refuse_brought, refuse_other, replacing, run_of
 from cordee.config.load import flatten
 from cordee.config.paths import home
+from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
@@ -40,11 +41,7 @@ def run(argv: list[str]) -> int:
             values={"output": str(output)},
             fix=f"mkdir -p {output.parent}",
         )
-    if words.flags.shard_mb <= 0:
-        raise ConfigError(
-            "a file has some bytes", values={"--shard-mb": words.flags.shard_mb},
-            fix="--shard-mb 2000",
-        )  # fmt: skip
+    check_flags(made, words.flags, {"shard_mb": Range(0, 1e9, above=True)})
     if hf:
         refuse_brought("export --to hf", folder)
         step, size = _folder(folder, wanted, output, int(words.flags.shard_mb * 1e6))

@@ -15,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import Words, parser, read, say
+from cordee.cli.arguments import Words, check_flags, parser, read, say
 from cordee.cli.places import refuse_other
 from cordee.config.presets import DEFAULT_LR
+from cordee.config.ranges import MANY, Range
 from cordee.config.run import Run
 from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
 from cordee.metrics.report import amount, seconds
@@ -49,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
     )  # fmt: skip
     made.add_argument("--json", action="store_true", help="print the finding as one JSON object")
     words = read(made, argv)
+    check_flags(made, words.flags, {"steps": Range(1, MANY), "seeds": Range(1, 1000)})
     from cordee.begin import settle, vocabulary_of
     from cordee.machine import measured_cluster
 

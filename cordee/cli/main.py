@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A disk or a file that nobody expected to fail: its name and its reason are what helps.
         say(f"error: {error.strerror or error}: {error.filename or ''}")
         return 1
+    except MemoryError as error:
+        say(f"error: there is not enough memory: {error}")
+        return 1
     except KeyboardInterrupt:
         return 130
 

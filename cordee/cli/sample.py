@@ -6,11 +6,16 @@ import json
 from argparse import Namespace
 
 from cordee.begin import data_place
-from cordee.cli.arguments import parser, read
+from cordee.cli.arguments import check_flags, parser, read
 from cordee.cli.places import refuse_brought, run_of
+from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.data.manifest import read_info
 from cordee.errors import ConfigError
+
+RANGES = {
+    "tokens": Range(1, 10**6), "temperature": Range(0, 1e6), "seed": Range(0, 2**63 - 1),
+}  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
@@ -27,11 +32,10 @@ def run(argv: list[str]) -> int:
     made.add_argument("--seed", type=int, default=0, help="another seed, another text")
     made.add_argument("--json", action="store_true", help="one JSON object")
     words = read(made, argv, rest=1, settings=())
-    if words.flags.tokens < 1 or words.flags.temperature < 0 or not words.flags.prompt:
+    check_flags(made, words.flags, RANGES)
+    if not words.flags.prompt:
         raise ConfigError(
-            "a sample needs a prompt, at least one token and a temperature of 0 or more",
-            values={n: getattr(words.flags, n) for n in ("prompt", "tokens", "temperature")},
-            fix="--tokens 300 --temperature 0.8",
+            "a sample needs a prompt to go on from", values={"--prompt": ""}, fix='--prompt "def "'
         )
     folder, wanted = run_of("sample", words.run)
     refuse_brought("sample", folder)
@@ -72,7 +76,7 @@ def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[s
             fix="cordee export, and a few lines with the model that made them",
         )
     model.eval()
-    prompt = torch.tensor(list(flags.prompt.encode()), dtype=torch.int64)
+    prompt = torch.tensor(list(flags.prompt.encode(errors="surrogateescape")), dtype=torch.int64)
     made = generate(
         model, prompt, flags.tokens, wanted.data.sequence, flags.temperature, flags.seed
     )

@@ -6,6 +6,7 @@ on other keys (`check.py`) or on this machine (`plan/`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,11 @@ MANY = 10**12
 WIDE = 2**24
 """Largest dim of a matrix; that of the whole matrix is for the plan to judge."""
 
-RANKS = 2**20
+RANKS = 2**17
 """Most processes, and most parts that anything is cut into."""
+
+BLOCKS = 10_000
+"""Most layers."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Range:
 
     def near(self, value: float, usual: float) -> float:
         """A value in the range: the end that is nearer, where that is one, else the usual one."""
+        if not math.isfinite(value):
+            return usual
         end = self.least if value < self.least else self.most
         near: Any = int(end) if isinstance(usual, int) else end
         return near if near in self else usual
@@ -64,7 +70,7 @@ RANGES: Mapping[str, Range] = {
     "run.minutes": Range(0, 1e8),
     "run.loss_scale": Range(0, 2**24),
     "model.vocabulary": Range(0, WIDE),
-    "model.layers": Range(1, 100_000),
+    "model.layers": Range(1, BLOCKS),
     "model.width": Range(2, WIDE),
     "model.heads": Range(1, WIDE),
     "model.kv_heads": Range(0, WIDE),
@@ -79,7 +85,7 @@ RANGES: Mapping[str, Range] = {
     "model.moe.active": Range(1, RANKS),
     "model.moe.width": Range(0, WIDE),
     "model.moe.shared": Range(0, RANKS),
-    "model.moe.dense_layers": Range(0, 100_000),
+    "model.moe.dense_layers": Range(0, BLOCKS),
     "model.moe.balance_rate": Range(0, 1e3),
     "model.moe.capacity": Range(0, RANKS),
     "model.image.side": Range(1, 2**16),
@@ -90,11 +96,11 @@ RANGES: Mapping[str, Range] = {
     "initial.gain": Range(0, 1e3, above=True),
     "data.sequence": Range(1, 2**30),
     "data.held_out": PART,
-    "data.tokens": Range(0, MANY),
+    "data.tokens": Range(0, 10**9),
     "data.prefetch": Range(0, 1),
     "batch.microbatch": Range(1, WIDE),
-    "batch.microbatches": Range(1, RANKS),
-    "memory.recompute_every": Range(1, 100_000),
+    "batch.microbatches": Range(1, 2**20),
+    "memory.recompute_every": Range(1, BLOCKS),
     "memory.loss_chunk": Range(0, MANY),
     "optim.lr": Range(0, 1e6, above=True),
     "optim.adam_lr": Range(0, 1e6),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cordee.begin import settle
+from cordee.cli.main import main
 from cordee.config.load import convert, flatten, known_keys, load, override
 from cordee.config.ranges import RANGES, numbers
 from cordee.config.run import Run
@@ -93,8 +94,6 @@ SLIPS = (
 def test_slips_are_refused_before_anything_is_written(
     word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cordee.cli.main import main
-
     assert main(["train", word, f"run.dir={tmp_path / 'run'}", "launch.processes=1"]) == 2
     assert "nearest fix" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -114,8 +113,6 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_numbers_of_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cordee.cli.main import main
-
     (tmp_path / "run.toml").write_text(TABLES[name])
     for words in (["show"], ["explain", "optim"]):
         assert main(["config", *words, str(tmp_path / "run.toml")]) == 2, words
@@ -133,6 +130,29 @@ def test_recipes_are_in_the_ranges() -> None:
         settle(run)
         read += 1
     assert read
+
+
+FLAGS = (
+    "sample RUN --temperature nan", "sample RUN --temperature inf", "sample RUN --temperature -1",
+    "sample RUN --tokens 0", f"sample RUN --tokens {10**30}", f"sample RUN --seed {10**30}",
+    "export RUN --to hf --shard-mb nan", "export RUN --to hf --shard-mb inf",
+    "export RUN --shard-mb 0", "data prepare a b --held-out nan", "data prepare a b --held-out 1",
+    "data prepare a b --seed -1", f"data prepare a b --tokens {10**30}", "lr --steps -5",
+    f"lr --seeds {10**30}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", FLAGS)
+def test_flags(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "run.toml").write_text("")
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert "nearest fix: --" in said and "nan" not in said.partition("fix")[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
 
 
 def test_integers_stay_integers() -> None:
