@@ -250,15 +250,9 @@ class Desk:
         self._sent_inside(state)
         if scored is None:
             return
-        known = {
-            "held_out_loss": scored.loss,
-            "held_out_bits_per_byte": scored.bits_per_byte,
-            "held_out_accuracy": scored.accuracy,
-            "tokens": scored.tokens,
-        }
+        known = {**scores(scored), "tokens": scored.tokens}
         self.event("evaluated", state.progress.step, known)
-        told = _held_out(scored.bits_per_byte, scored.accuracy, scored.loss)
-        self.screen.say(f"step {state.progress.step:>5}  held out: {told}")
+        self.screen.say(f"step {state.progress.step:>5}  held out: {_held_out(known)}")
 
     def rejected(self, path: Path, reason: str) -> None:
         """A checkpoint that does not verify."""
@@ -316,17 +310,15 @@ class Desk:
     def tell_end(self, state: RunState, finished: Mapping[str, Any]) -> None:
         """The last lines on the screen: held-out loss, sample, plan check, what next."""
         self.screen.close()
-        scores = ("held_out_bits_per_byte", "held_out_accuracy", "held_out_loss")
-        bits, accuracy, loss = (finished[name] for name in scores)
         if finished["sample"]:
             self.screen.say("sample\n" + _indented(finished["sample"]))
         self.screen.say(compare(state.plan, self.meter.measured()))
-        if loss is not None:
+        if state.held_out is not None and (told := _held_out(finished)):
             entropy = state.data.entropy_bits
             known = "" if entropy is None else f"  (the source's entropy is {entropy:.4f})"
             if table := finished["table_bits_per_byte"]:
                 known += f"  (a counted table of {ORDER} bytes of context: {table:.4f})"
-            self.screen.say(f"held out   {_held_out(bits, accuracy, loss)}{known}")
+            self.screen.say(f"held out   {told}{known}")
         self.screen.say(f"weights    {finished['weights_sha256']}")
         folder = state.run.run.dir
         self.screen.say(f"run        {folder}  ({finished['steps']} steps)")
@@ -392,7 +384,28 @@ def _bits_per_byte(state: RunState, loss: float) -> float | None:
     return _finite(loss / math.log(2) / state.bytes_per_token)
 
 
-def _held_out(bits: float | None, accuracy: float | None, loss: float) -> str:
+def scores(scored: HeldOut | None) -> dict[str, Any]:
+    """An evaluation as records hold it: None for what there is not, or is no finite number; then
+    also in how many batches."""
+    loss, bits = (scored.loss, scored.bits_per_byte) if scored else (None, None)
+    known: dict[str, Any] = {
+        "held_out_bits_per_byte": None if bits is None else _finite(bits),
+        "held_out_loss": None if loss is None else _finite(loss),
+        "held_out_accuracy": scored and scored.accuracy,
+    }
+    if scored and scored.not_finite:
+        known["held_out_not_finite"] = scored.not_finite
+    return known
+
+
+def _held_out(known: Mapping[str, Any]) -> str:
+    """Scores in words; empty when nothing was evaluated."""
+    if odd := known.get("held_out_not_finite"):
+        return f"NO FINITE LOSS in {odd} of the batches: look for NaN in the held-out samples"
+    names = ("held_out_bits_per_byte", "held_out_accuracy", "held_out_loss")
+    bits, accuracy, loss = (known[name] for name in names)
+    if loss is None:
+        return ""
     if bits is not None:
         return f"{bits:.4f} bits per byte"
     return f"loss {loss:.4f}" if accuracy is None else f"{accuracy:.2%} of images right"

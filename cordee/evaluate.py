@@ -22,12 +22,14 @@ from cordee.layout.split import split_evenly
 @dataclass(frozen=True)
 class HeldOut:
     """Mean loss in nats a target, in bits a byte (language models), the part of labels that were
-    guessed (classifiers), and on how many tokens, or images."""
+    guessed (classifiers), and on how many tokens, or images. `not_finite` says how many batches
+    have a loss that is no finite number; then there is no mean, and `loss` is NaN."""
 
     loss: float
     bits_per_byte: float | None
     accuracy: float | None
     tokens: int
+    not_finite: int = 0
 
 
 class Scorer(Protocol):
@@ -74,15 +76,23 @@ def evaluate(
             sums[place], sums[most + place] = float(loss), guessed
     rows = gather(sums)
     places = [(w, place) for w, part in enumerate(parts) for place in range(len(part))]
-    total = math.fsum(float(rows[w, place]) for w, place in places)
+    losses = [float(rows[w, place]) for w, place in places]
+    total, odd = total_of(losses), sum(not math.isfinite(loss) for loss in losses)
     if bytes_per_token is None:
         brought = isinstance(batches[0], tuple)
         count = sum(len(batch[0] if brought else batch) for batch in batches)
         guessed = math.fsum(float(rows[w, most + place]) for w, place in places)
-        return HeldOut(total / count, None, None if brought else guessed / count, count)
+        return HeldOut(total / count, None, None if brought else guessed / count, count, odd)
     tokens_count = sum(batch[:, 1:].numel() for batch in batches)
     loss_mean = total / tokens_count
-    return HeldOut(loss_mean, loss_mean / math.log(2) / bytes_per_token, None, tokens_count)
+    bits = loss_mean / math.log(2) / bytes_per_token
+    return HeldOut(loss_mean, bits, None, tokens_count, odd)
+
+
+def total_of(losses: Sequence[float]) -> float:
+    """Their sum, rounded once; NaN when one of them is not finite (infinities may be of both
+    signs)."""
+    return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
 
 def _score(scorer: Scorer, batch: Any, bytes_per_token: float | None) -> tuple[Tensor, float]:

@@ -5,7 +5,9 @@ Not here: how they are wrapped (`parallel/foreign.py`). Every rank must bring th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -44,11 +46,18 @@ class Parts:
 
     def check(self, run: Run) -> None:
         """ConfigError for what `run` asks of a part that is not the house's own."""
+        self._check_kinds()
         if (self.loss is None) != (self.data is None) or (self.loss and self.model is None):
             raise ConfigError(
                 "a loss of your own needs your model and your data, and they need it",
                 values={n: getattr(self, n) is not None for n in ("model", "loss", "data")},
                 fix="cordee.train(run, model=module, loss=function, data=samples)",
+            )
+        if self.held_out is not None and self.data is None:
+            raise ConfigError(
+                "held-out samples of your own need samples of your own to train on",
+                values={"held_out": type(self.held_out).__name__, "data": None},
+                fix="cordee.train(run, model=module, loss=function, data=samples, held_out=others)",
             )
         if self.loader is not None and run.run.epochs:
             raise ConfigError(
@@ -80,3 +89,35 @@ class Parts:
                     values={"model": name, f"layout.{axis}": degree},
                     fix=f"layout.{axis}=1, or layout.shard={degree}",
                 )
+
+    def _check_kinds(self) -> None:
+        """ConfigError for a part that cannot be what its name says."""
+        samples = ("__len__", "__getitem__")
+        wants: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "model": ("a module, made", lambda part: isinstance(part, nn.Module)),
+            "loss": ("a function: loss(model, *batch)", callable),
+            "data": ("samples with len() and [i]", lambda part: _has(part, samples)),
+            "held_out": ("samples with len() and [i]", lambda part: _has(part, samples)),
+            "loader": ("what gives microbatches", lambda part: _has(part, ("begin", "microbatch"))),
+        }
+        for name, (words, is_one) in wants.items():
+            part = getattr(self, name)
+            if part is not None and not is_one(part):
+                raise ConfigError(
+                    f"the {name} that was brought is not {words}",
+                    values={name: repr(part)[:200]},
+                    fix="cordee.train(run, model=module, loss=function, data=samples)",
+                )
+        for name in ("data", "held_out"):
+            part = getattr(self, name)
+            if part is not None and not len(part):
+                raise ConfigError(
+                    f"the {name} that was brought has no samples",
+                    values={name: type(part).__name__},
+                    fix=f"{name} with a sample, or leave held_out out",
+                )
+
+
+def _has(part: Any, methods: Sequence[str]) -> bool:
+    """Whether an instance (not a class) has these methods."""
+    return not isinstance(part, type) and all(hasattr(type(part), name) for name in methods)

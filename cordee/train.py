@@ -49,15 +49,15 @@ from cordee.data.loader import held_out
 from cordee.data.manifest import DatasetInfo, changed_sources
 from cordee.data.samples import batches, describe_samples
 from cordee.data.source import TokenSource, open_dataset
-from cordee.desk import Desk, Outcome
-from cordee.dist.exchange import gather_rows
+from cordee.desk import Desk, Outcome, scores
+from cordee.dist.exchange import gather_bytes, gather_rows
 from cordee.dist.line import open_line
 from cordee.dist.mesh import WORKERS
 from cordee.dist.start import Launched, broadcast_text, follow_parent, world
 from cordee.dist.tally import gather_tally
 from cordee.errors import CheckpointError, CordeeError, RunError
-from cordee.evaluate import HeldOut, evaluate
-from cordee.fault.guard import Say
+from cordee.evaluate import HeldOut, evaluate, total_of
+from cordee.fault.guard import Say, name_culprits
 from cordee.fault.inject import make_drill
 from cordee.fault.leave import Asked, leaving
 from cordee.layout.axes import AXES, INSIDE
@@ -226,6 +226,8 @@ def walk(state: RunState, desk: Desk) -> None:
             return
         outcome = step(state, desk)
         desk.record(state, outcome)
+        if not math.isfinite(outcome.loss):
+            check_finite(state, desk)
         desk.keeper.settle(outcome.tally.saving)
         if desk.done(state) < 1.0:
             rebalance(state, desk, outcome.tally)
@@ -296,10 +298,31 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.drill.point("step.commit", number)
     state.sync.settle(number)
     state.progress = desk.advance(state, tally, verdict)
-    loss = math.fsum(mean_losses) / len(mean_losses)
+    loss = total_of(mean_losses) / len(mean_losses)
     lr = scale * state.optimizer.peak_lr
     told = loss_scale if state.scale.dynamic else None
     return Outcome(loss, float(norm), lr, verdict, tally, layers, told)
+
+
+def check_finite(state: RunState, desk: Desk) -> None:
+    """RunError, on every rank, when a parameter or what the optimiser keeps of it is not finite on
+    any rank: an update overflowed. Nothing of it is saved, so the newest checkpoint is a good one.
+    """
+    held = {**state.parameters, **state.optimizer.tensors()}
+    mine = json.dumps(name_culprits(held.items())).encode()
+    said = gather_bytes(mine, state.mesh.group(*AXES), state.world.size)
+    names = list(dict.fromkeys(name for names in said for name in json.loads(names)))
+    if not names:
+        return
+    number = state.progress.step
+    desk.drain(state, lambda: None)
+    values = {"step": number, "cause": "not finite after an update", "in": names[:3]}
+    desk.event("stopped", number, values)
+    raise RunError(
+        "parameters, or the optimiser's state, are not finite; nothing of them was saved",
+        values={**values, "last good checkpoint": desk.keeper.saved_step},
+        fix="a lower optim.lr (cordee lr finds one), clip.kind=norm, a larger optim.eps",
+    )
 
 
 def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:
@@ -320,7 +343,8 @@ def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:
 
 
 def save(state: RunState, desk: Desk) -> None:
-    """Begins a checkpoint of this moment in the background."""
+    """Begins a checkpoint of this moment in the background; RunError when it is not finite."""
+    check_finite(state, desk)
     changed = changed_sources(state.data) if state.world.first else []
     desk.data_changed(state.progress.step, changed)
     state.progress = replace(state.progress, in_a_row=state.guard.in_a_row)
@@ -396,9 +420,7 @@ def finish(state: RunState, desk: Desk) -> Report:
     digest = weights_sha256(state.specs, lambda name: whole(state, name))
     text = sample(state)
     finished = {
-        "weights_sha256": digest, "held_out_bits_per_byte": scored and scored.bits_per_byte,
-        "table_bits_per_byte": table_bits,
-        "held_out_loss": scored and scored.loss, "held_out_accuracy": scored and scored.accuracy,
+        "weights_sha256": digest, **scores(scored), "table_bits_per_byte": table_bits,
         "steps": number, "tokens": state.progress.tokens,
         "elapsed_s": round(state.progress.elapsed_s, 3), "skipped": state.progress.skipped,
         "saved": saved, "sample": text,

@@ -86,7 +86,7 @@ def _is_export(output: Path) -> bool:
 
 def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[int, int]:
     """A transformers folder, tensor by tensor; (step, bytes of the weights)."""
-    from cordee.cli.weights import PREFIX, open_weights
+    from cordee.cli.weights import PREFIX, open_weights, value
     from cordee.model.equivalent import equivalent
     from cordee.model.folder import files_beside, open_folder, write_folder
 
@@ -99,7 +99,7 @@ def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[
         size = write_folder(
             output, {**config, "dtype": "float32"},
             {name: found.shape(PREFIX + name) for name in names},
-            lambda name: found.read(PREFIX + name), shard_bytes, files_beside(source.path),
+            lambda name: value(found, name), shard_bytes, files_beside(source.path),
         )  # fmt: skip
         return found.step, size
     same = equivalent(wanted.model, found.shape(PREFIX + "embed.weight")[0])
@@ -107,6 +107,6 @@ def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[
     size = write_folder(
         output, same.config(wanted.data.sequence),
         {name: same.shape(ours[name], lambda n: found.shape(PREFIX + n)) for name in ours},
-        lambda name: same.give(ours[name], lambda n: found.read(PREFIX + n)), shard_bytes,
+        lambda name: same.give(ours[name], lambda n: value(found, n)), shard_bytes,
     )  # fmt: skip
     return found.step, size

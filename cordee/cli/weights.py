@@ -29,10 +29,23 @@ def open_weights(verb: str, word: str | None) -> Checkpoint:
     return found
 
 
+def value(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A parameter, whole; CheckpointError when it is not finite: such a model computes nothing."""
+    found = checkpoint.read(PREFIX + name)
+    # Minus infinity may be a mask that a caller's model keeps.
+    if found.is_floating_point() and bool((found.isnan() | found.isposinf()).any()):
+        raise CheckpointError(
+            "the checkpoint holds a parameter that is not finite",
+            values={"checkpoint": checkpoint.path.name, "parameter": name},
+            fix="another run.dir, with a lower optim.lr (cordee lr finds one)",
+        )
+    return found
+
+
 def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All parameters of a checkpoint, whole, by name."""
     names = [n.removeprefix(PREFIX) for n in checkpoint.names() if n.startswith(PREFIX)]
-    return {name: checkpoint.read(PREFIX + name) for name in sorted(names)}
+    return {name: value(checkpoint, name) for name in sorted(names)}
 
 
 def _tell(path: Path, reason: str) -> None:

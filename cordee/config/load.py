@@ -24,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from cordee.config.model import ModelSettings
 from cordee.config.paths import home, home_of_each
 from cordee.config.presets import implied, model_presets
+from cordee.config.ranges import RANGES
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
@@ -235,8 +236,9 @@ def explain(key: str, loaded: Loaded) -> str:
     for name in wanted:
         lines.append(f"{name} = {_toml(_get(loaded.run, name))}")
         lines.append("  " + field_doc(name))
+        lies = f", {RANGES[name]}" if name in RANGES else ""
         lines.append(
-            f"  type: {type_name(keys[name])} · default: {_toml(default[name])}"
+            f"  type: {type_name(keys[name])}{lies} · default: {_toml(default[name])}"
             f" · set by: {loaded.origin.get(name, 'default or preset')}"
         )
     return "\n".join(lines)

@@ -8,6 +8,7 @@ they read these files.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -51,7 +52,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (kept in memory while the disk refuses, the newest 100,000)."""
-        self._waiting.append(json.dumps(record, allow_nan=False, default=_plain) + "\n")
+        self._waiting.append(_line(record))
         del self._waiting[:-KEPT_LINES]
         self.flush()
 
@@ -122,7 +123,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for line in stream:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # no JSON; or thousands of digits, or of brackets
                 continue
             if isinstance(record, dict):
                 records.append(record)
@@ -144,7 +145,8 @@ def last_step(path: Path) -> int:
         for length in (1 << 16, 1 << 22, stop):
             stream.seek(max(0, stop - length))
             for line in reversed(stream.read().splitlines()):
-                with suppress(json.JSONDecodeError, KeyError, TypeError):
+                # Whatever stands there instead of a record: no JSON, no object, no number.
+                with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     return int(json.loads(line)["step"])
     return 0
 
@@ -154,7 +156,7 @@ def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
     if not path.exists():
         return 0
     records = [record for record in read_lines(path) if keep(record)]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_whole(path, "".join(map(_line, records)).encode())
     return len(records)
 
 
@@ -174,6 +176,24 @@ def write_whole(path: Path, data: bytes) -> None:
 def now() -> str:
     """The time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON, which has no number that is not finite: null in its place."""
+    try:
+        return json.dumps(record, allow_nan=False, default=_plain) + "\n"
+    except ValueError:
+        return json.dumps(_finite(record), allow_nan=False, default=_plain) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """A copy with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    plain = _plain(value) if not isinstance(value, str | int | float | None) else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def _plain(value: object) -> object:

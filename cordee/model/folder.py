@@ -53,6 +53,13 @@ class Folder:
         else:
             spans = tuple(slice(start, stop) for start, stop in box)
             found = self._with(name, lambda file: file.get_slice(name)[spans])
+        # Minus infinity may be a mask among the buffers.
+        if found.is_floating_point() and bool((found.isnan() | found.isposinf()).any()):
+            raise DataError(
+                "a tensor of the folder is not finite",
+                values={"file": str(self.path / self.files[name]), "tensor": name},
+                fix="copy the file again from where it came",
+            )
         return found.float()
 
     def _with(self, name: str, use: Callable[[Any], Any]) -> Any:

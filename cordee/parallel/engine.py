@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cordee.data.ledger import digest_of
 from cordee.dist.exchange import Partial, gather_rows, nothing
 from cordee.dist.mesh import Mesh
+from cordee.errors import ConfigError
 from cordee.layout.axes import AXES
 from cordee.layout.split import TreeSum
 from cordee.model.folder import cut
@@ -257,8 +258,10 @@ class Engine:
         """The model, or the run's own loss, of a batch."""
         with casting(self.device.type, self.work.autocast):
             if self.live.loss is not None:
-                return self.live.loss(model, *batch)
+                return summed_loss(self.live.loss(model, *batch), "loss")
             found = model(*batch, key) if key else model(*batch)
+        if self.live.brought and batch[-1] is not None:
+            return summed_loss(found, "model")
         assert isinstance(found, Tensor)
         return found
 
@@ -333,6 +336,29 @@ class Engine:
     def _clear(parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
             parameter.grad = None
+
+
+def summed_loss(found: object, part: str) -> Tensor:
+    """What a caller's `part`, the loss or the model, returned; ConfigError when it is not one
+    number from which gradients flow (they do not in an evaluation)."""
+    wrong = ""
+    if not isinstance(found, Tensor):
+        wrong = f"returned a {type(found).__name__}"
+    elif found.ndim:
+        wrong = f"returned a tensor of shape {list(found.shape)}"
+    elif not found.is_floating_point():
+        wrong = f"returned a number of {found.dtype}"
+    elif found.is_meta:
+        wrong = "returned a tensor without a value (device meta)"
+    elif torch.is_grad_enabled() and not found.requires_grad:
+        wrong = "returned a number without a gradient (detached, or made of numbers alone)"
+    if wrong or not isinstance(found, Tensor):
+        raise ConfigError(
+            f"the {part} that was brought returns no summed loss: one number, a 0-dim tensor",
+            values={part: wrong},
+            fix="return a tensor as F.cross_entropy(model(x), y, reduction='sum') is one",
+        )
+    return found
 
 
 def microbatch_key(seed: int, step: int, microbatch: int) -> int:

@@ -8,6 +8,7 @@ Parameters are put back bit for bit. Not here: what a model is (all is written a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,12 @@ def probe(
     held = [part.detach().clone() for part in parts]
     try:
         before = _number(cut.loss)
+        if _anywhere(not math.isfinite(before), wire):
+            raise RunError(
+                "the loss of the run's first microbatch is not finite",
+                values={"loss": before},
+                fix="look for NaN and infinities in the data, in the parameters and in the loss",
+            )
         if whole is not None:
             _same("the cut model's loss is not that of the whole one",
                   before, _number(whole.loss), wire, tolerance)  # fmt: skip
