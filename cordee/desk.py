@@ -33,6 +33,7 @@ from cordee.layout.axes import AXES
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
 from cordee.metrics.sinks import JsonLines, last_step, now, read_lines
+from cordee.model.folder import open_folder
 from cordee.optim.clip import layer_norms
 from cordee.plan.report import compare, count_text
 from cordee.rendezvous import several
@@ -300,6 +301,12 @@ class Desk:
             f" a step, {run.optim.name}, {run.run.precision}"
             + (f" ({plan.precision})" if plan.precision else "")
         )
+        if (
+            run.model.hub
+            and came_from is None
+            and not open_folder(run.model.hub, "model.hub").files
+        ):
+            self.screen.say("weights drawn by the model's own rules: its folder has none")
         self.screen.say(f"layout  {plan.why}")
         if plan.layout.island > 1 and plan.layout.pipeline > 1 and run.layout.balance:
             told = "a pipeline's schedule is made for its number of microbatches"

@@ -50,7 +50,7 @@ class Range:
 
     def near(self, value: float, usual: float) -> float:
         """A value in the range: the end that is nearer, where that is one, else the usual one."""
-        if not math.isfinite(value):
+        if value != value or value in (math.inf, -math.inf):
             return usual
         end = self.least if value < self.least else self.most
         near: Any = int(end) if isinstance(usual, int) else end

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ from cordee.layout.boxes import Box
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+OTHERS = (
+    "*.safetensors", "*.h5", "*.msgpack", "*.gguf", "*.index.json", "*.incomplete", "*.part",
+)  # fmt: skip
+"""Other files by which one sees that a folder has, or had, weights."""
+
 BESIDE = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab*", "merges.txt", "chat_template*", "*.model",
@@ -84,7 +91,8 @@ def open_folder(path: str, key: str) -> Folder:
     folder = Path(path)
     config = read_config(path, key)
     files: dict[str, str] = {}
-    if (folder / INDEX).is_file():
+    # Also a link without a target, as an interrupted download leaves it.
+    if os.path.lexists(folder / INDEX):
         index = read_json(folder / INDEX, {key: path})
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(
@@ -92,14 +100,9 @@ def open_folder(path: str, key: str) -> Folder:
         ):
             raise ConfigError(f"{INDEX} has no map from tensors to files", values={key: path})
         files = {str(name): file for name, file in found.items()}
-    elif (folder / WEIGHTS).is_file():
+    elif os.path.lexists(folder / WEIGHTS):
         files = dict.fromkeys(_names(folder / WEIGHTS), WEIGHTS)
-    elif pickled := sorted(folder.glob("*.bin")):
-        raise ConfigError(
-            "the folder holds weights as pickles, which run code when they are opened",
-            values={key: path, "file": pickled[0].name},
-            fix="save_pretrained(FOLDER) from transformers, which writes safetensors",
-        )
+    _refuse_other_weights(folder, set(files.values()), {key: path})
     missing = sorted({f for f in files.values() if not (folder / f).is_file()})
     if missing:
         raise ConfigError(
@@ -108,6 +111,43 @@ def open_folder(path: str, key: str) -> Folder:
             fix="copy all files of the folder",
         )
     return Folder(folder, config, files)
+
+
+def _refuse_other_weights(folder: Path, ours: Set[str], values: Mapping[str, str]) -> None:
+    """ConfigError for weights that would not be read although somebody may think so: without
+    `ours`, any; else a second set under the names by which transformers looks for one."""
+    strays = sorted(
+        file.name for pattern in (*PICKLES, *OTHERS) for file in folder.glob(pattern)
+        if file.name not in ours
+    )  # fmt: skip
+    safe = [name for name in strays if name.endswith(".safetensors")]
+    if ours:
+        # Beside an index: the one file. Beside the one file: shards, whose index is lost.
+        second = [name for name in safe if name == WEIGHTS or (WEIGHTS in ours and _is_shard(name))]
+        if second:
+            raise ConfigError(
+                "the folder holds two sets of weights",
+                values={**values, "files": [min(ours), second[0]]},
+                fix="remove the set that is not meant",
+            )
+    elif safe:
+        raise ConfigError(
+            f"the folder holds weights without {INDEX}, which says what is in which file",
+            values={**values, "file": safe[0], "files": len(safe)},
+            fix="copy all files of the folder, or remove these to start from drawn weights",
+        )
+    elif strays:
+        raise ConfigError(
+            "the folder holds weights as pickles, which run code when they are opened, or in a form"
+            " that is not read",
+            values={**values, "file": strays[0]},
+            fix="save_pretrained(FOLDER) from transformers, which writes safetensors",
+        )
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a file is called like a part of several: model-00001-of-00003.safetensors."""
+    return re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) is not None
 
 
 def write_folder(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -94,9 +95,13 @@ class Hub:
     @property
     def dropout(self) -> bool:
         """Whether the model drops anything while it trains."""
+        return any(v > 0 for k, v in self.drops.items() if not k.startswith("classifier"))
+
+    @property
+    def drops(self) -> Mapping[str, float]:
+        """The settings that say how much is dropped, and where."""
         found = self.settings.to_dict().items()
-        parts = {k: v for k, v in found if "drop" in k and isinstance(v, int | float)}
-        return any(v > 0 for k, v in parts.items() if not k.startswith("classifier"))
+        return {k: v for k, v in found if "drop" in k and isinstance(v, int | float)}
 
     @property
     def drawn(self) -> bool:
@@ -273,13 +278,19 @@ def read_hub(path: str) -> Hub:
         config = library.AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
             plain = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except _refusals() as error:
         raise ConfigError(
             "transformers cannot make a causal language model of the folder",
             values={"model.hub": path, "transformers": library.__version__, "error": str(error)},
             fix="a folder whose config.json has a model_type that this version knows",
         ) from error
     hub = Hub(folder, plain)
+    if odd_drops := {k: v for k, v in hub.drops.items() if not 0 <= v <= 1}:
+        raise ConfigError(
+            "a part that is dropped lies in [0, 1]",
+            values={"model.hub": path, **odd_drops},
+            fix="config.json as the model's makers wrote it",
+        )
     if not hub.drawn:
         wanted = {name: tuple(p.shape) for name, p in plain.named_parameters()}
         odd = [n for n, s in wanted.items() if n not in folder.files or folder.shape(n) != s]
@@ -290,6 +301,14 @@ def read_hub(path: str) -> Hub:
                         "differ": len(odd)},
                 fix="save_pretrained of that very model; without weights they are drawn",
             )  # fmt: skip
+        patterns = {pattern_of(name) for name in wanted}
+        more = [n for n in folder.files if n not in wanted and pattern_of(n) in patterns]
+        if more:
+            raise ConfigError(
+                "the folder's weights are of a larger model than its config.json tells",
+                values={"model.hub": path, "tensor": more[0], "more": len(more)},
+                fix="config.json and weights of one save_pretrained",
+            )
     return hub
 
 
@@ -355,6 +374,14 @@ def _units(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator[str]
             yield from _units(full, child, layers)
         else:
             yield full
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the library raises for settings that no model can have: whatever its sums run into."""
+    errors = import_module("huggingface_hub.errors")
+    strict: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)
+    return (strict, ArithmeticError, AttributeError, ImportError, LookupError, OSError,
+            RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 def _transformers() -> ModuleType:

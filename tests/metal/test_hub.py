@@ -6,9 +6,11 @@ The oracle is one process: transformers' model itself, or the same model uncut.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,70 @@ def folder_of(kind: str, place: Path, **changed: object) -> str:
     config.architectures = [name.replace("Config", "ForCausalLM")]
     config.save_pretrained(place)
     return str(place)
+
+
+def spoilt(folder: Path, name: str) -> None:
+    """Does to a folder with weights what a copy that was interrupted, or an editor, may do."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    config = json.loads((folder / "config.json").read_text())
+    shard = folder / "model-00001-of-00002.safetensors"
+    match name:
+        case "shards without an index":
+            one.rename(shard)
+        case "pickles" | "adapter_model.safetensors" | "model.safetensors.incomplete":
+            one.rename(folder / ("pytorch_model.bin" if name == "pickles" else name))
+        case "an index of pickles":
+            one.rename(folder / "pytorch_model.bin.index.json")
+        case "two sets":
+            shard.write_bytes(one.read_bytes())
+        case "an index and one file":
+            shard.write_bytes(one.read_bytes())
+            with safetensors.safe_open(one, framework="pt") as opened:
+                index.write_text(
+                    json.dumps({"weight_map": dict.fromkeys(opened.keys(), shard.name)})
+                )
+        case "a link without a target":
+            one.unlink()
+            one.symlink_to("nowhere")
+        case "cut short":
+            os.truncate(one, one.stat().st_size - 5)
+        case "a pointer of Git LFS":
+            one.write_text("version https://git-lfs.github.com/spec/v1\n")
+        case "not finite":
+            one.write_bytes(one.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+        case "index of brackets":
+            index.write_text("[" * 100_000)
+        case _:
+            key, _, value = name.partition("=")
+            text = json.dumps({**config, key: "@"}).replace('"@"', value)
+            (folder / "config.json").write_text(text)
+
+
+SPOILT = (
+    "shards without an index", "pickles", "adapter_model.safetensors",
+    "model.safetensors.incomplete", "an index of pickles", "two sets", "an index and one file",
+    "a link without a target", "cut short", "a pointer of Git LFS", "not finite",
+    "index of brackets", "num_hidden_layers=1", "num_hidden_layers=3", "hidden_size=1e400",
+    f"hidden_size={'9' * 400}", f"hidden_size={'9' * 5000}", "hidden_size=-32",
+    "num_hidden_layers=99999999", "num_attention_heads=0", "num_attention_heads=3",
+    "vocab_size=1e3", "vocab_size=-1", "head_dim=7", 'hidden_act="nope"', "attention_dropout=5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_folders_that_are_not_whole(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(folder_of("llama", tmp_path / "hub"))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    spoilt(folder, name)
+    words = ("data.path=builtin:markov", "data.tokens=9000", "data.sequence=16", "run.steps=1",
+             "launch.processes=1", "run.precision=fp32", "launch.threads=1", "evaluate.sample=0",
+             f"model.hub={folder}", f"run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert main(["train", *words]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.toml").exists()
 
 
 def batch() -> tuple[Tensor, Tensor]:
