@@ -182,7 +182,7 @@ class Supervisor:
             # With other hosts' ranks this one may make an island whole that this host cannot.
             if islands * inside > seated or (self._several and seated < self.wants):
                 self._call("joined", worker, f"pid {worker.pid} is ready", "it gets a seat")
-        elif len(ready) >= self.wants and not self.founds:
+        elif len(ready) >= self.wants and not self.founds and self.view is None:
             self.hosts.join()
         elif len(ready) >= self.wants:
             self._call("begun", worker, f"{len(ready)} ranks are ready", "they get seats")
@@ -227,7 +227,7 @@ class Supervisor:
         if -code in course.signals or course.over:  # it did what it was told, or was not needed
             course.code = 0 if course.over else 128 - code
             return
-        if seat is None and worker.ready:  # a spare: nobody waits for it
+        if seat is None and worker.ready and course.begun:  # a spare: nobody waits for it
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"

@@ -150,6 +150,20 @@ def test_the_supervisor(clean: str, run_dir: Path) -> None:
     same_descent(run_dir, clean, STEPS)
 
 
+def test_who_dies_before_all_are_ready_is_replaced(clean: str, run_dir: Path) -> None:
+    """One that imports, then one that is ready while the other still imports."""
+    with Live(run_dir, *TWO, PATIENT) as run:
+        first, second = run.until(lambda: w if len(w := sorted(run.workers())) == 2 else None)
+        os.kill(first, signal.SIGSTOP)
+        os.kill(second, signal.SIGKILL)
+        (ready,) = run.until(run.spares)
+        os.kill(ready, signal.SIGKILL)
+        run.until(lambda: ready not in run.workers())
+        os.kill(first, signal.SIGCONT)
+        assert run.end() == 0, run.said[-3000:]
+    same_descent(run_dir, clean, STEPS)
+
+
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.nightly)])
 def test_random_kills(kills: int, tmp_path: Path) -> None:
     """Of any worker, ranks, spares and those that import; sometimes two at once or one after
