@@ -32,13 +32,13 @@ from cordee.fault.leave import Asked
 from cordee.layout.axes import AXES
 from cordee.metrics.meter import Meter
 from cordee.metrics.screen import Screen
-from cordee.metrics.sinks import JsonLines, last_step, now, read_lines
+from cordee.metrics.sinks import JsonLines, now, read_lines
 from cordee.model.folder import open_folder
 from cordee.optim.clip import layer_norms
 from cordee.plan.report import compare, count_text
 from cordee.rendezvous import several
 
-KEPT_ROWS = 256
+KEPT_ROWS = 4096
 """Rows that every rank holds, for the case that the first rank dies before it has written them."""
 
 Row = tuple[dict[str, Any], dict[str, Any] | None]
@@ -83,9 +83,11 @@ class Desk:
         self._layers = JsonLines(folder / "layers.jsonl")
         self._events = JsonLines(folder / "events.jsonl")
         self._rows: deque[Row] = before._rows if before else deque(maxlen=KEPT_ROWS)
+        if before:  # with what the disk has refused so far
+            self._metrics, self._layers, self._events = before._sinks
+        # What stands in a log's way does not stop the run.
+        self._aside = [name for sink in self._sinks if first and (name := sink.set_aside())]
         if first and several(state.run):
-            if before:
-                self._metrics, self._layers, self._events = before._sinks
             for sink in self._sinks:  # from a first rank that is frozen or cut off, it may be
                 sink.take_over()
         self._began = time.monotonic()
@@ -153,16 +155,20 @@ class Desk:
             return
         written: dict[JsonLines, int] = {}
         for sink in (self._metrics, self._layers):
-            written[sink] = last_step(sink.path)
+            written[sink] = sink.last_step()
             if written[sink] > step:
-                sink.keep(lambda record: int(record["step"]) <= step)
+                sink.cut(step)
         # Rows are committed with the step: what a first rank took with it, this one has too.
         for row, layers in self._rows:
             if written[self._metrics] < row["step"] <= step:
                 self._metrics.write(row)
             if layers is not None and written[self._layers] < layers["step"] <= step:
                 self._layers.write(layers)
-        if last_step(self._metrics.path) < step:
+        for name in self._aside:
+            self.event("records_set_aside", step, {"path": name})
+            self.screen.say(f"records: what is no file was set aside as {name}")
+        self._aside = []
+        if self._metrics.last_step() < step:
             rows = len(read_lines(self._metrics.path))
             self.event("metrics_lost", step, {"rows": rows, "steps": step})
 

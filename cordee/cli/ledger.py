@@ -17,6 +17,7 @@ from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.order import Order
 from cordee.data.source import open_dataset
 from cordee.errors import ConfigError
+from cordee.metrics.lines import step_of
 from cordee.metrics.sinks import read_lines
 
 
@@ -25,8 +26,9 @@ def tell(word: str, flags: Namespace) -> int:
     folder = find_run("data ledger", word)
     run = load(str(folder / RUN_FILE)).run
     info = dataset_of(run, folder)
-    order, rows = order_of(run, info), read_lines(folder / "metrics.jsonl")
-    steps = max((int(row["step"]) for row in rows), default=0)
+    order, found = order_of(run, info), read_lines(folder / "metrics.jsonl")
+    rows = [row for row in found if step_of(row)]
+    steps = max((row["step"] for row in rows), default=0)
     if flags.step is not None and flags.sample is not None:
         raise ConfigError(
             "a step or a sample, not both",

@@ -64,6 +64,10 @@ def uses_of(order: Order, sample: int, steps: int) -> list[Use]:
     return found
 
 
+MOST_MISSING = 1_000_000
+"""Steps without a row that are listed one by one; a row that is further ahead is wrong itself."""
+
+
 @dataclass
 class Proof:
     """What a run's records prove. `steps` were recorded, `skipped` of them changed no parameter;
@@ -91,6 +95,9 @@ def prove(order: Order, rows: Iterable[Mapping[str, Any]]) -> Proof:
         step = int(row["step"])
         if step <= seen:
             found.again.append(step)
+            continue
+        if step - seen > MOST_MISSING:  # a number, but not of a step that was made
+            found.wrong.append(step)
             continue
         found.missing += range(seen + 1, step)
         seen, found.steps = step, found.steps + 1

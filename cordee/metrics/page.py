@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from html import escape
+from math import isfinite
 from typing import Any
 
 from cordee.config.load import field_doc, flatten
@@ -136,11 +137,11 @@ def _pair(records: Records, column: Column, *, log: bool = False, colour: str = 
 def _losses(records: Records) -> list[Chart]:
     """Loss in nats, and in bits a byte: training, smoothed, held out, and the floor."""
     begin = records.event("started") or {}
-    entropy = begin.get("entropy_bits")
+    entropy = number_of(begin.get("entropy_bits"))
     loss, bits = records.columns["loss"], records.columns["bits_per_byte"]
     ratio = mean_ratio(bits, loss)
     floors: dict[str, float] = {}
-    if isinstance(entropy, (int, float)):
+    if entropy is not None:
         floors["loss"] = entropy * LN2
         floors["bits_per_byte"] = entropy * LN2 * (ratio or 1 / LN2)
     marks = [
@@ -158,9 +159,9 @@ def _losses(records: Records) -> list[Chart]:
             continue
         lines = _pair(records, column)
         points = [
-            (e.get("step", records.steps[-1]), e[f"held_out_{name}"])
+            (e.get("step", records.steps[-1]), score)
             for e in records.events
-            if isinstance(e.get(f"held_out_{name}"), (int, float))
+            if (score := number_of(e.get(f"held_out_{name}"))) is not None
         ]
         if points:
             x, y = zip(*points, strict=True)
@@ -366,14 +367,15 @@ def _table(head: str, rows: Sequence[str]) -> str:
 
 def _when(event: dict[str, Any]) -> datetime | None:
     try:
-        return datetime.fromisoformat(str(event.get("time")))
+        when = datetime.fromisoformat(str(event.get("time")))
     except ValueError:
         return None
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _value(key: str, value: object) -> str:
     """A value of an event as a person reads it, by the unit in its name."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         if key.endswith("bytes"):
             return amount(value, "B")
         if key == "seconds" or key.endswith("_s"):
@@ -382,7 +384,8 @@ def _value(key: str, value: object) -> str:
             return str(value) if key in ("pid", "rank", "generation") else f"{value:,}"
         return number(value)
     if key == "members" and isinstance(value, list):
-        return ", ".join(f"{member['pid']} on {member['host']}" for member in value)
+        named = [member for member in value if isinstance(member, dict)]
+        return ", ".join(f"{member.get('pid')} on {member.get('host')}" for member in named)
     return str(value)
 
 

@@ -7,10 +7,9 @@ of it (`report.py`, `page.py`).
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.errors import ConfigError
+from cordee.metrics.lines import document, records, step_of
 
 COLUMNS = (
     "loss", "bits_per_byte", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_s",
@@ -55,10 +55,10 @@ class Records:
 def read_run(folder: Path) -> Records:
     """Reads a run's folder. A step written twice (a run that went back) counts as last written."""
     steps, layers = _Table(COLUMNS), _Table(())
-    for record in _lines(folder / "metrics.jsonl"):
-        steps.add(record.get("step"), record)
-    for record in _lines(folder / "layers.jsonl"):
-        layers.add(record.get("step"), record.get("grad_norm"))
+    for record in records(folder / "metrics.jsonl"):
+        steps.add(step_of(record), record)
+    for record in records(folder / "layers.jsonl"):
+        layers.add(step_of(record), record.get("grad_norm"))
     files = [folder / n for n in ("metrics.jsonl", "events.jsonl", "layers.jsonl", "run.toml")]
     return Records(
         folder=folder,
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Records:
         columns=steps.columns,
         layer_steps=layers.steps,
         layers=layers.columns,
-        events=[e for e in _lines(folder / "events.jsonl") if isinstance(e.get("event"), str)],
+        events=_events(folder / "events.jsonl"),
         predicted=_predicted(folder / "plan.json"),
         run=_run_of(folder / "run.toml"),
         written=max((f.stat().st_mtime for f in files if f.is_file()), default=0.0),
@@ -110,35 +110,24 @@ def number(value: object) -> float | None:
 
 
 def _predicted(path: Path) -> dict[str, float]:
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = plan.get("predicted") if isinstance(plan, dict) else None
+    found = document(path).get("predicted")
     found = found if isinstance(found, dict) else {}
     plain = {k: v for k, v in found.items() if not isinstance(v, dict)}
     numbers = {k: number(v) for k, v in plain.items()}
     return {k: v for k, v in numbers.items() if v is not None}
 
 
+def _events(path: Path) -> list[dict[str, Any]]:
+    """Records that name an event; a step that is none is left out."""
+    named = [e for e in records(path) if isinstance(e.get("event"), str)]
+    return [{k: v for k, v in e.items() if k != "step" or step_of(e) is not None} for e in named]
+
+
 def _run_of(path: Path) -> Run | None:
     """The run's configuration; None where it is missing or another version's."""
+    if not path.is_file():
+        return None
     try:
         return load(str(path)).run
     except ConfigError:
         return None
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file one by one (a long run's do not fit a small machine's memory);
-    what is not one, such as a torn last line, is passed over."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8-sig", errors="replace") as stream:
-        for line in stream:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record

@@ -7,10 +7,13 @@ they read these files.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from io import FileIO
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.config.paths import free_name
+from cordee.metrics.lines import open_plain, record_of, records, step_of, whole_lines
 
 KEPT_LINES = 100_000
 
@@ -31,6 +35,26 @@ class JsonLines:
         self._waiting: list[str] = []
         self._mended = False
         self._file: tuple[int, int] | None = None
+        self._cut: int | None = None
+
+    def set_aside(self) -> str:
+        """Moves what is no file (a folder, a pipe, a device) out of this sink's way; its new name,
+        "" when there was nothing to move."""
+        try:
+            if stat.S_ISREG(os.stat(self.path).st_mode):
+                return ""
+        except OSError as error:
+            if error.errno != errno.ELOOP:  # links in a circle; else it is missing, or not known
+                return ""
+        number = 1
+        while os.path.lexists(aside := self.path.with_name(f"{self.path.name}.aside-{number}")):
+            number += 1
+        try:
+            os.rename(self.path, aside)
+        except OSError as error:
+            self.failure = f"{self.path.name}: {error.strerror}"
+            return ""
+        return aside.name
 
     def take_over(self) -> None:
         """Makes this the only writer: path becomes another file with the same lines, and what a
@@ -39,16 +63,23 @@ class JsonLines:
         try:
             if self.path.exists() and self._file == _identity(os.stat(self.path)):
                 return
-            write_whole(self.path, self.path.read_bytes() if self.path.exists() else b"")
+            write_whole(self.path, _content(self.path))
             self._file = _identity(os.stat(self.path))
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
 
-    def keep(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drops all other records (`keep_lines`)."""
-        keep_lines(self.path, keep)
-        if self._file is not None:
-            self._file = _identity(os.stat(self.path))
+    def cut(self, step: int) -> None:
+        """Drops records of later steps, now or as soon as the disk lets; what is written meanwhile
+        waits."""
+        self._cut = step
+        self._waiting = [line for line in self._waiting if (_step_in(line) or 0) <= step]
+        self.flush()
+
+    def last_step(self) -> int:
+        """The step of the last record, written or waiting; 0 when there is none."""
+        waiting = (_step_in(line) for line in reversed(self._waiting))
+        found = next((step for step in waiting if step is not None), None)
+        return last_step(self.path) if found is None else found
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (kept in memory while the disk refuses, the newest 100,000)."""
@@ -60,6 +91,7 @@ class JsonLines:
         """Writes what waits; False when the disk refuses."""
         data = "".join(self._waiting).encode()
         try:
+            self._do_cut()
             # Unbuffered: a buffer would be written again by close, after the cut.
             with open(self.path, "a+b", buffering=0) as stream:
                 if self._file not in (None, _identity(os.fstat(stream.fileno()))):
@@ -84,6 +116,16 @@ class JsonLines:
         self.failure = ""
         return True
 
+    def _do_cut(self) -> None:
+        if self._cut is None:
+            return
+        there = self.path.is_file()
+        if there and self._file in (None, _identity(os.stat(self.path))):
+            cut_after(self.path, self._cut)
+            if self._file is not None:
+                self._file = _identity(os.stat(self.path))
+        self._cut = None
+
     def sync(self) -> None:
         """Makes what was written survive a power cut, as far as the disk allows."""
         if not self.flush() or not self.path.exists():
@@ -97,6 +139,17 @@ class JsonLines:
 
 def _identity(known: os.stat_result) -> tuple[int, int]:
     return known.st_dev, known.st_ino
+
+
+def _step_in(line: str) -> int | None:
+    return step_of(record_of(line.encode()) or {})
+
+
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        return b""
+    with open_plain(path) as stream:
+        return stream.read()
 
 
 def _cut_half_line(stream: FileIO) -> None:
@@ -115,49 +168,52 @@ def _cut_half_line(stream: FileIO) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a file; a half-written last line and a missing file are no error."""
-    if not path.exists():
-        return []
-    records = []
-    with open(path, encoding="utf-8-sig", errors="replace") as stream:
-        for line in stream:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # no JSON; or thousands of digits, or of brackets
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+    """Every record of a file that can be read (`lines.py`); a missing file has none."""
+    return list(records(path))
 
 
 def last_event(folder: Path) -> dict[str, Any]:
     """The newest record of a run folder's events.jsonl; empty when there is none."""
-    events = read_lines(folder / "events.jsonl")
-    return events[-1] if events else {}
+    last: dict[str, Any] = {}
+    for last in records(folder / "events.jsonl"):
+        pass
+    return last
 
 
 def last_step(path: Path) -> int:
-    """The step of a file's last whole record; 0 when it has none. Reads the file's end only."""
-    if not path.exists():
-        return 0
-    with open(path, "rb") as stream:
+    """The step of a file's last record that has one; 0 when none has. Reads the file's end, and all
+    of it only when the end says nothing."""
+    with suppress(OSError), open_plain(path) as stream:
         stop = stream.seek(0, os.SEEK_END)
-        for length in (1 << 16, 1 << 22, stop):
+        for length in (1 << 16, 1 << 22):
             stream.seek(max(0, stop - length))
-            for line in reversed(stream.read().splitlines()):
-                # Whatever stands there instead of a record: no JSON, no object, no number.
-                with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                    return int(json.loads(line)["step"])
-    return 0
+            for line in reversed(stream.read(length).splitlines()):
+                step = step_of(record_of(line) or {})
+                if step is not None:
+                    return step
+    return max(deque((step_of(record) or 0 for record in records(path)), maxlen=1), default=0)
 
 
-def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
-    """Rewrites a file with the records that `keep` says, atomically; returns how many stayed."""
-    if not path.exists():
-        return 0
-    records = [record for record in read_lines(path) if keep(record)]
-    write_whole(path, "".join(map(_line, records)).encode())
-    return len(records)
+def cut_after(path: Path, step: int) -> None:
+    """Drops the records of later steps than `step`, and what stands between them. OSError.
+
+    They are a file's end, as a rule, and cutting that needs no room on a disk; a file whose steps
+    go back and forth is written anew.
+    """
+    cut, again = -1, False
+    kept: list[bytes] = []
+    for start, line in whole_lines(path):
+        at = step_of(record_of(line) or {})
+        if at is not None and at > step and cut < 0:
+            cut = start
+        elif at is not None and at <= step and cut >= 0:
+            again = True
+        if at is not None and at <= step:
+            kept.append(line)
+    if again:
+        write_whole(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
+    elif cut >= 0:
+        os.truncate(path, cut)
 
 
 def write_whole(path: Path, data: bytes) -> None:
