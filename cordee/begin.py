@@ -28,12 +28,13 @@ from cordee.data.records import check_images
 from cordee.data.snapshot import is_of, make, remove, state_of
 from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
 from cordee.dist.streams import say
-from cordee.errors import ConfigError, DataError
+from cordee.errors import ConfigError, DataError, RunError
 from cordee.fault.course import Post
 from cordee.fault.hold import Hold
 from cordee.fault.supervise import supervise
 from cordee.machine import measured_cluster
-from cordee.metrics.sinks import last_event, read_lines, write_whole
+from cordee.metrics.lines import records
+from cordee.metrics.sinks import write_whole
 from cordee.plan.cluster import local_cluster
 from cordee.plan.devices import with_precision
 from cordee.plan.plan import (
@@ -46,7 +47,7 @@ from cordee.plan.plan import (
     with_islands,
 )
 from cordee.plan.recipe import follows_clock, for_machine, recorded_recipe, with_evaluation
-from cordee.rendezvous import check_addresses, interface, meet, several
+from cordee.rendezvous import check_addresses, end_of, interface, meet, several
 
 RESOLVED = ("run.precision", "evaluate.tokens", "evaluate.sample")
 """Keys that are "auto" until a run begins."""
@@ -114,7 +115,7 @@ def look(run: Run, brought: str = "") -> Standing:
             values=shown,
             fix=f"run.dir={_free_name(folder)}, or the same keys again to go on with that run",
         )
-    first = next(iter(read_lines(folder / "events.jsonl")), {})
+    first = next(records(folder / "events.jsonl"), {})
     if brought != first.get("brought", brought):
         there, here = (name or "the house's own" for name in (first["brought"], brought))
         raise ConfigError(
@@ -128,8 +129,7 @@ def look(run: Run, brought: str = "") -> Standing:
             values={"run.dir": str(folder)},
             fix=f"run.dir={_free_name(folder)}, or run.resume=auto",
         )
-    last = last_event(folder)
-    return Standing(last if last.get("event") == "finished" else None)
+    return Standing(end_of(run))
 
 
 def find_data(run: Run) -> Path | None:
@@ -205,13 +205,27 @@ def _has_begun(folder: Path) -> bool:
     return (folder / RUN_FILE).exists() and any((folder / name).exists() for name in RECORDS)
 
 
-def record(run: Run, plan: Plan) -> None:
-    """Writes run.toml (only once) and plan.json (of this start) into the run's folder."""
+def record(run: Run, plan: Plan, underway: bool = False) -> str:
+    """Writes run.toml (only once) and plan.json (of this start) into the run's folder; "", or what
+    the disk refused. RunError: run.toml is not there, without which nobody comes back to the run;
+    never when it is `underway`: who holds the state goes on in memory."""
     folder = Path(run.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / RUN_FILE).exists():
-        write_whole(folder / RUN_FILE, dump(run).encode())
-    write_whole(folder / PLAN_FILE, plan.to_json().encode() + b"\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RUN_FILE).exists():
+            write_whole(folder / RUN_FILE, dump(run).encode())
+        write_whole(folder / PLAN_FILE, plan.to_json().encode() + b"\n")
+    except OSError as error:
+        there = (folder / RUN_FILE).is_file()
+        cause = f"{PLAN_FILE if there else RUN_FILE}: {error.strerror or error}"
+        if underway or there:
+            return cause
+        raise RunError(
+            "the run's folder cannot be written",
+            values={"run.dir": str(folder), "cause": cause},
+            fix="make room, or run.dir=... on another disk",
+        ) from error
+    return ""
 
 
 @contextmanager

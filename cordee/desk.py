@@ -266,6 +266,17 @@ class Desk:
         self.event("checkpoint_rejected", 0, {"path": path.name, "cause": reason})
         self.screen.say(f"checkpoint {path.name} is rejected: {reason}")
 
+    def passed_over(self, path: Path, reason: str) -> None:
+        """What has a checkpoint's name and is none."""
+        self.event("checkpoint_passed_over", 0, {"path": path.name, "cause": reason})
+        self.screen.say(f"checkpoint {path.name} is passed over: it {reason}")
+
+    def cannot_write(self, cause: str) -> None:
+        """Something of this start that is no record of a step; nothing when there is no cause."""
+        if cause:
+            self.event("cannot_write", 0, {"cause": cause, "done": "training goes on"})
+            self.screen.say(f"CANNOT WRITE {cause}; training goes on")
+
     def data_changed(self, step: int, files: Sequence[str]) -> None:
         """Source files that are not what they were; said once each."""
         new = [name for name in files if name not in self._changed]

@@ -13,11 +13,13 @@ import platform
 import socket
 import struct
 import uuid
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cordee import __version__
+from cordee.checkpoint.folders import MOST_GENERATIONS, generations, scan
 from cordee.config.load import flatten
 from cordee.config.run import FREE_ON_RESUME, Run
 from cordee.errors import ConfigError
@@ -28,8 +30,11 @@ from cordee.fault.members import Member
 from cordee.fault.pace import Rules
 from cordee.fault.secret import make_secret, read_secret
 from cordee.fault.witness import FileWitness
-from cordee.metrics.sinks import last_event, read_lines
+from cordee.metrics.lines import records, step_of, whole_number
+from cordee.metrics.records import number
+from cordee.metrics.sinks import last_event
 
+CHECKPOINTS = "checkpoints"
 WITNESS_FILE = "members.json"
 FOLDER_ID = "members.id"
 SECRET_FILE = "secret"
@@ -47,7 +52,9 @@ def meet(run: Run, data: str, inside: str, device: str) -> Meeting:
     rules = Rules(silence_s=run.fault.silence_s, least_s=min(RULES.least_s, run.fault.silence_s))
 
     def finished() -> bool:
-        return last_event(folder).get("event") == "finished"
+        with suppress(ConfigError):
+            return end_of(run) is not None
+        return False
 
     if not several(run):
         return Meeting(
@@ -131,9 +138,36 @@ def own_ip(towards: str) -> str:
 
 def last_generation(folder: Path) -> int:
     """The newest generation that a run's folder knows of; 0 when there is none."""
-    numbers = [int(p.name.rpartition(".g")[2]) for p in (folder / "checkpoints").glob("step-*.g*")]
-    told = [int(e.get("generation") or 0) for e in read_lines(folder / "events.jsonl")]
-    return max([0, *numbers, *told])
+    told = (whole_number(e.get("generation")) or 0 for e in records(folder / "events.jsonl"))
+    likely = (number for number in told if number <= MOST_GENERATIONS)
+    return max([0, *generations(folder / CHECKPOINTS), *likely])
+
+
+def end_of(run: Run) -> dict[str, Any] | None:
+    """The last event of a run that is at its end: it says so, a checkpoint of that step is there,
+    and a limit of the run is reached. None: it goes on, whatever a log says. ConfigError: it says
+    so, and all its checkpoints are gone."""
+    folder, limits = Path(run.run.dir), run.run
+    last = last_event(folder)
+    if last.get("event") != "finished":
+        return None
+    step, seconds = step_of(last) or 0, number(last.get("elapsed_s")) or 0.0
+    tokens = whole_number(last.get("tokens")) or 0
+    reached = (
+        (0 < limits.steps <= step) or (0 < limits.tokens <= tokens) or bool(limits.epochs)
+        or (0 < 60 * limits.minutes <= seconds + 0.001)
+    )  # fmt: skip
+    try:
+        steps = [found.step for found in scan(folder / CHECKPOINTS) if found.complete]
+    except OSError:
+        steps = []
+    if reached and last.get("saved", True) and not steps:
+        raise ConfigError(
+            "the run's records say that it is finished, and it has no checkpoint",
+            values={"run.dir": str(folder), "step": step},
+            fix="put checkpoints/ back; or run.dir=... elsewhere to train it again",
+        )
+    return last if reached and step in steps else None
 
 
 def check_addresses(run: Run) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cordee.begin import Ready
 from cordee.build import RunState
-from cordee.checkpoint.format import folder_name
+from cordee.checkpoint.folders import folder_name
 from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
 from cordee.checkpoint.neighbour import Neighbour
 from cordee.checkpoint.peer import Filled, Kept, fill, no_drill
@@ -212,7 +212,7 @@ def _load(state: RunState, found: Checkpoint, generation: int) -> None:
 
 def _take_on(state: RunState, meta: Mapping[str, Any], generation: int) -> None:
     """Everything that survives and is no tensor."""
-    state.sync.restore(meta["sync"])
+    state.sync.restore(meta.get("sync") or {})
     state.progress = replace(progress_of(meta), generation=generation)
     state.guard.in_a_row = state.progress.in_a_row
     state.scale.value = state.progress.loss_scale
@@ -248,7 +248,7 @@ def choose_checkpoint(state: RunState, desk: Desk, seat: Seat) -> tuple[Checkpoi
     found: Checkpoint | None = None
     generation = seat.generation or 1
     if state.world.first:
-        found = newest(folder, desk.rejected)
+        found = newest(folder, desk.rejected, desk.passed_over)
         generation = seat.generation or last_generation(state.folder) + 1
     row = torch.tensor(
         [generation, found.step if found else -1, found.generation if found else -1],

@@ -165,10 +165,10 @@ def take_part(
         # Distribute the model: replicated over islands, sharded inside them; then the state, of
         # peers that hold it, else of the newest checkpoint, cut for this layout.
         state = build(run, plan, here, data, parts, memory.state, drill)
-        if here.first:
-            record(run, plan)
+        trouble = record(run, plan, memory.state is not None) if here.first else ""
         desk = Desk(state, asked, memory.desk)
         try:
+            desk.cannot_write(trouble)
             restore(state, desk, seat, memory)
             tell_devices(state, desk)
             walk(state, desk)

@@ -33,7 +33,6 @@ from cordee.errors import CheckpointError
 from cordee.layout.boxes import Box, first_fault, whole
 
 FORMAT = "cordee-checkpoint-2"
-MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20
 JSON_LIMIT_BYTES = 64 << 20
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
@@ -190,21 +189,6 @@ class Placed:
     offset_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepFolder:
-    """A checkpoint folder as found; complete when it has a manifest, verified or not."""
-
-    step: int
-    generation: int
-    path: Path
-    complete: bool
-
-
-def folder_name(step: int, generation: int) -> str:
-    """`step-00000020.g3`; a generation never writes where another one wrote."""
-    return f"step-{step:08d}.g{generation}"
-
-
 def file_name(rank: int) -> str:
     """The safetensors file of a writer."""
     return f"rank-{rank:05d}.safetensors"
@@ -213,20 +197,6 @@ def file_name(rank: int) -> str:
 def part_name(rank: int) -> str:
     """Where a writer says what it wrote, until the manifest has it."""
     return f"rank-{rank:05d}.json"
-
-
-def scan(folder: Path) -> list[StepFolder]:
-    """Checkpoint folders, newest (step, generation) first; links are not followed. OSError."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = re.fullmatch(r"step-([0-9]{8,18})\.g([0-9]{1,18})", entry.name)
-            if match and entry.is_dir(follow_symlinks=False):
-                path = folder / entry.name
-                done = os.path.lexists(path / MANIFEST)
-                step, generation = int(match[1]), int(match[2])
-                found.append(StepFolder(step=step, generation=generation, path=path, complete=done))
-    return sorted(found, key=lambda f: (f.step, f.generation), reverse=True)
 
 
 def digest(blocks: Iterable[memoryview]) -> str:

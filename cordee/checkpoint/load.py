@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -22,19 +23,17 @@ from typing import Any
 
 import torch
 
+from cordee.checkpoint.folders import MANIFEST, folder_name, passed_over, scan
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
     DTYPES,
-    MANIFEST,
     FileEntry,
     Placed,
     digest,
     fields,
-    folder_name,
     open_plain,
     parse_file,
     read_sealed,
-    scan,
     tile,
 )
 from cordee.errors import CheckpointError
@@ -123,14 +122,25 @@ def complete(folder: Path) -> list[Path]:
         ) from error
 
 
-def newest(folder: Path, rejected: Callable[[Path, str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; `rejected(path, reason)` for each newer one."""
+def newest(
+    folder: Path,
+    rejected: Callable[[Path, str], None],
+    passed: Callable[[Path, str], None] = lambda path, reason: None,
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies; `rejected(path, reason)` for each newer one, and
+    `passed(path, reason)` for newer ones that were never complete, or whose folder is a link."""
+    found: Checkpoint | None = None
     for path in complete(folder):
         try:
-            return open_checkpoint(path)
+            found = open_checkpoint(path)
+            break
         except CheckpointError as error:
             rejected(path, error.what)
-    return None
+    with suppress(OSError):
+        for step, generation, path, reason in passed_over(folder):
+            if found is None or (step, generation) > (found.step, found.generation):
+                passed(path, reason)
+    return found
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
@@ -149,6 +159,8 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
         tensors = tile(files)
         if path.name.startswith("step-") and path.name != folder_name(step, generation):
             raise ValueError(f"is of step {step}, generation {generation}, not of this folder")
+        if (stands := _step_of(meta)) not in (None, step):
+            raise ValueError(f"is of step {step}, and the progress in it of step {stands}")
     except ValueError as error:
         raise _broken(path, MANIFEST, str(error)) from error
     stamps = {file.file: _check_start(path, file) for file in files}
@@ -157,6 +169,12 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     return Checkpoint(
         step=step, generation=generation, meta=meta, path=path, _tensors=tensors, _stamps=stamps
     )
+
+
+def _step_of(meta: Mapping[str, Any]) -> object:
+    """The step that a checkpoint's progress says; None where it has no progress."""
+    progress = meta.get("progress")
+    return progress.get("step") if isinstance(progress, dict) else None
 
 
 def _broken(path: Path, file: str, reason: str) -> CheckpointError:

@@ -22,28 +22,25 @@ from typing import Any
 
 import torch
 
+from cordee.checkpoint.folders import MANIFEST, StepFolder, folder_name, scan
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
     DTYPES,
     JSON_LIMIT_BYTES,
-    MANIFEST,
     FileEntry,
     FileLayout,
     Piece,
     PieceEntry,
     SaveStatus,
-    StepFolder,
     canonical,
     digest,
     entry_of,
     fields,
     file_name,
-    folder_name,
     layout,
     parse_file,
     part_name,
     read_sealed,
-    scan,
     seal,
     tile,
 )

@@ -10,7 +10,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -130,11 +130,17 @@ def describe(progress: Progress, sync: Mapping[str, Any], data: str, run: str) -
 
 def progress_of(meta: Mapping[str, Any]) -> Progress:
     """The counterpart of `describe`; CheckpointError when fields are missing or unknown."""
+    progress = meta.get("progress")
     try:
-        return Progress(**meta["progress"])
-    except (KeyError, TypeError) as error:
+        found = Progress(**progress)  # type: ignore[arg-type]
+        for known in fields(Progress):
+            value, wanted = getattr(found, known.name), type(known.default)
+            if type(value) not in (wanted, int) or not 0 <= value < 1 << 62:
+                raise TypeError(f"{known.name} is {str(value)[:40]}")
+        return found
+    except TypeError as error:
         raise CheckpointError(
             "the checkpoint was written by another version",
-            values={"fields": sorted(meta.get("progress", {}))},
+            values={"fields": sorted(progress) if isinstance(progress, dict) else "none"},
             fix="use the version that wrote it, or another run.dir",
         ) from error

@@ -19,7 +19,7 @@ def open_weights(verb: str, word: str | None) -> Checkpoint:
     folder = checkpoint_folder(verb, word)
     if folder.name.startswith("step-"):
         return open_checkpoint(folder)
-    found = newest(folder, _tell) if folder.is_dir() else None
+    found = newest(folder, _tell, _pass_over) if folder.is_dir() else None
     if found is None:
         raise CheckpointError(
             "the run has no complete checkpoint yet",
@@ -46,6 +46,10 @@ def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All parameters of a checkpoint, whole, by name."""
     names = [n.removeprefix(PREFIX) for n in checkpoint.names() if n.startswith(PREFIX)]
     return {name: value(checkpoint, name) for name in sorted(names)}
+
+
+def _pass_over(path: Path, reason: str) -> None:
+    say(f"checkpoint {path.name} is passed over: it {reason}")
 
 
 def _tell(path: Path, reason: str) -> None:

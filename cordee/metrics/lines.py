@@ -73,7 +73,7 @@ def document(path: Path) -> dict[str, Any]:
 def record_of(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line; None when it is none."""
     try:
-        record = _DECODER.decode(line.decode("utf-8", errors="replace"))
+        record = _DECODER.decode(line.decode("utf-8-sig", errors="replace"))
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

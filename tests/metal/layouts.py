@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cordee.begin import lay_out_data, settle
 from cordee.build import RunState, build
-from cordee.checkpoint.format import folder_name
+from cordee.checkpoint.folders import folder_name
 from cordee.checkpoint.load import open_checkpoint
 from cordee.checkpoint.state import pieces, reader
 from cordee.config.load import load

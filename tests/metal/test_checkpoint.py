@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from cordee.checkpoint.folders import MANIFEST
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
     DTYPES,
     JSON_LIMIT_BYTES,
-    MANIFEST,
     Piece,
     SaveStatus,
     digest,
