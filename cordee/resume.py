@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,10 @@ def keep_safe(run: Run, seat: Seat, memory: Memory, here: World) -> None:
     folder, group = Path(run.run.dir), dist.group.WORLD if here.size > 1 else None
     saver = Saver(folder / "checkpoints", here.rank, here.size, run.checkpoint.keep, no_drill)
     events, screen = JsonLines(folder / "events.jsonl"), Screen(silent=not here.first)
-    found = newest(folder / "checkpoints", lambda *_: None) if here.first else None
+    found = None
+    if here.first:
+        with suppress(CheckpointError):  # the folder cannot be listed: what is held may be all
+            found = newest(folder / "checkpoints", lambda *_: None)
     saved_step = found.step if found else -1
     required = [f"model/{name}" for name in memory.state.specs] if memory.state else []
     try:

@@ -250,8 +250,9 @@ class Line:
 
     def _show(self, first: bool) -> None:
         """The first rank writes to the terminal, the others to where the supervisor keeps it."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         for number, there in enumerate(self._terminal if first else self._own, 1):
             os.dup2(there, number)
 

@@ -42,7 +42,7 @@ def say(text: str) -> None:
     """A line for the person, on standard error, so that --json has standard output alone; nothing
     when it cannot be written."""
     if sys.stderr is not None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: it is closed
             print(text, file=sys.stderr, flush=True)
 
 

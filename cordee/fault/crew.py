@@ -91,22 +91,29 @@ class Crew:
         self._started = 0
 
     def start(self) -> Worker:
-        """Starts a worker, which will say that it is ready."""
+        """Starts a worker, which will say that it is ready. OSError: the system has no room."""
         talk, theirs = pair()
         words, mark = os.memfd_create("cordee-words"), os.memfd_create("cordee-mark")
         os.ftruncate(mark, MARK.size)
         descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
-        process = subprocess.Popen(
-            [*python_command(), *self.command],
-            env=worker_environment(descriptors, self.threads, self.interface),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=words,
-            pass_fds=descriptors,
-            # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
-            process_group=0,
-        )
-        theirs.close()
+        try:
+            process = subprocess.Popen(
+                [*python_command(), *self.command],
+                env=worker_environment(descriptors, self.threads, self.interface),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=words,
+                pass_fds=descriptors,
+                # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
+                process_group=0,
+            )
+        except OSError:
+            talk.close()
+            os.close(words)
+            os.close(mark)
+            raise
+        finally:
+            theirs.close()
         self._started += 1
         worker = Worker(self._started, process, talk, words, mark, os.pidfd_open(process.pid))
         self.workers[worker.number] = worker

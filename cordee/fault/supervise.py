@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from cordee.dist.streams import say
+from cordee.errors import RunError
 from cordee.fault.course import ASKED, Course, Failure, Post, seat_of
 from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
@@ -36,6 +37,9 @@ BROKEN_AFTER_S = 1.0
 """A connection that broke although nobody died is acted upon after so long."""
 
 TICK_S = 0.1
+
+AGAIN_S = 1.0
+"""Between two tries to start a worker that the system refuses."""
 
 UNDER_WAY = ("step.", "evaluate", "finish")
 """Phases of a worker whose generation has its state, and has written what led to it."""
@@ -57,6 +61,8 @@ class Supervisor:
         self.founds = not meeting.through
         self.view: View | None = None
         self._selector = selectors.DefaultSelector()
+        self._short_s = 0.0
+        """When the system last refused a worker; 0: it gave the last one."""
 
     def run(self) -> int:
         """Until the run is over: 0 done, 1 failed, 128 + signal when asked to leave."""
@@ -106,10 +112,25 @@ class Supervisor:
         if self.hosts.link is not None:
             self._selector.register(self.hosts.link, selectors.EVENT_READ, self._follow)
 
-    def _start(self) -> None:
-        worker = self.crew.start()
+    def _start(self) -> bool:
+        """Starts a worker; False when the system has no room for it now: others may go on."""
+        try:
+            worker = self.crew.start()
+        except OSError as error:
+            if not (self.crew.workers or self.course.begun):
+                raise RunError(
+                    "no worker can be started",
+                    values={"host": self.name, "cause": error.strerror or str(error)},
+                    fix="more processes (ulimit -u) or memory, then the same command",
+                ) from error
+            if not self._short_s:
+                self._print(f"a worker cannot be started: {error.strerror}; it is tried again")
+            self._short_s = time.monotonic()
+            return False
+        self._short_s = 0.0
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._on_death(worker))
         self._selector.register(worker.talk, selectors.EVENT_READ, lambda: self._on_words(worker))
+        return True
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.course.signals.append(number)
@@ -380,9 +401,11 @@ class Supervisor:
         living = [w for w in self.crew.workers.values() if w.leaving is None]
         under_way = course.begun and time.monotonic() - course.entered_s > SPARE_AFTER_S
         missing = self.wants + (self.post.spares if under_way else 0) - len(living)
-        if now or under_way:
-            for _ in range(missing):
-                self._start()
+        if self._short_s and time.monotonic() - self._short_s < AGAIN_S:
+            return
+        for _ in range(missing if now or under_way or self._short_s else 0):
+            if not self._start():
+                return
 
 
 def supervise(post: Post, meeting: Meeting) -> int:

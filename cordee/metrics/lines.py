@@ -1,4 +1,4 @@
-"""The one reader of a run's JSON files, whatever has happened to them: torn, flipped, forged, a pipe.
+"""The one reader of a run's JSON files, whatever happened to them: torn, flipped, forged, a pipe.
 
 What cannot be read is an absence and no error: a log stops no run. Not here: writing (`sinks.py`),
 and what records mean.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -36,15 +37,19 @@ class Screen:
         """One line."""
         if self._silent:
             return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            say(text)
+        with suppress(OSError, ValueError):  # a closed terminal, a full disk: no reason to end
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                say(text)
 
     def step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
         """The state after a step: `done` in [0, 1], `left_s` seconds to go."""
-        if self._silent:
-            return
+        if not self._silent:
+            with suppress(OSError, ValueError):
+                self._step(row, done, left_s)
+
+    def _step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
         if self._console.is_terminal:
             narrow = self._console.width < WIDE
             text = brief(row, left_s) if narrow else describe(row, left_s)
@@ -61,9 +66,10 @@ class Screen:
 
     def close(self) -> None:
         """Takes the bar away; its last state stays on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError, ValueError):
+                bar.stop()
 
 
 def describe(row: Mapping[str, Any], left_s: float) -> str:

@@ -174,10 +174,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def last_event(folder: Path) -> dict[str, Any]:
     """The newest record of a run folder's events.jsonl; empty when there is none."""
-    last: dict[str, Any] = {}
-    for last in records(folder / "events.jsonl"):
-        pass
-    return last
+    return next(iter(deque(records(folder / "events.jsonl"), maxlen=1)), {})
 
 
 def last_step(path: Path) -> int:

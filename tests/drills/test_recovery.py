@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import time
 from contextlib import suppress
@@ -192,6 +193,31 @@ def test_random_kills(kills: int, tmp_path: Path) -> None:
                         done += 1
         assert run.end(20 * kills + 120) == 0, run.said[-3000:]
     same_descent(folder, digest(tmp_path / "clean"), steps)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_death_while_the_disk_refuses(rank: int, clean: str, run_dir: Path) -> None:
+    """The survivor can write nothing at all; it goes on from memory and makes up for it later."""
+    with Live(run_dir, *TWO, PATIENT, "fault.spares=1") as run:
+        run.until_spares()
+        run.until_step(12)
+        ranks = run.ranks()
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGSTOP)
+        for pid in run.workers():
+            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, hard))
+        os.kill(ranks[rank], signal.SIGKILL)
+        os.kill(ranks[1 - rank], signal.SIGCONT)
+        run.until(lambda: "in generation" in run.said)
+        for pid in run.workers():
+            with suppress(ProcessLookupError):
+                _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert run.end() == 0, run.said[-3000:]
+        assert "CANNOT WRITE plan.json" in run.said and not run.told("resumed"), run.said
+        assert len(run.told("lost")) == 1
+    same_descent(run_dir, clean, STEPS)
 
 
 # ---- freezes -------------------------------------------------------------------------------------
