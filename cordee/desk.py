@@ -97,6 +97,8 @@ class Desk:
         self._shared_s = 0.0
         self._changed: set[str] = before._changed if before else set()
         self._complained = ""
+        self.members: Sequence[Mapping[str, Any]] = ()
+        """Host and pid of every rank; empty where no supervisor has told."""
 
     @property
     def _sinks(self) -> tuple[JsonLines, JsonLines, JsonLines]:
@@ -251,6 +253,19 @@ class Desk:
         return name_culprits(
             (name, p.grad) for name, p in state.parameters.items() if p.grad is not None
         )
+
+    def tell_odd(self, step: int, norms: Sequence[float], odd: Sequence[int], done: str) -> None:
+        """Ranks that hold another gradient than the others after all agreed on it."""
+        who = [{"rank": rank, **self._member(rank)} for rank in odd]
+        named = ", ".join(f"rank {rank} ({norms[rank]:.6g})" for rank in odd[:4])
+        says = f"ranks hold gradients of different norms: {named}; {done}"
+        known = {"norms": [_finite(norm) for norm in norms], "ranks": who, "done": done}
+        self.event("ranks_differ", step, {**known, "says": says})
+        self.screen.say(f"step {step:>5}  {says}")
+
+    def _member(self, rank: int) -> Mapping[str, Any]:
+        """Host and pid of a rank, as far as a supervisor has told."""
+        return self.members[rank] if rank < len(self.members) else {}
 
     def evaluated(self, state: RunState, scored: HeldOut | None) -> None:
         """An evaluation in between; what it sent belongs to no step."""

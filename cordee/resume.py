@@ -135,6 +135,7 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
     """Puts back what live ranks hold, else the newest complete checkpoint, and says how the run
     begins or goes on."""
     group, size = state.mesh.group(*AXES), state.world.size
+    desk.members = seat.members
     state.drill.point("fill", max(memory.step, 0))
     filled = None
     if seat.generation:

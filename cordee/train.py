@@ -54,10 +54,10 @@ from cordee.dist.exchange import gather_bytes, gather_rows
 from cordee.dist.line import open_line
 from cordee.dist.mesh import WORKERS
 from cordee.dist.start import Launched, broadcast_text, follow_parent, world
-from cordee.dist.tally import gather_tally
+from cordee.dist.tally import Tally, gather_tally
 from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.evaluate import HeldOut, evaluate, total_of
-from cordee.fault.guard import Say, name_culprits
+from cordee.fault.guard import Say, name_culprits, odd_ranks
 from cordee.fault.inject import make_drill
 from cordee.fault.leave import Asked, leaving
 from cordee.layout.axes import AXES, INSIDE
@@ -74,6 +74,10 @@ from cordee.sample import generate, to_text
 SAMPLE_PROMPT = "def "
 TABLE_BYTES = 4 << 20
 """Bytes that the counted table is made from at most: it takes half a second."""
+
+NORM_TOLERANCE = 1e-3
+"""How far apart ranks' norms of one gradient may lie, as a part of it, where bits are not promised:
+other devices add in another order. What a flipped bit does to a norm is far more, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -259,33 +263,19 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.drill.point("step.start", number)
     scale = factor(state.run.optim, desk.done(state), state.progress.step)
     state.optimizer.set_lr(scale)
-
-    # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     loss_scale = state.scale.value
-    losses, partial = state.engine.forward_backward(
-        number - 1, loss_scale, lambda: state.drill.point("step.forward", number)
-    )
-    state.drill.spoil(partial[0][1], number)
-    state.drill.point("step.backward", number)
-
-    # Communicate: what everybody lost and wants, and the gradient of the whole step.
-    desk.meter.add("data", state.engine.data_s)
-    with desk.meter.phase("comm"):
-        said, group = state.speaks(losses), state.mesh.group(*AXES)
-        wishes = desk.wishes(state.engine.compute_s)
-        tally = gather_tally(said, state.loaded(), wishes, state.spoken, group)
-        agreed = state.sync.agree(partial, lambda: state.drill.point("step.reduce", number))
-        gradients = state.engine.place(agreed)
-        state.scale.unscale(gradients)
-    del partial, agreed
-    state.drill.point("step.agree", number)
+    gradients, norm, tally, odd = compute(state, desk, number)
+    if odd:  # something went wrong on the way; once more, before the step counts as dropped
+        desk.tell_odd(number, tally.norms, odd, "the step is computed again")
+        gradients, norm, tally, odd = compute(state, desk, number)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
-    norm = state.norm(gradients)
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
     scaling, guard = copy.copy(state.scale), copy.copy(state.guard)
-    overflow = scaling.follow(mean_losses, float(norm))
-    verdict = guard.judge(mean_losses, float(norm), overflow)
+    overflow = "" if odd else scaling.follow(mean_losses, float(norm))
+    verdict = guard.judge(mean_losses, float(norm), overflow, odd)
+    if odd:
+        desk.tell_odd(number, tally.norms, odd, "the step is dropped")
     layers = desk.layers(state, gradients, number)
     if verdict.say is Say.COMMIT:
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
@@ -323,6 +313,37 @@ def check_finite(state: RunState, desk: Desk) -> None:
         values={**values, "last good checkpoint": desk.keeper.saved_step},
         fix="a lower optim.lr (cordee lr finds one), clip.kind=norm, a larger optim.eps",
     )
+
+
+def compute(
+    state: RunState, desk: Desk, number: int
+) -> tuple[list[Tensor], Tensor, Tally, list[int]]:
+    """A step up to its verdict, which changes nothing that survives: (this rank's part of the agreed
+    gradient, its norm, what all ranks said, the ranks that hold another norm than the others)."""
+    # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
+    losses, partial = state.engine.forward_backward(
+        number - 1, state.scale.value, lambda: state.drill.point("step.forward", number)
+    )
+    state.drill.spoil(partial[0][1], number)
+    state.drill.point("step.backward", number)
+
+    # Communicate: the gradient of the whole step, then what everybody lost, wants and holds.
+    desk.meter.add("data", state.engine.data_s)
+    with desk.meter.phase("comm"):
+        agreed = state.sync.agree(partial, lambda: state.drill.point("step.reduce", number))
+        gradients = state.engine.place(agreed)
+        state.scale.unscale(gradients)
+    del partial, agreed
+    state.drill.point("step.agree", number)
+    norm = state.norm(gradients)
+    with desk.meter.phase("comm"):
+        wishes = replace(desk.wishes(state.engine.compute_s), norm=float(norm))
+        group = state.mesh.group(*AXES)
+        tally = gather_tally(state.speaks(losses), state.loaded(), wishes, state.spoken, group)
+    odd = odd_ranks(tally.norms, 0.0 if state.run.run.exact else NORM_TOLERANCE)
+    # One norm for all, whatever the last bits of other devices: clipping must not part replicas.
+    first = next((rank for rank in range(len(tally.norms)) if rank not in odd), 0)
+    return gradients, torch.full_like(norm, tally.norms[first]), tally, odd
 
 
 def stop(state: RunState, desk: Desk, outcome: Outcome) -> None:

@@ -1,8 +1,9 @@
 """One small vector from every rank in every step: losses, wishes and the state of its save.
 
 It is how ranks decide together without further messages: who wants to leave, whether a save is
-complete everywhere, whose clock counts (rank 0's), and who computes how fast. Eight bytes a number,
-four numbers a rank beside its losses and the digests of the samples that it loaded for them.
+complete everywhere, whose clock counts (rank 0's), who computes how fast, and what the gradient's
+norm is, by which a step is judged: all judge what all said. Eight bytes a number, five numbers a
+rank beside its losses and the digests of the samples that it loaded for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from cordee.dist.exchange import gather_rows
 from cordee.errors import RunError
 
-OWN = 4
+OWN = 5
 """Numbers that a rank says beside those of its microbatches."""
 
 
@@ -32,17 +33,20 @@ class Tally:
     clock_s: float
     compute_s: tuple[float, ...] = ()
     """What each rank took for its microbatches, waits for data left out."""
+    norms: tuple[float, ...] = ()
+    """What each rank holds for the norm of the agreed gradient."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What this rank says: leave after this step, the state of its save, its clock, and how long it
-    computed in this step."""
+    """What this rank says: leave after this step, the state of its save, its clock, how long it
+    computed in this step, and the norm of the agreed gradient."""
 
     leave: bool = False
     saving: int = 0
     clock_s: float = 0.0
     compute_s: float = 0.0
+    norm: float = 0.0
 
 
 def gather_tally(
@@ -56,7 +60,7 @@ def gather_tally(
     RunError when two that share a microbatch loaded other samples for it."""
     most = max(map(len, spoken))
     row = torch.zeros(OWN + 2 * most, dtype=torch.float64)
-    own = (float(wishes.leave), wishes.saving, wishes.clock_s, wishes.compute_s)
+    own = (float(wishes.leave), wishes.saving, wishes.clock_s, wishes.compute_s, wishes.norm)
     row[:OWN] = torch.tensor(own, dtype=torch.float64)
     row[OWN : OWN + len(losses)] = torch.tensor(losses, dtype=torch.float64)
     row[OWN + most : OWN + most + len(digests)] = torch.tensor(digests, dtype=torch.float64)
@@ -79,4 +83,5 @@ def gather_tally(
         saving=tuple(int(said[1]) for said in rows),
         clock_s=rows[0][2],
         compute_s=tuple(said[3] for said in rows),
+        norms=tuple(said[4] for said in rows),
     )
