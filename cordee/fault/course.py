@@ -5,6 +5,7 @@ Values and their bookkeeping; no process is touched here (`supervise.py` does th
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,21 @@ from cordee.fault.hold import Hold
 from cordee.fault.orders import is_run
 from cordee.fault.views import View
 
-ASKED = (130, 143)
+_NAMES = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""What asks a run to save and leave: people, schedulers (some warn with SIGUSR1 or SIGUSR2), and a
+terminal that is closed."""
+HURRY = SIGNALS[:3]
+"""Of these a second one ends at once. A closed terminal may send its signal twice, and a scheduler
+its own after the warning: neither is a reason not to save."""
+ASKED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a worker that left because it was told to."""
+
+
+def is_heeded(number: int) -> bool:
+    """Whether a signal is for us: not where its sender was told that it is ignored (nohup)."""
+    return number in HURRY or signal.getsignal(number) is not signal.SIG_IGN
+
 
 STRANDED_S = 5.0
 """Ranks that are no island save together what they hold when it has lasted so long: on one host a
@@ -100,6 +114,11 @@ class Course:
     """Verdicts of views that no first rank has come to write down yet."""
     _failed_step: int = -2
     _failed_s: float = float("-inf")
+
+    @property
+    def hurries(self) -> bool:
+        """Whether this host was asked twice to leave: then at once."""
+        return sum(number in HURRY for number in self.signals) > 1
 
     def fail(self, failure: Failure, tried_s: float) -> int:
         """Notes a failure; how many of the same step there were since the run last came further, or

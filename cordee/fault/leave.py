@@ -1,4 +1,5 @@
-"""The wish to leave: the first SIGINT or SIGTERM is kept as one, the second ends the process.
+"""The wish to leave: the first signal that asks for it is kept as one, a second SIGINT, SIGTERM or
+SIGQUIT ends the process.
 
 Not here: what is done about the wish (`desk.py` notes it in the tally, `train.py` acts on it).
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from cordee.dist.line import Line
+from cordee.fault.course import HURRY, SIGNALS, is_heeded
 
 
 @dataclass
@@ -40,21 +42,23 @@ class Asked:
 
 @contextmanager
 def leaving(line: Line | None = None) -> Iterator[Asked]:
-    """Turns the first SIGINT or SIGTERM into a wish; the second one ends the process at once.
+    """Turns the first of SIGNALS into a wish; a second one of HURRY ends the process at once.
 
     A worker that has a `line` and is told to go alone says so; its supervisor decides who goes.
     """
     asked = Asked(line=line)
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        asked.own = number
-        if line is not None:
-            line.leave(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if asked.own is None:
+            asked.own = number
+            if line is not None:
+                line.leave(number)
+        if number in HURRY:
+            for hurry in HURRY:
+                signal.signal(hurry, signal.SIG_DFL)
 
     try:
-        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, on_signal) for s in SIGNALS if is_heeded(s)}
     except ValueError:  # not the main thread: signals are somebody else's business
         before = {}
     try:

@@ -20,7 +20,7 @@ from typing import Any
 
 from cordee.dist.streams import say
 from cordee.errors import RunError
-from cordee.fault.course import ASKED, Course, Failure, Post, seat_of
+from cordee.fault.course import ASKED, SIGNALS, Course, Failure, Post, is_heeded, seat_of
 from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
 from cordee.fault.orders import assign, is_run
@@ -68,7 +68,7 @@ class Supervisor:
         """Until the run is over: 0 done, 1 failed, 128 + signal when asked to leave."""
         wake, woken = socket.socketpair()
         woken.setblocking(False)
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, self._on_signal) for s in SIGNALS if is_heeded(s)}
         former = signal.set_wakeup_fd(woken.fileno())
         self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(4096))
         self._listen()
@@ -141,11 +141,12 @@ class Supervisor:
         if len(course.signals) == course.heeded:
             return
         new_s = time.monotonic() - course.entered_s
-        if self._several and course.untold and len(course.signals) == 1 and new_s < GRACE_S:
+        if self._several and course.untold and not course.hurries and new_s < GRACE_S:
             return  # this host may be the only one that holds the run's state
-        course.heeded, number = len(course.signals), course.signals[-1]
+        course.heeded = len(course.signals)
+        number = course.signals[-1 if course.hurries else 0]
         waits = self.view is not None and course.begun and not is_run(self.view.orders)
-        if course.heeded > 1 or waits or not self.crew.seated():
+        if course.hurries or waits or not self.crew.seated():
             course.code = 128 + number
         elif self._several:
             self.hosts.member.leave(time.monotonic())

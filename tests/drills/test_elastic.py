@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cordee.fault.course import HURRY
 from tests.conftest import digest, events, rows, train
 from tests.drills.live import Live, same_descent
 
@@ -61,9 +62,18 @@ def test_islands_leave_die_and_are_replaced_in_one_run(clean: str, run_dir: Path
     same_descent(run_dir, clean, STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
+def slowly(number: signal.Signals, processes: int) -> object:
+    return pytest.param(number, processes, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("told", "processes"),
+    [
+        (signal.SIGHUP, 2), slowly(signal.SIGHUP, 1), slowly(signal.SIGUSR1, 1),
+        slowly(signal.SIGUSR2, 2), slowly(signal.SIGQUIT, 2),
+        *(slowly(told, count) for told in (signal.SIGTERM, signal.SIGINT) for count in (1, 2)),
+    ],
+)  # fmt: skip
 def test_all_leave_in_good_order_and_come_back(
     told: signal.Signals, processes: int, clean: str, run_dir: Path
 ) -> None:
@@ -71,6 +81,8 @@ def test_all_leave_in_good_order_and_come_back(
     with Live(run_dir, *words) as run:
         run.until_step(12)
         run.process.send_signal(told)
+        if told not in HURRY:  # as a terminal does that is closed
+            run.process.send_signal(told)
         assert run.end() == 128 + told, run.said[-3000:]
         assert events(run_dir)[-1]["event"] == "interrupted" and events(run_dir)[-1]["saved"]
     made = len(rows(run_dir))
