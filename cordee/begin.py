@@ -26,7 +26,7 @@ from cordee.data.mixed import is_mixture, sources_of
 from cordee.data.prepare import check_length, resolve
 from cordee.data.records import check_images
 from cordee.data.snapshot import is_of, make, remove, state_of
-from cordee.dist.start import PLAN_FILE, Launched, compiler, launched
+from cordee.dist.start import PLAN_FILE, Launched, compiler, launched, raise_limits
 from cordee.dist.streams import say
 from cordee.errors import ConfigError, DataError, RunError
 from cordee.fault.course import Post
@@ -47,7 +47,7 @@ from cordee.plan.plan import (
     with_islands,
 )
 from cordee.plan.recipe import follows_clock, for_machine, recorded_recipe, with_evaluation
-from cordee.rendezvous import check_addresses, end_of, interface, meet, several
+from cordee.rendezvous import check_addresses, check_meeting, end_of, interface, meet, several
 
 RESOLVED = ("run.precision", "evaluate.tokens", "evaluate.sample")
 """Keys that are "auto" until a run begins."""
@@ -295,6 +295,7 @@ def launch_ranks(run: Run, plan: Plan) -> int:
         return made_for(islands, () if set(devices) <= {plan.device} else tuple(devices))
 
     fault, layout = run.fault, plan.layout
+    raise_limits()
     with locked(run) as hold:
         post = Post(
             command=["train", *words],
@@ -425,7 +426,9 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
     launches = wanted_here and not told.by_launcher and standing.finished is None
     if launches and run.launch.join:
         _check_shared(run)
+        check_meeting(run)
     elif launches:
+        check_meeting(run)
         with locked(run):
             look(run, brought.model)  # again: another run may have begun before the lock was ours
             lay_out_data(run)

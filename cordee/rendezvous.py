@@ -9,6 +9,7 @@ in pieces on several disks.
 from __future__ import annotations
 
 import fcntl
+import os
 import platform
 import socket
 import struct
@@ -40,6 +41,8 @@ FOLDER_ID = "members.id"
 SECRET_FILE = "secret"
 ADDRESS_OF_INTERFACE = 0x8915
 """SIOCGIFADDR of Linux: an interface's IPv4 address."""
+
+LOOPBACK = "127.0.0.1"
 
 RULES = Rules()
 
@@ -80,6 +83,19 @@ def meet(run: Run, data: str, inside: str, device: str) -> Meeting:
     )
 
 
+def check_meeting(run: Run) -> None:
+    """ConfigError when this host could not meet others as it is told to: found out before anything
+    is written."""
+    secret = Path(run.launch.secret or Path(run.run.dir) / SECRET_FILE)
+    if run.launch.listen:
+        Link.check(run.launch.listen)
+        if os.path.lexists(secret):
+            read_secret(secret)
+    elif run.launch.join:
+        own_ip(run.launch.join)
+        read_secret(secret)
+
+
 def several(run: Run) -> bool:
     """Whether this run has, or may get, more than one host by itself (no launcher)."""
     return bool(run.launch.listen or run.launch.join)
@@ -105,10 +121,11 @@ def greeting(run: Run, data: str, inside: str, device: str) -> dict[str, Any]:
 
 
 def interface(run: Run) -> str:
-    """The network interface by which other hosts reach this one; "" for a run on one host."""
-    if not several(run):
-        return ""
-    ip = own_ip(run.launch.join) if run.launch.join else resolve(run.launch.listen)[0][1][0]
+    """The network interface by which its ranks are reached: by other hosts, or, in a run on one
+    host, by nobody else (the loopback); "": whatever this host's name stands for."""
+    ip = LOOPBACK
+    if several(run):
+        ip = own_ip(run.launch.join) if run.launch.join else resolve(run.launch.listen)[0][1][0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])

@@ -53,7 +53,7 @@ from cordee.desk import Desk, Outcome, scores
 from cordee.dist.exchange import gather_bytes, gather_rows
 from cordee.dist.line import open_line
 from cordee.dist.mesh import WORKERS
-from cordee.dist.start import Launched, broadcast_text, follow_parent, world
+from cordee.dist.start import Launched, broadcast_text, follow_parent, raise_limits, world
 from cordee.dist.tally import Tally, gather_tally
 from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.evaluate import HeldOut, evaluate, total_of
@@ -120,6 +120,7 @@ def descend(ready: Ready, parts: Parts) -> Report:
     """This process as one rank, in one generation after another: when the members change, it keeps
     what it holds and takes its next seat. Outside a supervisor there is one generation."""
     follow_parent()
+    raise_limits()
     run, told = ready.run, ready.told
     line = open_line(told)
     lock = locked(run) if line is None and told.rank == 0 else nullcontext()
@@ -318,8 +319,8 @@ def check_finite(state: RunState, desk: Desk) -> None:
 def compute(
     state: RunState, desk: Desk, number: int
 ) -> tuple[list[Tensor], Tensor, Tally, list[int]]:
-    """A step up to its verdict, which changes nothing that survives: (this rank's part of the agreed
-    gradient, its norm, what all ranks said, the ranks that hold another norm than the others)."""
+    """A step up to its verdict, which changes nothing that survives: (this rank's part of the
+    agreed gradient, its norm, what all ranks said, the ranks whose norm differs from the others')."""
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     losses, partial = state.engine.forward_backward(
         number - 1, state.scale.value, lambda: state.drill.point("step.forward", number)

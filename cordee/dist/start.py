@@ -11,13 +11,14 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +48,10 @@ LINE = "CORDEE_LINE"
 """Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
+LOOPBACK = "lo"
+"""The interface of a host to itself (Linux), which nobody else reaches."""
+MOST_FILES = 1 << 20
+"""Files that a process may have open, at most; more would only make tables."""
 PARENT = "CORDEE_PARENT"
 CACHE = "XDG_CACHE_HOME"
 """The user's folder for what can be made anew."""
@@ -198,11 +203,22 @@ def python_command() -> list[str]:
     return [sys.executable, "-P", str(Path(__file__).resolve().parents[1] / "__main__.py")]
 
 
+def raise_limits() -> None:
+    """As many open files as this process may have: a thousand, the usual default, is soon taken up
+    by strangers that connect and say nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # macOS says a limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
     """The environment of a worker that our supervisor starts; `interface`: the network interface
     that its peers reach it by ("": whatever this host's name stands for)."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
-    ours = dict.fromkeys(names, interface)
+    # On one host a user's own choice stands; with several it must be the one that others dial.
+    ours = {n: interface for n in names if not (interface == LOOPBACK and n in os.environ)}
     return {
         **os.environ,
         **ours,

@@ -9,6 +9,7 @@ mean. Traded away: secrecy; bodies are authentic but readable on the wire, data 
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,22 +48,22 @@ class Link:
             raise ConfigError("the hello is too long", fix=f"at most {EARLY_BYTES} bytes of JSON")
         if advertise:
             address.split(advertise)
-        listener = address.listen(bind)
+        listener = _listen(bind, bool(advertise))
         host, port = listener.getsockname()[:2]
         if advertise:
             named, given = address.split(advertise)
             shown = address.joined(named, given or port)
-        elif host in ("0.0.0.0", "::"):
-            listener.close()
-            what = "others cannot dial this address"
-            fix = f"bind or advertise {address.joined(address.own_ip(), port)}"
-            raise ConfigError(what, values={"bind": bind}, fix=fix)
         else:
             shown = address.joined(host, port)
         own_id = f"{shown}#{secrets.token_hex(4)}"
         board = Switchboard(listener, own_id, secret, hello)
         board.start()
         return cls(own_id, board)
+
+    @staticmethod
+    def check(bind: str) -> None:
+        """ConfigError when `open` could not listen on `bind`; nothing listens there afterwards."""
+        _listen(bind).close()
 
     def fileno(self) -> int:
         """Readable when `receive`, `lost` or `refused` has something."""
@@ -110,3 +111,15 @@ class Link:
             self._board.stop(_LAST_WORDS_S)
             self._board.join()
         self._post.close()
+
+
+def _listen(bind: str, advertised: bool = False) -> socket.socket:
+    """A listening socket at an address that others can dial. ConfigError."""
+    listener = address.listen(bind)
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::") and not advertised:
+        listener.close()
+        what = "others cannot dial this address"
+        fix = f"bind or advertise {address.joined(address.own_ip(), port)}"
+        raise ConfigError(what, values={"bind": bind}, fix=fix)
+    return listener

@@ -37,6 +37,9 @@ CASES = {
         "memory.offload=none",
     ),
     "missing file": (("nowhere.toml",), "nowhere.toml"),
+    "a name of nobody": (("launch.listen=no.such.host.invalid:7433",), "no.such.host.invalid"),
+    "another machine's address": (("launch.listen=192.0.2.7:0",), "192.0.2.7"),
+    "every address": (("launch.listen=0.0.0.0:0",), "0.0.0.0"),
 }
 
 

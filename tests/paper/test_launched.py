@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 
-from cordee.dist.start import Launched, launched
+from cordee.config.run import Run
+from cordee.dist.start import MOST_FILES, Launched, launched, raise_limits, worker_environment
 from cordee.errors import ConfigError
+from cordee.rendezvous import interface
 
 TOLD = {
     "torchrun": (
@@ -54,3 +58,24 @@ def test_contradictions_are_refused(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
         launched(environment)
     assert "RANK" in caught.value.sentence()
+
+
+def test_ranks_of_one_host_listen_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = interface(Run())
+    assert name == "lo"
+    for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(key, raising=False)
+        assert worker_environment((3,), 1, name)[key] == "lo"
+        monkeypatch.setenv(key, "eth7")
+        assert worker_environment((3,), 1, name)[key] == "eth7", "a user's own choice"
+        assert worker_environment((3,), 1, "eth0")[key] == "eth0", "what other hosts dial"
+
+
+def test_the_limit_of_open_files_is_raised() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        raise_limits()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(before[1], MOST_FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
