@@ -319,8 +319,8 @@ def check_finite(state: RunState, desk: Desk) -> None:
 def compute(
     state: RunState, desk: Desk, number: int
 ) -> tuple[list[Tensor], Tensor, Tally, list[int]]:
-    """A step up to its verdict, which changes nothing that survives: (this rank's part of the
-    agreed gradient, its norm, what all ranks said, the ranks whose norm differs from the others')."""
+    """A step up to its verdict; nothing that survives is changed. This rank's part of the agreed
+    gradient, its norm, what all ranks said, the ranks that hold another norm than the others."""
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     losses, partial = state.engine.forward_backward(
         number - 1, state.scale.value, lambda: state.drill.point("step.forward", number)
