@@ -29,6 +29,7 @@ from cordee.fault.hosts import Meeting
 from cordee.fault.link import Link
 from cordee.fault.members import Member
 from cordee.fault.pace import Rules
+from cordee.fault.schema import fault_of
 from cordee.fault.secret import make_secret, read_secret
 from cordee.fault.witness import FileWitness
 from cordee.metrics.lines import records, step_of, whole_number
@@ -75,7 +76,7 @@ def meet(run: Run, data: str, inside: str, device: str) -> Meeting:
             (folder / FOLDER_ID).write_text(uuid.uuid4().hex)
     hello = greeting(run, data, inside, device)
     return Meeting(
-        lambda: Link.open(bind, secret, hello),
+        lambda: Link.open(bind, secret, hello, fault_of=fault_of),
         lambda me, **given: Member(me, rules, last=last, witness=witness, **given),
         finished,
         device,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.errors import ConfigError
+from cordee.errors import ConfigError, RunError
 from cordee.fault.keys import Answer, Keys
 from cordee.fault.link import Link, Refusal
 from cordee.fault.members import Member
@@ -129,7 +130,7 @@ class Hosts:
                 if self.over is None:  # else it has merely come to the end before this one
                     self.member.lost(host, now)
             for to, message in self.member.take_outbox():
-                link.send(to, {"view": message})
+                self._send(to, {"view": message})
             if self._through and self.member.view is None and now > self._greet_s:
                 self._greet_s = now + AGAIN_S
                 link.send(self._through, {"hello": link.id})  # who refuses us says so at once
@@ -195,15 +196,22 @@ class Hosts:
 
     def _send(self, to: str, message: Mapping[str, Any]) -> None:
         if self.link is not None:
-            self.link.send(to, message)
+            # A host that somebody made up, or a message of no size: nobody misses it.
+            with suppress(ConfigError, ValueError):
+                self.link.send(to, message)
 
     def _take(self, sender: str, message: Mapping[str, Any], now: float) -> None:
         match message:
             case {"view": said}:
-                self.member.hear(sender, said, now)
-            case {"set": [generation, key, value]}:
+                try:
+                    self.member.hear(sender, said, now)
+                except RunError as error:
+                    if self.link is not None:
+                        self.link.dismiss(sender, f"it sent what makes no sense: {error.what}")
+            # Who keeps keys has promised the number of their generation, which it leads.
+            case {"set": [generation, key, value]} if generation <= self.member.promised:
                 self.keys.set(generation, key, value)
-            case {"get": [generation, key, number]}:
+            case {"get": [generation, key, number]} if generation <= self.member.promised:
                 self.keys.get(
                     generation, key, lambda value: self._send(sender, {"answer": [number, value]})
                 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cordee.errors import ConfigError
@@ -35,10 +35,18 @@ class Link:
         self._post = switchboard.post
 
     @classmethod
-    def open(cls, bind: str, secret: bytes, hello: Mapping[str, Any], advertise: str = "") -> Link:
+    def open(
+        cls,
+        bind: str,
+        secret: bytes,
+        hello: Mapping[str, Any],
+        advertise: str = "",
+        fault_of: Callable[[Any], str] = lambda message: "",
+    ) -> Link:
         """Listens on `bind` (HOST:PORT, port 0: any free one) and lets in who knows the secret and
         has the same `hello` (keys that begin with "about." are told, not compared). Others dial
-        `advertise` (default, and for its port 0: what is bound). ConfigError when that cannot be.
+        `advertise` (default, and for its port 0: what is bound). Who sends a message that
+        `fault_of` finds wrong loses that connection. ConfigError when that cannot be.
         """
         if len(secret) < SECRET_BYTES[0]:
             what = "the secret is too short"
@@ -56,7 +64,7 @@ class Link:
         else:
             shown = address.joined(host, port)
         own_id = f"{shown}#{secrets.token_hex(4)}"
-        board = Switchboard(listener, own_id, secret, hello)
+        board = Switchboard(listener, own_id, secret, hello, fault_of)
         board.start()
         return cls(own_id, board)
 
@@ -89,6 +97,10 @@ class Link:
         what is too long (8 MiB), TypeError for what is no JSON."""
         address.split(to.rpartition("#")[0] or to)
         self._post.put(to, pack(message))
+
+    def dismiss(self, peer: str, why: str) -> None:
+        """Ends the connections with a peer, and tells of it (`refused`); it may dial again."""
+        self._post.dismiss(peer, why)
 
     def local_ip(self, to: str) -> str | None:
         """Our IP address on the connection to a peer, None while there is none."""

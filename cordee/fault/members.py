@@ -118,8 +118,9 @@ class Member(Voter):
             return
         try:
             self._take(sender, message)
-        except (KeyError, TypeError, AttributeError) as error:
-            values = {"sender": sender, "kind": message.get("kind")}
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            kind = message.get("kind") if isinstance(message, Mapping) else None
+            values = {"sender": sender, "kind": kind}
             raise RunError("a message between hosts cannot be read", values=values) from error
         self._pump()
 

@@ -87,6 +87,7 @@ class Post:
         self._said: set[tuple[str, str]] = set()
         self._waiting: dict[str, Queue] = {}
         self._touched: dict[str, None] = {}
+        self._dismissed: dict[str, str] = {}
         self._closed = False
         self._cause: BaseException | None = None
 
@@ -162,6 +163,18 @@ class Post:
             self.counted["dropped"] += queue.push(body, len(body))
             self._touched[to] = None
             self._wake()
+
+    def dismiss(self, peer: str, why: str) -> None:
+        """Asks for the end of a peer's connections."""
+        with self._lock:
+            self._dismissed[peer] = why
+            self._wake()
+
+    def take_dismissed(self) -> list[tuple[str, str]]:
+        """(peer, reason) of all whose connections are to end."""
+        with self._lock:
+            taken, self._dismissed = list(self._dismissed.items()), {}
+        return taken
 
     def wake(self) -> None:
         """Lets the thread of the connections look around."""

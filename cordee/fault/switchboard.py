@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,9 +43,16 @@ class Switchboard(threading.Thread):
     id -> our IP address on the connection to it, and its hello."""
 
     def __init__(
-        self, listener: socket.socket, own_id: str, secret: bytes, hello: Mapping[str, Any]
+        self,
+        listener: socket.socket,
+        own_id: str,
+        secret: bytes,
+        hello: Mapping[str, Any],
+        fault_of: Callable[[Any], str],
     ) -> None:
+        """`fault_of(message)`: why its sender's connection is closed; "" for a good one."""
         super().__init__(name="cordee-link", daemon=True)
+        self._fault_of = fault_of
         self.post = Post()
         self.known: dict[str, tuple[str, Mapping[str, Any]]] = {}
         self.alias: dict[str, str] = {}
@@ -89,6 +96,9 @@ class Switchboard(threading.Thread):
     def _woken(self, _: int = 0) -> None:
         while self._answers:
             self._resolved(*self._answers.popleft())
+        for peer, why in self.post.take_dismissed():
+            for wire in list(self._wires.get(peer, ())):
+                self._refuse(wire, Refused(why))
         for to in self.post.take_touched():
             self._serve(to)
 
@@ -221,7 +231,10 @@ class Switchboard(threading.Thread):
         try:
             while not wire.closed and (body := talk.opener.next()) is not None:
                 if talk.done:
-                    come.append((unpack(body), len(body)))
+                    message = unpack(body)
+                    if fault := self._fault_of(message):
+                        raise Refused(f"it sent {fault}")
+                    come.append((message, len(body)))
                     continue
                 wire.out += talk.take(body)
                 if talk.proven:

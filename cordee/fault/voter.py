@@ -41,6 +41,11 @@ class Voter:
         self._outbox: list[tuple[str, dict[str, Any]]] = []
         self._changes: list[Change] = []
 
+    @property
+    def promised(self) -> int:
+        """The highest number that this host has promised: no later generation can be there yet."""
+        return self._votes.promised
+
     def take_outbox(self) -> list[tuple[str, dict[str, Any]]]:
         """(destination, message) to be sent, in order; each is given once."""
         out, self._outbox = self._outbox, []
