@@ -137,6 +137,7 @@ RANGES: Mapping[str, Range] = {
     "fault.spares": Range(0, 64),
     "fault.copy_every": Range(0, MANY),
     "fault.silence_s": Range(1, 1e7),
+    "fault.host_silence_s": Range(0, 86400),
     "fault.tries": Range(1, 10**6),
 }
 

@@ -265,6 +265,10 @@ class FaultSettings:
     silence_s: float = 5.0
     """A rank or host that is not heard for so long is taken for dead (a shorter limit follows from
     the heartbeats that were seen)."""
+    host_silence_s: float = 0.0
+    """A host that is not heard for so long is gone at the earliest: ten round trips between hosts,
+    and longer than a busy machine forgets a process for. Longer gaps between its heartbeats raise
+    it, up to fault.silence_s. 0: 3 s, or fault.silence_s where that is less."""
     tries: int = 3
     """Failures in a row, with no step committed between them, after which the run stops."""
     kill: str = ""

@@ -15,6 +15,8 @@ from statistics import median
 SPREAD = 1.4826
 """From a median absolute deviation to a standard deviation, for normal noise."""
 KEPT, ENOUGH = 64, 5
+TIMES_LONGEST = 2.0
+"""A host that was unheard for so long, and lived, may be unheard for that many times as long."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Pace:
     """A deadline in seconds for something that recurs: median + `k` deviations of the last 64.
 
     The deviation is the median absolute one, so that a few outliers (a freeze, a pause) move
-    nothing.
+    nothing; unless the deadline is not to be less than `longest` times the longest of them.
     """
 
-    def __init__(self, least_s: float, most_s: float = float("inf"), k: float = 10.0) -> None:
-        self._least_s, self._most_s, self._k = least_s, most_s, k
+    def __init__(
+        self, least_s: float, most_s: float = float("inf"), k: float = 10.0, longest: float = 0.0
+    ) -> None:
+        self._least_s, self._most_s, self._k, self._longest = least_s, most_s, k, longest
         self._seen: deque[float] = deque(maxlen=KEPT)
         self._deadline_s: float | None = None
 
@@ -54,7 +58,8 @@ class Pace:
         if self._deadline_s is None and len(self._seen) >= ENOUGH:
             middle = median(self._seen)
             spread = SPREAD * median(abs(seen - middle) for seen in self._seen)
-            self._deadline_s = min(max(middle + self._k * spread, self._least_s), self._most_s)
+            usual_s = max(middle + self._k * spread, self._longest * max(self._seen))
+            self._deadline_s = min(max(usual_s, self._least_s), self._most_s)
         return self._deadline_s
 
 
@@ -84,9 +89,9 @@ class Ears:
             before = self._beats.get(host)
             self._beats[host] = self.clock
             if before is not None:
-                pace = self._paces.setdefault(
-                    host, Pace(self._rules.least_s, self._rules.silence_s)
-                )
+                rules, longest = self._rules, TIMES_LONGEST
+                fresh = Pace(rules.least_s, rules.silence_s, longest=longest)
+                pace = self._paces.setdefault(host, fresh)
                 pace.feed(self.clock - before)
 
     def expect(self, hosts: Iterable[str]) -> None:

@@ -29,6 +29,9 @@ TIMES = 3.0
 RETURN_S = 4.0
 """Least time that a worker may take to leave a generation that has ended: it may be computing."""
 
+ALIVE_S = 2.0
+"""A worker that was heard within so long computes; what it holds is worth waiting for."""
+
 ASLEEP_S = 1.0
 """A supervisor that did not look for so long was stopped itself, and judges nobody by it."""
 
@@ -76,14 +79,18 @@ class Watch:
         now = self._clock()
         asleep, self._looked_s = now - self._looked_s > ASLEEP_S, now
         leave_s = self._pace.deadline_s or self._start_s
-        found = []
-        for worker in workers:
+        found, here = [], list(workers)
+        for worker in here:
             silent_s = now - worker.heard_s
             if asleep:
                 worker.heard_s = worker.halted_s = now
             elif silent_s > (self._silence_s if worker.ready else self._start_s):
                 found.append((worker, f"was silent for {silent_s:.1f} s and killed"))
-            elif 0 < worker.inside <= worker.halted and worker.halted_s < now - leave_s:
+            elif _late_s(worker, now) > leave_s:
+                alive = silent_s < ALIVE_S and _late_s(worker, now) < self._start_s
+                others = (w for w in here if w is not worker and _late_s(w, now) <= leave_s)
+                if alive and not any(_holds(other, worker.step) for other in others):
+                    continue  # nobody else here has the run's newest state
                 late = f"did not leave generation {worker.inside} within {leave_s:.0f} s"
                 found.append((worker, f"{late} and was killed"))
         return found
@@ -105,3 +112,13 @@ class Watch:
         if worst.phase_s <= limit_s:
             return None
         return worst, f"has been there for {worst.phase_s:.1f} s, the limit is {limit_s:.1f} s"
+
+
+def _late_s(worker: Worker, now: float) -> float:
+    """For how long a worker has been in a generation that has ended; 0: it is in none."""
+    return now - worker.halted_s if 0 < worker.inside <= worker.halted else 0.0
+
+
+def _holds(worker: Worker, step: int) -> bool:
+    """Whether a worker has committed a step, and none less than one that stands at `step` has."""
+    return worker.stepped > 0 and worker.step >= step - 1

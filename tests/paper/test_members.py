@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cordee.config.load import load
 from cordee.errors import RunError
 from cordee.fault.members import Member
 from cordee.fault.pace import Pace, Rules
 from cordee.fault.views import Acceptor, Entered, Fenced, Halted, Left, Promise, View, obstacle
 from cordee.fault.witness import FileWitness
+from cordee.rendezvous import rules_of
 from tests.paper.simulated import World, Wrong, pairs_between, schedule
 
 FAST, ALL, CHUNK = 300, 1500, 100
@@ -286,6 +288,22 @@ def test_deadlines_have_a_floor_and_a_top_and_need_five() -> None:
     for _ in range(64):
         pace.feed(30.0)
     assert pace.deadline_s == 5.0
+
+
+def test_a_host_that_is_late_and_lives_is_waited_for_longer() -> None:
+    pace = Pace(1.0, 5.0, longest=2.0)
+    for gap in [0.2] * 60 + [1.4, 0.3]:
+        pace.feed(gap)
+    assert pace.deadline_s == 2.8
+
+
+def test_deadlines_between_hosts_follow_the_keys() -> None:
+    for words, least_s, most_s in (
+        ((), 3.0, 5.0), (("fault.silence_s=2",), 2.0, 2.0), (("fault.silence_s=60",), 3.0, 60.0),
+        (("fault.host_silence_s=20",), 20.0, 20.0), (("fault.host_silence_s=1",), 1.0, 5.0),
+    ):  # fmt: skip
+        rules = rules_of(load(None, list(words)).run)
+        assert (rules.least_s, rules.silence_s) == (least_s, most_s), words
 
 
 def promise(formed: View, *attempts: View) -> Promise:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.fault.watch import MEETING_S, RETURN_S, STUCK_S, TIMES, Watch
+from cordee.fault.watch import ALIVE_S, MEETING_S, RETURN_S, STUCK_S, TIMES, Watch
 
 
 @dataclass(eq=False)
@@ -70,14 +70,32 @@ def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
     assert watch.stuck([worker]) is not None
 
 
-def judged(watch: Any, clock: Clock, worker: Seen, for_s: float) -> list[str]:
-    """What the watch says of a worker whose heart beats, over the next so many seconds."""
+def judged(
+    watch: Any, clock: Clock, worker: Seen, for_s: float, other: Seen | None = None
+) -> list[str]:
+    """What the watch says of a worker whose heart beats, over the next so many seconds; `other` has
+    left the generation and holds as much (by default; see `under_way`)."""
+    other = other or Seen(9, step=worker.step, stepped=1)
     found = []
     for _ in range(round(for_s / 0.1)):
         clock.now_s += 0.1
-        worker.heard_s = clock.now_s
-        found += [why for _, why in watch.judge([worker])]
+        worker.heard_s = other.heard_s = clock.now_s
+        found += [why for _, why in watch.judge([worker, other])]
     return found
+
+
+def test_the_last_that_holds_the_newest_state_is_waited_for_while_it_lives() -> None:
+    for other in (Seen(9, step=0, stepped=0), Seen(9, step=4, stepped=1)):  # new; far behind
+        watch, clock, (worker, _) = under_way()
+        watch.halt(worker, 1)
+        assert not judged(watch, clock, worker, 10 * RETURN_S, other)
+        clock.now_s, other.heard_s = clock.now_s + 0.1, clock.now_s  # its heart has stopped
+        worker.heard_s = clock.now_s - ALIVE_S - 0.1
+        ((found, why),) = watch.judge([worker, other])
+        assert found is worker and "did not leave generation 1" in why
+    watch, clock, (worker, _) = under_way()
+    watch.halt(worker, 1)
+    assert judged(watch, clock, worker, 301, Seen(9)), "not for ever"
 
 
 def test_who_does_not_leave_is_found_however_many_generations_end_meanwhile() -> None:
