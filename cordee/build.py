@@ -29,6 +29,7 @@ from cordee.fault.guard import Guard
 from cordee.fault.inject import Drill, make_drill
 from cordee.layout.axes import INSIDE
 from cordee.layout.boxes import Place
+from cordee.layout.legal import gathers_cast
 from cordee.layout.shares import Balance
 from cordee.layout.split import shard_rows
 from cordee.layout.stages import Stages
@@ -177,7 +178,8 @@ def build(
     offload = run.memory.offload != "none"
     mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
-    sharding = Sharding(plan.zero, canonical, offload)
+    lower = autocast_dtype(run.run.precision) if gathers_cast(run, plan.zero) else None
+    sharding = Sharding(plan.zero, canonical, offload, lower)
     before = before if mesh.size(*INSIDE) == 1 else None
     if before is not None:
         live, whole, loader = before.live, None, before.engine.loader

@@ -184,7 +184,8 @@ class LayoutSettings:
     """How a split sequence attends: gather all keys and values, or pass them round (Liu 2023)."""
     zero: Literal["auto", 1, 2, 3] = "auto"
     """What shard ranks keep whole between uses: 1 parameters and gradients, 2 parameters, 3 nothing
-    (ZeRO, Rajbhandari et al. 2020). auto: the first that fits."""
+    (ZeRO, Rajbhandari et al. 2020). auto: the first that fits. Below fp32, 2 and 3 gather in the
+    type of products: half the bytes, and no copy of the whole island in that type."""
     balance: bool = True
     """Islands that take longer for a microbatch compute fewer of them, as measured while the run
     goes. The sums stay the same bits wherever their order is canonical (run.exact, the exchange);

@@ -73,6 +73,12 @@ def canonical(run: Run, layout: Layout) -> bool:
     return run.sync.codec != "identity" and layout.workers > 1 and not replicated
 
 
+def gathers_cast(run: Run, zero: int) -> bool:
+    """Whether FSDP2 gathers parameters in the type of products (its mixed precision): with zero 2
+    and 3, below fp32. Sums that are canonical keep zero 1, so exact runs gather fp32."""
+    return zero > 1 and run.run.precision != "fp32"
+
+
 def worker_microbatches(run: Run, layout: Layout) -> int:
     """Microbatches of the busiest worker; with replicated data every island has all of them."""
     if run.data.placement == "replicate":

@@ -1,10 +1,10 @@
 """Linear layers that multiply in fp8, with one scale a tensor, made anew at each use.
 
 Activations and weights are e4m3, gradients e5m2 (Micikevicius et al. 2022); sums are wide, results
-have the type of the rest, and a weight's gradient is fp32. Parameters and their names do not
-change. Not here: which devices can (`plan/devices.py`), what is not a block's matrix (attention's
-own products, the head). Traded away: scales remembered from earlier steps, which save a pass over
-each tensor and need a state that must survive.
+have the type of the rest, and a weight's gradient has the weight's. Parameters and their names do
+not change. Not here: which devices can (`plan/devices.py`), what is not a block's matrix
+(attention's own products, the head). Traded away: scales remembered from earlier steps, which save
+a pass over each tensor and need a state that must survive.
 
 Shape suffixes: N tokens, I inputs, O outputs; a tensor is [rows, columns] in memory order, and
 `x.t()` of it is what the library calls column-major.
@@ -51,21 +51,24 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns y [N, O] in `dtype`; keeps both operands in fp8."""
+        """Returns y [N, O] in `dtype`; keeps both operands in fp8. A weight that shards gathered in
+        a narrower type is gathered again: to keep it in fp8 would be to keep the whole island."""
         x8_NI, x_scale = quantise(x_NI, E4M3)
         w8_OI, w_scale = quantise(weight_OI, E4M3)
-        ctx.save_for_backward(x8_NI, x_scale, w8_OI, w_scale)
+        kept_OI = w8_OI if weight_OI.dtype == torch.float32 else weight_OI
+        ctx.save_for_backward(x8_NI, x_scale, kept_OI, w_scale)
         ctx.types = x_NI.dtype, weight_OI.dtype
         return scaled_product(x8_NI, w8_OI, x_scale, w_scale, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """dx = g w, dw = g^T x; the library wants each product's second operand transposed."""
-        x8_NI, x_scale, w8_OI, w_scale = ctx.saved_tensors
+        x8_NI, x_scale, kept_OI, w_scale = ctx.saved_tensors
         x_type, weight_type = ctx.types
         g8_NO, g_scale = quantise(grad_NO, E5M2)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
+            w8_OI = kept_OI if kept_OI.dtype == E4M3 else quantise(kept_OI, E4M3)[0]
             w8_IO = w8_OI.t().contiguous()
             x_grad = scaled_product(g8_NO, w8_IO, g_scale, w_scale, x_type)
         if ctx.needs_input_grad[1]:

@@ -57,7 +57,9 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         head = head_VD.detach().to(x_ND.dtype).requires_grad_(wanted)
         x_grad = torch.empty_like(x_ND) if wanted else None
-        head_grad = torch.zeros_like(head_VD) if wanted else None
+        # Summed in fp32 where shards gathered a narrower head; autograd gives it the head's type.
+        wide = torch.promote_types(head_VD.dtype, torch.float32)
+        head_grad = torch.zeros_like(head_VD, dtype=wide) if wanted else None
         pairs = zip(torch.split(x_ND, chunk), torch.split(targets_N, chunk), strict=True)
         for place, (x_CD, targets_C) in enumerate(pairs):
             with torch.set_grad_enabled(wanted):

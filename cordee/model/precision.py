@@ -1,13 +1,21 @@
 """From run.precision to the type that products are computed in.
 
-Parameters, gradients and sums stay fp32 whatever it is. Not here: the scale of the loss
-(`optim/scale.py`), products in fp8 (`fp8.py`). Traded away: types layer by layer; autocast's own
-lists say what stays fp32.
+Parameters, gradients and sums stay fp32 whatever it is; what shards gather may be narrower
+(`parallel/shard.py`). Not here: the scale of the loss (`optim/scale.py`), products in fp8
+(`fp8.py`). Traded away: types layer by layer; autocast's own lists say what stays fp32.
+
+Shape suffixes: V rows of an embedding, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -26,3 +34,45 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 def casting(device: str, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to `dtype` on a kind of device ("cpu", "cuda"); does nothing when it is None."""
     return torch.autocast(device, dtype, enabled=dtype is not None)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a table that is narrower than fp32, with a gradient that is summed in fp32: a CPU
+    adds in the table's type, and in bf16 the sum of a frequent token stops at some 256 terms."""
+
+    @staticmethod
+    def forward(ctx: Any, table_VD: Tensor, indices: Tensor, padding: int) -> Tensor:
+        """[..., D] of int64 [...]; row `padding` gets no gradient (-1: every row does)."""
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.dtype, ctx.padding = table_VD.shape, table_VD.dtype, padding
+        return F.embedding(indices, table_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The table's gradient [V, D], in its type."""
+        (indices,) = ctx.saved_tensors
+        rows, wide = ctx.shape[0], grad.float()
+        summed_VD = torch.ops.aten.embedding_dense_backward(wide, indices, rows, ctx.padding, False)
+        return summed_VD.to(ctx.dtype), None, None
+
+
+_rows: Callable[[Tensor, Tensor, int], Tensor] = _Rows.apply
+
+
+def rows_of(table_VD: Tensor, indices: Tensor, padding: int | None = None) -> Tensor:
+    """Rows [..., D] of a table, int64 [...], in its type; row `padding` gets no gradient."""
+    if table_VD.dtype.itemsize >= torch.float32.itemsize:
+        return F.embedding(indices, table_VD, padding)
+    return _rows(table_VD, indices, -1 if padding is None else padding)
+
+
+def widen_embeddings(model: nn.Module) -> None:
+    """Makes every plain nn.Embedding inside `model` sum its gradient in fp32, in place."""
+    for module in model.modules():
+        plain = type(module) is nn.Embedding and not module.scale_grad_by_freq
+        if plain and not module.sparse and module.max_norm is None:
+            module.forward = MethodType(_embed, module)
+
+
+def _embed(module: nn.Embedding, indices: Tensor) -> Tensor:
+    return rows_of(module.weight, indices, module.padding_idx)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
@@ -22,6 +21,7 @@ from cordee.model.attention import Attention, RMSNorm, rotary_turns
 from cordee.model.loss import capped_logits, chunked_loss, head_loss, summed_cross_entropy
 from cordee.model.mlp import MLP
 from cordee.model.moe import MoE
+from cordee.model.precision import rows_of
 from cordee.model.recompute import run_block
 from cordee.model.span import Seam, Span, dropout, same
 
@@ -166,8 +166,9 @@ class Transformer(nn.Module):
 
 
 def look_up(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Rows of the embedding: [B, T] to [B, T, D]."""
-    return F.embedding(tokens_BT, weight_VD)
+    """Rows of the embedding: [B, T] to [B, T, D], fp32 or wider whatever shards gather."""
+    rows_BTD = rows_of(weight_VD, tokens_BT)
+    return rows_BTD.to(torch.promote_types(rows_BTD.dtype, torch.float32))
 
 
 def mix(key: int, place: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,9 @@ def take(
     kept = buffer_specs(model)
     wires = make_wires(mesh)
     if mesh.shard_mesh is not None:
-        shard(model, mesh.shard_mesh, blocks_of(model), {}, sharding, wires["shard"])
+        # The caller's code may count on fp32 parameters: shards gather what it brought.
+        plain = replace(sharding, dtype=None)
+        shard(model, mesh.shard_mesh, blocks_of(model), {}, plain, wires["shard"])
     span = Span()
     return Live([model], every, every, kept, wires, ONE_STAGE, span, loss=loss, brought=True)
 

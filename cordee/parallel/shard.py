@@ -3,7 +3,9 @@
 Each block and the rest are one unit. What is kept whole between uses is the level of ZeRO
 (Rajbhandari et al. 2020): 1 parameters and gradients, 2 parameters, 3 nothing. Or (canonical) whole
 gradients are taken after each microbatch and added by the exchange: the same bits as unsharded, at
-the price of whole gradients in memory. FSDP2 and DTensor are imported by the first use: 0.7 s of
+the price of whole gradients in memory. Levels 2 and 3 gather in the type of products (FSDP2's mixed
+precision), so that no rank holds a cast of the whole island; shards, their gradients and the sums
+stay fp32. FSDP2 and DTensor are imported by the first use: 0.7 s of
 processor time that a run without shards need not pay.
 """
 
@@ -21,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cordee.dist.flat import gather_flat, scatter_flat
 from cordee.dist.wire import Wire
+from cordee.model.precision import widen_embeddings
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -29,11 +32,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sharding:
     """How a model is sharded: level of ZeRO, whether gradients stay whole (canonical), whether
-    shards and their gradients live in the host's memory (offload)."""
+    shards and their gradients live in the host's memory (offload), and the type that parameters
+    are gathered in (None: their own)."""
 
     zero: int = 1
     canonical: bool = False
     offload: bool = False
+    dtype: torch.dtype | None = None
 
 
 class _Counted:
@@ -75,20 +80,30 @@ def shard(
 ) -> None:  # fmt: skip
     """Shards every parameter over `mesh`, in dim 0 or the one that `dims` names; `units` are
     wrapped one by one, then the root. `wire` counts what FSDP2 sends."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
     from torch.distributed.tensor import Shard
 
     gather: Any = _Gather(wire)
     scatter: Any = _Scatter(wire)
     pinned = mesh.device_type != "cpu"
     policy = CPUOffloadPolicy(pin_memory=pinned) if how.offload else OffloadPolicy()
+    # Autocast decides what is computed in which type, so inputs stay as they are; sums are fp32.
+    summed = None if how.dtype is None else torch.float32
+    precision = MixedPrecisionPolicy(how.dtype, summed, cast_forward_inputs=False)
+    if how.dtype is not None:
+        widen_embeddings(model)
     placed = {p: Shard(dims.get(name) or 0) for name, p in model.named_parameters()}
     for module in (*units, model):
         # The rest is needed last in a forward and first in a backward: it stays between them.
         again = how.zero == 3 and module is not model
         fully_shard(
             module, mesh=mesh, reshard_after_forward=again,
-            shard_placement_fn=placed.__getitem__, offload_policy=policy,
+            shard_placement_fn=placed.__getitem__, offload_policy=policy, mp_policy=precision,
         )  # fmt: skip
     for unit in fsdp_modules(model):
         # Losses are divided by the global token count, so sums must not be divided again; gloo

@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.dist.wire import Wire
 from cordee.model.moe import mixtures
 from cordee.model.span import Span
-from cordee.model.transformer import Block, Transformer
+from cordee.model.transformer import Block, Transformer, look_up
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -54,7 +53,7 @@ class Vocabulary:
         """This rank's rows of the embedding, zero where another rank has the token."""
         local = tokens_BT - self.wire.index * len(weight_VD)
         outside = (local < 0) | (local >= len(weight_VD))
-        x_BTD = F.embedding(local.masked_fill(outside, 0), weight_VD)
+        x_BTD = look_up(weight_VD, local.masked_fill(outside, 0))
         return x_BTD.masked_fill(outside.unsqueeze(-1), 0.0)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from cordee.config.run import MemorySettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import ORIGIN, Census, Held, Specs, census, in_block
-from cordee.layout.legal import worker_microbatches
+from cordee.layout.legal import gathers_cast, worker_microbatches
 from cordee.layout.split import canonical_subtrees, split_evenly
 from cordee.layout.stages import Part, Stages, make_stages
 from cordee.plan import classifier
@@ -215,6 +215,7 @@ class _Rank:
         # Gradients of this backward need room of their own, unless earlier ones take them in.
         grows = mine if canonical or not before else 0
         to_reduce, gathered = self._to_reduce(whole, several, *units), self._gathered(*units)
+        cast = 0 if self._casts else whole // 2
         for moment, part in rank_moments(run, self.device, layout, self.parts, flights):
             yield {
                 "gradients": int(before * mine + grows * moment.behind),
@@ -222,7 +223,7 @@ class _Rank:
                 "gathered parameters": gathered,
                 "activations": moment.held_bytes,
                 **(self._loss_bytes(flights) if moment.loss else _block_bytes(run, layout, part)),
-                "bf16 weights": int(whole // 2 * cast_share(run, moment.behind, max(flights))),
+                "bf16 weights": int(cast * cast_share(run, moment.behind, max(flights))),
             }
 
     @property
@@ -242,6 +243,11 @@ class _Rank:
         """Whether FSDP2 stands between parameters and modules (for offload, on one rank too)."""
         return self.layout.shard > 1 or self.run.memory.offload != "none"
 
+    @property
+    def _casts(self) -> bool:
+        """Whether it gathers them in the type of products, so that nothing else casts them."""
+        return self._gathers and gathers_cast(self.run, self.zero)
+
     def _flights(self) -> list[int]:
         each = worker_microbatches(self.run, self.layout)
         return in_flight(self.run.layout, self.layout.pipeline, self.index, each)
@@ -257,7 +263,8 @@ class _Rank:
         """Parameters gathered by FSDP2 at once: all, or (zero 3) two blocks and the rest."""
         if not self._gathers:
             return 0
-        return rest + (blocks * min(2, number) // number if self.zero == 3 else blocks)
+        found = rest + (blocks * min(2, number) // number if self.zero == 3 else blocks)
+        return found * element_bytes(self.run) // FP32 if self._casts else found
 
     def _flat_bytes(self) -> int:
         """The largest flat buffer in which gradients are summed inside the island."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
 from cordee.layout.census import Specs, census
-from cordee.layout.legal import canonical, worker_microbatches
+from cordee.layout.legal import canonical, gathers_cast, worker_microbatches
 from cordee.layout.stages import Part, Stages
 from cordee.layout.traffic import context_bytes, expert_bytes
 from cordee.plan.activations import FP32, attended_tokens, element_bytes
@@ -150,7 +150,8 @@ def shard_bytes(
     """FSDP2 in one step: (bytes gathered, bytes reduced, collectives) of one rank.
 
     zero 1 gathers and reduces once; 2 reduces every microbatch; 3 also gathers every microbatch,
-    blocks twice. `whole`: gradients stay whole and are left to the exchange.
+    blocks twice. 2 and 3 gather in the type of products. `whole`: gradients stay whole and are left
+    to the exchange.
     """
     if layout.shard == 1:
         return 0, 0, 0
@@ -163,6 +164,8 @@ def shard_bytes(
         units += rest_gathers + reduces
     gathered = (block_gathers * blocks + rest_gathers * rest) // layout.shard
     reduced = reduces * (blocks + rest) // layout.shard
+    if gathers_cast(run, zero):
+        gathered = gathered * element_bytes(run) // FP32
     return (layout.shard - 1) * gathered, (layout.shard - 1) * reduced, units
 
 

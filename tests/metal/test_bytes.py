@@ -36,6 +36,8 @@ AT_TWO = [
     *((*words(context=2, attention=kind), AGAIN) for kind in ("gather", "ring")),
     *((*words(**{axis: 2}), "run.precision=bf16") for axis in ("tensor", "context", "pipeline")),
     *((*words(shard=2), lever) for lever in ("sync.protocol=exchange", "optim.name=adamw")),
+    *((*words(shard=2, zero=zero), "run.precision=bf16") for zero in (2, 3)),
+    (*words(shard=2, zero=3), "run.precision=fp16"),
     (*words(tensor=2), "optim.name=adamw", "model.mlp=gated"),
     (*words(tensor=2), *MOE), (*words(context=2), *MOE, AGAIN), (*words(shard=2), *MOE),
     (*words(expert=2), *MOE), (*words(expert=2), *MOE, AGAIN),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cordee.cli.plan import run as plan_command
 from cordee.config.load import load
 from cordee.config.run import LayoutSettings, Run
-from cordee.errors import ConfigError
+from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import INSIDE, Layout
 from cordee.layout.census import census, model_census
 from cordee.layout.legal import problems
@@ -33,7 +33,7 @@ from cordee.plan.plan import Plan, make_plan
 from cordee.plan.rank import view_rank
 from cordee.plan.report import rank_text
 from cordee.plan.search import search
-from cordee.plan.wires import axis_bytes, pipeline_bytes
+from cordee.plan.wires import axis_bytes, pipeline_bytes, shard_bytes
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.dense_layers=1")
 LLAMA_405B = (
@@ -290,6 +290,42 @@ def test_shards_keep_less_at_each_level_and_auto_takes_the_first_that_fits() -> 
     assert asked.zero == 3 and asked.layout.shard > 1
 
 
+def test_seventy_billion_parameters_fit_by_shards_alone() -> None:
+    """On 128 devices of 80 GB: with the fewest levers, and no cast of the island beside the
+    shards."""
+    words = ("model.preset=llama3-70b", "optim.name=adamw", "batch.microbatches=128",
+             "batch.microbatch=1", "data.sequence=4096", "memory.recompute=full")  # fmt: skip
+    cluster = gpu_cluster("H100", 8, hosts=16)
+    for precision in ("bf16", "fp16", "fp8"):
+        run = run_of(*words, "layout.shard=128", f"run.precision={precision}")
+        plan = make_plan(run, cluster, 128256)
+        assert (plan.layout, plan.zero) == (Layout(shard=128), 3)
+        assert "bf16 weights" not in plan.predicted.memory_items
+        assert 30e9 < plan.predicted.memory_bytes < 60e9
+    # Gathers in fp32 are twice as large: two blocks and the rest.
+    wide = make_plan(run_of(*words, "layout.shard=128", "run.precision=fp32"), cluster, 128256)
+    pairs = [made.predicted.memory_items["gathered parameters"] for made in (wide, plan)]
+    assert pairs[0] == 2 * pairs[1]
+    # Islands of fewer devices than a host has do not hold it.
+    with pytest.raises(LayoutError, match="does not fit"):
+        make_plan(run_of(*words, "layout.shard=4", "layout.islands=32"), cluster, 128256)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gathers_of_bf16_cost_half_from_zero_2_on(zero: int) -> None:
+    layout, words = Layout(shard=4), ("batch.microbatches=8", "model.layers=3")
+    wide, half = (run_of(*words, f"run.precision={kind}") for kind in ("fp32", "bf16"))
+    specs, part = specs_of(wide), [whole(wide)]
+    gathered, reduced, units = shard_bytes(wide, specs, layout, part, zero)
+    divisor = 1 if zero == 1 else 2
+    assert shard_bytes(half, specs, layout, part, zero) == (gathered // divisor, reduced, units)
+    none = Wire("none", "identity", False)
+    items = [rank_memory(run, specs, layout, none, "cuda", zero).phases["backward"]
+             for run in (wide, half)]  # fmt: skip
+    assert items[0]["gathered parameters"] == divisor * items[1]["gathered parameters"]
+    assert (items[1]["bf16 weights"] > 0) == (zero == 1)
+
+
 # ---- search --------------------------------------------------------------------------------------
 
 
@@ -327,7 +363,9 @@ def test_405_billion_parameters_are_planned_in_seconds(hosts: int) -> None:
         return
     finally:
         assert time.process_time() - began < 5
-    assert plan.processes == 8 * hosts and plan.layout.tensor > 1
+    assert plan.processes == 8 * hosts
+    # Shards alone hold it, where there is a microbatch for each of them.
+    assert plan.layout.tensor > 1 or plan.layout.shard == plan.processes <= 2048
     assert problems(run, plan.layout, 128256) == []
     specs = model_census(run.model, 128256)
     assert specs.parameters == pytest.approx(405e9, rel=0.01)

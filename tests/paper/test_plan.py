@@ -235,8 +235,9 @@ def test_allreduce_and_shard_bytes_by_hand() -> None:
     sharded = Layout(shard=4)
     rest = 4 * (2 * 256 * 64 + 64)
     blocks = 4 * n - rest
-    # Two microbatches a rank: zero 3 gathers blocks for forward and backward, the rest once each.
-    gathered = {1: 4 * n, 2: 4 * n, 3: 2 * 2 * blocks + 2 * rest}
+    # Two microbatches a rank: zero 3 gathers blocks for forward and backward, the rest once each;
+    # 2 and 3 gather bf16.
+    gathered = {1: 4 * n, 2: 2 * n, 3: (2 * 2 * blocks + 2 * rest) // 2}
     reduced = {1: 4 * n, 2: 2 * 4 * n, 3: 2 * 4 * n}
     wire = choose_wire(run, sharded)
     for zero in (1, 2, 3):
