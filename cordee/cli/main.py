@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cordee import __version__
+from cordee.dist.start import wait_passively
 from cordee.dist.streams import outlive_readers, say
 from cordee.errors import ConfigError, CordeeError
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> NoReturn:
     """The process: runs the verb and leaves with its exit code."""
     outlive_readers()
+    wait_passively()
     code = main()
     try:
         sys.stdout.flush()

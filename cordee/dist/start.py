@@ -63,6 +63,9 @@ LIMITS = (
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun has started these ranks anew."""
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""How OpenMP's threads wait for each other: the standard's own name, libgomp's and libomp's."""
+
 
 @dataclass(frozen=True)
 class Launched:
@@ -183,7 +186,7 @@ def loopback_environment() -> dict[str, str]:
     """This environment for processes whose peers are all on this host."""
     names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     ours = {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
-    return {**os.environ, **ours}
+    return {**os.environ, **passive_threads(), **ours}
 
 
 def follow_parent() -> None:
@@ -213,6 +216,23 @@ def raise_limits() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def passive_threads(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What lets OpenMP's threads sleep while they wait for each other; nothing where the user says
+    how they wait.
+
+    Threads that spin hold a core that the one they wait for needs, as soon as another program wants
+    one: two threads a rank were 20 times slower than one then (benchmarks/threads.py measures it).
+    """
+    env = os.environ if environment is None else environment
+    return {} if any(name in env for name in WAITING) else {WAITING[0]: "PASSIVE"}
+
+
+def wait_passively() -> None:
+    """Does so in this process, and in those that it starts. Before torch is imported: OpenMP reads
+    its variables once, when it is loaded."""
+    os.environ.update(passive_threads())
+
+
 def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
     """The environment of a worker that our supervisor starts; `interface`: the network interface
     that its peers reach it by ("": whatever this host's name stands for)."""
@@ -221,6 +241,7 @@ def worker_environment(descriptors: Sequence[int], threads: int, interface: str)
     ours = {n: interface for n in names if not (interface == LOOPBACK and n in os.environ)}
     return {
         **os.environ,
+        **passive_threads(),
         **ours,
         LINE: ",".join(map(str, descriptors)),
         PARENT: str(os.getpid()),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cordee.dist.start import WAITING
 from cordee.errors import RunError
 from cordee.testing import World, launch
 from tests.conftest import SMALL, clean_environment
@@ -74,6 +75,24 @@ def test_no_rank_outlives_who_launched_it(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert gone_within(ranks, 60), f"orphans among {ranks}"
+
+
+def test_threads_of_the_command_sleep_while_they_wait() -> None:
+    """OpenMP's own word, as it was when torch came in; the user's word stays."""
+    code = (
+        "import atexit; from cordee.cli.main import program;"
+        " atexit.register(lambda: __import__('torch')); program()"
+    )
+    for given, spins in (({}, "0"), ({"GOMP_SPINCOUNT": "77"}, "77")):
+        plain = {k: v for k, v in clean_environment().items() if k not in WAITING}
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=120,
+            env={**plain, **given, "OMP_DISPLAY_ENV": "verbose"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        if "GOMP_SPINCOUNT" not in done.stderr:
+            pytest.skip("this torch has another OpenMP than libgomp")
+        assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ import resource
 import pytest
 
 from cordee.config.run import Run
-from cordee.dist.start import MOST_FILES, Launched, launched, raise_limits, worker_environment
+from cordee.dist.start import (
+    MOST_FILES,
+    Launched,
+    launched,
+    passive_threads,
+    raise_limits,
+    worker_environment,
+)
 from cordee.errors import ConfigError
 from cordee.rendezvous import interface
 
@@ -79,3 +86,17 @@ def test_the_limit_of_open_files_is_raised() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(before[1], MOST_FILES)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_threads_of_workers_sleep_unless_the_user_says_how_they_wait(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(each, raising=False)
+    made = worker_environment((3, 4, 5, 6, 7), 2, "")
+    assert (made["OMP_WAIT_POLICY"], made["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
+    monkeypatch.setenv(name, "300")
+    made = worker_environment((3, 4, 5, 6, 7), 2, "")
+    assert made[name] == "300" and (name == "OMP_WAIT_POLICY" or "OMP_WAIT_POLICY" not in made)
+    assert passive_threads({name: "1"}) == {}
