@@ -32,11 +32,11 @@ from cordee import Run, override
 from cordee.begin import lay_out_data, settle
 from cordee.data.source import open_dataset
 from cordee.dist.start import Launched, World, world
-from cordee.metrics.meter import peak_bytes
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import Plan, make_plan
+from cordee.system import peak_bytes
 
 SIDES = ("cordee", "by hand")
 

@@ -34,12 +34,12 @@ from cordee.data.source import open_dataset
 from cordee.desk import Desk
 from cordee.dist.start import World
 from cordee.fault.leave import Asked
-from cordee.metrics.meter import peak_bytes, resident_bytes
 from cordee.model.initial import initialise
 from cordee.model.transformer import Transformer
 from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
+from cordee.system import peak_bytes, resident_bytes
 from cordee.testing import launch
 from cordee.train import step
 

@@ -24,6 +24,12 @@ _PLACES = {
 __all__ = ["Parts", "Report", "Run", "launch", "load", "override", "train"]
 
 
+def _module(name: str) -> ModuleType:
+    """A module of the package; ConfigError on a system that it cannot run on."""
+    importlib.import_module("cordee.system").check_system()
+    return importlib.import_module(name)
+
+
 class _Face(ModuleType):
     """The package as a module whose names are looked up late.
 
@@ -34,7 +40,7 @@ class _Face(ModuleType):
     @property
     def train(self) -> Any:
         """The function `cordee.train.train`."""
-        return importlib.import_module("cordee.train").train
+        return _module("cordee.train").train
 
     @train.setter
     def train(self, _: Any) -> None:
@@ -42,7 +48,7 @@ class _Face(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name in _PLACES:
-            return getattr(importlib.import_module(_PLACES[name]), name)
+            return getattr(_module(_PLACES[name]), name)
         raise AttributeError(f"module 'cordee' has no attribute {name!r}")
 
 

@@ -8,11 +8,9 @@ in pieces on several disks.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import socket
-import struct
 import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -35,13 +33,12 @@ from cordee.fault.witness import FileWitness
 from cordee.metrics.lines import records, step_of, whole_number
 from cordee.metrics.records import number
 from cordee.metrics.sinks import last_event
+from cordee.system import interface_of
 
 CHECKPOINTS = "checkpoints"
 WITNESS_FILE = "members.json"
 FOLDER_ID = "members.id"
 SECRET_FILE = "secret"
-ADDRESS_OF_INTERFACE = 0x8915
-"""SIOCGIFADDR of Linux: an interface's IPv4 address."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -136,16 +133,7 @@ def interface(run: Run) -> str:
     ip = LOOPBACK
     if several(run):
         ip = own_ip(run.launch.join) if run.launch.join else resolve(run.launch.listen)[0][1][0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(asking, ADDRESS_OF_INTERFACE, request)
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == ip:
-                return name
-    return ""
+    return interface_of(ip)
 
 
 def own_ip(towards: str) -> str:

@@ -17,6 +17,7 @@ from cordee import __version__
 from cordee.dist.start import wait_passively
 from cordee.dist.streams import outlive_readers, say
 from cordee.errors import ConfigError, CordeeError
+from cordee.system import check_system
 
 VERBS = {
     "train": "train, or go on with a run: cordee train [CONFIG.toml] [key=value ...]",
@@ -96,6 +97,7 @@ def _verb(name: str, rest: list[str]) -> int:
             values={"verb": name},
             fix=f"cordee {near[0]}" if near else "cordee --help",
         )
+    check_system()  # before the verb's own imports, which need such a system
     module = importlib.import_module(f"cordee.cli.{name}")
     code: int = module.run(rest)
     return code

@@ -130,8 +130,8 @@ def _dry_run(
     run: Run, cluster: Cluster, plan: Plan, view: RankView, vocabulary: int, as_json: bool
 ) -> str:
     """One rank of the plan: by the tables, and as its modules were built."""
-    from cordee.metrics.meter import peak_bytes
     from cordee.rehearse import rehearse
+    from cordee.system import peak_bytes
 
     rehearsal = {**rehearse(run, plan, view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:

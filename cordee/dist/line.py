@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -32,11 +31,10 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from cordee.dist.start import Launched
 from cordee.dist.talk import MARK, Talk
+from cordee.system import connections, set_name
 
 BEAT_S = 0.2
 """Seconds between heartbeats."""
-
-DESCRIPTORS = Path("/proc/self/fd")
 
 GRACE_S = 0.25
 """From the end of a generation to the cut: a rank that hears of it by itself, or at its next step,
@@ -109,7 +107,7 @@ class Line:
 
     def ready(self) -> None:
         """Says that this worker has imported everything and may be given a seat."""
-        _name("ready")
+        set_name("cordee ready")
         self._say({"say": "ready"})
 
     def take(self) -> Seat | None:
@@ -121,7 +119,7 @@ class Line:
             seat = self._seats.get()
             if seat is None or seat.generation > self._halted:
                 self._cut_s, self._seat = math.inf, seat
-                _name("ending" if seat is None else f"rank {seat.rank}")
+                set_name("cordee ending" if seat is None else f"cordee rank {seat.rank}")
                 self._show(seat is not None and seat.rank == 0)
                 return seat
 
@@ -197,7 +195,7 @@ class Line:
     # ---- the line's thread ----
 
     def _serve(self) -> None:
-        _name("line", "thread-self")
+        set_name("cordee line", thread=True)
         due = 0.0
         while not self._talk.closed:
             now, seat = time.monotonic(), self._seat
@@ -294,12 +292,6 @@ def _uncounted(key: str) -> str:
     return rest if mark and head.isdigit() and len(head) < 10 else key
 
 
-def _name(what: str, whose: str = "self") -> None:
-    """What `top` and `ps` call this process, or this thread of it; only Linux has it."""
-    with suppress(OSError):
-        Path(f"/proc/{whose}/comm").write_text(f"cordee {what}")
-
-
 def open_line(told: Launched) -> Line | None:
     """The line of a worker that a supervisor started; None for any other process."""
     return Line(told.line, told.mark, told.terminal) if told.line >= 0 else None
@@ -307,15 +299,7 @@ def open_line(told: Launched) -> Line | None:
 
 def cut_connections() -> None:
     """Shuts every TCP connection of this process: the process groups', which then raise."""
-    for entry in DESCRIPTORS.iterdir():
-        try:
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as end:
-                if end.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                # A listening socket must stay as it is: gloo takes its end for a fault of its own.
-                if not end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue
+    # A listening socket must stay as it is: gloo takes its end for a fault of its own.
+    for end in connections():
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

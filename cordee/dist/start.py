@@ -8,12 +8,10 @@ its line, generation by generation. Not here: starting other processes.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import resource
 import shutil
-import signal
 import socket
 import sys
 import sysconfig
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.errors import ConfigError, RunError
+from cordee.system import die_with_parent
 
 RANK_NAMES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -60,6 +59,8 @@ LIMITS = (
     "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
 """Variables that hold the libraries of a CPU to fewer instructions than it has."""
+LIFELINE = "CORDEE_LIFELINE"
+"""The parent's process id, and the descriptor of a pipe whose other end it alone has."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun has started these ranks anew."""
 
@@ -190,14 +191,10 @@ def loopback_environment() -> dict[str, str]:
 
 
 def follow_parent() -> None:
-    """Dies with the process that launched this one (Linux), so that no orphan trains on."""
+    """Dies with the process that launched this one, so that no orphan trains on."""
     parent = os.environ.get(PARENT)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before we asked
-        os._exit(1)
+    if parent is not None:
+        die_with_parent(int(parent), int(os.environ[LIFELINE]))
 
 
 def python_command() -> list[str]:
@@ -233,7 +230,9 @@ def wait_passively() -> None:
     os.environ.update(passive_threads())
 
 
-def worker_environment(descriptors: Sequence[int], threads: int, interface: str) -> dict[str, str]:
+def worker_environment(
+    descriptors: Sequence[int], lifeline: int, threads: int, interface: str
+) -> dict[str, str]:
     """The environment of a worker that our supervisor starts; `interface`: the network interface
     that its peers reach it by ("": whatever this host's name stands for)."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
@@ -245,6 +244,7 @@ def worker_environment(descriptors: Sequence[int], threads: int, interface: str)
         **ours,
         LINE: ",".join(map(str, descriptors)),
         PARENT: str(os.getpid()),
+        LIFELINE: str(lifeline),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }

@@ -20,6 +20,7 @@ from typing import Any
 from cordee.dist.start import python_command, worker_environment
 from cordee.dist.talk import MARK, Talk, pair
 from cordee.fault.orders import Ready
+from cordee.system import ChildWatch, memory_file
 
 WORDS_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
@@ -38,7 +39,7 @@ class Worker:
     talk: Talk
     words: int
     mark: int
-    pidfd: int
+    watch: ChildWatch
     ready: bool = False
     rank: int | None = None
     last_rank: int | None = None
@@ -85,25 +86,26 @@ class Crew:
         """`command`: the words after `cordee`; `plan`: JSON, what workers check with."""
         self.command, self.threads, self.interface = list(command), threads, interface
         self.workers: dict[int, Worker] = {}
-        self._plan = os.memfd_create("cordee-plan")
+        self._plan = memory_file("cordee-plan")
         os.write(self._plan, plan.encode())
         self._terminal = (os.dup(1), os.dup(2))
+        self._lifeline, self._alive = os.pipe()  # its other end ends with this process
         self._started = 0
 
     def start(self) -> Worker:
         """Starts a worker, which will say that it is ready. OSError: the system has no room."""
         talk, theirs = pair()
-        words, mark = os.memfd_create("cordee-words"), os.memfd_create("cordee-mark")
+        words, mark = memory_file("cordee-words"), memory_file("cordee-mark")
         os.ftruncate(mark, MARK.size)
         descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
         try:
             process = subprocess.Popen(
                 [*python_command(), *self.command],
-                env=worker_environment(descriptors, self.threads, self.interface),
+                env=worker_environment(descriptors, self._lifeline, self.threads, self.interface),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=words,
-                pass_fds=descriptors,
+                pass_fds=(*descriptors, self._lifeline),
                 # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
                 process_group=0,
             )
@@ -115,7 +117,7 @@ class Crew:
         finally:
             theirs.close()
         self._started += 1
-        worker = Worker(self._started, process, talk, words, mark, os.pidfd_open(process.pid))
+        worker = Worker(self._started, process, talk, words, mark, ChildWatch(process))
         self.workers[worker.number] = worker
         return worker
 
@@ -133,7 +135,7 @@ class Crew:
         """Takes a dead worker from the crew; its exit code, negative for a signal."""
         code = worker.process.wait()
         worker.talk.close()
-        os.close(worker.pidfd)
+        worker.watch.close()
         os.close(worker.words)
         os.close(worker.mark)
         self.workers.pop(worker.number, None)
@@ -159,8 +161,7 @@ class Crew:
         """Ends a worker that does not answer; a stopped process hears no other signal. Its death,
         `judged` its cause, is dealt with like any."""
         worker.judged, worker.heard_s = judged, time.monotonic()
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        worker.watch.kill()
 
     def end(self, grace_s: float) -> None:
         """Lets workers go for up to `grace_s`, then kills what is left."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from cordee.errors import RunError
 from cordee.fault.handshake import Refusal
+from cordee.system import quiet_pipe
 
 QUEUE_ITEMS, QUEUE_BYTES = 1 << 16, 64 << 20
 """Most messages, and bytes, that wait for one peer, or for the supervisor."""
@@ -25,7 +26,7 @@ class Bell:
     """A file descriptor that is readable from `ring` to `clear`; both are cheap to repeat."""
 
     def __init__(self) -> None:
-        self.read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.read_end, self._write_end = quiet_pipe()
         self._rung = False
 
     def ring(self) -> None:

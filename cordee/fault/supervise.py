@@ -1,6 +1,6 @@
 """A host's supervisor: keeps its workers running and, with other hosts', decides who computes what.
 
-One thread, one selector, no torch. A worker that dies is seen at once (pidfd), one that falls
+One thread, one selector, no torch. A worker that dies is seen at once, one that falls
 silent is killed; either way the hosts agree on a new generation (`members.py`) in which the others,
 a warm spare among them, go on. Not here: what a worker does (`train.py`); messages between hosts
 (`hosts.py`). Traded away: a watcher of the watcher; workers die with their supervisor, and the same
@@ -128,7 +128,7 @@ class Supervisor:
             self._short_s = time.monotonic()
             return False
         self._short_s = 0.0
-        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._on_death(worker))
+        self._selector.register(worker.watch, selectors.EVENT_READ, lambda: self._on_death(worker))
         self._selector.register(worker.talk, selectors.EVENT_READ, lambda: self._on_words(worker))
         return True
 
@@ -222,7 +222,7 @@ class Supervisor:
 
     def _on_death(self, worker: Worker) -> None:
         self._on_words(worker)
-        self._selector.unregister(worker.pidfd)
+        self._selector.unregister(worker.watch)
         with suppress(KeyError, ValueError):
             self._selector.unregister(worker.talk)
         words = worker.last_words()

@@ -36,6 +36,7 @@ from cordee.fault.wires import (
     Wire,
     look_up,
 )
+from cordee.system import limit_unanswered
 
 
 class Switchboard(threading.Thread):
@@ -176,7 +177,7 @@ class Switchboard(threading.Thread):
     def _adopt(self, made: socket.socket, there: str, dial: Dial | None) -> Wire:
         made.setblocking(False)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_MS)
+        limit_unanswered(made, UNANSWERED_MS)
         talk = Handshake(self._secret, self._own_id, self._hello, dials=dial is not None)
         wire = Wire(made, talk, there, dial, connected=dial is None)
         wire.mask = READ if wire.connected else READ | WRITE

@@ -8,16 +8,15 @@ peak. Traded away: device timers; phases are told apart by the host's clock.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from cordee.system import peak_bytes, resident_bytes
 
 
 class Meter:
@@ -87,17 +86,3 @@ class Meter:
 
     def _mfu(self, step_s: float) -> float | None:
         return round(self._flops / step_s / self._peak, 4) if self._peak else None
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Most memory that this process ever held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -25,6 +25,7 @@ from cordee.plan.profile import (
     read_text,
     this_host,
 )
+from cordee.system import cpu_info, host_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def _unknown_gpu(cluster: Cluster, told: str, profile: Profile | None) -> Cluste
 
 
 def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
-    info = read_text("/proc/cpuinfo")
+    info = cpu_info()
     fp32, bf16 = _core_flops(info)
     told = field_of(info, "model name") or "CPU"
     made = Cluster(
@@ -292,8 +293,7 @@ def _unlike(what: str, key: str, value: str, known: list[str], file: str = "") -
 
 def _memory_bytes() -> int:
     """Memory of the machine, or the control groups' limit where that is lower."""
-    total = field_of(read_text("/proc/meminfo"), "MemTotal").split(" ")[0]
-    limits = [int(total) * 1024 if total.isdigit() else 8 * 2**30]
+    limits = [host_memory_bytes() or 8 * 2**30]
     for folder in control_groups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
             limit = read_text(folder / name).strip()

@@ -27,14 +27,14 @@ DEADLINE_S = 120.0
 class Live:
     """`cordee train` of the small run, as a context: at its end nothing of it may be left."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
         self.folder = folder
         self.words = ("train", *SMALL, "fault.spares=1", f"run.dir={folder}", *words)
         self.temporary = folder.with_name(folder.name + "-tmp")
         self.temporary.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cordee", *self.words],
-            env={**clean_environment(), "TMPDIR": str(self.temporary)},
+            env={**clean_environment(), "TMPDIR": str(self.temporary), **environment},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._lines: list[str] = []
