@@ -44,6 +44,7 @@ from cordee.checkpoint.format import (
     seal,
     tile,
 )
+from cordee.devices import DEVICES
 from cordee.errors import CheckpointError
 
 
@@ -227,17 +228,21 @@ class Saver:
 
     def _stage(self, job: _Job, tensors: list[torch.Tensor]) -> None:
         """Lays out the whole file in the staging buffer, which grows and never shrinks."""
-        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+        pinned = any(DEVICES[device.type].pinned for device in devices)
         head, offsets_bytes, size_bytes = job.layout
-        if self._staging.numel() < size_bytes or (devices and not self._staging.is_pinned()):
+        if self._staging.numel() < size_bytes or (pinned and not self._staging.is_pinned()):
             self._staging = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=bool(devices))
+            self._staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._staging[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         for entry, offset, tensor in zip(job.pieces, offsets_bytes, tensors, strict=True):
             place = self._staging[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
-            place.view(entry.size).copy_(tensor.detach(), non_blocking=bool(devices))
+            place.view(entry.size).copy_(tensor.detach(), non_blocking=pinned)
         for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+            if DEVICES[device.type].streams:
+                torch.accelerator.current_stream(device).synchronize()
+            else:
+                torch.accelerator.synchronize(device)
 
     def _write(self, job: _Job) -> None:
         """The thread: folder, own file, part file. Ends WRITTEN or FAILED, whatever happens."""

@@ -88,8 +88,11 @@ def _environment() -> Iterator[Finding]:
             )
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         yield Finding("fail", "this torch has no gloo", "install a torch with distributed support")
-    if torch.cuda.is_available():
-        yield Finding("ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is not None:
+        module = torch.get_device_module(here.type)
+        name = module.get_device_name(0) if hasattr(module, "get_device_name") else here.type
+        yield Finding("ok", f"{torch.accelerator.device_count()} x {name}")
 
 
 def _machine() -> Iterator[Finding]:

@@ -209,9 +209,10 @@ class LaunchSettings:
     """Ranks started on this machine; auto is what the plan ranks first."""
     threads: Auto = "auto"
     """CPU threads of a rank; auto shares the cores, 1 under run.exact."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where ranks of this host compute; auto is cuda when there is one. Hosts of one run may differ
-    in it unless run.exact."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
+    """Where ranks of this host compute, by torch's name (cuda is ROCm's too); auto is an
+    accelerator that torch here is built for, if there is one. Hosts of one run may differ in it
+    unless run.exact."""
     timeout_s: float = 300.0
     """A collective that waits longer than this has failed."""
     probe: bool = True

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cordee.data.order import Order
 from cordee.data.source import TokenSource
+from cordee.devices import DEVICES
 from cordee.errors import DataError
 
 # Row ids computed ahead in one go: they cost 40 ns each so, and 4 us each for a batch of 32 alone.
@@ -138,7 +139,7 @@ class Loader:
         if self._device.type == "cpu":
             return tokens
         pinned = torch.from_numpy(tokens)
-        return pinned.pin_memory() if self._device.type == "cuda" else pinned
+        return pinned.pin_memory() if DEVICES[self._device.type].pinned else pinned
 
     def _gather(self, step: int, indices: range) -> _Gathered:
         if not indices:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.start import HOST_ONLY
+from cordee.devices import HOST_ONLY
 
 DIRECT_BYTES = 1 << 19
 """Largest part that is gathered by direct messages on a CPU."""

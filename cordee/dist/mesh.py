@@ -4,7 +4,7 @@ A group holds the ranks that differ only in the named axes, in rank order. Only 
 rank belongs to are made, so 16,384 ranks cost no more than two. Not here: how a model is cut
 (`parallel/`). Traded away: axes of degree 1 get no group, because a collective of one is the
 identity. Where devices are of different kinds, the groups that cross islands carry host memory only
-(`start.HOST_ONLY`), and those inside an island carry its devices' as ever.
+(`devices.HOST_ONLY`), and those inside an island carry its devices' as ever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cordee.dist.start import BACKENDS, HOST_ONLY
+from cordee.devices import BACKENDS, HOST_ONLY
 from cordee.layout.axes import AXES, INSIDE, Layout
 
 WORKERS = ("island", "expert", "shard")

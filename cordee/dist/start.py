@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from cordee.devices import BACKENDS, DEVICES, HOST_ONLY
 from cordee.errors import ConfigError, RunError
 from cordee.system import die_with_parent
 
@@ -36,12 +37,6 @@ HOST_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """Where they write how many ranks this host has; Slurm writes the number of hosts instead."""
 
 HOSTS = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
-
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""What carries a rank's messages, by its kind of device."""
-
-HOST_ONLY = "cpu:gloo"
-"""The same for CUDA ranks in groups with ranks of another kind: gloo alone, from host memory."""
 
 LINE = "CORDEE_LINE"
 """Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
@@ -100,7 +95,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `device` is a torch device string, "cpu" or "cuda:0"."""
+    """This process among its peers. `device` is a torch device string ("cpu", "cuda:0")."""
 
     rank: int
     size: int
@@ -157,10 +152,10 @@ def _hosts(env: Mapping[str, str], rank_name: str, size: int) -> int:
 
 
 def compiler(device: str) -> tuple[str, bool]:
-    """What torch.compile would build its kernels with on "cpu" or "cuda": (name, whether it and
+    """What torch.compile would build its kernels with on a kind of device: (name, whether it and
     Python's headers are there)."""
     names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
-    if device == "cuda":
+    if DEVICES[device].compiler == "CC":
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     found = any(shutil.which(name) for name in names)
@@ -271,10 +266,10 @@ def world(
 ) -> Iterator[World]:  # fmt: skip
     """Joins the process group, pins threads, and leaves the group at the end, whatever happened.
 
-    `device` is "cpu" or "cuda"; `always`: make a group also of one process (FSDP2 needs one);
+    `device` is a kind (`devices.py`); `always`: make a group also of one process (FSDP2 needs one);
     `store`: the rendezvous, a torch Store (None: what the launcher told); `mixed`: other ranks are
     on devices of another kind.
-    Raises RunError when the others cannot be reached.
+    Raises RunError when the others cannot be reached, ConfigError when torch has no such device.
     """
     import torch  # late: errors above must not cost an import of torch
     import torch.distributed as dist
@@ -283,10 +278,11 @@ def world(
     random.seed(0)
     torch.manual_seed(0)
     place = "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(told.local_rank)
-        place = f"cuda:{told.local_rank}"
-    backend = HOST_ONLY if mixed and device == "cuda" else BACKENDS[device]
+    if device != "cpu":
+        _check_accelerator(device, told.local_rank)
+        torch.accelerator.set_device_index(told.local_rank)
+        place = f"{device}:{told.local_rank}"
+    backend = HOST_ONLY if mixed and device != "cpu" else BACKENDS[device]
     if told.size > 1 or (told.by_launcher and store is None):
         _join(told, backend, timeout_s, store)
     elif always:
@@ -297,6 +293,20 @@ def world(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_accelerator(device: str, index: int) -> None:
+    """ConfigError when torch has no such device: paper only knows what the kernel shows."""
+    import torch
+
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here is not None else 0
+    if here is None or here.type != device or index >= count:
+        raise ConfigError(
+            f"this torch has no device {device}:{index}",
+            values={"torch": torch.__version__, "devices": f"{count} {here.type if here else ''}"},
+            fix="launch.device=cpu, or a torch and a driver for that device",
+        )
 
 
 def _join(told: Launched, backend: str, timeout_s: float, store: Any) -> None:

@@ -1,8 +1,9 @@
 """What a step cost: time by phase, bytes, memory, and the rates that follow.
 
 Not here: where it is written (`sinks.py`). Memory is this rank's peak above what the process held
-before the model was built, so that it can be held against the plan; on CUDA it is the allocator's
-peak. Traded away: device timers; phases are told apart by the host's clock.
+before the model was built, so that it can be held against the plan; on an accelerator whose
+allocator tells it, that one's peak. Traded away: device timers; phases are told apart by the host's
+clock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cordee.devices import DEVICES
 from cordee.system import peak_bytes, resident_bytes
 
 
@@ -71,8 +73,8 @@ class Meter:
 
     def memory_bytes(self) -> int:
         """Peak memory of this rank above the start's."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
+        if DEVICES[self._device.type].memory_statistics:
+            return int(torch.accelerator.max_memory_allocated(self._device))
         return max(0, peak_bytes() - self._began)
 
     def measured(self) -> dict[str, float]:

@@ -186,6 +186,8 @@ def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, torch's generators are a function of `seed`; outside, they go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    accelerated = device.type not in ("cpu", "meta")
+    kind = device.type if accelerated else None
+    with torch.random.fork_rng([device] if accelerated else [], device_type=kind):
         torch.manual_seed(seed)
         yield

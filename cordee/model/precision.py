@@ -32,7 +32,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def casting(device: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype` on a kind of device ("cpu", "cuda"); does nothing when it is None."""
+    """Autocast to `dtype` on a kind of device ("cpu", "cuda", ...); without one, nothing."""
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
 

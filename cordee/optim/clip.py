@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cordee.config.run import ClipSettings
+from cordee.devices import DEVICES
 
 Whole = Callable[[Tensor], Tensor] | None
 
@@ -145,12 +146,17 @@ def limit_parameters(
             torch._foreach_clamp_max_(tensors, limit.value)
         if limit.norm and (tensors or totals):
             steps = GRID / limit.norm**2
-            squares = [(row_squares(t).double() * steps).round_().sum() for t in tensors]
+            squares = [(_wide(row_squares(t)) * steps).round_().sum() for t in tensors]
             counts = torch.stack(squares) if squares else torch.zeros(0)
             counts = totals.own([name for name, _ in named], counts) if totals else counts
         if limit.norm and tensors:
             scale = (GRID / counts.clamp(min=1.0)).sqrt_().clamp(max=1.0)
-            torch._foreach_mul_(tensors, list(scale.to(tensors[0].dtype).unbind()))
+            torch._foreach_mul_(tensors, list(scale.to(tensors[0]).unbind()))
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    """In fp64: where they are, or on the host for a device that has no such numbers."""
+    return (numbers if DEVICES[numbers.device.type].float64 else numbers.cpu()).double()
 
 
 def layer_of(name: str) -> str:

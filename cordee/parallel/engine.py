@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cordee.data.ledger import digest_of
+from cordee.devices import DEVICES
 from cordee.dist.exchange import Partial, gather_rows, nothing
 from cordee.dist.mesh import Mesh
 from cordee.errors import ConfigError
@@ -96,7 +97,7 @@ class Engine:
         self.data_s = 0.0
         """Time of the last step that was spent on getting its tokens."""
         self._began = 0.0
-        self._marks: list[torch.cuda.Event] = []
+        self._marks: list[torch.Event] = []
         self._reached: Callable[[], None] = nothing
 
     def forward_backward(
@@ -132,9 +133,9 @@ class Engine:
 
     @property
     def compute_s(self) -> float:
-        """Seconds that this step's microbatches took, waits for data left out: on CUDA by the
-        device's clock (it may still be busy with the update before, or idle while the host loads),
-        once it is done with them."""
+        """Seconds that this step's microbatches took, waits for data left out: on an
+        accelerator by its own clock (it may still be busy with the update before, or idle while
+        the host loads), once it is done with them."""
         if self._marks:
             self._marks[-1].synchronize()
             pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
@@ -303,8 +304,8 @@ class Engine:
 
     def _mark(self) -> None:
         """Notes when the device comes here; on a CPU the host's clock says it."""
-        if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        if DEVICES[self.device.type].events:
+            mark = torch.Event(self.device, enable_timing=True)
             mark.record()
             self._marks.append(mark)
 

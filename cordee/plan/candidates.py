@@ -16,6 +16,7 @@ from cordee.layout.axes import INSIDE, Layout
 from cordee.layout.census import Census
 from cordee.layout.legal import Broken, broken_alone
 from cordee.plan.cluster import Cluster
+from cordee.plan.devices import not_inside
 
 ON_PAPER = 8
 """Numbers of processes up to this are in the table also where there are fewer cores."""
@@ -144,7 +145,9 @@ def _as_given(islands: int | str, given: Mapping[str, int], count: int) -> Itera
 
 def _never_quick(run: Run, cluster: Cluster, axis: str, degree: int) -> str:
     """Why a legal degree is not tried."""
-    if axis == "tensor" and cluster.device == "cuda" and degree > cluster.devices:
+    if why := not_inside(cluster):
+        return why
+    if axis == "tensor" and cluster.device != "cpu" and degree > cluster.devices:
         return f"is never quick beyond the {cluster.devices} devices of a host: not tried"
     if axis == "context" and run.data.sequence < 2 * degree * SHORT:
         return f"is never quick in chunks below {SHORT} positions: not tried"

@@ -7,15 +7,16 @@ peak is its clock times what its instruction set can do, and its bandwidth is a 
 from __future__ import annotations
 
 import difflib
-import glob
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cordee.config.load import read_toml
+from cordee.devices import DEVICES, Kind
 from cordee.errors import ConfigError
+from cordee.plan.accelerators import Accelerators, recognise
 from cordee.plan.profile import (
     Host,
     Profile,
@@ -32,7 +33,7 @@ from cordee.system import cpu_info, host_memory_bytes
 class Cluster:
     """`hosts` equal machines. What is per device is per core where `device` is cpu."""
 
-    device: Literal["cpu", "cuda"]
+    device: Kind
     name: str
     devices: int = 0
     """Accelerators of one host; 0 where `device` is cpu."""
@@ -77,7 +78,7 @@ class Cluster:
     @property
     def slots(self) -> int:
         """Accelerators in all, or cores in all where `device` is cpu."""
-        return (self.devices if self.device == "cuda" else self.cores) * self.hosts
+        return (self.cores if self.device == "cpu" else self.devices) * self.hosts
 
     def flops(self, precision: str) -> float:
         """Peak of one accelerator or core, operations per second: fp32's, fp16's, or bf16's for
@@ -99,12 +100,24 @@ _GPU = {
     "H100": (80e9, 67e12, 989e12, 1979e12, 0.57, 3.35e12, 450e9, 50e9),
     "H200": (141e9, 67e12, 989e12, 1979e12, 0.57, 4.8e12, 450e9, 50e9),
     "B200": (180e9, 75e12, 2250e12, 4500e12, 0.48, 7.7e12, 900e9, 50e9),
+    "MI250X": (64e9, 47.9e12, 191.5e12, 0.0, 0.0, 1.6e12, 100e9, 25e9),
+    "MI300X": (192e9, 163.4e12, 1307e12, 0.0, 0.0, 5.3e12, 448e9, 50e9),
+    "MI355X": (288e9, 157.3e12, 2516e12, 0.0, 0.0, 8.0e12, 538e9, 50e9),
+    "M1": (10e9, 2.6e12, 2.6e12, 0.0, 0.0, 68e9, 30e9, 1.25e9),
 }
 """Memory, fp32, dense bf16 and dense fp8 peak, share of bf16's that training reaches, HBM
 bandwidth, NVLink one way, one NIC. NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM
 and HGX B200 (half of the bf16 and fp8 figures given "with sparsity", half of the NVLink figures,
 which count both ways); NICs of 200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares:
-costs.py."""
+costs.py. AMD's data sheets (of the MI250X one of its two devices); fp8 is left out, as theirs has
+other types. Apple's figures of the M1, the one GPU whose speed it has published."""
+
+
+_DEVICE: Mapping[str, Kind] = {"M1": "mps"}
+"""Kinds of the table that torch does not call cuda."""
+
+STAND_INS: Mapping[str, str] = {"cuda": "A100", "xpu": "A100", "mps": "M1"}
+"""Whose figures a device has that the table does not know."""
 
 
 def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
@@ -113,7 +126,7 @@ def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> 
         raise _unlike("there is no such device in the table", "kind", kind, list(_GPU))
     memory, fp32, bf16, fp8, share, bandwidth, link, network = _GPU[kind]
     return Cluster(
-        device="cuda",
+        device=_DEVICE.get(kind, "cuda"),
         name=f"{devices} {kind}",
         devices=devices,
         cores=cores,
@@ -136,33 +149,16 @@ def local_cluster(profile: Profile | None = None) -> Cluster:
     CPU mask: about a millisecond, no torch.
 
     Several hosts are for the launcher to say: `replace(local_cluster(), hosts=4)`. A device that
-    the table does not know is planned as an A100, and the name says so.
+    the table does not know is planned as one of it (`STAND_INS`), and the name says so.
     """
     host = this_host()
     profile = profile or read_profile(host)[0]
-    found = [p for p in glob.glob("/dev/nvidia[0-9]*") if p[len("/dev/nvidia") :].isdigit()]
-    if found:
-        told = _gpu_name()
-        kind = next((k for k in _GPU if k in told), None)
-        made = gpu_cluster(kind or "A100", len(found), cores=host.cores)
-        return made if kind else _unknown_gpu(made, told, profile)
-    return _cpu_cluster(host, profile)
-
-
-def _unknown_gpu(cluster: Cluster, told: str, profile: Profile | None) -> Cluster:
-    """An accelerator that the table lacks: as an A100, but for the products that were measured."""
-    name = f"{cluster.devices} {told or 'GPU'} (as A100)"
-    if profile is None or not profile.device_products:
-        return replace(cluster, name=name)
-    rates = profile.device_products
-    return replace(
-        cluster,
-        name=name,
-        bf16_share=1.0,
-        flops_fp32=rates["fp32"],
-        flops_bf16=rates["bf16"],
-        flops_fp16=rates["fp16"],
-    )
+    found = recognise()
+    if found is not None and found.usable:
+        return _accelerated(found, host.cores, profile)
+    left = f"; its {found.maker} GPU is left, torch here is not built for it" if found else ""
+    made = _cpu_cluster(host, profile)
+    return replace(made, name=made.name + left)
 
 
 def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
@@ -200,6 +196,29 @@ def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
         pass_bytes_per_s=profile.passes[0],
         link_bytes_per_s=profile.reduce_bytes_per_s or CPU_LINK_BYTES_PER_S,
         link_s=profile.reduce_s or CPU_LINK_S,
+    )
+
+
+def _accelerated(found: Accelerators, cores: int, profile: Profile | None) -> Cluster:
+    """The figures of what was recognised, what the driver says of its memory, and of a device that
+    the table lacks the products that were measured."""
+    kind = next((k for k in _GPU if k in found.model and k not in _DEVICE), None)
+    made = gpu_cluster(kind or STAND_INS[found.device], found.count, cores=cores)
+    memory_bytes = found.memory_bytes or made.memory_bytes
+    made = replace(made, device=found.device, memory_bytes=memory_bytes)
+    if kind:
+        return made
+    told = found.model or ("GPU" if found.maker == "NVIDIA" else f"{found.maker} GPU")
+    made = replace(made, name=f"{found.count} {told} (as {STAND_INS[found.device]})")
+    if profile is None or not profile.device_products:
+        return made
+    rates = profile.device_products
+    return replace(
+        made,
+        bf16_share=1.0,
+        flops_fp32=rates["fp32"],
+        flops_bf16=rates["bf16"],
+        flops_fp16=rates["fp16"],
     )
 
 
@@ -245,17 +264,17 @@ def read_cluster(path: str | Path) -> Cluster:
 
 
 def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
-    if cluster.device not in ("cpu", "cuda"):
-        raise _unlike("no such kind of device", "device", cluster.device, ["cpu", "cuda"])
+    if cluster.device not in DEVICES:
+        raise _unlike("no such kind of device", "device", cluster.device, list(DEVICES))
     free = {f.name for f in fields(Cluster) if f.default == 0}
     for key, value in asdict(cluster).items():
         if isinstance(value, int | float) and key not in free and value <= 0:
             raise ConfigError(
                 f"{key} is above 0", values={"file": str(path), key: value}, fix=f"{key} = 1"
             )
-    if cluster.device == "cuda" and cluster.devices < 1:
+    if cluster.device != "cpu" and cluster.devices < 1:
         raise ConfigError(
-            "a cuda cluster has devices",
+            f"a {cluster.device} cluster has devices",
             values={"file": str(path), "devices": cluster.devices},
             fix="devices = 8",
         )
@@ -264,7 +283,7 @@ def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
 
 def _typed(key: str, value: Any, kind: str, path: str | Path) -> Any:
     """`value` as the field wants it: text, a whole number, or any number."""
-    text = "str" in kind or "Literal" in kind
+    text = "str" in kind or kind == "Kind"
     right = isinstance(value, str) if text else isinstance(value, int | float)
     if not text and isinstance(value, bool):
         right = kind == "bool"
@@ -299,13 +318,6 @@ def _memory_bytes() -> int:
             limit = read_text(folder / name).strip()
             limits += [int(limit)] if limit.isdigit() else []
     return min(limits)
-
-
-def _gpu_name() -> str:
-    for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
-        if name := field_of(read_text(path), "Model"):
-            return name
-    return ""
 
 
 def _core_flops(info: str) -> tuple[float, float]:

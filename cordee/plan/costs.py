@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import Run
+from cordee.devices import DEVICES
 from cordee.layout.axes import Layout
 from cordee.layout.census import ORIGIN, Specs, census
 from cordee.layout.stages import Part
@@ -263,7 +264,7 @@ def keys_per_query(length: int, device: str) -> float:
 
 def kind_of(cluster: Cluster, precision: str) -> Kind:
     """The constants of these devices; fp16 and fp8 have bf16's, whose elements they share."""
-    return KINDS[cluster.device, "fp32" if precision == "fp32" else "bf16"]
+    return KINDS[DEVICES[cluster.device].figures, "fp32" if precision == "fp32" else "bf16"]
 
 
 def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> dict[str, float]:

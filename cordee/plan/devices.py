@@ -1,5 +1,5 @@
-"""What a run asks of its devices: the precision that is fastest there, fp8 products, a host beside
-them. The table, the machine's profile or the cluster's file say what devices can.
+"""What a run asks of its devices: the precision that is fastest there, fp8, bits, a host beside
+them, messages. The table, the machine's profile or the cluster's file say what devices can.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Literal
 
 from cordee.config.run import Run
-from cordee.errors import ConfigError
+from cordee.devices import DEVICES
+from cordee.errors import ConfigError, LayoutError
+from cordee.layout.axes import Layout
 from cordee.plan.cluster import Cluster
 
 WORTH = 1.5
@@ -56,15 +58,39 @@ def precision_text(precision: str, cluster: Cluster) -> str:
 
 def check_devices(run: Run, cluster: Cluster) -> None:
     """ConfigError when these devices cannot do what the run asks of any of them."""
-    if run.run.precision == "fp8" and (cluster.device == "cpu" or not cluster.flops_fp8):
+    device = DEVICES[cluster.device]
+    if run.run.exact and not device.exact:
+        raise ConfigError(
+            f"run.exact promises bits, and {cluster.device} devices are not known to repeat them",
+            values={"run.exact": True, "devices": cluster.name},
+            fix="launch.device=cpu, or run.exact=false",
+        )
+    if run.run.precision == "fp8" and not ("fp8" in device.precisions and cluster.flops_fp8):
         raise ConfigError(
             "these devices are not known to multiply in fp8",
             values={"run.precision": "fp8", "devices": cluster.name},
             fix="run.precision=bf16",
         )
-    if run.memory.offload != "none" and cluster.device == "cpu":
+    if run.memory.offload != "none" and not device.offload:
         raise ConfigError(
             "the host is the device: there is nothing to offload to",
             values={"memory.offload": run.memory.offload, "devices": cluster.name},
             fix="memory.offload=none",
+        )
+
+
+def not_inside(cluster: Cluster) -> str:
+    """Why an island has one of these devices only; "" where it may have several."""
+    if DEVICES[cluster.device].inside:
+        return ""
+    return f"sends messages between devices, which {cluster.device} cannot"
+
+
+def check_inside(layout: Layout, cluster: Cluster) -> None:
+    """ConfigError for an island of several devices that cannot send each other messages."""
+    if layout.size > layout.island and (why := not_inside(cluster)):
+        raise LayoutError(
+            f"an island of several devices {why}",
+            values={"layout": layout.describe(), "devices": cluster.name},
+            fix="islands of one device each (layout.islands), or launch.device=cpu",
         )

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cordee.config.run import MemorySettings, Run
+from cordee.devices import DEVICES
 from cordee.layout.axes import Layout
 from cordee.layout.census import ORIGIN, Census, Held, Specs, census, in_block
 from cordee.layout.legal import gathers_cast, worker_microbatches
@@ -25,8 +26,7 @@ from cordee.plan.activations import FP32, attended_tokens, element_bytes, rank_m
 from cordee.plan.costs import block_counts, hidden_width
 from cordee.plan.pipeline import in_flight
 
-OVERHEAD_BYTES: Mapping[str, int] = {"cpu": 250 << 20, "cuda": 900 << 20}
-"""Interpreter and torch (cpu); context and communicators outside torch's allocator (cuda)."""
+OVERHEAD_BYTES: Mapping[str, int] = {k: device.overhead_bytes for k, device in DEVICES.items()}
 
 FITS = 0.90
 """Part of the memory that a plan may fill; the rest is the allocator's fragments."""

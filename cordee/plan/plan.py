@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 from cordee.config.check import check_processes
 from cordee.config.run import Run
+from cordee.devices import DEVICES, Kind
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import AXES, INSIDE, Layout, settle
 from cordee.layout.census import Census, model_census
 from cordee.layout.legal import broken
 from cordee.layout.shares import deal, shares
 from cordee.plan.cluster import Cluster, cpu_only
-from cordee.plan.devices import check_devices, precision_text, with_precision
+from cordee.plan.devices import check_devices, check_inside, precision_text, with_precision
 from cordee.plan.network import splits
 from cordee.plan.search import (
     Candidate,
@@ -51,7 +52,7 @@ class Plan:
     layout: Layout
     processes: int
     threads: int
-    device: Literal["cpu", "cuda"]
+    device: Kind
     protocol: Literal["exchange", "allreduce", "none"]
     codec: str
     zero: int
@@ -214,13 +215,14 @@ def unpredicted(plan: Plan, parameters: int) -> Plan:
 def devices_of(run: Run, cluster: Cluster) -> Cluster:
     """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
     it cannot do what the run asks."""
-    if run.launch.device == "cuda" and cluster.device != "cuda":
+    wanted = run.launch.device
+    if wanted not in ("auto", "cpu", cluster.device):
         raise LayoutError(
-            "there is no cuda device",
-            values={"launch.device": "cuda", "devices": cluster.name},
+            f"there is no {wanted} device",
+            values={"launch.device": wanted, "devices": cluster.name},
             fix="launch.device=cpu",
         )
-    found = cpu_only(cluster) if run.launch.device == "cpu" else cluster
+    found = cpu_only(cluster) if wanted == "cpu" else cluster
     check_devices(run, found)
     return found
 
@@ -262,6 +264,7 @@ def _refuse(run: Run, layout: Layout, cluster: Cluster, counted: Census) -> None
     if rules := broken(run, layout, counted):
         values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
         raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
+    check_inside(layout, cluster)
     if cluster.device == "cpu":
         check_processes(layout.size, cluster.slots)
     elif layout.size > cluster.slots:
@@ -322,9 +325,9 @@ def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
         fix = "memory.recompute=full"
     elif largest in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
-    elif cluster.device == "cuda" and idle > 1:
+    elif cluster.device != "cpu" and idle > 1:
         fix = f"batch.microbatches={idle * run.batch.microbatches}, to cut the model over more"
-    elif cluster.device == "cuda":
+    elif cluster.device != "cpu":
         fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:
         fix = "a smaller model.preset, or a machine with more memory"
@@ -361,7 +364,7 @@ def _note(run: Run, cluster: Cluster, made: Candidate) -> str:
     parts = {len(part) for part in splits(run, made.layout)}
     if len(parts) > 1:
         found.append(f"ranks compute {min(parts)} or {max(parts)} microbatches; some wait")
-    if "as A100" in cluster.name:
+    if "(as " in cluster.name:
         found.append("the accelerator is not in the table: give --cluster FILE for its figures")
     return "; ".join(found)
 
@@ -387,6 +390,8 @@ def _is_kind(value: object, kind: str) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "str":
         return isinstance(value, str)
+    if kind == "Kind":
+        return value in DEVICES
     if kind.startswith("Literal"):
         return isinstance(value, str) and repr(value) in kind
     if kind.startswith("Mapping"):

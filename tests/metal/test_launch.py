@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cordee.dist.start import WAITING
-from cordee.errors import RunError
+from cordee.dist.start import WAITING, Launched, world
+from cordee.errors import ConfigError, RunError
 from cordee.testing import World, launch
 from tests.conftest import SMALL, clean_environment
 from tests.drills.hosts import alive, gone_within
@@ -115,3 +115,15 @@ def test_a_run_imports_what_its_plan_needs(
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = done.stdout.split()
     assert loaded == [] if not needed else set(needed) <= set(loaded)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_a_device_that_torch_does_not_have_is_said_when_a_rank_starts(device: str) -> None:
+    """The planner only knows what the kernel shows."""
+    absent = Launched(local_rank=99)
+    with (
+        pytest.raises(ConfigError, match=f"no device {device}:99") as told,
+        world(absent, device, threads=1, timeout_s=60),
+    ):
+        raise AssertionError("such a rank has begun")
+    assert told.value.fix is not None and "launch.device=cpu" in told.value.fix

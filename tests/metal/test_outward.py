@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from cordee.checkpoint.peer import Kept, fill
+from cordee.devices import BACKENDS, HOST_ONLY
 from cordee.dist.exchange import gather_rows
 from cordee.dist.flat import outward
 from cordee.dist.mesh import make_mesh
-from cordee.dist.start import BACKENDS, HOST_ONLY, World
+from cordee.dist.start import World
 from cordee.layout.axes import AXES, Layout
 from cordee.testing import launch
 from tests.metal.crew import ALL, MODEL, check, empty, hold, meta

@@ -111,7 +111,7 @@ def test_clusters_from_toml(tmp_path: Path) -> None:
         ('kind = "H100"\nhosts = true', "a whole number"),
         ('kind = "H100"\nhosts = 0', "above 0"),
         ('kind = "H100"\ndevices = 0', "has devices"),
-        ('kind = "H100"\ndevice = "tpu"', "cpu"),
+        ('kind = "H100"\ndevice = "tpu"', "no such kind"),
         ('device = "cpu"\nname = "x"', "lacks a field"),
         ("kind = ", "not valid TOML"),
     ]:
