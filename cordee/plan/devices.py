@@ -23,9 +23,10 @@ def fastest_precision(cluster: Cluster) -> Precision:
     """bf16 where the devices multiply it faster than fp32, else fp32; fp16, which needs a scaled
     loss, only where it is measured to be faster than both."""
     best: Precision = "fp32"
-    if cluster.flops_bf16 >= WORTH * cluster.flops_fp32:
+    precisions = DEVICES[cluster.device].precisions
+    if "bf16" in precisions and cluster.flops_bf16 >= WORTH * cluster.flops_fp32:
         best = "bf16"
-    if cluster.flops_fp16 >= WORTH * cluster.flops(best):
+    if "fp16" in precisions and cluster.flops_fp16 >= WORTH * cluster.flops(best):
         best = "fp16"
     return best
 
