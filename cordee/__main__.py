@@ -23,6 +23,14 @@ if not sys.flags.safe_path:
     # -m puts the current folder here, a path this file's own; the package itself is imported.
     del sys.path[0]
 
-from cordee.cli.main import program
+if sys.argv[1:2] == ["--module"]:
+    # A program of the package's own, such as the probe, in a process that imports like this one.
+    from runpy import run_module
 
-program()
+    name = sys.argv[2]
+    del sys.argv[1:3]
+    run_module(name, run_name="__main__", alter_sys=True)
+else:
+    from cordee.cli.main import program
+
+    program()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,7 +26,16 @@ from cordee.data.mixed import is_mixture, sources_of
 from cordee.data.prepare import check_length, resolve
 from cordee.data.records import check_images
 from cordee.data.snapshot import is_of, make, remove, state_of
-from cordee.dist.start import PLAN_FILE, Launched, compiler, launched, raise_limits
+from cordee.dist.start import (
+    PLAN_FILE,
+    Launched,
+    arithmetic_environment,
+    chosen_variables,
+    compiler,
+    launched,
+    raise_limits,
+    take_arithmetic,
+)
 from cordee.dist.streams import say
 from cordee.errors import ConfigError, DataError, RunError
 from cordee.fault.course import Post
@@ -35,7 +44,8 @@ from cordee.fault.supervise import supervise
 from cordee.machine import measured_cluster
 from cordee.metrics.lines import records
 from cordee.metrics.sinks import write_whole
-from cordee.plan.cluster import local_cluster
+from cordee.plan.arithmetic import choose_arithmetic
+from cordee.plan.cluster import local_cluster, processor_flags
 from cordee.plan.devices import with_precision
 from cordee.plan.plan import (
     Plan,
@@ -107,7 +117,7 @@ def look(run: Run, brought: str = "") -> Standing:
         _refuse_foreign(folder)
         return Standing(None)
     other = load(str(kept)).run
-    changed = differences(other, run)
+    changed = differences(_with_arithmetic(other, run), run)
     if changed:
         shown = {key: f"{old!r} -> {new!r}" for key, (old, new) in changed.items()}
         raise ConfigError(
@@ -160,6 +170,29 @@ def find_data(run: Run) -> Path | None:
     return place if state == "same" else None
 
 
+def _with_arithmetic(recorded: Run, run: Run) -> Run:
+    """A recorded run, with its arithmetic where `run` leaves it open. What was recorded before
+    there was that setting was native."""
+    there = "native" if recorded.run.arithmetic == "auto" else recorded.run.arithmetic
+    free = run.run.arithmetic == "auto"
+    return override(recorded, {"run.arithmetic": "auto" if free else there})
+
+
+def settle_arithmetic(run: Run, device: str) -> tuple[Run, str]:
+    """The run with run.arithmetic resolved for its devices, and why in words: as its folder has it,
+    else by this host's processor. ConfigError: this host cannot."""
+    kept = Path(run.run.dir) / RUN_FILE
+    if run.run.arithmetic == "auto" and kept.exists():
+        there = load(str(kept)).run.run.arithmetic
+        run = override(run, {"run.arithmetic": "native" if there == "auto" else there})
+        why = "as the run began"
+    else:
+        why = ""
+    flags, variables = processor_flags(), chosen_variables()
+    chosen, reason = choose_arithmetic(run.run, device, flags, variables)
+    return override(run, {"run.arithmetic": chosen}), why or reason
+
+
 def lay_out_data(run: Run) -> DatasetInfo:
     """The run's dataset: a prepared folder as it is, anything else as a snapshot in the run.
 
@@ -205,15 +238,17 @@ def _has_begun(folder: Path) -> bool:
     return (folder / RUN_FILE).exists() and any((folder / name).exists() for name in RECORDS)
 
 
-def record(run: Run, plan: Plan, underway: bool = False) -> str:
+def record(
+    run: Run, plan: Plan, underway: bool = False, arithmetic: Mapping[str, str] | None = None
+) -> str:
     """Writes run.toml (only once) and plan.json (of this start) into the run's folder; "", or what
-    the disk refused. RunError: run.toml is not there, without which nobody comes back to the run;
+    the disk refused. `arithmetic`: what computes, where bits are promised. RunError: run.toml is not there, without which nobody comes back to the run;
     never when it is `underway`: who holds the state goes on in memory."""
     folder = Path(run.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RUN_FILE).exists():
-            write_whole(folder / RUN_FILE, dump(run).encode())
+            write_whole(folder / RUN_FILE, dump(run, arithmetic).encode())
         write_whole(folder / PLAN_FILE, plan.to_json().encode() + b"\n")
     except OSError as error:
         there = (folder / RUN_FILE).is_file()
@@ -296,7 +331,7 @@ def launch_ranks(run: Run, plan: Plan) -> int:
 
     fault, layout = run.fault, plan.layout
     raise_limits()
-    with locked(run) as hold:
+    with locked(run) as hold, arithmetic_environment(run.run.arithmetic):
         post = Post(
             command=["train", *words],
             plan=plan.to_json(),
@@ -375,6 +410,8 @@ class Ready:
     told: Launched
     standing: Standing
     launches: bool
+    arithmetic: str = ""
+    """Which instructions compute, and why, in words; "" where bits are not promised."""
 
 
 def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
@@ -417,6 +454,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         rate = plan.predicted.tokens_per_s
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
+    run, why = settle_arithmetic(run, plan.device)
     if not told.supervised:
         check_threads(run, local_cluster().cores)
     reads = not (brought.data or told.supervised or standing.finished)
@@ -424,6 +462,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
+    if not launches and standing.finished is None:
+        take_arithmetic(run.run.arithmetic)
     if launches and run.launch.join:
         _check_shared(run)
         check_meeting(run)
@@ -432,7 +472,8 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         with locked(run):
             look(run, brought.model)  # again: another run may have begun before the lock was ours
             lay_out_data(run)
-    return Ready(run, plan, told, standing, launches)
+    says = f"{run.run.arithmetic} ({why})" if run.run.exact else ""
+    return Ready(run, plan, told, standing, launches, says)
 
 
 def _check_shared(run: Run) -> None:

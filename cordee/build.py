@@ -7,7 +7,7 @@ Not here: when anything happens (`train.py`). Parts that a library user brings r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class RunState:
     `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
     counts for which microbatch's loss (see `gather_tally`); `epoch_rows` are the samples of a pass
     over the data; `balance` is None where shares stay as they are; `brought` is the type of a model
-    that the caller brought.
+    that the caller brought; `arithmetic` names what computes, where bits are promised.
     """
 
     run: Run
@@ -81,6 +81,7 @@ class RunState:
     epoch_rows: int
     balance: Balance | None = None
     brought: str = ""
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
     neighbour: Neighbour | None = None
     progress: Progress = field(default_factory=Progress)
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from cordee.dist.start import loopback_environment
+from cordee.dist.start import loopback_environment, module_command
 from cordee.dist.streams import say
 from cordee.plan.cluster import Cluster, local_cluster
 from cordee.plan.profile import Host, Profile, describe, read_profile, this_host
@@ -35,7 +34,7 @@ def measured_cluster(probes: bool) -> tuple[Cluster, dict[str, Any]]:
 def probe(host: Host) -> Profile | None:
     """Measures this machine in a process of its own and keeps the profile; says in one line what
     was measured, or why nothing was (None)."""
-    command = [sys.executable, "-P", "-m", "cordee.probe"]
+    command = module_command("cordee.probe")
     environment = loopback_environment()
     try:
         done = subprocess.run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import subprocess
 import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from cordee import __version__
 from cordee.checkpoint.folders import MOST_GENERATIONS, generations, scan
 from cordee.config.load import flatten
 from cordee.config.run import FREE_ON_RESUME, Run
+from cordee.dist.start import module_command
 from cordee.errors import ConfigError
 from cordee.fault.address import joined, resolve, split
 from cordee.fault.hosts import Meeting
@@ -73,7 +75,8 @@ def meet(run: Run, data: str, inside: str, device: str) -> Meeting:
         witness.forget()
         if not (folder / FOLDER_ID).exists():
             (folder / FOLDER_ID).write_text(uuid.uuid4().hex)
-    hello = greeting(run, data, inside, device)
+    fingerprint = measure(run, device) if run.promises_bits else ""
+    hello = greeting(run, data, inside, device, fingerprint)
     return Meeting(
         lambda: Link.open(bind, secret, hello, fault_of=fault_of),
         lambda me, **given: Member(me, rules, last=last, witness=witness, **given),
@@ -108,23 +111,53 @@ def several(run: Run) -> bool:
     return bool(run.launch.listen or run.launch.join)
 
 
-def greeting(run: Run, data: str, inside: str, device: str) -> dict[str, Any]:
+def greeting(
+    run: Run, data: str, inside: str, device: str, fingerprint: str = ""
+) -> dict[str, Any]:
     """What hosts of one run must have in common, by name. Where bits are promised, or compared,
-    that includes the kind of device and the very build of torch."""
-    bits = run.run.exact or run.data.placement == "replicate"
+    that includes the kind of device, the `fingerprint` of what it computes, and the very build of
+    the libraries whose code computes the model."""
+    bits = run.promises_bits
     keys = {key: value for key, value in flatten(run).items() if not key.startswith(FREE_ON_RESUME)}
     identity = Path(run.run.dir) / FOLDER_ID
     return {
         **keys,
         "cordee": __version__,
         "torch": _version("torch") if bits else _version("torch").partition("+")[0],
+        "transformers": _version("transformers") if bits and run.model.hub else None,
         "python": ".".join(platform.python_version_tuple()[:2]),
         "data's digest": data,
         "an island": inside,
         "device (bits are the same only among like devices)": device if bits else None,
+        f"arithmetic (other bits; {remedy(run, device)})": fingerprint or None,
         "run.dir is one folder": identity.read_text() if identity.exists() else "",
         "about.name": socket.gethostname(),
     }
+
+
+def remedy(run: Run, device: str) -> str:
+    """What lets unlike machines take part in one run whose bits are promised, if anything does."""
+    if device != "cpu":
+        return "only like devices agree on bits"
+    if run.run.arithmetic == "compatible":
+        return "these processors agree under no setting"
+    return "a new run takes both in with run.arithmetic=compatible run.precision=fp32"
+
+
+def measure(run: Run, device: str) -> str:
+    """The fingerprint of this host's arithmetic, by a process of its own: this one has no torch,
+    and workers are not there yet. ConfigError: it failed."""
+    words = [device, run.run.precision, run.run.arithmetic]
+    command = [*module_command("cordee.model.arithmetic"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise ConfigError(
+            "this host's arithmetic cannot be measured",
+            values={"device": device, "error": last},
+            fix="cordee doctor",
+        )
+    return done.stdout.split()[-1]
 
 
 def interface(run: Run) -> str:

@@ -7,6 +7,7 @@ is listed in `checkpoint/state.py`; this file puts it back. Not here: who has a 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -26,18 +27,20 @@ from cordee.checkpoint.peer import Filled, Kept, fill, no_drill
 from cordee.checkpoint.rescue import Rescued, rescue, told_of
 from cordee.checkpoint.save import Saver
 from cordee.checkpoint.state import Progress, describe, progress_of, reader
+from cordee.config.load import RUN_FILE, recorded
 from cordee.config.run import Run
 from cordee.data.manifest import DatasetInfo
 from cordee.desk import Desk
-from cordee.dist.exchange import gather_rows
+from cordee.dist.exchange import gather_bytes, gather_rows
 from cordee.dist.line import Line
 from cordee.dist.start import Launched, World
-from cordee.errors import CheckpointError, DataError
+from cordee.errors import CheckpointError, ConfigError, DataError
 from cordee.layout.axes import AXES, INSIDE
 from cordee.metrics.screen import Screen
 from cordee.metrics.sinks import JsonLines, now
+from cordee.model.arithmetic import fingerprint, libraries
 from cordee.plan.plan import Plan
-from cordee.rendezvous import last_generation
+from cordee.rendezvous import last_generation, remedy
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def meta_of(state: RunState) -> dict[str, Any]:
     """What goes with the tensors of this moment."""
     at = replace(state.progress, in_a_row=state.guard.in_a_row)
     layout = state.plan.layout.describe()
-    return describe(at, state.sync.state(), state.data.fingerprint, layout)
+    return describe(at, state.sync.state(), state.data.fingerprint, layout, state.arithmetic)
 
 
 def copy_near(state: RunState) -> None:
@@ -171,6 +174,44 @@ def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
     desk.tell_start(state, None if found is None else found.path.name)
 
 
+def check_arithmetic(state: RunState, launched: Launched) -> dict[str, str]:
+    """What computes here, by name, where bits are promised: the fingerprint of the arithmetic, the
+    versions of the libraries that the model is made of. ConfigError: the run began with another, or
+    the ranks of a launcher differ (hosts of our own compare theirs when they meet)."""
+    run, here = state.run, state.world
+    if not run.promises_bits:
+        return {}
+    bits = fingerprint(here.device, run.run.precision, run.run.arithmetic)
+    found = {"arithmetic": bits}
+    for chunk in state.live.chunks:
+        found |= libraries(chunk)
+    _compare(recorded(state.folder / RUN_FILE), found, state)
+    if here.size > 1 and not launched.supervised:
+        said = gather_bytes(json.dumps(found).encode(), state.mesh.group(*AXES), here.size)
+        for rank, words in enumerate(said):
+            _compare(json.loads(words), json.loads(said[0]), state, f"rank {rank}", "rank 0")
+    return found
+
+
+def _compare(
+    there: Mapping[str, str], here: Mapping[str, str], state: RunState,
+    those: str = "when it began", these: str = "here",
+) -> None:  # fmt: skip
+    """ConfigError when two of what `check_arithmetic` returns differ; nothing is known of runs that
+    were begun before it was recorded."""
+    names = [n for n in sorted({*there, *here}) if there and there.get(n) != here.get(n)]
+    if not names:
+        return
+    device = state.world.device.partition(":")[0]
+    fix = remedy(state.run, device) if "arithmetic" in names else "the same versions everywhere"
+    raise ConfigError(
+        "the bits of this run are promised, and other code would compute them",
+        values={f"{n} {w}": d.get(n) for n in names for w, d in ((those, there), (these, here))}
+        | {"run.arithmetic": state.run.run.arithmetic},
+        fix=f"{fix}; this one goes on only where the same is computed",
+    )
+
+
 def keep_safe(run: Run, seat: Seat, memory: Memory, here: World) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
     seat.mark("rescue", max(memory.step, 0))
@@ -199,13 +240,15 @@ def keep_safe(run: Run, seat: Seat, memory: Memory, here: World) -> None:
 
 
 def _load(state: RunState, found: Checkpoint, generation: int) -> None:
-    """The tensors and the progress of a checkpoint. DataError: it was made with other data."""
+    """The tensors and the progress of a checkpoint. DataError: it was made with other data;
+    ConfigError: by other code, where bits are promised."""
     if found.meta.get("data") != state.data.fingerprint:
         raise DataError(
             "the checkpoint was made with other data",
             values={"there": found.meta.get("data"), "here": state.data.fingerprint},
             fix="give the data back its old content, or train in another run.dir",
         )
+    _compare(found.meta.get("arithmetic", {}), state.arithmetic, state)
     mine = reader(found, state.places)
     with torch.no_grad():
         for name, tensor in state.tensors.items():

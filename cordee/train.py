@@ -62,13 +62,14 @@ from cordee.fault.inject import make_drill
 from cordee.fault.leave import Asked, leaving
 from cordee.layout.axes import AXES, INSIDE
 from cordee.metrics.sinks import last_event
+from cordee.model.arithmetic import PORTABLE, portable_roots
 from cordee.model.folder import cut
 from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import factor
 from cordee.parallel.apply import place_of
 from cordee.parts import Parts
 from cordee.plan.plan import Plan
-from cordee.resume import Memory, Seat, copy_near, keep_safe, restore, seats
+from cordee.resume import Memory, Seat, check_arithmetic, copy_near, keep_safe, restore, seats
 from cordee.sample import generate, to_text
 
 SAMPLE_PROMPT = "def "
@@ -159,7 +160,7 @@ def take_part(
     with world(
         told, device, threads, run.launch.timeout_s,
         always=run.memory.offload != "none", store=seat.store, mixed=plan.mixed or seat.rescue,
-    ) as here:  # fmt: skip
+    ) as here, portable_roots(run.run.arithmetic == PORTABLE):  # fmt: skip
         drill.point("build", max(memory.step, 0))
         if told.by_launcher and told.size > 1 and not told.supervised:
             run, plan = as_first_rank(run, plan)
@@ -170,7 +171,10 @@ def take_part(
         # Distribute the model: replicated over islands, sharded inside them; then the state, of
         # peers that hold it, else of the newest checkpoint, cut for this layout.
         state = build(run, plan, here, data, parts, memory.state, drill)
-        trouble = record(run, plan, memory.state is not None) if here.first else ""
+        state.arithmetic = check_arithmetic(state, told)
+        trouble = ""
+        if here.first:
+            trouble = record(run, plan, memory.state is not None, state.arithmetic)
         desk = Desk(state, asked, memory.desk)
         try:
             desk.cannot_write(trouble)
@@ -371,8 +375,9 @@ def save(state: RunState, desk: Desk) -> None:
     desk.data_changed(state.progress.step, changed)
     state.progress = replace(state.progress, in_a_row=state.guard.in_a_row)
     meta = describe(
-        state.progress, state.sync.state(), state.data.fingerprint, state.plan.layout.describe()
-    )
+        state.progress, state.sync.state(), state.data.fingerprint, state.plan.layout.describe(),
+        state.arithmetic,
+    )  # fmt: skip
     mine = pieces(state.held())
     desk.keeper.begin(state.progress.step, state.progress.generation, mine, meta)
 

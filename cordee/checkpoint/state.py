@@ -123,9 +123,13 @@ def _parameter(name: str) -> str:
     return name.split("/")[2 if name.startswith("optim/") else 1]
 
 
-def describe(progress: Progress, sync: Mapping[str, Any], data: str, run: str) -> dict[str, Any]:
-    """The JSON that goes with the tensors: progress, sync state, data and run digests."""
-    return {"progress": asdict(progress), "sync": dict(sync), "data": data, "run": run}
+def describe(
+    progress: Progress, sync: Mapping[str, Any], data: str, run: str, arithmetic: Mapping[str, str]
+) -> dict[str, Any]:
+    """The JSON that goes with the tensors: progress, sync state, data and run digests, and what
+    computed them (empty where bits are not promised)."""
+    known = {"progress": asdict(progress), "sync": dict(sync), "data": data, "run": run}
+    return {**known, "arithmetic": dict(arithmetic)}
 
 
 def progress_of(meta: Mapping[str, Any]) -> Progress:

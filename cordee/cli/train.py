@@ -51,6 +51,8 @@ def run(argv: list[str]) -> int:
     if ready.standing.finished is None:
         if first and not ready.told.by_launcher:
             say(f"data    {ready.run.data.path}")
+            if ready.arithmetic:
+                say(f"bits    of {ready.arithmetic}")
         if ready.launches:
             code = launch_ranks(ready.run, ready.plan)
         else:

@@ -179,6 +179,12 @@ def _check_foreign(run: Run) -> None:
 
 
 def _check_run(run: Run) -> None:
+    if run.run.arithmetic in ("avx2", "compatible") and run.run.precision != "fp32":
+        raise ConfigError(
+            "processors agree on the last bits of fp32 alone",
+            values={"run.arithmetic": run.run.arithmetic, "run.precision": run.run.precision},
+            fix="run.precision=fp32, or run.arithmetic=native",
+        )
     if run.run.precision == "fp8":
         _check_fp8(run)
     if run.run.loss_scale:

@@ -45,6 +45,9 @@ _ESCAPES = {
 }  # fmt: skip
 """What TOML writes with a letter; other control characters have their number."""
 
+RECORDED = "recorded"
+"""Table of that file that is no setting: what the run was begun with, where bits are promised."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -71,7 +74,9 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> Loaded:
     """Reads `file` (TOML) and `key=value` overrides, strictly; raises ConfigError."""
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
-        for key, value in _flatten(read_toml(Path(file))).items():
+        tables = read_toml(Path(file))
+        tables.pop(RECORDED, None)
+        for key, value in _flatten(tables).items():
             given[key] = (value, file)
     for text in overrides:
         key, value = split_override(text)
@@ -202,8 +207,14 @@ def flatten(run: Run) -> dict[str, Any]:
     return {key: _get(run, key) for key in known_keys()}
 
 
-def dump(run: Run) -> str:
-    """The run as TOML text that `load` reads back to an equal run."""
+def recorded(file: Path) -> dict[str, Any]:
+    """The table `recorded` of a run's file; empty when there is none."""
+    found: dict[str, Any] = read_toml(file).get(RECORDED, {}) if file.exists() else {}
+    return found
+
+
+def dump(run: Run, told: Mapping[str, str] | None = None) -> str:
+    """The run as TOML text that `load` reads back to an equal run; `told` is what it records."""
     lines: list[str] = []
     section = None
     for key, value in flatten(run).items():
@@ -212,6 +223,8 @@ def dump(run: Run) -> str:
             lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
             section = table
         lines.append(f"{name} = {_toml(value)}")
+    if told:
+        lines += ["", f"[{RECORDED}]", *(f"{_toml(key)} = {_toml(told[key])}" for key in told)]
     return "\n".join(lines) + "\n"
 
 

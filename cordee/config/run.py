@@ -51,6 +51,11 @@ class RunSettings:
     fastest that the device has instructions for, by the machine's profile; a run keeps what it
     began with. fp16 scales the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have
     it) and the rest in bf16."""
+    arithmetic: Literal["auto", "native", "avx2", "compatible"] = "auto"
+    """Which instructions a CPU computes with, and so its last bits. native: its own best. avx2: the
+    same for all of one maker that have AVX2. compatible: the same for all that have AVX2, products
+    3 times as slow. auto: avx2 in exact fp32 runs where nothing is lost by it, else native. avx2
+    and compatible need run.precision=fp32."""
     loss_scale: int = 0
     """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000
     good steps); a power of two stays as it is."""
@@ -307,6 +312,11 @@ class Run:
     guard: GuardSettings = field(default_factory=GuardSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     fault: FaultSettings = field(default_factory=FaultSettings)
+
+    @property
+    def promises_bits(self) -> bool:
+        """Whether results are promised, or compared, to the last bit."""
+        return self.run.exact or self.data.placement == "replicate"
 
     @property
     def targets_per_row(self) -> int:

@@ -56,6 +56,16 @@ LIMITS = (
 """Variables that hold the libraries of a CPU to fewer instructions than it has."""
 LIFELINE = "CORDEE_LIFELINE"
 """The parent's process id, and the descriptor of a pipe whose other end it alone has."""
+VARIABLES = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "compatible": {
+        "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}  # fmt: skip
+"""What run.arithmetic sets: PyTorch's own loops, MKL's and oneDNN's. They are read when torch is
+imported, or at a library's first call."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun has started these ranks anew."""
 
@@ -198,6 +208,11 @@ def python_command() -> list[str]:
     return [sys.executable, "-P", str(Path(__file__).resolve().parents[1] / "__main__.py")]
 
 
+def module_command(name: str) -> list[str]:
+    """The same for a module of the package that is a program of its own."""
+    return [*python_command(), "--module", name]
+
+
 def raise_limits() -> None:
     """As many open files as this process may have: a thousand, the usual default, is soon taken up
     by strangers that connect and say nothing."""
@@ -257,6 +272,40 @@ def broadcast_text(text: str) -> str:
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     dist.broadcast(data, 0)
     return data.numpy().tobytes().decode()
+
+
+def chosen_variables() -> dict[str, str]:
+    """Of the variables that choose a CPU's code, those that this process was given."""
+    names = {name for values in VARIABLES.values() for name in values}
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
+
+
+@contextmanager
+def arithmetic_environment(arithmetic: str) -> Iterator[None]:
+    """The environment of run.arithmetic, for processes that are started in it."""
+    before = {name: os.environ.get(name) for name in VARIABLES.get(arithmetic, {})}
+    os.environ.update(VARIABLES.get(arithmetic, {}))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def take_arithmetic(arithmetic: str) -> None:
+    """Lets this very process compute so. ConfigError: torch is imported, and so it is too late."""
+    wants = VARIABLES.get(arithmetic, {})
+    has = {name: os.environ.get(name, "") for name in wants}
+    if has != wants and "torch" in sys.modules:
+        raise ConfigError(
+            "torch is imported already, and chose its instructions then",
+            values={"run.arithmetic": arithmetic, **has},
+            fix="before Python starts: " + " ".join(f"{n}={v}" for n, v in wants.items()),
+        )
+    os.environ.update(wants)
 
 
 @contextmanager

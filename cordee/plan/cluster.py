@@ -222,6 +222,11 @@ def _accelerated(found: Accelerators, cores: int, profile: Profile | None) -> Cl
     )
 
 
+def processor_flags() -> frozenset[str]:
+    """What an x86 processor says that it has (Linux); empty for others."""
+    return frozenset(field_of(cpu_info(), "flags").split())
+
+
 def cpu_only(cluster: Cluster) -> Cluster:
     """The same hosts without their accelerators (launch.device=cpu); the memory is this host's."""
     if cluster.device == "cpu":
