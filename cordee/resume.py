@@ -185,11 +185,14 @@ def check_arithmetic(state: RunState, launched: Launched) -> dict[str, str]:
     found = {"arithmetic": bits}
     for chunk in state.live.chunks:
         found |= libraries(chunk)
-    _compare(recorded(state.folder / RUN_FILE), found, state)
+    said = [found]
     if here.size > 1 and not launched.supervised:
-        said = gather_bytes(json.dumps(found).encode(), state.mesh.group(*AXES), here.size)
-        for rank, words in enumerate(said):
-            _compare(json.loads(words), json.loads(said[0]), state, f"rank {rank}", "rank 0")
+        words = gather_bytes(json.dumps(found).encode(), state.mesh.group(*AXES), here.size)
+        said = [json.loads(of_rank) for of_rank in words]
+    there = recorded(state.folder / RUN_FILE)
+    for rank, of_rank in enumerate(said):  # on every rank, so that all of them end alike
+        _compare(there, of_rank, state)
+        _compare(of_rank, said[0], state, f"on rank {rank}", "on rank 0")
     return found
 
 

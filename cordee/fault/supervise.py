@@ -79,7 +79,8 @@ class Supervisor:
             self.post.plan_for(max(1, self.wants // self.post.inside - 1))
             while self.course.code is None:
                 for key, _ in self._selector.select(TICK_S):
-                    key.data()
+                    if self.course.code is None:  # else all workers are buried
+                        key.data()
                 self._tick()
             if self.view is not None and self.course.code not in ASKED:
                 self.hosts.tell_over(self.course.code)
