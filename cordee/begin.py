@@ -242,8 +242,9 @@ def record(
     run: Run, plan: Plan, underway: bool = False, arithmetic: Mapping[str, str] | None = None
 ) -> str:
     """Writes run.toml (only once) and plan.json (of this start) into the run's folder; "", or what
-    the disk refused. `arithmetic`: what computes, where bits are promised. RunError: run.toml is not there, without which nobody comes back to the run;
-    never when it is `underway`: who holds the state goes on in memory."""
+    the disk refused. `arithmetic`: what computes, where bits are promised. RunError: run.toml is
+    not there, without which nobody comes back to the run; never when it is `underway`: who holds
+    the state goes on in memory."""
     folder = Path(run.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
