@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 31_000
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 33_500
 
 FLOORS = {
     "errors": 0, "system": 1, "devices": 1, "config": 2,

@@ -11,10 +11,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from cordee import __version__
-from cordee.dist.start import wait_passively
 from cordee.dist.streams import outlive_readers, say
 from cordee.errors import ConfigError, CordeeError
 from cordee.system import check_system
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> NoReturn:
     """The process: runs the verb and leaves with its exit code."""
     outlive_readers()
-    wait_passively()
+    with suppress(ConfigError):  # a system that will not do, of which `main` tells
+        check_system()
+        importlib.import_module("cordee.dist.start").wait_passively()
     code = main()
     try:
         sys.stdout.flush()

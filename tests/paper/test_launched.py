@@ -72,10 +72,10 @@ def test_ranks_of_one_host_listen_to_nobody_else(monkeypatch: pytest.MonkeyPatch
     assert name == "lo"
     for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(key, raising=False)
-        assert worker_environment((3,), 1, name)[key] == "lo"
+        assert worker_environment((3,), 9, 1, name)[key] == "lo"
         monkeypatch.setenv(key, "eth7")
-        assert worker_environment((3,), 1, name)[key] == "eth7", "a user's own choice"
-        assert worker_environment((3,), 1, "eth0")[key] == "eth0", "what other hosts dial"
+        assert worker_environment((3,), 9, 1, name)[key] == "eth7", "a user's own choice"
+        assert worker_environment((3,), 9, 1, "eth0")[key] == "eth0", "what other hosts dial"
 
 
 def test_the_limit_of_open_files_is_raised() -> None:
@@ -94,9 +94,9 @@ def test_threads_of_workers_sleep_unless_the_user_says_how_they_wait(
 ) -> None:
     for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(each, raising=False)
-    made = worker_environment((3, 4, 5, 6, 7), 2, "")
+    made = worker_environment((3, 4, 5, 6, 7), 9, 2, "")
     assert (made["OMP_WAIT_POLICY"], made["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
     monkeypatch.setenv(name, "300")
-    made = worker_environment((3, 4, 5, 6, 7), 2, "")
+    made = worker_environment((3, 4, 5, 6, 7), 9, 2, "")
     assert made[name] == "300" and (name == "OMP_WAIT_POLICY" or "OMP_WAIT_POLICY" not in made)
     assert passive_threads({name: "1"}) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cordee.metrics import sinks
 from cordee.metrics.lines import DIGITS, LINE_BYTES, document, records, step_of
 from cordee.metrics.page import page
 from cordee.metrics.records import read_run
@@ -83,14 +85,19 @@ def test_what_is_no_file_is_read_as_nothing_and_set_aside(kind: str, tmp_path: P
     assert not aside or os.path.lexists(tmp_path / aside)
 
 
-def test_a_cut_needs_no_room_and_is_owed_while_the_disk_refuses(tmp_path: Path) -> None:
+def test_a_cut_needs_no_room_and_is_owed_while_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(row(n) + b"\n" for n in (1, 5, 2, 3, 6)))
-    (tmp_path / f".rows.jsonl.{os.getpid()}.part").mkdir()  # where the new file is to be written
     sink = JsonLines(path)
+    monkeypatch.setattr(sinks, "write_whole", no_room)
     sink.cut(3)
     sink.write({"step": 4})
     assert sink.failure and [r["step"] for r in read_lines(path)] == [1, 5, 2, 3, 6]
-    (tmp_path / f".rows.jsonl.{os.getpid()}.part").rmdir()
+    monkeypatch.undo()
     sink.write({"step": 5})
     assert not sink.failure and [r["step"] for r in read_lines(path)] == [1, 2, 3, 4, 5]

@@ -24,7 +24,7 @@ ZERO_MEANS = frozenset((
     "clip.matrices.value", "clip.matrices.norm", "clip.embeddings.value", "clip.embeddings.norm",
     "clip.vectors.value", "clip.vectors.norm", "checkpoint.every", "evaluate.every",
     "evaluate.tokens", "evaluate.sample", "evaluate.layers_every", "fault.spares",
-    "fault.copy_every",
+    "fault.copy_every", "fault.host_silence_s",
 ))  # fmt: skip
 """Keys for which 0 has a meaning: off, no limit, the usual, nothing; or is one of many values."""
 
