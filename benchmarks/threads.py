@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from cordee.dist.start import PARENT
 from cordee.metrics.sinks import read_lines
 
 WORDS = (
@@ -36,6 +37,8 @@ WORDS = (
 )  # fmt: skip
 SPIN = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own, where nobody says how threads wait."""
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+"""The other program; like the run, it does not outlive the benchmark."""
 CONDITIONS = ("alone", "beside", "fewer")
 GOAL = 1.3
 
@@ -61,7 +64,7 @@ def step_s(case: Case, condition: str, cores: Sequence[int], words: Sequence[str
         folder = Path(home) / "run"
         if condition == "beside":
             busy = subprocess.Popen(
-                [sys.executable, "-c", "while True: pass"],
+                [sys.executable, "-c", BUSY, str(os.getpid())],
                 preexec_fn=partial(os.sched_setaffinity, 0, cores),
             )
             at_end.callback(busy.wait)
@@ -69,7 +72,7 @@ def step_s(case: Case, condition: str, cores: Sequence[int], words: Sequence[str
         command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
         done = subprocess.run(
             [*command, *case.words(len(mine))],
-            env={**os.environ, **(SPIN if case.spins else {})},
+            env={**os.environ, PARENT: str(os.getpid()), **(SPIN if case.spins else {})},
             preexec_fn=partial(os.sched_setaffinity, 0, mine),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
