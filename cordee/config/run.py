@@ -52,10 +52,10 @@ class RunSettings:
     began with. fp16 scales the loss; fp8 multiplies the blocks' matrices in fp8 (devices that have
     it) and the rest in bf16."""
     arithmetic: Literal["auto", "native", "avx2", "compatible"] = "auto"
-    """Which instructions a CPU computes with, and so its last bits. native: its own best. avx2: the
-    same for all of one maker that have AVX2. compatible: the same for all that have AVX2, products
-    3 times as slow. auto: avx2 in exact fp32 runs where nothing is lost by it, else native. avx2
-    and compatible need run.precision=fp32."""
+    """Instructions a CPU computes with, and so its last bits. native: its own best. avx2: AVX2
+    on all, on whose bits Intel's agree. compatible: code without a maker's own choices, for unlike
+    x86 processors with AVX2, products 3 to 4 times as slow. auto: avx2 in exact fp32 runs where
+    nothing is lost by it, else native. avx2 and compatible need run.precision=fp32."""
     loss_scale: int = 0
     """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000
     good steps); a power of two stays as it is."""

@@ -108,7 +108,7 @@ def _functions(x: Tensor) -> Iterator[Tensor]:
         x.exp(), x.tanh(), x.sigmoid(), x.erf(), x.abs().add(1e-3).log(), x.cos(), x.sin(),
         x.double().cos(), x.double().exp(), x.square().add(0.1).rsqrt(), x.abs().add(0.1).sqrt(),
         x.abs().double().add(0.1).sqrt(), x.relu().square(), F.gelu(x), F.silu(x), x.softmax(-1),
-        x.log_softmax(-1), x.logsumexp(-1), x.sum(), x.sum(0), x.mean(-1), x.cumsum(-1),
+        x.log_softmax(-1), x.logsumexp(-1), x.sum(), x.sum(0), x.mean(-1),
         x.double().sum(), torch.linalg.vector_norm(x, dim=-1), F.rms_norm(x, width),
         F.layer_norm(x, width), x.lerp(x.flip(0), 0.3), torch.addcmul(x, x, x.flip(0), value=0.7),
     ):  # fmt: skip
