@@ -84,6 +84,8 @@ class Engine:
         self.device = torch.device(work.device)
         self.buffers = live.buffers()
         self._moved: dict[str, Tensor] = {}
+        self._sums_after = self.sharded and work.sharding.after
+        self._summed: list[Tensor] = []
         self.sums = GradientSums(mesh, [live.specs[name] for name in self.parameters])
         self._tree = TreeSum(work.part, work.total)
         # Found once: to look through all modules in every microbatch costs 1 % of a small step.
@@ -112,12 +114,14 @@ class Engine:
         partial: Partial = []
         before = self._copied()
         for index in self.work.part:
-            if self.sharded:
+            if self.sharded and not self.work.sharding.after:
                 last = index == self.work.part.stop - 1
                 shard.before_microbatch(self._units, last, self.work.sharding)
             losses.append(self._microbatch(step, index, scale))
             if canonical:
                 self._tree.feed(partial, index, self.take(), _add)
+            elif self._sums_after and self.work.sharding.zero > 1:
+                self._sum_over_shards()
             self._mark()
         # A step that is dropped or fails has not moved them.
         self._moved = self._copied()
@@ -160,6 +164,7 @@ class Engine:
             forget_load(moe)
             moe.aux_scale = scale / self.work.tokens
         self._clear([*self.modules.values(), *self.parameters.values()])
+        self._summed = []
         self.digests.clear()
         self._marks.clear()
         self._began = time.perf_counter()
@@ -168,11 +173,15 @@ class Engine:
 
     def collect(self) -> Partial:
         """The gradients that FSDP2 and autograd left, summed inside the island."""
+        if self._sums_after and not self._summed:
+            self._sum_over_shards()
         self._reshard()
-        grads = [
-            torch.zeros_like(mine) if p.grad is None else local(p.grad)
-            for p, mine in zip(self.modules.values(), self.parameters.values(), strict=True)
-        ]
+        grads, self._summed = self._summed, []
+        if not self._sums_after:
+            grads = [
+                torch.zeros_like(mine) if p.grad is None else local(p.grad)
+                for p, mine in zip(self.modules.values(), self.parameters.values(), strict=True)
+            ]
         self._clear(self.modules.values())
         self.sums.add(grads)
         return [((self.work.part.start, self.work.part.stop), grads)]
@@ -259,10 +268,14 @@ class Engine:
         """The model, or the run's own loss, of a batch."""
         with casting(self.device.type, self.work.autocast):
             if self.live.loss is not None:
-                return summed_loss(self.live.loss(model, *batch), "loss")
-            found = model(*batch, key) if key else model(*batch)
+                found: object = self.live.loss(model, *batch)
+            else:
+                found = model(*batch, key) if key else model(*batch)
+        how = self.work.sharding
+        if self.sharded and how.brought and not how.ahead and model is self.live.chunks[0]:
+            shard.check_order(self.live.wires["shard"], -1)
         if self.live.brought and batch[-1] is not None:
-            return summed_loss(found, "model")
+            return summed_loss(found, "model" if self.live.loss is None else "loss")
         assert isinstance(found, Tensor)
         return found
 
@@ -322,6 +335,12 @@ class Engine:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self._clear(parameters)
         return gradients
+
+    def _sum_over_shards(self) -> None:
+        """Adds the whole gradients that are there, summed over shards, to this rank's parts."""
+        mine = list(self.parameters.values())
+        parts = shard.sum_over_shards(self.take(), mine, self.live.wires["shard"])
+        self._summed = _add(self._summed, parts) if self._summed else parts
 
     def _over_all(self, numbers: Tensor) -> Tensor:
         """Sums whole numbers over all ranks that have this rank's layers."""

@@ -11,34 +11,55 @@ processor time that a run without shards need not pay.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from cordee.dist.exchange import gather_rows
 from cordee.dist.flat import gather_flat, scatter_flat
 from cordee.dist.wire import Wire
+from cordee.errors import RunError
 from cordee.model.precision import widen_embeddings
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
+BUCKET_BYTES = 1 << 26
+"""Gradients that are summed over shards in one collective."""
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a model is sharded: level of ZeRO, whether gradients stay whole (canonical), whether
-    shards and their gradients live in the host's memory (offload), and the type that parameters
-    are gathered in (None: their own)."""
+    shards and their gradients live in the host's memory (offload), the type that parameters are
+    gathered in (None: their own), and whether it is a module that a caller brought, of which each
+    rank may use other parts in its microbatches."""
 
     zero: int = 1
     canonical: bool = False
     offload: bool = False
     dtype: torch.dtype | None = None
+    brought: bool = False
+
+    @property
+    def ahead(self) -> bool:
+        """Whether all units are gathered before a forward, in one order on every rank, and not by
+        the units that it comes to: where parameters stay whole until the backward anyway."""
+        return self.brought and (self.canonical or self.zero < 3)
+
+    @property
+    def after(self) -> bool:
+        """Whether gradients are summed over shards after a backward, in one order, and not by the
+        units that it comes to."""
+        return self.ahead and not self.canonical
 
 
 class _Counted:
@@ -112,10 +133,78 @@ def shard(
         unit.set_gradient_divide_factor(1.0)
         unit.set_custom_all_gather(gather)
         unit.set_custom_reduce_scatter(scatter)
-        if how.canonical:
+        if how.canonical or how.after:
             unit.set_requires_gradient_sync(False)
         if how.canonical or how.zero < 3:
             unit.set_reshard_after_backward(False)
+    _same_order(model, how, wire)
+
+
+def _same_order(model: nn.Module, how: Sharding, wire: Wire) -> None:
+    """Makes ranks talk in one order although each may use other parts of a caller's module."""
+    every = fsdp_modules(model)
+    if how.ahead:
+
+        def gather_all(*_: object) -> None:
+            for unit in every:
+                unit.unshard()
+
+        model.register_forward_pre_hook(gather_all)  # comes after FSDP2's own, which begins all
+    elif how.brought:
+        for number, unit in enumerate(every):
+            told = functools.partial(_tell_unit, number, wire)
+            cast(nn.Module, unit).register_forward_pre_hook(told, prepend=True)
+
+
+def _tell_unit(number: int, wire: Wire, *_: object) -> None:
+    check_order(wire, number)
+
+
+def check_order(wire: Wire, number: int) -> None:
+    """RunError on every shard when they have come to different units (-1: the end of a forward);
+    without it they would exchange what does not belong together, or abort."""
+    units = gather_rows(torch.tensor([number]), wire.group, wire.size)[:, 0].tolist()
+    if len(set(units)) > 1:
+        raise RunError(
+            "the shards use different parts of the model in a microbatch",
+            values={"layout.zero": 3, "unit by shard": units},
+            fix="layout.zero=2, which gathers all parts whatever is used",
+        )
+
+
+def sum_over_shards(whole: Sequence[Tensor], mine: Sequence[Tensor], wire: Wire) -> list[Tensor]:
+    """Parts shaped like `mine` of the sums over shards of `whole` gradients, cut in dim 0 as FSDP2
+    cuts: a collective for every BUCKET_BYTES, the same ones on all ranks."""
+    scatter, found = _Scatter(wire), []
+    for first, last in _buckets(whole):
+        rows = [_rows(gradient, wire.size) for gradient in whole[first:last]]
+        parts = torch.cat(rows, 1)
+        part = parts.new_empty(parts.shape[1])
+        scatter(part, parts.flatten(), wire.group, dist.ReduceOp.SUM)
+        pieces = torch.split(part, [row.shape[1] for row in rows])
+        found += [
+            piece[: like.numel()].view(like.shape)
+            for piece, like in zip(pieces, mine[first:last], strict=True)
+        ]
+    return found
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Ranges of tensors of at most BUCKET_BYTES together; a larger one is alone."""
+    starts, held = [0], 0
+    for number, tensor in enumerate(tensors):
+        if held and held + tensor.nbytes > BUCKET_BYTES:
+            starts, held = [*starts, number], 0
+        held += tensor.nbytes
+    return list(zip(starts, [*starts[1:], len(tensors)], strict=True))
+
+
+def _rows(gradient: Tensor, shards: int) -> Tensor:
+    """[shards, elements]: each shard's rows of dim 0, with zeros where it has fewer."""
+    chunk = -(-gradient.shape[0] // shards)
+    missing = shards * chunk - gradient.shape[0]
+    padding = gradient.new_zeros(missing, *gradient.shape[1:])
+    return torch.cat([gradient, padding]).view(shards, -1)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

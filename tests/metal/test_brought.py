@@ -63,6 +63,21 @@ class Net(nn.Module):
         return logits
 
 
+class Branches(nn.Module):
+    """Each microbatch goes through one of two blocks alike, as its first sample says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.head(self.blocks[int(x[0, 0] > 0)](x).relu())
+        return logits
+
+
 class Captured(nn.Module):
     """Reads the parameter that it was made with, whatever becomes of its own."""
 
@@ -113,6 +128,7 @@ def make(kind: str) -> nn.Module:
         "drops": lambda: Net(lambda: nn.Dropout(0.3)),
         "batch": lambda: Net(lambda: nn.BatchNorm1d(16)),
         "captured": Captured,
+        "branches": Branches,
         "raw keras": keras_model,
     }
     made: nn.Module = makers[kind]()
@@ -154,10 +170,10 @@ def curves(world: World, folder: str, jobs: list[Job], steps: int) -> list[Any]:
         assert given.data is not None
         try:
             state = build(run, plan, world, describe_samples(given.data, 0), given)
+            losses = [step(state, number)[0] for number in range(steps)]
         except CordeeError as error:
             found.append(error.what)
             continue
-        losses = [step(state, number)[0] for number in range(steps)]
         with torch.no_grad():
             found.append((losses, {n: whole(state, n).clone() for n in state.live.every}))
     return found
@@ -167,11 +183,15 @@ JOBS = [
     ("net", "layout.islands=2"), ("net", "layout.shard=2"), ("net", "layout.shard=2 layout.zero=3"),
     ("net", "layout.shard=2 run.exact=true"), ("drops", "layout.islands=2"),
     ("drops", "layout.shard=2"), ("batch", "layout.shard=2"),
+    ("net", "layout.shard=2 layout.zero=2"), ("branches", "layout.shard=2"),
+    ("branches", "layout.shard=2 layout.zero=2"),
+    ("branches", "layout.shard=2 run.exact=true"), ("branches", "layout.islands=2"),
     *([("keras", "layout.islands=2"), ("keras", "layout.shard=2")] if KERAS else []),
 ]  # fmt: skip
 REFUSED = [
     ("captured", "layout.shard=2", "changes no parameter"),
     ("batch", "layout.islands=2 run.exact=true", "that a forward moves"),
+    ("branches", "layout.shard=2 layout.zero=3", "use different parts of the model"),
     *([("raw keras", "layout.shard=2", "does not move the cut model")] if KERAS else []),
 ]
 
