@@ -180,9 +180,7 @@ def build(
     mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
     brought = parts.model is not None
-    # A brought module's gradients are summed after its backward, by us and in fp32, up to zero 2.
-    casts = gathers_cast(run, plan.zero) and not (brought and plan.zero < 3)
-    lower = autocast_dtype(run.run.precision) if casts else None
+    lower = autocast_dtype(run.run.precision) if gathers_cast(run, plan.zero) else None
     sharding = Sharding(plan.zero, canonical, offload, lower, brought)
     before = before if mesh.size(*INSIDE) == 1 else None
     if before is not None:

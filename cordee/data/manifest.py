@@ -161,7 +161,7 @@ def read_info(folder: Path) -> DatasetInfo:
             plain["parts"] = tuple(Part(**part) for part in plain.get("parts", ()))
             plain["splits"] = {name: _split(plain["splits"][name]) for name in SPLITS}
             return DatasetInfo(folder=Path(folder), **plain)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         found = None
     raise DataError(
         "dataset.json is not what was written: its fingerprint does not fit its content"

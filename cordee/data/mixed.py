@@ -8,6 +8,7 @@ Traded away: sources of unlike tokens, and mixtures of mixtures.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -63,7 +64,7 @@ def read_weights(words: str, count: int) -> list[Fraction] | None:
     if not words.strip():
         return None
     try:
-        weights = [Fraction(word.strip()) for word in words.split(",")]
+        weights = [_weight(word.strip()) for word in words.split(",")]
     except (ValueError, ZeroDivisionError):
         weights = []
     if len(weights) != count:
@@ -74,6 +75,13 @@ def read_weights(words: str, count: int) -> list[Fraction] | None:
         )
     whole_weights(weights)
     return weights
+
+
+def _weight(word: str) -> Fraction:
+    """A number as it was written; ValueError for another, or one whose digits have no end."""
+    if not re.fullmatch(r"[\d.]{1,30}(e[+-]?\d{1,2})?(/\d{1,30})?", word, re.IGNORECASE):
+        raise ValueError(word)
+    return Fraction(word)
 
 
 def probe_mixture(path_spec: str, weights: str) -> None:

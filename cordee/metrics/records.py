@@ -7,7 +7,6 @@ of it (`report.py`, `page.py`).
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ COLUMNS = (
 )  # fmt: skip
 
 Column = list[float | None]
+
+SMALLEST, LARGEST = 1e-100, 1e100
+"""What lies beyond is no measurement: products and quotients of such are no numbers, or 0."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class _Table:
         self.steps: list[int] = []
         self.columns: dict[str, Column] = {name: [] for name in names}
 
-    def add(self, step: object, values: object) -> None:
+    def add(self, step: int | None, values: object) -> None:
         """One step's values. A step that is not later than the last one takes back what came after:
         the run had gone back to a checkpoint."""
-        if not isinstance(step, int) or not isinstance(values, dict):
+        if step is None or not isinstance(values, dict):
             return
         if self.steps and step <= self.steps[-1]:
             del self.steps[bisect_left(self.steps, step) :]
@@ -96,17 +98,28 @@ class _Table:
         self.steps.append(step)
         for name, column in self.columns.items():
             value = values.get(name)
-            short = value.__class__ is float and value - value == 0  # nearly all: a finite float
+            # Nearly all are: numbers that need no second look.
+            short = value.__class__ is float and SMALLEST < value < LARGEST
             column.append(value if short else number(value))
 
 
 def number(value: object) -> float | None:
     """A finite number, or the sum of numbers by name (bytes by axis); None for anything else."""
     if isinstance(value, dict):
-        return sum((number(part) or 0.0 for part in value.values()), 0.0)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
+        parts = (part for part in value.values() if not isinstance(part, dict))
+        return sum((number(part) or 0.0 for part in parts), 0.0)
+    if isinstance(value, (int, float)) and -LARGEST < value < LARGEST:  # neither is NaN there
+        return float(value) if abs(value) > SMALLEST else 0.0
     return None
+
+
+def _event(record: dict[str, Any]) -> dict[str, Any]:
+    """An event without the numbers in it that are none: NaN, infinities, a step that cannot be."""
+    found = {k: number(v) if isinstance(v, float) else v for k, v in record.items()}
+    odd = [k for k, v in found.items() if isinstance(v, int) and number(v) is None]
+    if step_of(record) is None:
+        odd.append("step")
+    return {key: value for key, value in found.items() if key not in odd}
 
 
 def _predicted(path: Path) -> dict[str, float]:
@@ -119,8 +132,7 @@ def _predicted(path: Path) -> dict[str, float]:
 
 def _events(path: Path) -> list[dict[str, Any]]:
     """Records that name an event; a step that is none is left out."""
-    named = [e for e in records(path) if isinstance(e.get("event"), str)]
-    return [{k: v for k, v in e.items() if k != "step" or step_of(e) is not None} for e in named]
+    return [_event(record) for record in records(path) if isinstance(record.get("event"), str)]
 
 
 def _run_of(path: Path) -> Run | None:

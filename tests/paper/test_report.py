@@ -416,6 +416,37 @@ def test_smoothing_stays_between_the_extremes(y: list[float], widest: int, log: 
     assert out[0] == pytest.approx(y[0]), "the first step is left alone"
 
 
+JUNK = (
+    "NaN", "-Infinity", "1e400", "1e-320", "9" * 400, "9" * 5000, "null", "true", '"x"', "[]",
+    '{"a": {"b": 1}}', "-1", "0", "2.5",
+)  # fmt: skip
+
+
+def whole(folder: Path) -> str:
+    records = read_run(folder)
+    return page(records, summarise(records))
+
+
+@pytest.mark.parametrize("name", ["metrics", "events", "layers", "plan"])
+def test_any_value_may_stand_anywhere(name: str, tmp_path: Path) -> None:
+    """Damaged records make no traceback: what is no number is an absence."""
+    held = event("evaluated", 200, held_out_loss=1.6, held_out_bits_per_byte=2.3)
+    begun = event("started", 1, entropy_bits=1.3)
+    layers, events = by_layer({"blocks.0": 0.1})[:2], [begun, held, FINISHED]
+    folder = lay(tmp_path / "a", [row(s) for s in (1, 2, 3)], events, layers)
+    path = folder / ("plan.json" if name == "plan" else f"{name}.jsonl")
+    lines = path.read_text().splitlines()
+    for place, line in ((0, lines[0]), (len(lines) - 1, lines[-1])):
+        for key in json.loads(line):
+            for junk in JUNK:
+                spoilt = json.dumps(json.loads(line) | {key: "@"}).replace('"@"', junk)
+                path.write_text("\n".join([*lines[:place], spoilt, *lines[place + 1 :]]))
+                whole(folder)
+    for junk in ("[" * 100_000, '{"step":' * 100_000, "9" * 6000, "\0", "null"):
+        path.write_text("\n".join([junk, *lines]))
+        whole(folder)
+
+
 def test_numbers_as_a_person_writes_them() -> None:
     assert [number(v) for v in (0, 1.5, 1234.5, 0.00002, 3e9)] == [
         "0", "1.5", "1,234", "2e-5", "3e9",
