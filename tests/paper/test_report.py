@@ -436,12 +436,11 @@ def test_any_value_may_stand_anywhere(name: str, tmp_path: Path) -> None:
     folder = lay(tmp_path / "a", [row(s) for s in (1, 2, 3)], events, layers)
     path = folder / ("plan.json" if name == "plan" else f"{name}.jsonl")
     lines = path.read_text().splitlines()
-    for place, line in ((0, lines[0]), (len(lines) - 1, lines[-1])):
-        for key in json.loads(line):
-            for junk in JUNK:
-                spoilt = json.dumps(json.loads(line) | {key: "@"}).replace('"@"', junk)
-                path.write_text("\n".join([*lines[:place], spoilt, *lines[place + 1 :]]))
-                whole(folder)
+    for key in json.loads(lines[-1]):
+        for junk in JUNK:
+            spoilt = json.dumps(json.loads(lines[-1]) | {key: "@"}).replace('"@"', junk)
+            path.write_text("\n".join([*lines[:-1], spoilt]))
+            whole(folder)
     for junk in ("[" * 100_000, '{"step":' * 100_000, "9" * 6000, "\0", "null"):
         path.write_text("\n".join([junk, *lines]))
         whole(folder)
