@@ -254,6 +254,16 @@ class Desk:
             (name, p.grad) for name, p in state.parameters.items() if p.grad is not None
         )
 
+    def tell_again(self, step: int, norms: Sequence[float], odd: Sequence[int]) -> None:
+        """A step that is computed once more, before it counts as dropped."""
+        done = "the step is computed again"
+        if odd:
+            self.tell_odd(step, norms, odd, done)
+            return
+        cause = "the gradient is not finite"
+        self.event("step_repeated", step, {"cause": cause, "done": done})
+        self.screen.say(f"step {step:>5}  {cause}; {done}")
+
     def tell_odd(self, step: int, norms: Sequence[float], odd: Sequence[int], done: str) -> None:
         """Ranks that hold another gradient than the others after all agreed on it."""
         who = [{"rank": rank, **self._member(rank)} for rank in odd]
@@ -387,18 +397,21 @@ class Desk:
             self._metrics.sync()
 
     def _tell_skipped(self, state: RunState, outcome: Outcome) -> None:
-        step, who = state.progress.step, self._rank
+        step, sick = state.progress.step, outcome.tally.sick
+        who = {"pid": self._rank.pid, "rank": self._rank.rank, "host": self._rank.host}
+        if sick:  # not who writes this: the first whose own sums are not finite
+            who = {"pid": None, "host": None, **self._member(sick[0]), "rank": sick[0]}
         known = {
             "cause": outcome.verdict.cause,
             "in": self.culprits(state),
             "in_a_row": state.guard.in_a_row,
             "done": "no parameter was touched",
-            "pid": who.pid,
-            "rank": who.rank,
-            "host": who.host,
+            "sick": [{"rank": rank, **self._member(rank)} for rank in sick],
+            **who,
         }
         self.event("step_skipped", step, known)
-        self.screen.say(f"step {step} skipped: {outcome.verdict.cause}")
+        by = f" (rank {', '.join(map(str, sick[:4]))})" if sick else ""
+        self.screen.say(f"step {step} skipped: {outcome.verdict.cause}{by}")
 
     def _left_s(self, state: RunState) -> float:
         done = self.done(state)

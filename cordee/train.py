@@ -270,9 +270,11 @@ def step(state: RunState, desk: Desk) -> Outcome:
     state.optimizer.set_lr(scale)
     loss_scale = state.scale.value
     gradients, norm, tally, odd = compute(state, desk, number)
-    if odd:  # something went wrong on the way; once more, before the step counts as dropped
-        desk.tell_odd(number, tally.norms, odd, "the step is computed again")
-        gradients, norm, tally, odd = compute(state, desk, number)
+    # What went wrong may not do so again; an overflow of fp16 would, and its scale follows it.
+    unsound = not math.isfinite(float(norm)) and not state.scale.dynamic
+    if odd or unsound:
+        desk.tell_again(number, tally.norms, odd)
+        gradients, norm, tally, odd = compute(state, desk, number, look=True)
 
     # Update: theta <- theta - eta * grad F(theta), unless the guard drops the step.
     mean_losses = [loss / state.microbatch_tokens for loss in tally.losses]
@@ -321,16 +323,19 @@ def check_finite(state: RunState, desk: Desk) -> None:
 
 
 def compute(
-    state: RunState, desk: Desk, number: int
+    state: RunState, desk: Desk, number: int, look: bool = False
 ) -> tuple[list[Tensor], Tensor, Tally, list[int]]:
     """A step up to its verdict; nothing that survives is changed. This rank's part of the agreed
-    gradient, its norm, what all ranks said, the ranks that hold another norm than the others."""
+    gradient, its norm, what all ranks said, the ranks that hold another norm than the others.
+    `look`: each rank says whether its own sums are finite, which takes a pass over them."""
     # Compute: losses of this rank's microbatches and their gradients, summed as far as it may.
     losses, partial = state.engine.forward_backward(
         number - 1, state.scale.value, lambda: state.drill.point("step.forward", number)
     )
     state.drill.spoil(partial[0][1], number)
     state.drill.point("step.backward", number)
+    sums = (tensor for _, tensors in partial for tensor in tensors) if look else ()
+    sick = not all(bool(torch.isfinite(tensor).all()) for tensor in sums)
 
     # Communicate: the gradient of the whole step, then what everybody lost, wants and holds.
     desk.meter.add("data", state.engine.data_s)
@@ -342,7 +347,7 @@ def compute(
     state.drill.point("step.agree", number)
     norm = state.norm(gradients)
     with desk.meter.phase("comm"):
-        wishes = replace(desk.wishes(state.engine.compute_s), norm=float(norm))
+        wishes = replace(desk.wishes(state.engine.compute_s), norm=float(norm), sick=sick)
         group = state.mesh.group(*AXES)
         tally = gather_tally(state.speaks(losses), state.loaded(), wishes, state.spoken, group)
     odd = odd_ranks(tally.norms, 0.0 if state.run.run.exact else NORM_TOLERANCE)

@@ -2,7 +2,7 @@
 
 It is how ranks decide together without further messages: who wants to leave, whether a save is
 complete everywhere, whose clock counts (rank 0's), who computes how fast, and what the gradient's
-norm is, by which a step is judged: all judge what all said. Eight bytes a number, five numbers a
+norm is, by which a step is judged: all judge what all said. Eight bytes a number, six numbers a
 rank beside its losses and the digests of the samples that it loaded for them.
 """
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cordee.dist.exchange import gather_rows
 from cordee.errors import RunError
 
-OWN = 5
+OWN = 6
 """Numbers that a rank says beside those of its microbatches."""
 
 
@@ -35,18 +35,22 @@ class Tally:
     """What each rank took for its microbatches, waits for data left out."""
     norms: tuple[float, ...] = ()
     """What each rank holds for the norm of the agreed gradient."""
+    sick: tuple[int, ...] = ()
+    """Ranks whose own sums of gradients are not finite; they look when they are told to."""
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What this rank says: leave after this step, the state of its save, its clock, how long it
-    computed in this step, and the norm of the agreed gradient."""
+    computed in this step, the norm of the agreed gradient, and whether its own sums are not finite
+    (`sick`)."""
 
     leave: bool = False
     saving: int = 0
     clock_s: float = 0.0
     compute_s: float = 0.0
     norm: float = 0.0
+    sick: bool = False
 
 
 def gather_tally(
@@ -60,8 +64,8 @@ def gather_tally(
     RunError when two that share a microbatch loaded other samples for it."""
     most = max(map(len, spoken))
     row = torch.zeros(OWN + 2 * most, dtype=torch.float64)
-    own = (float(wishes.leave), wishes.saving, wishes.clock_s, wishes.compute_s, wishes.norm)
-    row[:OWN] = torch.tensor(own, dtype=torch.float64)
+    own = (wishes.leave, wishes.saving, wishes.clock_s, wishes.compute_s, wishes.norm, wishes.sick)
+    row[:OWN] = torch.tensor([float(word) for word in own], dtype=torch.float64)
     row[OWN : OWN + len(losses)] = torch.tensor(losses, dtype=torch.float64)
     row[OWN + most : OWN + most + len(digests)] = torch.tensor(digests, dtype=torch.float64)
     rows = gather_rows(row, group, len(spoken)).tolist()
@@ -84,4 +88,5 @@ def gather_tally(
         clock_s=rows[0][2],
         compute_s=tuple(said[3] for said in rows),
         norms=tuple(said[4] for said in rows),
+        sick=tuple(rank for rank, said in enumerate(rows) if said[5]),
     )

@@ -23,6 +23,7 @@ from cordee.errors import RunError
 from cordee.fault.course import ASKED, SIGNALS, Course, Failure, Post, is_heeded, seat_of
 from cordee.fault.crew import Crew, Worker, how_it_died, verdict
 from cordee.fault.hosts import Hosts, Meeting
+from cordee.fault.memory import oom_kills
 from cordee.fault.orders import assign, is_run
 from cordee.fault.views import Change, Entered, Fenced, Halted, Left, View
 from cordee.fault.watch import Watch
@@ -61,6 +62,7 @@ class Supervisor:
         self.founds = not meeting.through
         self.view: View | None = None
         self._selector = selectors.DefaultSelector()
+        self._ooms = oom_kills()
         self._short_s = 0.0
         """When the system last refused a worker; 0: it gave the last one."""
 
@@ -254,7 +256,7 @@ class Supervisor:
             return
         course.ending = False
         who = f"rank {seat} (pid {worker.pid})" if seat is not None else f"pid {worker.pid}"
-        failure = Failure(worker.step, who, worker.judged or how_it_died(code), words, code)
+        failure = Failure(worker.step, who, worker.judged or self._how(code), words, code)
         in_a_row = course.fail(failure, worker.tried_s)
         last = course.signals and not self._several and not self.crew.workers
         if code == 2 or not self.post.recover or in_a_row >= self.post.tries or last:
@@ -268,6 +270,12 @@ class Supervisor:
             done = "a warm spare takes its place" if spare else "the others go on"
             self._call("lost", worker, failure.cause, done)
         self._fill_up(now=True)
+
+    def _how(self, code: int) -> str:
+        """How a worker died that nobody here has killed."""
+        before, self._ooms = self._ooms, oom_kills()
+        short = code == -signal.SIGKILL and self._ooms > before
+        return how_it_died(code) + (", as the kernel was out of memory" if short else "")
 
     # ---- generations ----
 

@@ -18,6 +18,7 @@ from cordee.config.load import load
 from cordee.desk import Desk
 from cordee.dist.start import World
 from cordee.fault.guard import odd_ranks
+from cordee.fault.inject import Drill
 from cordee.fault.leave import Asked
 from cordee.metrics.sinks import read_lines
 from cordee.parts import Parts
@@ -71,24 +72,35 @@ def steps(world: World, folder: str, wrong: str, times: int, exact: bool) -> dic
     plan = make_plan(run, local_cluster(), data.vocabulary, world.size)
     state = build(run, plan, world, data, Parts())
     desk, left = Desk(state, Asked()), [times if world.rank == 1 else 0]
-    honest = RunState.norm
+    honest, spoil = RunState.norm, Drill.spoil
+
+    def spoiled(self: Drill, gradients: Any, number: int) -> None:
+        if wrong == "its own sum" and number == SICK_STEP and left[0]:
+            left[0] -= 1
+            gradients[0].view(-1)[0] = NAN
 
     def norm(self: RunState, gradients: Any) -> Tensor:
         right = honest(self, gradients)
-        if self.progress.step + 1 != SICK_STEP or not left[0]:
+        if self.progress.step + 1 != SICK_STEP or not left[0] or wrong not in WRONG:
             return right
         left[0] -= 1
         return WRONG[wrong](right)
 
-    RunState.norm = norm  # type: ignore[method-assign]
+    RunState.norm, Drill.spoil = norm, spoiled  # type: ignore[method-assign]
     try:
-        said = [step(state, desk).verdict for _ in range(5)]
+        said = []
+        for _ in range(5):
+            outcome = step(state, desk)
+            desk.record(state, outcome)
+            said.append(outcome.verdict)
     finally:
-        RunState.norm = honest  # type: ignore[method-assign]
+        RunState.norm, Drill.spoil = honest, spoil  # type: ignore[method-assign]
         desk.close()
     return {
         "said": [(verdict.say, verdict.cause) for verdict in said],
         "weights": weights_sha256(state.specs, lambda name: whole(state, name)),
+        "told": [e for e in read_lines(Path(run.run.dir) / "events.jsonl")
+                 if e["event"].startswith("step_")],
         "skipped": state.progress.skipped, "in a row": state.guard.in_a_row,
         "events": [e for e in read_lines(Path(run.run.dir) / "events.jsonl")
                    if e["event"] == "ranks_differ"],
@@ -97,10 +109,20 @@ def steps(world: World, folder: str, wrong: str, times: int, exact: bool) -> dic
 
 def both(world: World, folder: str, exact: bool) -> dict[str, Any]:
     """Every wrong norm once and for good, and none."""
-    jobs = [("twice as long", 0), *((name, times) for name in WRONG for times in (1, 2))]
+    names = (*WRONG, "its own sum")
+    jobs = [("twice as long", 0), *((name, times) for name in names for times in (1, 2))]
     if not exact:
         jobs = [job for job in jobs if job[0] != "one bit"]
     return {f"{n} {t}": steps(world, f"{folder}/{n}-{t}", n, t, exact) for n, t in jobs}
+
+
+def check_own(once: dict[str, Any], twice: dict[str, Any], clean: dict[str, Any]) -> None:
+    """What is not finite is computed again; when it is so again, the rank is named that has it."""
+    assert once["weights"] == clean["weights"] and not once["skipped"]
+    assert [e["event"] for e in once["told"]] == ["step_repeated"]
+    assert twice["skipped"] == 1 and not twice["events"]
+    assert [e["event"] for e in twice["told"]] == ["step_repeated", "step_skipped"]
+    assert twice["told"][1]["rank"] == 1 and twice["told"][1]["sick"] == [{"rank": 1}]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -109,6 +131,7 @@ def test_all_do_the_same_and_say_who_differs(exact: bool, tmp_path: Path) -> Non
     clean = one.pop("twice as long 0")
     other.pop("twice as long 0")
     assert not clean["events"] and clean["skipped"] == 0
+    check_own(one.pop("its own sum 1"), one.pop("its own sum 2"), clean)
     for job, found in one.items():
         twin = other[job]
         for key in ("said", "weights", "skipped", "in a row"):

@@ -17,6 +17,7 @@ from cordee.fault.course import Post
 from cordee.fault.hold import Hold
 from cordee.fault.hosts import Meeting
 from cordee.fault.members import Member
+from cordee.fault.memory import oom_kills
 from cordee.fault.pace import Rules
 from cordee.fault.supervise import Supervisor
 
@@ -31,6 +32,26 @@ def supervisor(tmp_path: Path) -> Supervisor:
     )  # fmt: skip
     meeting = Meeting(None, lambda me, **given: Member(me, Rules(), **given), lambda: False, "cpu")
     return Supervisor(post, meeting)
+
+
+def test_a_kill_by_the_kernel_is_named(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, v1 = tmp_path / "own", tmp_path / "memory" / "job"
+    own.write_text("4:cpu,memory:/job\n0::/a/b\n")
+    assert oom_kills(tmp_path, own, tmp_path / "none") == 0
+    v1.mkdir(parents=True)
+    (v1 / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert oom_kills(tmp_path, own, tmp_path / "none") == 3
+    own.write_text("0::/a/b\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "memory.events").write_text("low 0\noom 9\noom_kill 5\n")
+    assert oom_kills(tmp_path, own, tmp_path / "none") == 5
+    counts = iter((supervisor._ooms, supervisor._ooms + 1, supervisor._ooms + 2))
+    monkeypatch.setattr(supervise, "oom_kills", lambda: next(counts))
+    assert supervisor._how(-9) == "was killed by signal 9 (SIGKILL)"
+    assert supervisor._how(-9).endswith(", as the kernel was out of memory")
+    assert supervisor._how(-11) == "was killed by signal 11 (SIGSEGV)"
 
 
 def refusing(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
