@@ -8,6 +8,7 @@ in pieces on several disks.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -22,7 +23,7 @@ from cordee import __version__
 from cordee.checkpoint.folders import MOST_GENERATIONS, generations, scan
 from cordee.config.load import flatten
 from cordee.config.run import FREE_ON_RESUME, Run
-from cordee.dist.start import module_command
+from cordee.dist.start import chosen_variables, module_command
 from cordee.errors import ConfigError
 from cordee.fault.address import joined, resolve, split
 from cordee.fault.hosts import Meeting
@@ -34,13 +35,18 @@ from cordee.fault.secret import make_secret, read_secret
 from cordee.fault.witness import FileWitness
 from cordee.metrics.lines import records, step_of, whole_number
 from cordee.metrics.records import number
-from cordee.metrics.sinks import last_event
+from cordee.metrics.sinks import last_event, write_whole
+from cordee.plan.cluster import processor_flags
 from cordee.system import interface_of
 
 CHECKPOINTS = "checkpoints"
 WITNESS_FILE = "members.json"
 FOLDER_ID = "members.id"
 SECRET_FILE = "secret"
+ARITHMETIC = "arithmetic"
+"""Folder of the run's, of the fingerprints that its hosts have measured."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Names one start of one machine (Linux)."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -145,14 +151,33 @@ def remedy(run: Run, device: str) -> str:
 
 
 def measure(run: Run, device: str) -> str:
-    """The fingerprint of this host's arithmetic, by a process of its own: this one has no torch,
-    and workers are not there yet. Where it fails, why: nobody else says the same."""
+    """The fingerprint of this host's arithmetic; once for each start of this machine, environment
+    and build of torch, and then from the run's folder. Where it fails, why: nobody else says so."""
+    boot = BOOT_ID.read_text() if BOOT_ID.exists() else uuid.uuid4().hex
+    asked = [device, run.run.precision, run.run.arithmetic, __version__, _version("torch")]
+    known = [boot, *asked, *sorted(processor_flags()), *chosen_variables().items()]
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+    kept = Path(run.run.dir) / ARITHMETIC / name
+    if kept.exists():
+        return kept.read_text()
+    found, well = _measured(run, device)
+    if well:
+        kept.parent.mkdir(exist_ok=True)
+        write_whole(kept, found.encode())
+    return found
+
+
+def _measured(run: Run, device: str) -> tuple[str, bool]:
+    """(the fingerprint or what went wrong, whether it went well), by a process of its own: this one
+    has no torch, and workers are not there yet."""
     words = [device, run.run.precision, run.run.arithmetic]
     command = [*module_command("cordee.model.arithmetic"), *words]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = (done.stdout if done.returncode == 0 else done.stderr).split("\n")
     last = next((line.strip() for line in reversed(said) if line.strip()), "")
-    return last if done.returncode == 0 else f"not known on {socket.gethostname()}: {last}"
+    if done.returncode:
+        return f"not known on {socket.gethostname()}: {last}", False
+    return last, True
 
 
 def interface(run: Run) -> str:

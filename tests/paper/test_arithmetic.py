@@ -14,7 +14,7 @@ from cordee.dist.start import VARIABLES, arithmetic_environment, chosen_variable
 from cordee.errors import ConfigError
 from cordee.fault.handshake import differences
 from cordee.plan.arithmetic import FIXED, choose_arithmetic
-from cordee.rendezvous import greeting
+from cordee.rendezvous import greeting, measure
 
 AVX2 = ("sse4_2", "avx", "avx2", "fma")
 WIDE = (*AVX2, "avx512f", "amx_bf16")
@@ -146,3 +146,20 @@ def test_hosts_compare_the_library_of_a_model_where_bits_count(tmp_path: Path) -
     assert greeting(exact, "data", "1", "cpu")["transformers"]
     assert greeting(free, "data", "1", "cpu")["transformers"] is None
     assert greeting(settings(*words[:1]), "data", "1", "cpu")["transformers"] is None
+
+
+def test_a_host_measures_once_for_each_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def measured(run: Run, device: str) -> tuple[str, bool]:
+        calls.append(device)
+        return f"bits {len(calls)}", device == "cpu"
+
+    monkeypatch.setattr("cordee.rendezvous._measured", measured)
+    run = settings(f"run.dir={tmp_path}")
+    assert [measure(run, "cpu") for _ in range(2)] == ["bits 1", "bits 1"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert [measure(run, "cpu") for _ in range(2)] == ["bits 2", "bits 2"]
+    assert [measure(run, "cuda") for _ in range(2)] == ["bits 3", "bits 4"]
