@@ -33,6 +33,7 @@ from cordee.dist.start import (
     chosen_variables,
     compiler,
     launched,
+    may_take,
     raise_limits,
     take_arithmetic,
 )
@@ -178,9 +179,10 @@ def _with_arithmetic(recorded: Run, run: Run) -> Run:
     return override(recorded, {"run.arithmetic": "auto" if free else there})
 
 
-def settle_arithmetic(run: Run, device: str) -> tuple[Run, str]:
+def settle_arithmetic(run: Run, device: str, here: bool) -> tuple[Run, str]:
     """The run with run.arithmetic resolved for its devices, and why in words: as its folder has it,
-    else by this host's processor. ConfigError: this host cannot."""
+    else by this host's processor. `here`: this very process is to compute, which cannot choose any
+    more once torch is imported. ConfigError: this host cannot."""
     kept = Path(run.run.dir) / RUN_FILE
     if run.run.arithmetic == "auto" and kept.exists():
         there = load(str(kept)).run.run.arithmetic
@@ -190,6 +192,8 @@ def settle_arithmetic(run: Run, device: str) -> tuple[Run, str]:
         why = ""
     flags, variables = processor_flags(), chosen_variables()
     chosen, reason = choose_arithmetic(run.run, device, flags, variables)
+    if run.run.arithmetic == "auto" and here and not may_take(chosen):
+        chosen, reason = "native", "torch was imported before the run"
     return override(run, {"run.arithmetic": chosen}), why or reason
 
 
@@ -455,7 +459,6 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         rate = plan.predicted.tokens_per_s
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
-    run, why = settle_arithmetic(run, plan.device)
     if not told.supervised:
         check_threads(run, local_cluster().cores)
     reads = not (brought.data or told.supervised or standing.finished)
@@ -463,6 +466,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         resolve(run.data.path, run.model, run.data.weights)
     wanted_here = plan.processes > 1 or several(run)
     launches = wanted_here and not told.by_launcher and standing.finished is None
+    run, why = settle_arithmetic(run, plan.device, not launches)
     if not launches and standing.finished is None:
         take_arithmetic(run.run.arithmetic)
     if launches and run.launch.join:

@@ -295,11 +295,18 @@ def arithmetic_environment(arithmetic: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def may_take(arithmetic: str) -> bool:
+    """Whether this very process can still compute so: torch is not imported, or was with the same
+    variables."""
+    wants = VARIABLES.get(arithmetic, {})
+    return "torch" not in sys.modules or all(os.environ.get(n) == v for n, v in wants.items())
+
+
 def take_arithmetic(arithmetic: str) -> None:
     """Lets this very process compute so. ConfigError: torch is imported, and so it is too late."""
     wants = VARIABLES.get(arithmetic, {})
     has = {name: os.environ.get(name, "") for name in wants}
-    if has != wants and "torch" in sys.modules:
+    if not may_take(arithmetic):
         raise ConfigError(
             "torch is imported already, and chose its instructions then",
             values={"run.arithmetic": arithmetic, **has},

@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_the_arithmetic_that_its_file_has(tmp_path: Path) -> 
         there = settings(f"run.dir={tmp_path}", f"run.arithmetic={name}")
         (tmp_path / RUN_FILE).write_text(dump(settle(there), {"arithmetic": "0123"}))
         look(run)
-        settled, why = settle_arithmetic(run, "cpu")
+        settled, why = settle_arithmetic(run, "cpu", False)
         assert settled.run.arithmetic == name
         assert "began" in why
         other = "compatible" if name == "native" else "native"
@@ -87,7 +87,7 @@ def test_a_run_of_before_is_native(tmp_path: Path) -> None:
     for words in ((), ("run.arithmetic=native",)):
         run = settle(settings(f"run.dir={tmp_path}", *words))
         look(run)
-        assert settle_arithmetic(run, "cpu")[0].run.arithmetic == "native"
+        assert settle_arithmetic(run, "cpu", False)[0].run.arithmetic == "native"
     with pytest.raises(ConfigError, match="another run"):
         look(settle(settings(f"run.dir={tmp_path}", "run.arithmetic=compatible")))
 
