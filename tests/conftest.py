@@ -47,9 +47,9 @@ SMALL = (
     "run.arithmetic=native",
 )
 """A model and a source small enough to train 60 steps in about a second. fp32: every processor has
-it, and bf16 without instructions for it is thirty times as slow. The processor's own arithmetic:
-a test may compare a run of its own process, which has imported torch, with one of another. No spare: each is an import of
-torch; runs that are disturbed (`drills/live.py`) have one."""
+it, and bf16 without instructions for it is thirty times as slow. Native arithmetic: a test may
+compare a run of its own process, which has imported torch, with one of another. No spare: each is
+an import of torch; runs that are disturbed (`drills/live.py`) have one."""
 
 
 TINY = ("model.layers=1", "model.width=32", "data.sequence=16", "batch.microbatches=4")
