@@ -85,7 +85,8 @@ def settle(run: Run) -> Run:
     limits = run.run
     if not (limits.steps or limits.tokens or limits.epochs or limits.minutes):
         values["run.minutes"] = DEFAULT_MINUTES
-    if run.model.preset == "auto" and not follows_clock(override(run, values)):
+    own = not (run.model.hub or follows_clock(override(run, values)))
+    if run.model.preset == "auto" and own:
         values["model.preset"] = USUAL_PRESET
     settled = override(run, values)
     check(settled)
@@ -98,9 +99,9 @@ def as_recorded(run: Run) -> Run:
     its precision and what it evaluates. A host that joins waits for the founder's file."""
     file = Path(run.run.dir) / RUN_FILE
     limit = time.monotonic() + (JOIN_WAIT_S if run.launch.join and file.parent.exists() else 0.0)
-    while not file.exists() and time.monotonic() < limit:
+    while not os.path.isfile(file) and time.monotonic() < limit:
         time.sleep(0.1)
-    if not file.exists():
+    if not os.path.isfile(file):
         return run
     recorded = load(str(file)).run
     if follows_clock(run):
@@ -442,7 +443,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         cluster, profile = measured_cluster(probes)
         cluster = replace(cluster, hosts=told.hosts)
         symbols = vocabulary_of(run)
-        begins = not (Path(run.run.dir) / RUN_FILE).exists()
+        begins = not os.path.isfile(Path(run.run.dir) / RUN_FILE)
         if begins and not brought.any:
             run, text = for_machine(run, cluster, symbols, wanted)
             if text and told.rank == 0:

@@ -179,9 +179,8 @@ def build(
     offload = run.memory.offload != "none"
     mesh = make_mesh(plan.layout, world.rank, world.device, offload)
     canonical = is_canonical(run, plan)
-    brought = parts.model is not None
     lower = autocast_dtype(run.run.precision) if gathers_cast(run, plan.zero) else None
-    sharding = Sharding(plan.zero, canonical, offload, lower, brought)
+    sharding = Sharding(plan.zero, canonical, offload, lower, parts.model is not None)
     before = before if mesh.size(*INSIDE) == 1 else None
     if before is not None:
         live, whole, loader = before.live, None, before.engine.loader

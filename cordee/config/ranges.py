@@ -52,7 +52,7 @@ class Range:
         """A value in the range: the end that is nearer, where that is one, else the usual one."""
         if value != value or value in (math.inf, -math.inf):
             return usual
-        end = self.least if value < self.least else self.most
+        end = self.least if value <= self.least else self.most
         near: Any = int(end) if isinstance(usual, int) else end
         return near if near in self else usual
 

@@ -60,6 +60,8 @@ class Cluster:
     """The same for element passes."""
     pass_bytes_per_s: float = 0.0
     """What element passes of one core read and write in cache; 0: a share of the memory's."""
+    region_s: float = 0.0
+    """What it costs to wake the threads of a rank for one operator; 0: not known."""
     operator_s: float = 0.0
     """Time of a small operator, forward and backward; 0: what is usual."""
     spread: float = 0.0
@@ -190,6 +192,7 @@ def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
         measured=True,
         thread_products=products["fp32"][-1] / products["fp32"][0],
         thread_passes=profile.passes[-1] / profile.passes[0],
+        region_s=max(0.0, profile.regions[-1] - profile.regions[0]),
         operator_s=profile.operator_s,
         spread=profile.spread,
         memory_bytes_per_s=profile.memory[0],

@@ -15,6 +15,11 @@ with 6 % mean error, 0.93 to 1.35; other software moves them more. `low` and `hi
 both, for other machines: a kind is not a measured device. Whole steps of 13 short runs on the
 first machine (1-2 ranks, all protocols, shards, 0.1-11 M parameters) took 0.88 to 1.10 of the plan.
 A mixture's fixed time is from 28 such rows with 4 to 32 experts.
+
+Of a measured CPU (`MEASURED`, `MUON`) the same fit was made against its profile's rates: 36 rows of
+one thread (2-6 blocks, width 64-384, sequence 64-512, microbatch 2-16) on a machine with AMX, in
+fp32 as it is and held to AVX2 (rates 188 and 109 GFLOP/s, met with 4.7 %, 0.86 to 1.16) and in bf16
+(5.2 %, 0.89 to 1.12); updates within 0.77 to 1.16.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from cordee.layout.census import ORIGIN, Specs, census
 from cordee.layout.stages import Part
 from cordee.plan.classifier import microbatch_counts
 from cordee.plan.cluster import Cluster
-from cordee.plan.dealing import deals
+from cordee.plan.dealing import Deal, deals
 from cordee.plan.profile import NOISY
 
 MUON_SHARE = 0.88
@@ -55,17 +60,14 @@ class Kind:
     """Constants of one (device, precision). Shares are of the cluster's nominal figures."""
 
     matrix: float
-    """Share of nominal peak that large matrix products reach."""
-    reach: float = 1.0
-    """Share of the measured rate that a model's products reach."""
+    """Share of peak that large matrix products reach."""
     rows: float = 0.0
     """Rows of a microbatch at which a product reaches half of that."""
     attention: float
     """Speed of causal attention, forward and backward, as a share of the products'."""
     bandwidth: float
-    """Share of nominal bandwidth that element passes reach."""
-    passes: float = 0.0
-    """The same as a share of the measured speed of passes, where a CPU was measured."""
+    """Share of the bandwidth that element passes reach: of the memory's, or of that of the measured
+    pass (`Cluster.pass_bytes_per_s`)."""
     per_logit: float
     per_weight: float
     per_probability: float = 0.0
@@ -88,20 +90,24 @@ SELECTIVE_LAYERS = 2.2
 """CPU: selective recomputation asks a Python rule at every operation of a block, which costs as
 much as the fixed time of so many blocks (bf16; measured, 5.2 ms a block and microbatch)."""
 
-USUAL_OPERATOR_S = 5.6e-6
+USUAL_OPERATOR_S = 5.7e-6
 """Small operator, forward and backward, of the machine on which fixed times were measured."""
+
+LAYER_REGIONS, MATRIX_REGIONS = 115.0, 20.0
+"""Operators for which threads are woken: of a layer and microbatch, forward and backward, and of a
+matrix that Muon orthogonalises (fitted on runs of 1 and 2 threads, 0.1 to 11 M parameters)."""
 
 STEP_S = 2e-3
 """Fixed time of a step: data, tally, records."""
 
 KINDS: Mapping[tuple[str, str], Kind] = {
     ("cpu", "fp32"): Kind(
-        matrix=0.99, attention=0.74, bandwidth=0.193, passes=0.125, per_logit=11, per_weight=2.0,
+        matrix=0.99, attention=0.74, bandwidth=0.193, per_logit=11, per_weight=2.0,
         per_probability=3.0, layer_s=1.0e-3, router_s=2.2e-3, expert_s=0.28e-3,
         serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.35,
     ),
     ("cpu", "bf16"): Kind(
-        matrix=0.92, attention=0.71, bandwidth=0.54, passes=0.36, per_logit=23, per_weight=2.0,
+        matrix=0.92, attention=0.71, bandwidth=0.54, per_logit=23, per_weight=2.0,
         per_probability=5.7, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3,
         serial_matrix=0.075, serial_passes=0.2, low=0.85, high=1.45,
     ),
@@ -115,6 +121,42 @@ KINDS: Mapping[tuple[str, str], Kind] = {
     ),
 }  # fmt: skip
 """See the file's header; cuda fp32 is a guess between the two."""
+
+MEASURED: Mapping[str, Kind] = {
+    "fp32": Kind(
+        matrix=0.95, attention=0.37, bandwidth=0.08, per_logit=6.4, per_weight=0.94,
+        per_probability=1.5, layer_s=0.79e-3, router_s=2.2e-3, expert_s=0.28e-3,
+        serial_matrix=0.075, serial_passes=0.2, low=0.8, high=1.35,
+    ),
+    "bf16": Kind(
+        matrix=0.83, attention=0.2, bandwidth=0.074, per_logit=6.0, per_weight=2.15,
+        per_probability=0.65, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3,
+        serial_matrix=0.075, serial_passes=0.2, low=0.75, high=1.45,
+    ),
+    "emulated": Kind(
+        matrix=1.15, attention=1.7, bandwidth=0.074, per_logit=6.0, per_weight=2.15,
+        per_probability=0.65, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3,
+        serial_matrix=0.075, serial_passes=0.2, low=0.6, high=1.8,
+    ),
+}  # fmt: skip
+"""Of a CPU whose rates were measured, as shares of them: the header says how they were obtained.
+Emulated: a precision without instructions, whose products are slower than fp32's."""
+
+
+@dataclass(frozen=True)
+class MuonCost:
+    """Muon's orthogonalisation on a measured CPU: share of the products' rate, element passes, and
+    small operators of a matrix."""
+
+    share: float
+    passes: float
+    operators: float
+
+
+MUON: Mapping[str, MuonCost] = {
+    "fp32": MuonCost(1.17, 43, 20),  # fewer products than are counted (optim/muon.py, by Gram)
+    "bf16": MuonCost(3.3, 120, 62),  # casts and small matrices count, hardly the products
+}
 
 UPDATE_BYTES: Mapping[str, int] = {
     "sgd": 6, "momentum": 15, "adam": 14, "adamw": 14, "muon": 30, "adafactor": 80,
@@ -264,6 +306,9 @@ def keys_per_query(length: int, device: str) -> float:
 
 def kind_of(cluster: Cluster, precision: str) -> Kind:
     """The constants of these devices; fp16 and fp8 have bf16's, whose elements they share."""
+    if cluster.measured and cluster.device == "cpu":
+        emulated = cluster.flops(precision) < cluster.flops_fp32
+        return MEASURED["fp32" if precision == "fp32" else "emulated" if emulated else "bf16"]
     return KINDS[DEVICES[cluster.device].figures, "fp32" if precision == "fp32" else "bf16"]
 
 
@@ -280,9 +325,7 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
         + kind.per_weight * work.weights
         + kind.per_probability * work.probabilities
     )
-    bandwidth = kind.bandwidth * cluster.memory_bytes_per_s
-    if cluster.pass_bytes_per_s:
-        bandwidth = kind.passes * cluster.pass_bytes_per_s
+    bandwidth = kind.bandwidth * (cluster.pass_bytes_per_s or cluster.memory_bytes_per_s)
     bandwidth /= _pass_slowdown(kind, threads, cluster)
     dispatch = cluster.operator_s / USUAL_OPERATOR_S if cluster.operator_s else 1.0
     # Not measured: as far from fp8's peak as from bf16's, the head's product too.
@@ -292,16 +335,13 @@ def microbatch_s(work: Work, cluster: Cluster, precision: str, threads: int) -> 
         "attention": work.attention_flops / (kind.attention * speed),
         "elementwise": passes * element_bytes / bandwidth,
         "dispatch": dispatch
-        * (
-            kind.layer_s * work.layers + kind.router_s * work.routers + kind.expert_s * work.experts
-        ),
+        * (kind.layer_s * work.layers + kind.router_s * work.routers + kind.expert_s * work.experts)
+        + _wakes_s(LAYER_REGIONS * work.layers, threads, cluster),
     }
 
 
 def matrix_share(cluster: Cluster, precision: str) -> float:
     """Share of peak that large matrix products reach on these devices."""
-    if cluster.measured:
-        return kind_of(cluster, precision).reach
     told = cluster.bf16_share if precision != "fp32" else 0.0
     return told or kind_of(cluster, precision).matrix
 
@@ -323,11 +363,25 @@ def update_s(
         traffic += held.elements * (bytes_of[rule] + CLIP_BYTES)
     slow = _pass_slowdown(kind, threads, cluster)
     seconds = traffic / cluster.memory_bytes_per_s * slow
-    flops = sum(deal.flops for deal in deals(run, specs, layout, parts))
-    products = muon_precision(run.run.precision, cluster)
+    return seconds + sum(
+        _muon_s(run, cluster, threads, deal) for deal in deals(run, specs, layout, parts)
+    )
+
+
+def _muon_s(run: Run, cluster: Cluster, threads: int, deal: Deal) -> float:
+    """Seconds of the orthogonalisations that fall to one rank."""
+    kind, products = kind_of(cluster, run.run.precision), muon_precision(run.run.precision, cluster)
     share = MUON_SHARE if cluster.device == "cpu" else matrix_share(cluster, products)
-    speed = share * cluster.flops(products)
-    return seconds + flops / speed * _product_slowdown(kind, threads, cluster)
+    seconds = 0.0
+    if cluster.measured:
+        cost = MUON[products]
+        share = cost.share
+        passes = 4 * cost.passes * deal.elements / cluster.pass_bytes_per_s
+        seconds = passes * _pass_slowdown(kind, threads, cluster)
+        seconds += cost.operators * cluster.operator_s * deal.matrices
+        seconds += _wakes_s(MATRIX_REGIONS * deal.matrices, threads, cluster)
+    rate = share * cluster.flops(products)
+    return seconds + deal.flops / rate * _product_slowdown(kind, threads, cluster)
 
 
 def muon_precision(precision: str, cluster: Cluster) -> str:
@@ -366,6 +420,11 @@ def fresh_s(cluster: Cluster, buffer_bytes: float, buffers: int) -> float:
     if cluster.device != "cpu" or buffer_bytes < FRESH_BYTES:
         return 0.0
     return buffers * buffer_bytes * FRESH_S_PER_BYTE
+
+
+def _wakes_s(regions: float, threads: int, cluster: Cluster) -> float:
+    """Time to wake a rank's threads for so many operators."""
+    return regions * cluster.region_s if threads > 1 else 0.0
 
 
 def _product_slowdown(kind: Kind, threads: int, cluster: Cluster) -> float:

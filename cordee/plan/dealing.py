@@ -23,7 +23,7 @@ MUON_ITERATIONS = 5
 @dataclass(frozen=True)
 class Deal:
     """Muon's matrices that one group of ranks shares: the most operations and elements of one
-    rank, elements of all, and whether ranks hold parts of them (`cut`) or whole ones."""
+    rank, elements of all, matrices of one rank, and whether ranks hold parts of them (`cut`)."""
 
     axes: tuple[str, ...]
     ranks: int
@@ -31,6 +31,7 @@ class Deal:
     flops: float
     elements: int
     all_elements: int
+    matrices: int
 
 
 def deals(
@@ -54,7 +55,8 @@ def deals(
     for (cut, axes), shapes in found.items():
         ranks = math.prod(getattr(layout, axis) for axis in axes)
         flops, elements = dealt(shapes, ranks)
-        made.append(Deal(axes, ranks, cut, flops, elements, sum(map(math.prod, shapes))))
+        each = -(-sum(shape[0] for shape in shapes) // ranks)
+        made.append(Deal(axes, ranks, cut, flops, elements, sum(map(math.prod, shapes)), each))
     return made
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from cordee.dist.start import cache_folder, instruction_limits
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file; another one is measured anew."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -61,6 +61,9 @@ class Profile:
     products: Mapping[str, tuple[float, ...]]
     passes: tuple[float, ...]
     memory: tuple[float, ...]
+    regions: tuple[float, ...]
+    """Seconds of an operator that is just large enough to be shared by the threads, which sleep
+    until it wakes them."""
     operator_s: float
     """A small operator, forward and backward."""
     message_s: float
@@ -281,7 +284,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         device and not (set(device) == set(PRECISIONS) and _numbers(list(device.values())))
     ):
         raise ValueError("its device's products are none")
-    for rates in (*products.values(), values["passes"], values["memory"]):
+    for rates in (*products.values(), *(values[name] for name in _RATES)):
         if not _numbers(rates) or len(rates) != len(threads):
             raise ValueError("a rate is missing")
     times = [values[name] for name in _TIMES]
@@ -294,11 +297,11 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         "host": Host(**host),
         "threads": tuple(threads),
         "products": {precision: tuple(rates) for precision, rates in products.items()},
-        "passes": tuple(values["passes"]),
-        "memory": tuple(values["memory"]),
+        **{name: tuple(values[name]) for name in _RATES},
     }
 
 
+_RATES = ("passes", "memory", "regions")
 _TIMES = ("operator_s", "message_s", "reduce_s", "reduce_bytes_per_s", "spread", "seconds")
 
 

@@ -32,6 +32,8 @@ from cordee.plan.network import Load, choose_wire, gradient_bytes, rank_subtrees
 from cordee.plan.pipeline import bubble
 
 MIB = 1 << 20
+BYTES = 256
+"""Vocabulary by which threads are chosen; another one would hardly change which is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,16 @@ def _too_big(memory: Memory, layout: Layout, cluster: Cluster) -> str:
 
 
 def choose_threads(run: Run, layout: Layout, cluster: Cluster) -> int:
-    """Threads of a rank: as given, one when exact, else an equal share of the host's cores."""
+    """Threads of a rank: as given, one when exact, else an equal share of the host's cores, or one
+    where a CPU was measured and waking others for each operator costs more than they bring."""
     if run.launch.threads != "auto":
         return int(run.launch.threads)
-    if run.run.exact:
-        return 1
-    return max(1, cluster.cores // ranks_per_host(layout, cluster))
+    share = max(1, cluster.cores // ranks_per_host(layout, cluster))
+    if run.run.exact or share == 1 or not cluster.measured:
+        return 1 if run.run.exact else share
+    work = microbatch_work(run, BYTES, cluster.device, layout)
+    precision = run.run.precision
+    return min((share, 1), key=lambda n: sum(microbatch_s(work, cluster, precision, n).values()))
 
 
 def ranks_per_host(layout: Layout, cluster: Cluster) -> int:

@@ -48,6 +48,7 @@ def profile_of(
 ) -> Profile:
     profile = Profile(
         host=this_host(), threads=(1, 2), passes=(30e9, 50e9), memory=(20e9, 25e9),
+        regions=(5e-6, 4e-6),
         products={"fp32": (fp32, 1.8 * fp32), "bf16": (bf16, bf16), "fp16": (fp16, fp16)},
         operator_s=6e-6, message_s=50e-6, reduce_s=100e-6, reduce_bytes_per_s=1.5e9,
         device_products={}, spread=0.05, seconds=1.2,
@@ -82,7 +83,7 @@ BAD = {
     "deep": "[" * 100_000,
     "digits": "1" * 10_000,
     "a list": "[]",
-    "another version": json.dumps({**GOOD, "format": 2}),
+    "another version": json.dumps({**GOOD, "format": 1}),
     "no version": json.dumps({k: v for k, v in GOOD.items() if k != "format"}),
     "a key less": json.dumps({k: v for k, v in GOOD.items() if k != "passes"}),
     "a key more": json.dumps({**GOOD, "colour": "red"}),
@@ -154,7 +155,7 @@ def test_this_machine_is_measured_once_and_the_plan_holds_it(
     assert profile is not None and why == "" and profile.products["fp32"][0] > 1e9
     assert profile.reduce_s > 0 and profile.threads[-1] == cores()
     plan = Plan.from_json(saved.read_text())
-    assert Profile.from_json(json.dumps({"format": 1, **plan.profile})) == profile
+    assert Profile.from_json(json.dumps({"format": 2, **plan.profile})) == profile
     assert main(["plan", "tiny", "--json"]) == 0
     out, said = capsys.readouterr()
     assert said == ""  # kept: not measured again
@@ -245,6 +246,20 @@ def test_threads_that_do_not_help_are_not_used() -> None:
     cluster = replace(cluster_of(spins), cores=2)
     plan = make_plan(run_of(), cluster)
     assert plan.threads == 1
+
+
+def test_one_process_takes_threads_only_where_they_bring_more_than_they_cost() -> None:
+    def threads(preset: str, wake_s: float, *words: str) -> int:
+        profile = profile_of(regions=(5e-6, 5e-6 + wake_s))
+        cluster = replace(cluster_of(profile), cores=2)
+        run = run_of(f"model.preset={preset}", "batch.microbatch=4", *words)
+        return make_plan(run, cluster, processes=1).threads
+
+    assert threads("micro", 0.0) == 2
+    assert threads("micro", 90e-6) == 1
+    assert threads("medium", 90e-6) == 2
+    assert threads("micro", 90e-6, "launch.threads=2") == 2
+    assert threads("medium", 0.0, "run.exact=true", "run.steps=1") == 1
 
 
 def test_a_run_keeps_the_precision_it_began_with(tmp_path: Path) -> None:
