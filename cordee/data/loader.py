@@ -193,14 +193,13 @@ def held_out(
     source: TokenSource, sequence: int, rows: int, count: int | None = None
 ) -> Iterator[torch.Tensor]:
     """Batches of the held-out split in file order, int64 (rows, sequence + 1): the same for every
-    layout and run. At most `count` batches (None: all of them), spread evenly over the split, since
-    its first file is like no other; the last may have fewer rows. Of a mixture, sources take turns
-    by weight for as long as none comes round again."""
+    layout and run. At most `count` batches (None: all of them); the last may have fewer rows. Of a
+    mixture, sources take turns by weight for as long as none comes round again."""
     mixture = source.mixture(0, sequence)
     total = mixture.once if mixture else source.rows(sequence)
     stop = total if count is None else min(total, rows * count)
     for first in range(0, stop, rows):
         last = min(first + rows, stop)
-        plain = np.arange(first, last, dtype=np.int64) * total // stop
+        plain = np.arange(first, last, dtype=np.int64)
         ids = mixture.ids_in_turn(first, last) if mixture else plain
         yield torch.from_numpy(source.gather(ids, sequence).astype(np.int64))

@@ -21,7 +21,7 @@ from cordee.plan.plan import devices_of, make_plan
 
 TOKENS, SAMPLE = 262144, 240
 """Held-out tokens and sampled tokens of a run that has time for them."""
-SHARE, SAMPLE_SHARE = 0.05, 0.025
+SHARE, SAMPLE_SHARE = 0.065, 0.015
 """Parts of a run's time that its evaluation and its sample take at most."""
 LEAST_TOKENS, LEAST_SAMPLE = 8192, 40
 """Fewer say nothing."""
