@@ -91,7 +91,8 @@ def _both_ways(result: Tensor, *sources: Tensor) -> Iterator[Tensor]:
     """The result, and what a gradient that is not constant gives for each source."""
     yield result
     along = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).to(result)
-    yield from torch.autograd.grad(result, sources, along.view_as(result))
+    # Of a number: with a gradient given, torch imports sympy to compare shapes.
+    yield from torch.autograd.grad((result * along.view_as(result)).sum(), sources)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:

@@ -300,7 +300,7 @@ def test_every_norm_adds_the_given_eps() -> None:
         ({"model.window": -1}, "model.window=0"),
         ({"model.head_width": 7}, "model.head_width=8"),
         ({"model.head_width": -2}, "model.head_width=0"),
-        ({"model.norm_eps": 0.0}, "model.norm_eps=1e-6"),
+        ({"model.norm_eps": 0.0}, "model.norm_eps=1e-06"),
         ({"model.qk_gain": True, "model.qk_norm": False}, "model.qk_norm=true"),
         ({"model.width": 30, "model.heads": 4}, "model.width=32"),
     ],

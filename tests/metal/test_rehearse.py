@@ -220,7 +220,7 @@ def test_refusals_come_before_torch(tmp_path: Path) -> None:
         "--dry-run --rank 0": words,
         "--dry-run --rank 2": [*words[:-1], "--rank", "2"],
         "layout.tensor=2": [*words, "layout.tensor=3", "--rank", "0"],
-        "cordee plan --models": [*words, f"model.hub={tmp_path}", "--rank", "0"],
+        "cordee plan --models": [*words[1:], f"model.hub={tmp_path}", "--rank", "0"],
     }
     code = (
         "import sys, json; from cordee.cli.main import main\n"
