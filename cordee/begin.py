@@ -62,7 +62,7 @@ from cordee.rendezvous import check_addresses, check_meeting, end_of, interface,
 
 RESOLVED = ("run.precision", "evaluate.tokens", "evaluate.sample")
 """Keys that are "auto" until a run begins."""
-JOIN_WAIT_S = 60.0
+JOIN_WAIT_S = 30.0
 """How long a host that joins waits for run.toml, which the first rank of the run writes."""
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
@@ -98,8 +98,11 @@ def as_recorded(run: Run) -> Run:
     """The run with what it resolved when it began, where its folder says so: it keeps its recipe,
     its precision and what it evaluates. A host that joins waits for the founder's file."""
     file = Path(run.run.dir) / RUN_FILE
-    limit = time.monotonic() + (JOIN_WAIT_S if run.launch.join and file.parent.exists() else 0.0)
-    while not os.path.isfile(file) and time.monotonic() < limit:
+    limit, lock = time.monotonic() + JOIN_WAIT_S, file.with_name(LOCK_FILE)
+    before = flatten(run)
+    opens = follows_clock(run) or any(before[key] == "auto" for key in RESOLVED)
+    waits = opens and run.launch.join and os.path.isfile(lock)
+    while waits and not os.path.isfile(file) and time.monotonic() < limit:
         time.sleep(0.1)
     if not os.path.isfile(file):
         return run

@@ -340,6 +340,7 @@ def compute(
     # Communicate: the gradient of the whole step, then what everybody lost, wants and holds.
     desk.meter.add("data", state.engine.data_s)
     with desk.meter.phase("comm"):
+        compute_s = state.engine.compute_s  # until now: what follows waits for the slowest island
         agreed = state.sync.agree(partial, lambda: state.drill.point("step.reduce", number))
         gradients = state.engine.place(agreed)
         state.scale.unscale(gradients)
@@ -347,7 +348,7 @@ def compute(
     state.drill.point("step.agree", number)
     norm = state.norm(gradients)
     with desk.meter.phase("comm"):
-        wishes = replace(desk.wishes(state.engine.compute_s), norm=float(norm), sick=sick)
+        wishes = replace(desk.wishes(compute_s), norm=float(norm), sick=sick)
         group = state.mesh.group(*AXES)
         tally = gather_tally(state.speaks(losses), state.loaded(), wishes, state.spoken, group)
     odd = odd_ranks(tally.norms, 0.0 if state.run.run.exact else NORM_TOLERANCE)

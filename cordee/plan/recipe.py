@@ -40,9 +40,14 @@ class Recipe:
     keys: Mapping[str, Any]
 
 
+SHORT = {"data.sequence": 128}
+GENTLE = {"optim.lr": 0.012, "optim.adam_lr": 0.015}
+
 RECIPES = (
-    Recipe("tiny", 900_000, {"batch.microbatch": 2, "batch.microbatches": 4}),
-    Recipe("tiny", 0, {"batch.microbatch": 2, "batch.microbatches": 4}),
+    Recipe("tiny", 2_400_000, {}),
+    Recipe("tiny", 1_200_000, {"model.layers": 3, **SHORT, **GENTLE}),
+    Recipe("tiny", 500_000, {"model.layers": 2, **SHORT}),
+    Recipe("micro", 0, SHORT),
 )
 """Largest first; the last one is for all others."""
 
@@ -61,8 +66,11 @@ def follows_clock(run: Run) -> bool:
 
 
 def with_keys(run: Run, recipe: Recipe) -> Run:
-    """The run as `recipe` has it."""
-    return override(replace(run, model=model_presets()[recipe.preset]), recipe.keys)
+    """The run as `recipe` has it; what the user set otherwise stays."""
+    before = flatten(replace(run, model=ModelSettings()))
+    usual = flatten(Run())
+    keys = {key: value for key, value in recipe.keys.items() if before[key] == usual[key]}
+    return override(replace(run, model=model_presets()[recipe.preset]), keys)
 
 
 def choose_recipe(

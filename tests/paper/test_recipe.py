@@ -17,6 +17,7 @@ from cordee.plan.recipe import (
     LEAST_TOKENS,
     RECIPES,
     SAMPLE,
+    SHARE,
     TOKENS,
     choose_recipe,
     follows_clock,
@@ -91,7 +92,8 @@ def test_evaluation_follows_the_speed_where_time_limits() -> None:
     clocked = run_of()
     assert with_evaluation(clocked, 1e6, 5e5).evaluate.tokens == TOKENS
     slow = with_evaluation(clocked, 6000.0, 3000.0).evaluate
-    assert slow.tokens == int(0.05 * 90 * 3 * 6000) and LEAST_SAMPLE < slow.sample < SAMPLE
+    assert slow.tokens == int(SHARE * 90 * 3 * 6000) < TOKENS
+    assert LEAST_SAMPLE < slow.sample < SAMPLE
     slowest = with_evaluation(clocked, 1.0, 0.5).evaluate
     assert (slowest.tokens, slowest.sample) == (LEAST_TOKENS, LEAST_SAMPLE)
     unknown = with_evaluation(clocked, 0.0, 0.0).evaluate
