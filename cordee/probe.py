@@ -43,6 +43,8 @@ REDUCED = 1 << 20
 EMULATED = 6e9
 """Operations a second of one core below which it has no instructions for a precision: the slowest
 processors with fp32 vectors reach more."""
+STEADY = ("fp32", "passes")
+"""Figures that repeat on a quiet machine."""
 CALLS = 50
 """Messages, or operators, that are timed together."""
 
@@ -68,9 +70,9 @@ def measure(host: Host | None = None) -> Profile:
     def best(name: str) -> tuple[float, ...]:
         return tuple(max(figures[name, count]) for count in threads)
 
-    # A wake-up differs by half even on a quiet machine; what work takes does not.
-    work = (values for (name, _), values in figures.items() if name != "regions")
-    spread = max(max(values) / min(values) - 1 for values in work)
+    # Others differ by half even on a quiet machine: wake-ups, and memory that threads share.
+    steady = (values for (name, _), values in figures.items() if name in STEADY)
+    spread = max(max(values) / min(values) - 1 for values in steady)
     device, device_products = _device()
     return Profile(
         host=host,

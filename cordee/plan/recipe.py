@@ -6,6 +6,7 @@ other runs take their sizes from the user alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,9 +90,11 @@ def choose_recipe(
     steps = seconds / predicted.step_s
     text = f"{chosen.model.name}, {steps:,.0f} steps in {seconds:.0f} s as planned"
     if steps < FEW_STEPS:
+        keys = {"model.preset": recipe.preset, **recipe.keys}
+        keys["run.minutes"] = math.ceil(minutes * FEW_STEPS / steps)
+        words = " ".join(f"{key}={value}" for key, value in keys.items())
         text += (
-            ": too few for a useful model on this machine; this makes one:"
-            f" cordee train run.minutes={minutes * FEW_STEPS / steps:.0f}"
+            f": too few for a useful model on this machine; this makes one: cordee train {words}"
         )
     return chosen, text
 
