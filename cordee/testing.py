@@ -31,6 +31,9 @@ from cordee.errors import RunError
 PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
 """Environment variables that say where a Python that starts finds modules."""
 
+MEETINGS = 3
+"""How often the ranks of a world try to find each other."""
+
 PRELOADED = ["cordee.train"]
 """Modules that the server imports when the first world starts; later additions do nothing."""
 
@@ -52,8 +55,29 @@ def launch(
     context: Any = multiprocessing.get_context("forkserver" if linux else "spawn")
     if linux:
         context.set_forkserver_preload(PRELOADED)
+    for _ in range(MEETINGS - 1):
+        # gloo now and then fails to connect beside other worlds; nothing has been called by then.
+        with suppress(_NotMet):
+            return _world(context, function, arguments, ranks, threads, deadline_s)
+    return _world(context, function, arguments, ranks, threads, deadline_s)
+
+
+class _NotMet(RunError):
+    """The ranks have not found each other."""
+
+
+def _world(
+    context: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    ranks: int,
+    threads: int,
+    deadline_s: float,
+) -> list[Any]:
+    """One world from its start to its end; the function is called once all ranks have met."""
     with tempfile.TemporaryDirectory(prefix="cordee-") as folder:
         pairs = [context.Pipe() for _ in range(ranks)]
+        receivers = [receiver for receiver, _ in pairs]
         processes = []
         for rank, (_, sender) in enumerate(pairs):
             told = Launched(rank, ranks, rank, str(Path(folder) / "store"), True)
@@ -66,7 +90,13 @@ def launch(
                     process.start()
             for _, sender in pairs:
                 sender.close()
-            return _collect([receiver for receiver, _ in pairs], deadline_s)
+            try:
+                _collect(receivers, deadline_s)
+            except RunError as error:
+                raise _NotMet(error.what, values=error.values, fix=error.fix) from error
+            for receiver in receivers:
+                receiver.send(None)
+            return _collect(receivers, deadline_s, fetched=True)
         finally:
             for process in processes:
                 process.join(1.0)
@@ -133,6 +163,8 @@ def _rank(
     _put(paths)
     try:
         with join(told, "cpu", threads, deadline_s) as here:
+            sender.send((True, None))
+            sender.recv()  # all have met
             sender.send((True, function(here, *arguments)))
             # A tensor travels as a handle that this process serves: stay until it was fetched.
             with suppress(EOFError):
@@ -156,7 +188,8 @@ def _end_with_launcher() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:
+def _collect(receivers: list[Connection], deadline_s: float, *, fetched: bool = False) -> list[Any]:
+    """A word of every rank; `fetched`: each is told that its word is here."""
     results: dict[int, Any] = {}
     deadline = time.monotonic() + deadline_s
     left = dict(zip(receivers, range(len(receivers)), strict=True))
@@ -173,7 +206,7 @@ def _collect(receivers: list[Connection], deadline_s: float) -> list[Any]:
             rank = left.pop(receiver)
             try:
                 good, value = receiver.recv()
-                if good:
+                if good and fetched:
                     receiver.send(None)
             except EOFError:
                 good, value = False, "it died without a word"

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cordee import testing
 from cordee.dist.start import WAITING, Launched, world
 from cordee.errors import ConfigError, RunError
 from cordee.testing import World, launch
@@ -93,6 +95,27 @@ def test_threads_of_the_command_sleep_while_they_wait() -> None:
         if "GOMP_SPINCOUNT" not in done.stderr:
             pytest.skip("this torch has another OpenMP than libgomp")
         assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+def test_a_world_whose_ranks_do_not_meet_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been called by then; after the third time it is said."""
+    meets, failures = testing._world, [2]
+
+    def fails_at_first(*arguments: Any) -> list[Any]:
+        if failures[0]:
+            failures[0] -= 1
+            raise testing._NotMet("rank 0 failed first: Gloo connectFullMesh failed")
+        return meets(*arguments)
+
+    monkeypatch.setattr(testing, "_world", fails_at_first)
+    assert launch(rank_of, ranks=2) == [0, 1]
+    failures[0] = 3
+    with pytest.raises(RunError, match="connectFullMesh"):
+        launch(rank_of, ranks=2)
+
+
+def rank_of(world: World) -> int:
+    return world.rank
 
 
 @pytest.mark.parametrize(
