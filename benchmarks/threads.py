@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from cordee.dist.start import PARENT
+from cordee.dist.start import LIFELINE, PARENT
 from cordee.metrics.sinks import read_lines
 
 WORDS = (
@@ -35,6 +35,9 @@ WORDS = (
     "run.precision=fp32", "optim.name=adamw", "evaluate.sample=0", "evaluate.tokens=0",
     "checkpoint.every=0", "fault.recover=false",
 )  # fmt: skip
+ALIVE = os.pipe()
+OURS = {PARENT: str(os.getpid()), LIFELINE: str(ALIVE[0])}
+"""A run ends with this process: its other end of the pipe closes then."""
 SPIN = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own, where nobody says how threads wait."""
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
@@ -72,7 +75,8 @@ def step_s(case: Case, condition: str, cores: Sequence[int], words: Sequence[str
         command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
         done = subprocess.run(
             [*command, *case.words(len(mine))],
-            env={**os.environ, PARENT: str(os.getpid()), **(SPIN if case.spins else {})},
+            env={**os.environ, **OURS, **(SPIN if case.spins else {})},
+            pass_fds=(ALIVE[0],),
             preexec_fn=partial(os.sched_setaffinity, 0, mine),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
