@@ -57,6 +57,7 @@ from cordee.plan.plan import (
     unpredicted,
     with_islands,
 )
+from cordee.plan.profile import cores
 from cordee.plan.recipe import follows_clock, for_machine, recorded_recipe, with_evaluation
 from cordee.rendezvous import check_addresses, check_meeting, end_of, interface, meet, several
 
@@ -464,7 +465,7 @@ def get_ready(run: Run, brought: Brought = Brought()) -> Ready:
         run = with_evaluation(run, rate, rate / plan.processes)
     check_compiler(run, plan.device)
     if not told.supervised:
-        check_threads(run, local_cluster().cores)
+        check_threads(run, cores())
     reads = not (brought.data or told.supervised or standing.finished)
     if reads and find_data(run) in (None, Path(run.data.path)):
         resolve(run.data.path, run.model, run.data.weights)

@@ -185,7 +185,7 @@ def cache_folder() -> Path | None:
 
 def instruction_limits() -> dict[str, str]:
     """Those of LIMITS that are set, with their values."""
-    return {name: os.environ[name] for name in LIMITS if name in os.environ}
+    return _set_of(LIMITS)
 
 
 def loopback_environment() -> dict[str, str]:
@@ -276,8 +276,11 @@ def broadcast_text(text: str) -> str:
 
 def chosen_variables() -> dict[str, str]:
     """Of the variables that choose a CPU's code, those that this process was given."""
-    names = {name for values in VARIABLES.values() for name in values}
-    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    return _set_of(sorted({name for values in VARIABLES.values() for name in values}))
+
+
+def _set_of(names: Sequence[str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee.devices import Kind
+from cordee.plan.profile import read_text
 from cordee.system import host_memory_bytes, sysctl_number, sysctl_text
 
 ROOT = Path("/")
@@ -55,7 +56,7 @@ def _nvidia() -> Accelerators | None:
     names = [p for p in _glob("dev/nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
     if not names:
         return None
-    told = map(_read, sorted(_glob("proc/driver/nvidia/gpus/*/information")))
+    told = map(read_text, sorted(_glob("proc/driver/nvidia/gpus/*/information")))
     models = [m.group(1).strip() for text in told if (m := re.search(r"Model\s*:(.*)", text))]
     return Accelerators("cuda", "NVIDIA", (models or [""])[0], len(names), usable=_built("cuda"))
 
@@ -66,13 +67,13 @@ def _amd() -> Accelerators | None:
         return None
     models, memories = [], []
     for node in sorted(_glob("sys/class/kfd/kfd/topology/nodes/*")):
-        told = _numbers(_read(node / "properties"))
+        told = _numbers(read_text(node / "properties"))
         file = ROOT / f"dev/dri/renderD{told.get('drm_render_minor', -1)}"
         if not told.get("simd_count") or not file.exists():
             continue
         version = told.get("gfx_target_version", 0)  # 90402: major 9, minor 4, step 2
         models.append(f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}")
-        banks = map(_read, node.glob("mem_banks/*/properties"))
+        banks = map(read_text, node.glob("mem_banks/*/properties"))
         memories.append(sum(_numbers(bank).get("size_in_bytes", 0) for bank in banks))
     if not models:
         return None
@@ -84,9 +85,9 @@ def _intel() -> Accelerators | None:
     memories = []
     for node in _glob("sys/class/drm/renderD*"):
         driver = (node / "device/driver").resolve().name
-        vendor = _read(node / "device/vendor").strip()
+        vendor = read_text(node / "device/vendor").strip()
         if vendor == INTEL_VENDOR and driver in INTEL_DRIVERS and _file(node).exists():
-            memories.append(_mapped_bytes(_read(node / "device/resource")))
+            memories.append(_mapped_bytes(read_text(node / "device/resource")))
     if not memories:
         return None
     memory = min(memories)
@@ -107,7 +108,7 @@ def _built(what: str) -> bool:
     """Whether the torch here was built with "cuda", "hip" (ROCm) or "xpu", by its own file of
     versions; True when there is none to ask."""
     found = importlib.util.find_spec("torch")
-    text = _read(Path(found.origin).with_name("version.py")) if found and found.origin else ""
+    text = read_text(Path(found.origin).with_name("version.py")) if found and found.origin else ""
     told = re.search(rf"^{what}\b[^=\n]*=\s*(\S+)", text, re.MULTILINE)
     return told is None or told.group(1) != "None"
 
@@ -130,10 +131,3 @@ def _file(node: Path) -> Path:
 
 def _glob(pattern: str) -> list[Path]:
     return [Path(path) for path in glob.glob(str(ROOT / pattern))]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
