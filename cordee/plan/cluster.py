@@ -280,6 +280,12 @@ def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
             raise ConfigError(
                 f"{key} is above 0", values={"file": str(path), key: value}, fix=f"{key} = 1"
             )
+    if cluster.measured and not (cluster.pass_bytes_per_s > 0 and cluster.operator_s > 0):
+        raise ConfigError(
+            "a measured cluster has pass_bytes_per_s and operator_s",
+            values={"file": str(path), "measured": True},
+            fix='kind = "local" after cordee probe, or leave measured out',
+        )
     if cluster.device != "cpu" and cluster.devices < 1:
         raise ConfigError(
             f"a {cluster.device} cluster has devices",

@@ -113,6 +113,7 @@ def test_clusters_from_toml(tmp_path: Path) -> None:
         ('kind = "H100"\ndevices = 0', "has devices"),
         ('kind = "H100"\ndevice = "tpu"', "no such kind"),
         ('device = "cpu"\nname = "x"', "lacks a field"),
+        ('kind = "H100"\nmeasured = true', "has pass_bytes_per_s and operator_s"),
         ("kind = ", "not valid TOML"),
     ]:
         with pytest.raises(ConfigError, match=told):
