@@ -22,79 +22,79 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cordee.plan.profile import this_host
+from cordee.plan.profile import local_host
 
 MODELS = {
     "micro": ("model.preset=micro",),
     "tiny": ("model.preset=tiny",),
     "small": ("model.preset=small", "data.sequence=128", "batch.microbatch=1"),
 }
-STEPS, LEAST = 24, 4
+MAX_STEPS, MIN_STEPS = 24, 4
 """Steps of a run at most and at least; between, SECONDS end it."""
-SECONDS = 12.0
+RUN_LIMIT_S = 12.0
 COMMAND = (sys.executable, "-m", "cordee", "train")
 
 
 def first_run(folder: Path) -> dict[str, Any]:
     """`cordee train` as a new user gives it; the profile is measured too."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-    run = folder / "runs" / "tiny"
-    began = time.perf_counter()
+    run_folder = folder / "runs" / "tiny"
+    start_s = time.perf_counter()
     process = subprocess.Popen(
         COMMAND, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    first_s, last_step_s, rows = 0.0, 0.0, 0
+    first_row_s, last_step_s, row_count = 0.0, 0.0, 0
     while process.poll() is None:
         time.sleep(0.02)
-        metrics = run / "metrics.jsonl"
+        metrics = run_folder / "metrics.jsonl"
         count = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        if count > rows:
-            rows, last_step_s = count, time.perf_counter() - began
-            first_s = first_s or last_step_s
-    total_s = time.perf_counter() - began
+        if count > row_count:
+            row_count, last_step_s = count, time.perf_counter() - start_s
+            first_row_s = first_row_s or last_step_s
+    total_s = time.perf_counter() - start_s
     assert process.stderr is not None
-    said = process.stderr.read()
+    stderr_text = process.stderr.read()
     if process.returncode:
-        raise SystemExit(said)
-    finished = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
-    settings = tomllib.loads((run / "run.toml").read_text())
+        raise SystemExit(stderr_text)
+    finish_event = json.loads((run_folder / "events.jsonl").read_text().splitlines()[-1])
+    settings = tomllib.loads((run_folder / "run.toml").read_text())
     return {
-        "seconds_to_first_loss": first_s,
+        "seconds_to_first_loss": first_row_s,
         "seconds_total": total_s,
-        "bits_per_byte": finished["held_out_bits_per_byte"],
-        "table_bits_per_byte": finished["table_bits_per_byte"],
-        "steps": finished["steps"],
+        "bits_per_byte": finish_event["held_out_bits_per_byte"],
+        "table_bits_per_byte": finish_event["table_bits_per_byte"],
+        "steps": finish_event["steps"],
         "precision": settings["run"]["precision"],
         "evaluation_share": (total_s - last_step_s) / total_s,
-        "screen": said,
+        "screen": stderr_text,
     }
 
 
-def planned_against_measured(folder: Path) -> list[dict[str, Any]]:
+def compare_plans(folder: Path) -> list[dict[str, Any]]:
     """A row for each of the twelve runs: seconds of a step as planned and as measured (median)."""
     rows = []
-    for model, words in MODELS.items():
+    for model, overrides in MODELS.items():
         for processes in (1, 2):
             for precision in ("fp32", "bf16"):
                 name = f"{model}-{processes}-{precision}"
                 command = [
-                    *COMMAND, *words, f"run.dir={folder / name}", f"run.precision={precision}",
-                    f"launch.processes={processes}", f"run.steps={STEPS}",
-                    f"run.minutes={SECONDS / 60}", "evaluate.tokens=0", "evaluate.sample=0",
+                    *COMMAND, *overrides, f"run.dir={folder / name}", f"run.precision={precision}",
+                    f"launch.processes={processes}", f"run.steps={MAX_STEPS}",
+                    f"run.minutes={RUN_LIMIT_S / 60}", "evaluate.tokens=0", "evaluate.sample=0",
                     "checkpoint.every=0", "fault.spares=0",
                 ]  # fmt: skip
                 subprocess.run(command, check=True, capture_output=True)
                 plan = json.loads((folder / name / "plan.json").read_text())
                 lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-                steps = [json.loads(line)["step_s"] for line in lines]
-                later = steps[min(LEAST, len(steps) - 1) :]
-                planned, measured = plan["predicted"]["step_s"], statistics.median(later)
+                step_times_s = [json.loads(line)["step_s"] for line in lines]
+                steady_times_s = step_times_s[min(MIN_STEPS, len(step_times_s) - 1) :]
+                planned_s, measured_s = plan["predicted"]["step_s"], statistics.median(steady_times_s)
                 rows.append(
                     {
-                        "run": name, "threads": plan["threads"], "planned_s": planned,
-                        "measured_s": measured, "error": abs(planned / measured - 1),
-                        "inside": plan["predicted"]["low_s"] <= measured
+                        "run": name, "threads": plan["threads"], "planned_s": planned_s,
+                        "measured_s": measured_s, "error": abs(planned_s / measured_s - 1),
+                        "inside": plan["predicted"]["low_s"] <= measured_s
                         <= plan["predicted"]["high_s"],
                     }
                 )  # fmt: skip
@@ -108,19 +108,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="default runs; the median counts")
     parser.add_argument("--no-train", action="store_true")
     parser.add_argument("--no-plans", action="store_true")
-    asked = parser.parse_args()
-    answer: dict[str, Any] = {"machine": f"{this_host().cpu}, {platform.python_version()}"}
-    with tempfile.TemporaryDirectory(prefix="cordee-first-") as place:
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": f"{local_host().cpu}, {platform.python_version()}"}
+    with tempfile.TemporaryDirectory(prefix="cordee-first-") as home:
         runs = []
-        for number in range(0 if asked.no_train else asked.runs):
-            folder = Path(place) / f"first{number}"
+        for index in range(0 if args.no_train else args.runs):
+            folder = Path(home) / f"first{index}"
             folder.mkdir()
             runs.append(first_run(folder))
             print(runs[-1].pop("screen"), file=sys.stderr)
         if runs:
-            middle = sorted(runs, key=lambda run: run["bits_per_byte"])[len(runs) // 2]
-            answer |= middle
-        rows = [] if asked.no_plans else planned_against_measured(Path(place))
+            median_run = sorted(runs, key=lambda run: run["bits_per_byte"])[len(runs) // 2]
+            result |= median_run
+        rows = [] if args.no_plans else compare_plans(Path(home))
     for row in rows:
         print(
             f"{row['run']:<16}{row['threads']} threads  planned {row['planned_s'] * 1e3:9.1f} ms"
@@ -131,12 +131,12 @@ def main() -> None:
         )
     if rows:
         errors = [row["error"] for row in rows]
-        answer["prediction_error_median"] = statistics.median(errors)
-        answer["prediction_error_worst"] = max(errors)
-    if asked.json:
-        print(json.dumps(answer))
+        result["prediction_error_median"] = statistics.median(errors)
+        result["prediction_error_worst"] = max(errors)
+    if args.json:
+        print(json.dumps(result))
     else:
-        print("\n".join(f"{key:<26}{value}" for key, value in answer.items()))
+        print("\n".join(f"{key:<26}{value}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

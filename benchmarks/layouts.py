@@ -18,23 +18,23 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from by_hand import ByHand
-from overhead import Ours
+from by_hand import HandwrittenLayout
+from overhead import CordeeLoop
 from torch.profiler import ProfilerActivity, profile
 
 from cordee import Run, override
-from cordee.begin import get_ready, lay_out_data
-from cordee.dist.start import World
+from cordee.begin import prepare_run, prepare_dataset
+from cordee.dist.start import RankProcess
 from cordee.testing import launch
 
-MODEL: dict[str, Any] = {
+BASE_OVERRIDES: dict[str, Any] = {
     "run.steps": 100_000, "model.layers": 4, "model.width": 256, "model.heads": 4,
     "data.sequence": 256, "batch.microbatch": 2, "batch.microbatches": 4, "optim.name": "adamw",
     "optim.lr": 1e-3, "optim.schedule": "constant", "launch.threads": 1, "checkpoint.every": 0,
 }  # fmt: skip
 """What all runs share: 3.3 M parameters, 2,048 tokens a step."""
 
-MIXED = {"model.moe.experts": 8, "model.moe.active": 2}
+MOE_OVERRIDES = {"model.moe.experts": 8, "model.moe.active": 2}
 
 Degrees = dict[str, int]
 LAYOUTS: dict[str, tuple[Degrees, dict[str, Any]]] = {
@@ -45,22 +45,22 @@ LAYOUTS: dict[str, tuple[Degrees, dict[str, Any]]] = {
     "tensor": ({"tensor": 0}, {}),
     "pipeline": ({"pipeline": 0}, {}),
     "context": ({"context": 0}, {}),
-    "expert": ({"expert": 0}, MIXED),
+    "expert": ({"expert": 0}, MOE_OVERRIDES),
 }
 """Name -> (axes, words); a degree of 0 is the number of processes."""
 
-PAIRS: dict[str, tuple[Degrees, dict[str, Any]]] = {
+LAYOUT_PAIRS: dict[str, tuple[Degrees, dict[str, Any]]] = {
     "shard x tensor": ({"shard": 2, "tensor": 2}, {"layout.zero": 1}),
     "pipeline x tensor": ({"pipeline": 2, "tensor": 2}, {}),
     "islands x shard": ({"islands": 2, "shard": 2}, {"layout.zero": 1}),
 }
 
-WIDE = {"model.vocabulary": 8192}
-LEVERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+LARGE_VOCABULARY = {"model.vocabulary": 8192}
+MEMORY_LEVERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute=selective": (1, {}, {"memory.recompute": "selective"}),
     "recompute=full": (1, {}, {"memory.recompute": "full"}),
     "recompute=full, every 2nd": (1, {}, {"memory.recompute": "full", "memory.recompute_every": 2}),
-    "loss_chunk=128, 8192 words": (1, WIDE, {**WIDE, "memory.loss_chunk": 128}),
+    "loss_chunk=128, 8192 words": (1, LARGE_VOCABULARY, {**LARGE_VOCABULARY, "memory.loss_chunk": 128}),
     "compile=blocks": (1, {}, {"run.compile": "blocks"}),
     "compile=blocks, recompute=full": (
         1, {}, {"run.compile": "blocks", "memory.recompute": "full"}
@@ -75,90 +75,90 @@ LEVERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 """Name -> (processes, the run without, the run with)."""
 
 
-def settings(folder: str, precision: str, words: dict[str, Any]) -> Run:
+def make_run(folder: str, precision: str, overrides: dict[str, Any]) -> Run:
     """A run of MODEL with `words`."""
-    return override(Run(), {**MODEL, "run.dir": folder, "run.precision": precision, **words})
+    return override(Run(), {**BASE_OVERRIDES, "run.dir": folder, "run.precision": precision, **overrides})
 
 
-def race(sides: list[Any], world: World, blocks: int, steps: int) -> dict[str, list[float]]:
+def race(sides: list[Any], process: RankProcess, blocks: int, steps: int) -> dict[str, list[float]]:
     """Time of the second side / time of the first, in each block of `steps` steps: by the clock,
     and of this rank's processor (which a busy machine disturbs less)."""
     ratios: dict[str, list[float]] = {"ratios": [], "cpu": []}
     for block in range(blocks):
-        seconds = [(0.0, 0.0), (0.0, 0.0)]
+        times_s = [(0.0, 0.0), (0.0, 0.0)]
         for turn in (0, 1) if block % 2 == 0 else (1, 0):
-            if world.size > 1:
+            if process.size > 1:
                 dist.barrier()
-            began, busy = time.perf_counter(), time.process_time()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
             sides[turn].steps(steps)
-            seconds[turn] = time.perf_counter() - began, time.process_time() - busy
-        ratios["ratios"].append(seconds[1][0] / seconds[0][0])
-        ratios["cpu"].append(seconds[1][1] / seconds[0][1])
+            times_s[turn] = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        ratios["ratios"].append(times_s[1][0] / times_s[0][0])
+        ratios["cpu"].append(times_s[1][1] / times_s[0][1])
     return ratios
 
 
-def against_hand(
-    world: World, folder: str, precision: str, name: str, blocks: int, steps: int
+def compare_layout(
+    process: RankProcess, folder: str, precision: str, name: str, blocks: int, steps: int
 ) -> dict[str, Any]:
     """One layout: ratios of blocks, and tokens per second of Cordée's fastest."""
-    degrees, words = {**LAYOUTS, **PAIRS}[name]
-    degrees = {axis: degree or world.size for axis, degree in degrees.items()}
+    degrees, overrides = {**LAYOUTS, **LAYOUT_PAIRS}[name]
+    degrees = {axis: degree or process.size for axis, degree in degrees.items()}
     axes = {f"layout.{axis}": degree for axis, degree in degrees.items()}
-    run = settings(folder, precision, {**words, **axes, "launch.processes": world.size})
-    sync_each = words.get("layout.zero") == 3 and "last" not in name
-    sides = [Ours(run, world), ByHand(run, world, degrees, sync_each)]
+    run = make_run(folder, precision, {**overrides, **axes, "launch.processes": process.size})
+    sync_each = overrides.get("layout.zero") == 3 and "last" not in name
+    sides = [CordeeLoop(run, process), HandwrittenLayout(run, process, degrees, sync_each)]
     for side in sides:
         side.steps(2)
-    ratios = race(sides, world, blocks, steps)
-    began = time.perf_counter()
+    ratios = race(sides, process, blocks, steps)
+    start_s = time.perf_counter()
     sides[0].steps(steps)
-    return {**ratios, "step_s": (time.perf_counter() - began) / steps}
+    return {**ratios, "step_s": (time.perf_counter() - start_s) / steps}
 
 
-def against_none(
-    world: World, folder: str, precision: str, name: str, blocks: int, steps: int
+def compare_lever(
+    process: RankProcess, folder: str, precision: str, name: str, blocks: int, steps: int
 ) -> dict[str, Any]:
     """One lever: ratios (without / with), peaks in bytes, and the time of the first steps."""
-    _, without, words = LEVERS[name]
-    size = {"launch.processes": world.size}
+    _, base_overrides, lever_overrides = MEMORY_LEVERS[name]
+    size_overrides = {"launch.processes": process.size}
     sides, first_s, peaks = [], [], []
-    for one in (words, without):
-        side = Ours(settings(folder, precision, {**one, **size}), world)
-        began = time.perf_counter()
+    for overrides in (lever_overrides, base_overrides):
+        side = CordeeLoop(make_run(folder, precision, {**overrides, **size_overrides}), process)
+        start_s = time.perf_counter()
         side.steps(2)
-        first_s.append(time.perf_counter() - began)
+        first_s.append(time.perf_counter() - start_s)
         sides.append(side)
-    ratios = race(sides, world, blocks, steps)
+    ratios = race(sides, process, blocks, steps)
     for side in sides:
-        peaks.append(peak_bytes(side))
+        peaks.append(measure_peak_bytes(side))
     return {**ratios, "first_s": first_s[0] - first_s[1], "peaks": peaks}
 
 
-def peak_bytes(side: Ours) -> int:
+def measure_peak_bytes(side: CordeeLoop) -> int:
     """Most bytes that a step has alive at once, beside what was alive before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         side.steps(1)
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = most = 0
-    changes = (e for e in events if e.name() == "[memory]")
-    for event in sorted(changes, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    live_bytes = peak = 0
+    allocations = (e for e in events if e.name() == "[memory]")
+    for event in sorted(allocations, key=lambda e: e.start_ns()):
+        live_bytes += event.nbytes()
+        peak = max(peak, live_bytes)
+    return peak
 
 
-def tell(name: str, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
+def print_row(name: str, rank_count: int, measurement: dict[str, Any]) -> dict[str, Any]:
     """Prints a row, and returns it for --json."""
-    ratios = found.pop("ratios")
+    ratios = measurement.pop("ratios")
     row = {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
-    row |= {**found, "cpu": median(found["cpu"])}
-    text = f"{name:<32}{ranks}  {row['ratio']:.3f} ({row['low']:.3f}-{row['high']:.3f})"
+    row |= {**measurement, "cpu": median(measurement["cpu"])}
+    text = f"{name:<32}{rank_count}  {row['ratio']:.3f} ({row['low']:.3f}-{row['high']:.3f})"
     text += f"  processor {row['cpu']:.3f}"
     if "step_s" in row:
         text += f"  {row['step_s'] * 1e3:.0f} ms a step"
     if "peaks" in row:
-        with_, without = row["peaks"]
-        text += f"  {with_ / 2**20:.1f} of {without / 2**20:.1f} MiB"
+        lever_bytes, base_bytes = row["peaks"]
+        text += f"  {lever_bytes / 2**20:.1f} of {base_bytes / 2**20:.1f} MiB"
         text += f"  first steps +{row['first_s']:.1f} s"
     print(text, flush=True)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
@@ -175,26 +175,26 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="names, separated by semicolons; layouts, levers for all of them"
     )
-    asked = parser.parse_args()
-    only = [name.strip() for name in asked.only.split(";") if name]
-    ranks = [int(count) for count in asked.ranks.split(",")]
+    args = parser.parse_args()
+    selection = [name.strip() for name in args.only.split(";") if name]
+    rank_counts = [int(count) for count in args.ranks.split(",")]
     jobs: list[tuple[Any, str, int]] = [
-        *((against_hand, name, count) for count in ranks for name in LAYOUTS),
-        *((against_hand, name, 4) for name in PAIRS if 4 in ranks),
-        *((against_none, name, LEVERS[name][0]) for name in LEVERS),
+        *((compare_layout, name, count) for count in rank_counts for name in LAYOUTS),
+        *((compare_layout, name, 4) for name in LAYOUT_PAIRS if 4 in rank_counts),
+        *((compare_lever, name, MEMORY_LEVERS[name][0]) for name in MEMORY_LEVERS),
     ]
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        lay_out_data(get_ready(settings(folder, asked.precision, {"launch.processes": 1})).run)
+        prepare_dataset(prepare_run(make_run(folder, args.precision, {"launch.processes": 1})).run)
         for function, name, count in jobs:
-            kind = "layouts" if function is against_hand else "levers"
-            if only and name not in only and kind not in only:
+            kind = "layouts" if function is compare_layout else "levers"
+            if selection and name not in selection and kind not in selection:
                 continue
-            given = (folder, asked.precision, name, asked.blocks, asked.steps)
-            rows = launch(function, *given, ranks=count, threads=1, deadline_s=900)
-            found[f"{name} on {count}"] = tell(name, count, rows[0])
-    if asked.json:
-        print(json.dumps(found))
+            arguments = (folder, args.precision, name, args.blocks, args.steps)
+            rows = launch(function, *arguments, ranks=count, threads=1, deadline_s=900)
+            results[f"{name} on {count}"] = print_row(name, count, rows[0])
+    if args.json:
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

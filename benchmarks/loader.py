@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from cordee.data.builtin import stdlib_files
-from cordee.data.loader import Loader
-from cordee.data.order import Order
+from cordee.data.loader import TokenLoader
+from cordee.data.order import SampleOrder
 from cordee.data.prepare import prepare
-from cordee.data.source import TokenSource, map_shard, open_dataset
+from cordee.data.source import TokenDataset, map_shard, open_dataset
 
 CASES = ((1024, 32), (256, 16))
 CORPUS_BYTES = 96 << 20
@@ -33,65 +33,65 @@ TURN_S = 0.15
 TARGET = 0.95
 
 
-def loader_side(source: TokenSource, sequence: int, batch: int, prefetch: int) -> Callable[[], int]:
+def make_loader_side(source: TokenDataset, sequence: int, batch: int, prefetch: int) -> Callable[[], int]:
     """A function that delivers one batch and returns its tokens; steps go on from call to call."""
-    order = Order(seed=1, rows=source.rows(sequence), microbatch_rows=batch, microbatches=1)
+    order = SampleOrder(seed=1, rows=source.rows(sequence), microbatch_rows=batch, microbatches=1)
     source.gather(np.arange(order.rows), sequence)  # touches every page of this map
-    loader = Loader(source, order, sequence, prefetch=prefetch)
-    all_of_it = range(1)
+    loader = TokenLoader(source, order, sequence, prefetch=prefetch)
+    microbatches = range(1)
     step = -1
 
     def deliver() -> int:
         nonlocal step
         step += 1
-        loader.begin(step, all_of_it)
+        loader.begin(step, microbatches)
         return loader.microbatch(step, 0).numel()
 
     return deliver
 
 
-def random_side(path: Path, sequence: int, batch: int) -> Callable[[], int]:
+def make_random_side(path: Path, sequence: int, batch: int) -> Callable[[], int]:
     """The rival: starts drawn per batch, one gather from the map, one conversion, no order."""
     tokens = map_shard(path)["tokens"]
     tokens.max()  # every page of this map is touched before the clock runs
     windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence + 1)
-    random = np.random.default_rng(1)
-    last = len(windows)
+    rng = np.random.default_rng(1)
+    window_count = len(windows)
 
     def deliver() -> int:
-        starts = random.integers(0, last, batch)
+        starts = rng.integers(0, window_count, batch)
         return torch.from_numpy(windows[starts].astype(np.int64)).numel()
 
     return deliver
 
 
-def speed(deliver: Callable[[], int]) -> float:
+def tokens_per_s(deliver: Callable[[], int]) -> float:
     """Tokens a second over one turn; the clock is read once in 50 batches."""
-    tokens, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < TURN_S:
+    tokens, start_s = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - start_s) < TURN_S:
         for _ in range(50):
             tokens += deliver()
-    return tokens / spent
+    return tokens / elapsed_s
 
 
 def compare(folder: Path, sequence: int, batch: int) -> dict[str, object]:
     """Alternating turns, who begins alternating too; the ratio is the median of paired turns."""
     source = open_dataset(folder, "train")
     sides = {
-        "loader": loader_side(source, sequence, batch, prefetch=0),
-        "random": random_side(folder / "train-00000.safetensors", sequence, batch),
-        "loader_thread": loader_side(source, sequence, batch, prefetch=1),
+        "loader": make_loader_side(source, sequence, batch, prefetch=0),
+        "random": make_random_side(folder / "train-00000.safetensors", sequence, batch),
+        "loader_thread": make_loader_side(source, sequence, batch, prefetch=1),
     }
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, TURNS):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
-            measured = speed(sides[name])
+            turn_speed = tokens_per_s(sides[name])
             if turn >= 0:
-                speeds[name].append(measured)
+                speeds[name].append(turn_speed)
 
     def ratio(name: str) -> float:
         pairs = zip(speeds[name], speeds["random"], strict=True)
-        return round(statistics.median(mine / rival for mine, rival in pairs), 3)
+        return round(statistics.median(loader_speed / random_speed for loader_speed, random_speed in pairs), 3)
 
     return {
         "sequence": sequence,
@@ -110,12 +110,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as home:
         text = b"\n".join(path.read_bytes() for path in stdlib_files()).replace(b"\0", b"")
-        corpus = Path(place, "corpus.txt")
+        corpus = Path(home, "corpus.txt")
         corpus.write_bytes(text * (CORPUS_BYTES // len(text)))
-        prepare(str(corpus), Path(place, "data"), held_out=0.0, seed=1)
-        cases = [compare(Path(place, "data"), *case) for case in CASES]
+        prepare(str(corpus), Path(home, "data"), held_out=0.0, seed=1)
+        cases = [compare(Path(home, "data"), *case) for case in CASES]
     result = {
         "benchmark": "loader",
         "machine": f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}",
@@ -129,8 +129,8 @@ def main() -> None:
         print(f" {'ratio':>7} {'with thread':>20} {'ratio':>7}")
         for case in cases:
             cells = {
-                name: f"{middle} ({low}-{high})"
-                for name, (low, middle, high) in case["mtokens_per_s"].items()  # type: ignore
+                name: f"{median_speed} ({lowest_speed}-{highest_speed})"
+                for name, (lowest_speed, median_speed, highest_speed) in case["mtokens_per_s"].items()  # type: ignore
             }
             print(f"sequence {case['sequence']:>5}, batch {case['batch']:>3}".rjust(30), end="")
             print(f" {cells['loader']:>20} {cells['random']:>20} {case['ratio']:>7}", end="")

@@ -21,41 +21,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import gather_flat, scatter_flat
-from cordee.dist.start import World
+from cordee.dist.flat import all_gather_flat, reduce_scatter_flat
+from cordee.dist.start import RankProcess
 from cordee.testing import launch
 
-PART_BYTES = [1 << power for power in (12, 14, 16, 18, 19, 20, 22)]
+SHARD_BYTES = [1 << power for power in (12, 14, 16, 18, 19, 20, 22)]
 CALLS = 10
 
 
-def seconds(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     """Time of one call, all ranks having begun together."""
     dist.barrier()
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in range(CALLS):
         call()
-    return (time.perf_counter() - began) / CALLS
+    return (time.perf_counter() - start_s) / CALLS
 
 
-def race(world: World, blocks: int) -> dict[str, list[float]]:
+def race(process: RankProcess, blocks: int) -> dict[str, list[float]]:
     """Name and size -> the median ratio, and the library's and our median microseconds."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    group, found = dist.group.WORLD, {}
-    for size in PART_BYTES:
-        part, whole = torch.randn(size // 4), torch.randn(world.size * size // 4)
+    group, results = dist.group.WORLD, {}
+    for shard_bytes in SHARD_BYTES:
+        shard, full_tensor = torch.randn(shard_bytes // 4), torch.randn(process.size * shard_bytes // 4)
         sides: dict[str, tuple[Any, Any, Tensor, Tensor]] = {
-            "gather": (dist.all_gather_into_tensor, gather_flat, whole, part),
-            "scatter of sums": (dist.reduce_scatter_tensor, scatter_flat, part, whole),
+            "gather": (dist.all_gather_into_tensor, all_gather_flat, full_tensor, shard),
+            "scatter of sums": (dist.reduce_scatter_tensor, reduce_scatter_flat, shard, full_tensor),
         }
-        for name, (library, ours, *given) in sides.items():
-            calls = [partial(side, *given, group=group) for side in (library, ours)]
-            times = [[seconds(call) for call in calls] for _ in range(blocks + 1)][1:]
-            ratio = median(theirs / direct for theirs, direct in times)
+        for name, (library_call, direct_call, *tensors) in sides.items():
+            calls = [partial(side, *tensors, group=group) for side in (library_call, direct_call)]
+            times = [[time_call(timed_call) for timed_call in calls] for _ in range(blocks + 1)][1:]
+            ratio = median(library_s / direct_s for library_s, direct_s in times)
             medians = [1e6 * median(column) for column in zip(*times, strict=True)]
-            found[f"{name}, {size >> 10} KiB"] = [ratio, *medians]
-    return found
+            results[f"{name}, {shard_bytes >> 10} KiB"] = [ratio, *medians]
+    return results
 
 
 def main() -> None:
@@ -65,15 +65,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--blocks", type=int, default=15)
-    asked = parser.parse_args()
-    found = {}
-    for ranks in map(int, asked.ranks.split(",")):
-        for name, row in launch(race, asked.blocks, ranks=ranks, deadline_s=400)[0].items():
-            ratio, library, ours = row
-            print(f"{name:<26}{ranks}  {ratio:5.2f}  {library:7.0f} -> {ours:6.0f} us", flush=True)
-            found[f"{name} on {ranks}"] = [round(value, 3) for value in row]
-    if asked.json:
-        print(json.dumps(found))
+    args = parser.parse_args()
+    results = {}
+    for rank_count in map(int, args.ranks.split(",")):
+        for name, row in launch(race, args.blocks, ranks=rank_count, deadline_s=400)[0].items():
+            ratio, library_us, direct_us = row
+            print(f"{name:<26}{rank_count}  {ratio:5.2f}  {library_us:7.0f} -> {direct_us:6.0f} us", flush=True)
+            results[f"{name} on {rank_count}"] = [round(value, 3) for value in row]
+    if args.json:
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

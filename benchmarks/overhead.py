@@ -28,144 +28,144 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cordee import Run, override
-from cordee.begin import get_ready, lay_out_data
-from cordee.build import RunState, build
+from cordee.begin import prepare_run, prepare_dataset
+from cordee.build import RunState, build_run_state
 from cordee.data.source import open_dataset
-from cordee.desk import Desk
-from cordee.dist.start import World
-from cordee.fault.leave import Asked
-from cordee.model.initial import initialise
+from cordee.desk import RunLogger
+from cordee.dist.start import RankProcess
+from cordee.fault.leave import StopRequest
+from cordee.model.initial import init_weights
 from cordee.model.transformer import Transformer
 from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.system import peak_bytes, resident_bytes
 from cordee.testing import launch
-from cordee.train import step
+from cordee.train import train_step
 
-STEPS_A_BLOCK = 2
+STEPS_PER_BLOCK = 2
 
 
-def settings(folder: str, ranks: int, precision: str, exact: bool = False) -> Run:
+def make_run(folder: str, rank_count: int, precision: str, exact: bool = False) -> Run:
     """The run that both sides train: the default model and batch with AdamW."""
     return override(
         Run(),
         {
             "run.dir": folder, "run.steps": 100_000,
             "run.precision": precision, "optim.name": "adamw", "optim.lr": 1e-3,
-            "optim.schedule": "constant", "launch.processes": ranks, "run.exact": exact,
-            "launch.threads": max(1, (os.cpu_count() or 1) // ranks) if not exact else 1,
+            "optim.schedule": "constant", "launch.processes": rank_count, "run.exact": exact,
+            "launch.threads": max(1, (os.cpu_count() or 1) // rank_count) if not exact else 1,
             "checkpoint.every": 0,
         },
     )  # fmt: skip
 
 
-class Ours:
+class CordeeLoop:
     """A Cordée run that can be stepped in blocks."""
 
-    def __init__(self, run: Run, world: World) -> None:
-        plan = make_plan(run, local_cluster(), processes=world.size)
-        self.state: RunState = build(run, plan, world, lay_out_data(run), Parts())
-        self.desk = Desk(self.state, Asked())
+    def __init__(self, run: Run, process: RankProcess) -> None:
+        plan = make_plan(run, local_cluster(), processes=process.size)
+        self.state: RunState = build_run_state(run, plan, process, prepare_dataset(run), Parts())
+        self.run_logger = RunLogger(self.state, StopRequest())
 
     def steps(self, count: int) -> None:
         """Runs `count` steps as `walk` does."""
         for _ in range(count):
-            outcome = step(self.state, self.desk)
-            self.desk.record(self.state, outcome)
+            step_result = train_step(self.state, self.run_logger)
+            self.run_logger.log_step(self.state, step_result)
 
 
-class ByHand:
+class HandwrittenLoop:
     """The loop that one would write without Cordée, in one place."""
 
-    def __init__(self, run: Run, world: World) -> None:
-        self.run, self.world = run, world
+    def __init__(self, run: Run, process: RankProcess) -> None:
+        self.run, self.process = run, process
         model = Transformer(run.model, 256)
-        initialise(model, run.initial, run.run.seed, run.model.layers)
-        self.model = DistributedDataParallel(model) if world.size > 1 else model
+        init_weights(model, run.initial, run.run.seed, run.model.layers)
+        self.model = DistributedDataParallel(model) if process.size > 1 else model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-        self.tokens = open_dataset(Path(run.run.dir) / "data", "train").slice(0, 4_000_000)
-        self.random = np.random.default_rng(world.rank)
-        self.log = open(Path(run.run.dir) / f"by-hand-{world.rank}.jsonl", "a")  # noqa: SIM115
-        self.number = 0
+        self.tokens = open_dataset(Path(run.run.dir) / "data", "train").read_tokens(0, 4_000_000)
+        self.rng = np.random.default_rng(process.rank)
+        self.log_file = open(Path(run.run.dir) / f"by-hand-{process.rank}.jsonl", "a")  # noqa: SIM115
+        self.step_count = 0
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Random windows from the memory map."""
         length, rows = self.run.data.sequence, self.run.batch.microbatch
-        starts = self.random.integers(0, len(self.tokens) - length - 1, rows)
+        starts = self.rng.integers(0, len(self.tokens) - length - 1, rows)
         windows = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int64)
-        both = torch.from_numpy(windows)
-        return both[:, :-1], both[:, 1:]
+        tokens = torch.from_numpy(windows)
+        return tokens[:, :-1], tokens[:, 1:]
 
     def steps(self, count: int) -> None:
         """Runs `count` steps: accumulate, all-reduce on the last microbatch, clip, update, log."""
         run = self.run
-        mine = run.batch.microbatches // self.world.size
-        tokens = mine * run.batch.microbatch * run.data.sequence
+        local_microbatches = run.batch.microbatches // self.process.size
+        tokens = local_microbatches * run.batch.microbatch * run.data.sequence
         for _ in range(count):
-            began = time.perf_counter()
-            total = torch.zeros(())
-            for index in range(mine):
-                x, y = self.batch()
-                last = index == mine - 1
-                if self.world.size > 1:
-                    self.model.require_backward_grad_sync = last
+            start_s = time.perf_counter()
+            loss_sum = torch.zeros(())
+            for index in range(local_microbatches):
+                x, y = self.next_batch()
+                is_last = index == local_microbatches - 1
+                if self.process.size > 1:
+                    self.model.require_backward_grad_sync = is_last
                 with torch.autocast("cpu", torch.bfloat16, enabled=run.run.precision == "bf16"):
                     loss = self.model(x, y) / tokens
                 loss.backward()
-                total += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                loss_sum += loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.number += 1
-            if self.world.size > 1:
-                dist.all_reduce(total)
+            self.step_count += 1
+            if self.process.size > 1:
+                dist.all_reduce(loss_sum)
             row = {
-                "step": self.number,
-                "loss": float(total) / self.world.size,
-                "grad_norm": float(norm),
-                "step_s": time.perf_counter() - began,
+                "step": self.step_count,
+                "loss": float(loss_sum) / self.process.size,
+                "grad_norm": float(grad_norm),
+                "step_s": time.perf_counter() - start_s,
             }
-            self.log.write(json.dumps(row) + "\n")
-            self.log.flush()
+            self.log_file.write(json.dumps(row) + "\n")
+            self.log_file.flush()
 
 
-def race(world: World, folder: str, blocks: int, against: str, precision: str) -> list[float]:
+def race(process: RankProcess, folder: str, blocks: int, opponent: str, precision: str) -> list[float]:
     """Alternates blocks of both sides; the ratio (other side / Cordée) of each block, on rank 0."""
-    run = settings(folder, world.size, precision)
-    if against == "exact":
+    run = make_run(folder, process.size, precision)
+    if opponent == "exact":
         torch.set_num_threads(1)
-        sides = [Ours(settings(folder, world.size, precision, exact=True), world), Ours(run, world)]
+        sides = [CordeeLoop(make_run(folder, process.size, precision, exact=True), process), CordeeLoop(run, process)]
     else:
-        sides = [Ours(run, world), ByHand(run, world)]
+        sides = [CordeeLoop(run, process), HandwrittenLoop(run, process)]
     for side in sides:
         side.steps(2)
     ratios = []
     for block in range(blocks):
-        seconds = [0.0, 0.0]
+        times_s = [0.0, 0.0]
         for turn in (0, 1) if block % 2 == 0 else (1, 0):
-            if world.size > 1:
+            if process.size > 1:
                 dist.barrier()
-            began = time.perf_counter()
-            sides[turn].steps(STEPS_A_BLOCK)
-            seconds[turn] = time.perf_counter() - began
-        ratios.append(seconds[1] / seconds[0])
+            start_s = time.perf_counter()
+            sides[turn].steps(STEPS_PER_BLOCK)
+            times_s[turn] = time.perf_counter() - start_s
+        ratios.append(times_s[1] / times_s[0])
     return ratios
 
 
-def memory_of(side: str, folder: str, precision: str) -> None:
+def print_side_memory(side: str, folder: str, precision: str) -> None:
     """Child process: peak bytes that training on one side adds."""
-    run = settings(folder, 1, precision)
+    run = make_run(folder, 1, precision)
     torch.set_num_threads(run.launch.threads)
-    world = World(0, 1, 0, "cpu", "", 0)
-    before = resident_bytes()
-    (Ours if side == "ours" else ByHand)(run, world).steps(6)
-    print(json.dumps({"bytes": peak_bytes() - before}))
+    process = RankProcess(0, 1, 0, "cpu", "", 0)
+    start_bytes = resident_bytes()
+    (CordeeLoop if side == "ours" else HandwrittenLoop)(run, process).steps(6)
+    print(json.dumps({"bytes": peak_bytes() - start_bytes}))
 
 
-def memory(folder: str, precision: str) -> float:
+def memory_ratio(folder: str, precision: str) -> float:
     """Cordée's peak over the hand-written peak, each in its own process."""
     peaks = {}
     for side in ("ours", "by_hand"):
@@ -173,11 +173,11 @@ def memory(folder: str, precision: str) -> float:
             sys.executable, __file__, "--memory-of", side, "--folder", folder,
             "--precision", precision,
         ]  # fmt: skip
-        runs = [
+        rows = [
             json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             for _ in range(3)
         ]
-        peaks[side] = median(r["bytes"] for r in runs)
+        peaks[side] = median(row["bytes"] for row in rows)
     return peaks["ours"] / peaks["by_hand"]
 
 
@@ -189,40 +189,40 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--memory-of", default="")
     parser.add_argument("--folder", default="")
-    asked = parser.parse_args()
-    if asked.memory_of:
-        memory_of(asked.memory_of, asked.folder, asked.precision)
+    args = parser.parse_args()
+    if args.memory_of:
+        print_side_memory(args.memory_of, args.folder, args.precision)
         return
     with tempfile.TemporaryDirectory() as folder:
-        ready = get_ready(settings(folder, 1, asked.precision))
-        lay_out_data(ready.run)
+        prepared_run = prepare_run(make_run(folder, 1, args.precision))
+        prepare_dataset(prepared_run.run)
         cores = os.cpu_count() or 1
-        found = {}
-        for name, ranks, against in (
+        results = {}
+        for name, rank_count, opponent in (
             ("one_process", 1, "by_hand"),
             ("two_processes", 2, "by_hand"),
             ("exact", 2, "exact"),
         ):
-            threads = max(1, cores // ranks)
+            threads = max(1, cores // rank_count)
             ratios = launch(
                 race,
                 folder,
-                asked.blocks,
-                against,
-                asked.precision,
-                ranks=ranks,
+                args.blocks,
+                opponent,
+                args.precision,
+                ranks=rank_count,
                 threads=threads,
                 deadline_s=900,
             )[0]
-            found[name] = median(ratios)
-            spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
-            print(f"{name:<14} {found[name]:.3f}   blocks {spread}", flush=True)
-        found["exact_cost"] = 1 / found.pop("exact") - 1
-        found["memory"] = memory(folder, asked.precision)
-        print(f"exact_cost     {found['exact_cost']:+.3f}   memory {found['memory']:.3f}")
-    rounded = {k: round(v, 4) for k, v in found.items() if math.isfinite(v)}
-    if asked.json:
-        print(json.dumps(rounded))
+            results[name] = median(ratios)
+            spread_text = f"{min(ratios):.3f} .. {max(ratios):.3f}"
+            print(f"{name:<14} {results[name]:.3f}   blocks {spread_text}", flush=True)
+        results["exact_cost"] = 1 / results.pop("exact") - 1
+        results["memory"] = memory_ratio(folder, args.precision)
+        print(f"exact_cost     {results['exact_cost']:+.3f}   memory {results['memory']:.3f}")
+    rounded_results = {k: round(v, 4) for k, v in results.items() if math.isfinite(v)}
+    if args.json:
+        print(json.dumps(rounded_results))
 
 
 if __name__ == "__main__":

@@ -38,31 +38,31 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
-from benchmarks.rivals import RIVALS, interpreter, missing
+from benchmarks.rivals import RIVALS, find_interpreter, missing_packages
 from benchmarks.watched import (
-    Late,
-    Trial,
-    Watched,
-    address_of,
-    children,
-    command,
+    DeadlineExceeded,
+    FaultTrial,
+    RunMonitor,
+    find_live_address,
+    child_pids,
+    train_command,
     cpu_s,
-    end_tree,
+    kill_tree,
     free_port,
-    household,
-    judged,
-    members,
-    send,
-    settled,
-    step_median_s,
-    thread_s,
-    until_rows,
+    subreaper,
+    with_digest_check,
+    member_pids,
+    send_signal,
+    is_settled,
+    median_step_s,
+    thread_cpu_s,
+    wait_for_rows,
 )
 from cordee.metrics.sinks import last_event
 
 TURNS, TURN_STEPS = 60, 10
 """Of the two sides of `cost`. A checkpoint is due every 10 steps, so each turn has one."""
-LINE = "cordee line"
+CHANNEL_THREAD = "cordee line"
 """The name of the thread in a worker that beats and hears the supervisor."""
 
 GOALS_S = {
@@ -73,228 +73,228 @@ GOALS_S = {
 """What issue 4 allows beyond one median step."""
 
 
-class Bench:
+class RecoveryBench:
     """What all trials share: folder, steps, references, random moments, the rivals' python."""
 
-    def __init__(self, home: Path, steps: int, seed: int, rivals: str = "") -> None:
-        self.home, self.steps, self.random = home, steps, random.Random(seed)
-        self.digest, self.rivals = "", rivals
+    def __init__(self, home: Path, steps: int, seed: int, rival_python: str = "") -> None:
+        self.home, self.steps, self.rng = home, steps, random.Random(seed)
+        self.digest, self.rival_python = "", rival_python
         self.losses: dict[str, dict[int, float]] = {}
-        self._made = 0
+        self._run_count = 0
 
-    def watch(self) -> Watched:
+    def new_run(self) -> RunMonitor:
         """A run in a new folder."""
-        self._made += 1
-        folder = self.home / str(self._made)
+        self._run_count += 1
+        folder = self.home / str(self._run_count)
         folder.mkdir()
-        return Watched(folder, self.home / f"{self._made}.log")
+        return RunMonitor(folder, self.home / f"{self._run_count}.log")
 
-    def words(self, *more: str) -> tuple[str, ...]:
+    def overrides(self, *extra: str) -> tuple[str, ...]:
         """The overrides of every Cordée run here."""
-        return (f"run.steps={self.steps}", "launch.processes=2", *more)
+        return (f"run.steps={self.steps}", "launch.processes=2", *extra)
 
-    def clean(self) -> str:
+    def clean_digest(self) -> str:
         """The digest of the run without a fault."""
         if not self.digest:
-            with self.watch() as run:
-                run.start(command(run.folder, *self.words("fault.spares=0")))
-                self.digest = ending(run)
+            with self.new_run() as run:
+                run.start(train_command(run.folder, *self.overrides("fault.spares=0")))
+                self.digest = final_digest(run)
         return self.digest
 
-    def strike(self, run: Watched, fault: str, do: Callable[[], None], full: int = 2) -> Trial:
+    def inject_fault(self, run: RunMonitor, fault: str, inject: Callable[[], None], full_islands: int = 2) -> FaultTrial:
         """One fault at a random moment of a step, and how the run came back."""
-        run.look()
-        step_s = step_median_s(run)
-        time.sleep(self.random.uniform(0, step_s))
-        return Trial(fault, *run.recovery(do, full), step_s)
+        run.read_new_rows()
+        step_s = median_step_s(run)
+        time.sleep(self.rng.uniform(0, step_s))
+        return FaultTrial(fault, *run.measure_recovery(inject, full_islands), step_s)
 
 
-def until_settled(run: Watched, hosts: list[subprocess.Popen[bytes]], spares: int) -> None:
+def wait_until_settled(run: RunMonitor, hosts: list[subprocess.Popen[bytes]], spare_count: int) -> None:
     """Waits until two islands compute and every host has its warm spares."""
-    run.until(lambda: settled(run, hosts, 2, spares), 90, "two islands and warm spares", 0.1)
+    run.wait_until(lambda: is_settled(run, hosts, 2, spare_count), 90, "two islands and warm spares", 0.1)
 
 
-def ending(run: Watched) -> str:
+def final_digest(run: RunMonitor) -> str:
     """Waits for the end of a run; its digest. Late: it did not end well."""
-    run.until(lambda: all(p.poll() is not None for p in run.started), 600, "the end of a run")
-    last = last_event(run.folder)
-    if last.get("event") != "finished":
-        raise Late(f"a run ended as {last}\n{run.words()}")
-    return str(last["weights_sha256"])
+    run.wait_until(lambda: all(p.poll() is not None for p in run.processes), 600, "the end of a run")
+    last_record = last_event(run.folder)
+    if last_record.get("event") != "finished":
+        raise DeadlineExceeded(f"a run ended as {last_record}\n{run.log_tail()}")
+    return str(last_record["weights_sha256"])
 
 
 # ---- Cordée --------------------------------------------------------------------------------------
 
 
-def kill_rank(run: Watched, rank: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+def rank_killer(run: RunMonitor, rank: int, signal_number: int = signal.SIGKILL) -> Callable[[], None]:
     """A strike at a rank of the newest generation."""
-    pid = members(run.folder)[rank]
-    return lambda: send(pid, number)
+    pid = member_pids(run.folder)[rank]
+    return lambda: send_signal(pid, signal_number)
 
 
-def spare(bench: Bench) -> list[Trial]:
+def measure_spare(bench: RecoveryBench) -> list[FaultTrial]:
     """Two workers and a warm spare."""
-    found = []
-    with bench.watch() as run:
-        host = run.start(command(run.folder, *bench.words()))
+    trials = []
+    with bench.new_run() as run:
+        host = run.start(train_command(run.folder, *bench.overrides()))
 
-        for fault, rank, number in (
+        for fault, rank, signal_number in (
             ("spare: kill rank 1", 1, signal.SIGKILL),
             ("spare: kill rank 0", 0, signal.SIGKILL),
             ("spare: SIGSTOP rank 1", 1, signal.SIGSTOP),
         ):
-            until_settled(run, [host], 1)
-            found.append(bench.strike(run, fault, kill_rank(run, rank, number)))
-        until_settled(run, [host], 1)
-        everybody = children(host.pid)
+            wait_until_settled(run, [host], 1)
+            trials.append(bench.inject_fault(run, fault, rank_killer(run, rank, signal_number)))
+        wait_until_settled(run, [host], 1)
+        worker_pids = child_pids(host.pid)
 
-        def all_at_once() -> None:
-            for pid in everybody:
-                send(pid, signal.SIGKILL)
+        def kill_all() -> None:
+            for pid in worker_pids:
+                send_signal(pid, signal.SIGKILL)
 
-        found.append(bench.strike(run, "spare: kill all workers", all_at_once))
-        return judged(found, ending(run) == bench.clean())
+        trials.append(bench.inject_fault(run, "spare: kill all workers", kill_all))
+        return with_digest_check(trials, final_digest(run) == bench.clean_digest())
 
 
-def cold(bench: Bench) -> list[Trial]:
+def measure_cold(bench: RecoveryBench) -> list[FaultTrial]:
     """Two workers, nobody else."""
-    found = []
-    with bench.watch() as run:
-        host = run.start(command(run.folder, *bench.words("fault.spares=0")))
+    trials = []
+    with bench.new_run() as run:
+        host = run.start(train_command(run.folder, *bench.overrides("fault.spares=0")))
         for rank in (1, 0):
-            until_settled(run, [host], 0)
-            until_rows(run, len(run.rows) + 20)
-            found.append(bench.strike(run, f"cold: kill rank {rank}", kill_rank(run, rank)))
-        return judged(found, ending(run) == bench.clean())
+            wait_until_settled(run, [host], 0)
+            wait_for_rows(run, len(run.rows) + 20)
+            trials.append(bench.inject_fault(run, f"cold: kill rank {rank}", rank_killer(run, rank)))
+        return with_digest_check(trials, final_digest(run) == bench.clean_digest())
 
 
-def hosts(bench: Bench) -> list[Trial]:
+def measure_hosts(bench: RecoveryBench) -> list[FaultTrial]:
     """Two supervisors, each with a worker and a spare."""
-    place, found = f"127.0.0.1:{free_port()}", []
-    with bench.watch() as run:
-        words = (f"run.steps={bench.steps}", "launch.processes=1")
+    address, trials = f"127.0.0.1:{free_port()}", []
+    with bench.new_run() as run:
+        overrides = (f"run.steps={bench.steps}", "launch.processes=1")
 
-        def joining(where: str) -> Any:
-            return run.start([*command(run.folder, *words), "--join", where])
+        def start_joiner(target: str) -> Any:
+            return run.start([*train_command(run.folder, *overrides), "--join", target])
 
-        leader = run.start([*command(run.folder, *words), "--listen", place])
-        run.until(lambda: len(run.rows) > 5, 60, "the first host's steps")
-        follower = joining(place)
+        leader = run.start([*train_command(run.folder, *overrides), "--listen", address])
+        run.wait_until(lambda: len(run.rows) > 5, 60, "the first host's steps")
+        follower = start_joiner(address)
 
-        def killed() -> None:
+        def kill_follower() -> None:
             nonlocal follower
-            end_tree(follower.pid)
-            follower = joining(place)
+            kill_tree(follower.pid)
+            follower = start_joiner(address)
 
-        def frozen() -> None:
-            for pid in (follower.pid, *children(follower.pid)):
-                send(pid, signal.SIGSTOP)
+        def freeze_follower() -> None:
+            for pid in (follower.pid, *child_pids(follower.pid)):
+                send_signal(pid, signal.SIGSTOP)
 
-        until_settled(run, [leader, follower], 1)
-        found.append(bench.strike(run, "hosts: kill follower", killed))
-        until_settled(run, [leader, follower], 1)
-        stopped = (follower.pid, *children(follower.pid))
-        found.append(bench.strike(run, "hosts: SIGSTOP follower", frozen, full=1))
-        for pid in stopped:
-            send(pid, signal.SIGCONT)
-        until_settled(run, [leader, follower], 1)
+        wait_until_settled(run, [leader, follower], 1)
+        trials.append(bench.inject_fault(run, "hosts: kill follower", kill_follower))
+        wait_until_settled(run, [leader, follower], 1)
+        frozen_pids = (follower.pid, *child_pids(follower.pid))
+        trials.append(bench.inject_fault(run, "hosts: SIGSTOP follower", freeze_follower, full_islands=1))
+        for pid in frozen_pids:
+            send_signal(pid, signal.SIGCONT)
+        wait_until_settled(run, [leader, follower], 1)
 
-        def beheaded() -> None:
-            end_tree(leader.pid)
-            joining(address_of(run.folder, place))
+        def kill_leader() -> None:
+            kill_tree(leader.pid)
+            start_joiner(find_live_address(run.folder, address))
 
-        found.append(bench.strike(run, "hosts: kill leader", beheaded))
-        return judged(found, ending(run) == bench.clean())
+        trials.append(bench.inject_fault(run, "hosts: kill leader", kill_leader))
+        return with_digest_check(trials, final_digest(run) == bench.clean_digest())
 
 
 # ---- cost ----------------------------------------------------------------------------------------
 
 
-def cost(bench: Bench) -> dict[str, float]:
+def measure_cost(bench: RecoveryBench) -> dict[str, float]:
     """What supervision costs a step without a fault. Two runs of the same command differ by several
     percent here, so one run is compared with itself: in turns its supervisor and warm spare are
     stopped (`error`: the standard error of the mean ratio, which is what such turns can tell).
     Finer is the processor time that they and the workers' own line threads use."""
-    steps: dict[int, list[float]] = {signal.SIGCONT: [], signal.SIGSTOP: []}
-    with bench.watch() as run:
-        host = run.start(command(run.folder, *bench.words("fault.silence_s=60")))
-        until_settled(run, [host], 1)
-        ranks = members(run.folder)
-        others = [host.pid, *(pid for pid in children(host.pid) if pid not in ranks)]
+    step_times_s: dict[int, list[float]] = {signal.SIGCONT: [], signal.SIGSTOP: []}
+    with bench.new_run() as run:
+        host = run.start(train_command(run.folder, *bench.overrides("fault.silence_s=60")))
+        wait_until_settled(run, [host], 1)
+        rank_pids = member_pids(run.folder)
+        supervisor_pids = [host.pid, *(pid for pid in child_pids(host.pid) if pid not in rank_pids)]
 
-        def used_s() -> float:
-            return sum(map(cpu_s, others)) + sum(thread_s(pid, LINE) for pid in ranks)
+        def cpu_used_s() -> float:
+            return sum(map(cpu_s, supervisor_pids)) + sum(thread_cpu_s(pid, CHANNEL_THREAD) for pid in rank_pids)
 
         for _ in range(TURNS):
-            for number, each in steps.items():
-                for pid in others:
-                    send(pid, number)
-                each.append(turn(run))
-        for pid in others:
-            send(pid, signal.SIGCONT)
-        turn(run)  # what waited for them meanwhile is read now
-        before_s, began_s = used_s(), time.monotonic()
-        until_rows(run, len(run.rows) + TURNS * TURN_STEPS // 2)
-        used = (used_s() - before_s) / (time.monotonic() - began_s)
-        same = ending(run) == bench.clean()
-    ratios = [a / b for a, b in zip(*steps.values(), strict=True)]
+            for signal_number, times_s in step_times_s.items():
+                for pid in supervisor_pids:
+                    send_signal(pid, signal_number)
+                times_s.append(measure_turn(run))
+        for pid in supervisor_pids:
+            send_signal(pid, signal.SIGCONT)
+        measure_turn(run)  # what waited for them meanwhile is read now
+        cpu_before_s, start_s = cpu_used_s(), time.monotonic()
+        wait_for_rows(run, len(run.rows) + TURNS * TURN_STEPS // 2)
+        cpu_share = (cpu_used_s() - cpu_before_s) / (time.monotonic() - start_s)
+        is_same_digest = final_digest(run) == bench.clean_digest()
+    ratios = [a / b for a, b in zip(*step_times_s.values(), strict=True)]
     return {
-        "step_s": median(steps[signal.SIGCONT]), "ratio": median(ratios),
-        "error": stdev(ratios) / math.sqrt(len(ratios)), "part of two cores": used / 2,
-        "same": same,
+        "step_s": median(step_times_s[signal.SIGCONT]), "ratio": median(ratios),
+        "error": stdev(ratios) / math.sqrt(len(ratios)), "part of two cores": cpu_share / 2,
+        "same": is_same_digest,
     }  # fmt: skip
 
 
-def turn(run: Watched) -> float:
+def measure_turn(run: RunMonitor) -> float:
     """Mean seconds of some steps from now on."""
-    run.look()
-    first = max(run.rows) + 2  # not the step of the change, nor the next one
-    run.until(lambda: max(run.rows) >= first + TURN_STEPS, 120, "a turn of steps")
-    rows = run.rows[first], run.rows[first + TURN_STEPS]
+    run.read_new_rows()
+    first_step = max(run.rows) + 2  # not the step of the change, nor the next one
+    run.wait_until(lambda: max(run.rows) >= first_step + TURN_STEPS, 120, "a turn of steps")
+    rows = run.rows[first_step], run.rows[first_step + TURN_STEPS]
     return float(rows[1]["elapsed_s"] - rows[0]["elapsed_s"]) / TURN_STEPS
 
 
 # ---- all of it -----------------------------------------------------------------------------------
 
-SYSTEMS: dict[str, Callable[[Bench], list[Trial]]] = {
-    "spare": spare, "cold": cold, "hosts": hosts, **RIVALS,
+SYSTEMS: dict[str, Callable[[RecoveryBench], list[FaultTrial]]] = {
+    "spare": measure_spare, "cold": measure_cold, "hosts": measure_hosts, **RIVALS,
 }  # fmt: skip
 
 
-def measure(bench: Bench, names: list[str], trials: int) -> Iterator[Trial]:
+def run_trials(bench: RecoveryBench, names: list[str], trials: int) -> Iterator[FaultTrial]:
     """Systems take turns; a system that fails says so and goes on with its next trial."""
-    for number in range(trials):
+    for trial_number in range(trials):
         for name in names:
-            if name == "torchrun-stop" and number > 1:
+            if name == "torchrun-stop" and trial_number > 1:
                 continue
             try:
                 yield from SYSTEMS[name](bench)
-            except Late as error:
-                print(f"{name}, trial {number}: {error}", file=sys.stderr)
-                yield Trial(f"{name}: LATE", math.nan, math.nan, math.nan)
+            except DeadlineExceeded as error:
+                print(f"{name}, trial {trial_number}: {error}", file=sys.stderr)
+                yield FaultTrial(f"{name}: LATE", math.nan, math.nan, math.nan)
 
 
-def table(trials: list[Trial]) -> dict[str, dict[str, Any]]:
+def summarise_trials(trials: list[FaultTrial]) -> dict[str, dict[str, Any]]:
     """By fault: medians, spread, what lies beyond a step, and the ratio to torchrun's restart."""
-    by_fault: dict[str, list[Trial]] = {}
+    by_fault: dict[str, list[FaultTrial]] = {}
     for trial in trials:
         by_fault.setdefault(trial.fault, []).append(trial)
-    restart = by_fault.get("torchrun: kill rank 1")
-    known: dict[str, dict[str, Any]] = {}
-    for fault, each in by_fault.items():
-        first = [t.first_s for t in each]
-        beyond = [t.first_s - t.step_s for t in each]
-        ends = [t.same for t in each if t.same is not None]
-        known[fault] = {
-            "n": len(each), "first_s": spread(first), "full_s": spread([t.full_s for t in each]),
-            "step_s": spread([t.step_s for t in each]), "beyond_a_step_s": spread(beyond),
+    restart_trials = by_fault.get("torchrun: kill rank 1")
+    summary: dict[str, dict[str, Any]] = {}
+    for fault, fault_trials in by_fault.items():
+        first_times_s = [t.first_s for t in fault_trials]
+        beyond_step_s = [t.first_s - t.step_s for t in fault_trials]
+        digest_checks = [t.same for t in fault_trials if t.same is not None]
+        summary[fault] = {
+            "n": len(fault_trials), "first_s": spread(first_times_s), "full_s": spread([t.full_s for t in fault_trials]),
+            "step_s": spread([t.step_s for t in fault_trials]), "beyond_a_step_s": spread(beyond_step_s),
             "goal_s": GOALS_S.get(fault),
             "times_faster_than_torchrun": (
-                round(median(t.first_s for t in restart) / median(first), 1) if restart else None
+                round(median(t.first_s for t in restart_trials) / median(first_times_s), 1) if restart_trials else None
             ),
-            "same": f"{ends.count(True)} of {len(ends)}",
+            "same": f"{digest_checks.count(True)} of {len(digest_checks)}",
         }  # fmt: skip
-    return known
+    return summary
 
 
 def spread(values: list[float]) -> list[float]:
@@ -311,30 +311,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rivals", metavar="PYTHON", help="of an environment with them")
-    asked = parser.parse_args()
-    names, python = asked.only.split(","), interpreter(asked.rivals)
-    if out := {name: needs for name, needs in missing(python).items() if name in names}:
-        names = [name for name in names if name not in out]
-        told = ", ".join(f"{name} ({needs})" for name, needs in out.items())
-        print(f"left out, as --rivals names no interpreter with: {told}", file=sys.stderr)
+    args = parser.parse_args()
+    names, python = args.only.split(","), find_interpreter(args.rivals)
+    if missing_systems := {name: package for name, package in missing_packages(python).items() if name in names}:
+        names = [name for name in names if name not in missing_systems]
+        missing_text = ", ".join(f"{name} ({package})" for name, package in missing_systems.items())
+        print(f"left out, as --rivals names no interpreter with: {missing_text}", file=sys.stderr)
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
-    with tempfile.TemporaryDirectory(prefix="cordee-recovery-") as home, household():
-        bench = Bench(Path(home), asked.steps, asked.seed, python)
-        found, costs = [], []
-        for trial in measure(bench, [n for n in names if n in SYSTEMS], asked.trials):
-            found.append(trial)
+    with tempfile.TemporaryDirectory(prefix="cordee-recovery-") as home, subreaper():
+        bench = RecoveryBench(Path(home), args.steps, args.seed, python)
+        trials, costs = [], []
+        for trial in run_trials(bench, [n for n in names if n in SYSTEMS], args.trials):
+            trials.append(trial)
             print(json.dumps(asdict(trial)), file=sys.stderr, flush=True)
-        for _ in range(asked.trials if "cost" in names else 0):
-            costs.append(cost(bench))
+        for _ in range(args.trials if "cost" in names else 0):
+            costs.append(measure_cost(bench))
             print(json.dumps(costs[-1]), file=sys.stderr, flush=True)
-    known: dict[str, Any] = table(found)
-    for fault, row in known.items():
+    summary: dict[str, Any] = summarise_trials(trials)
+    for fault, row in summary.items():
         print(f"{fault:26s}" + "  ".join(f"{key} {value}" for key, value in row.items()))
     if costs:
-        known["cost"] = {key: spread([each[key] for each in costs]) for key in costs[0]}
-        print(f"{'cost':26s}{known['cost']}")
-    if asked.json:
-        print(json.dumps(known))
+        summary["cost"] = {key: spread([cost_row[key] for cost_row in costs]) for key in costs[0]}
+        print(f"{'cost':26s}{summary['cost']}")
+    if args.json:
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -24,33 +24,33 @@ from random import Random
 from types import TracebackType
 
 FORWARD, BACK = "forward", "back"
-CHUNK_BYTES, CHUNKS = 64 << 10, 64
+CHUNK_BYTES, MAX_CHUNKS = 64 << 10, 64
 
 
-def split(address: str) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT"; IPv6 in brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 @dataclass(eq=False)
-class Pair:
+class ConnectionPair:
     """One connection on both sides of the relay; `owed` says that an end was swallowed."""
 
-    near: asyncio.StreamWriter
-    far: asyncio.StreamWriter | None = None
-    owed: bool = False
+    client_writer: asyncio.StreamWriter
+    server_writer: asyncio.StreamWriter | None = None
+    has_swallowed_end: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def reset(self) -> None:
         """Ends both sides at once, as a reset, not as an orderly end."""
-        for side in (self.near, self.far):
-            if side is not None:
-                made = side.get_extra_info("socket")
-                if made is not None and made.fileno() >= 0:
+        for writer in (self.client_writer, self.server_writer):
+            if writer is not None:
+                peer_socket = writer.get_extra_info("socket")
+                if peer_socket is not None and peer_socket.fileno() >= 0:
                     linger = struct.pack("ii", 1, 0)
-                    made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                side.transport.abort()
+                    peer_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                writer.transport.abort()
 
 
 class Relay:
@@ -58,22 +58,22 @@ class Relay:
     thread: `delay_s`, `jitter_s` (uniform, order is kept), `rate_bytes_s` (each direction of each
     connection; 0 is no limit)."""
 
-    def __init__(self, to: str, listen: str = "127.0.0.1:0", seed: int = 0) -> None:
+    def __init__(self, target: str, listen: str = "127.0.0.1:0", seed: int = 0) -> None:
         self.delay_s = self.jitter_s = self.rate_bytes_s = 0.0
         self.address = ""
-        self._to, self._listen = to, listen
+        self._target, self._listen = target, listen
         self._random = Random(seed)
-        self._deaf: frozenset[str] = frozenset()
-        self._flips: dict[str, tuple[int, int]] = {}
-        self._pairs: set[Pair] = set()
+        self._dropped_directions: frozenset[str] = frozenset()
+        self._bit_flips: dict[str, tuple[int, int]] = {}
+        self._pairs: set[ConnectionPair] = set()
         self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
+        self._ready_event = threading.Event()
         self._failure: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="relay", daemon=True)
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        self._ready.wait()
+        self._ready_event.wait()
         if self._failure is not None:
             raise self._failure
         return self
@@ -86,37 +86,37 @@ class Relay:
 
     # ---- faults ----
 
-    def blackhole(self, *ways: str) -> None:
+    def blackhole(self, *directions: str) -> None:
         """Swallows all bytes, and ends, in these directions (default: both); nobody is told."""
-        self._do(partial(setattr, self, "_deaf", frozenset(ways or (FORWARD, BACK))))
+        self._run_in_loop(partial(setattr, self, "_dropped_directions", frozenset(directions or (FORWARD, BACK))))
 
-    def flip(self, nth: int, way: str = FORWARD, bit: int = 0) -> None:
+    def flip(self, offset: int, direction: str = FORWARD, bit: int = 0) -> None:
         """Flips a bit in the nth byte (from 0, from now on) that goes this way, once."""
-        self._do(partial(self._flips.__setitem__, way, (nth, bit)))
+        self._run_in_loop(partial(self._bit_flips.__setitem__, direction, (offset, bit)))
 
     def reset(self) -> None:
         """Resets every connection that there is; new ones are carried."""
-        self._do(self._reset)
+        self._run_in_loop(self._reset)
 
     def heal(self) -> None:
         """A good network from now on. Connections whose end was swallowed are reset."""
-        self._do(self._heal)
+        self._run_in_loop(self._heal)
 
     @property
-    def connections(self) -> int:
+    def connection_count(self) -> int:
         """How many there are."""
         return len(self._pairs)
 
-    def _do(self, what: Callable[[], object]) -> None:
+    def _run_in_loop(self, action: Callable[[], object]) -> None:
         """Does something in the relay's thread, and waits until it is done."""
-        done = threading.Event()
+        completion = threading.Event()
 
-        def call() -> None:
-            what()
-            done.set()
+        def run_action() -> None:
+            action()
+            completion.set()
 
-        self._loop.call_soon_threadsafe(call)
-        done.wait(5)
+        self._loop.call_soon_threadsafe(run_action)
+        completion.wait(5)
 
     def _reset(self) -> None:
         for pair in list(self._pairs):
@@ -124,102 +124,102 @@ class Relay:
 
     def _heal(self) -> None:
         self.delay_s = self.jitter_s = self.rate_bytes_s = 0.0
-        self._deaf = frozenset()
-        self._flips.clear()
+        self._dropped_directions = frozenset()
+        self._bit_flips.clear()
         for pair in list(self._pairs):
-            if pair.owed:
+            if pair.has_swallowed_end:
                 pair.reset()
 
     # ---- carrying ----
 
-    def _run(self) -> None:
+    def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            host, port = split(self._listen)
-            starting = asyncio.start_server(self._carry, host, port)
-            server = self._loop.run_until_complete(starting)
+            host, port = parse_address(self._listen)
+            server_start = asyncio.start_server(self._relay_connection, host, port)
+            server = self._loop.run_until_complete(server_start)
             host, port = server.sockets[0].getsockname()[:2]
             self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         except OSError as cause:
             self._failure = cause
             return
         finally:
-            self._ready.set()
+            self._ready_event.set()
         self._loop.run_forever()
         server.close()
         self._reset()
-        rest = asyncio.all_tasks(self._loop)
-        for task in rest:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pair = Pair(writer)
+    async def _relay_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pair = ConnectionPair(writer)
         self._pairs.add(pair)
         try:
             try:
-                other, pair.far = await asyncio.open_connection(*split(self._to))
+                server_reader, pair.server_writer = await asyncio.open_connection(*parse_address(self._target))
             except OSError:
-                while self._deaf:  # a cut network does not tell that nobody listens
+                while self._dropped_directions:  # a cut network does not tell that nobody listens
                     await asyncio.sleep(0.01)
                 pair.reset()
                 return
-            for side in (writer, pair.far):
-                made = side.get_extra_info("socket")
-                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ways = ((reader, pair.far, FORWARD), (other, writer, BACK))
-            await asyncio.gather(*(self._one_way(pair, *way) for way in ways))
+            for side in (writer, pair.server_writer):
+                peer_socket = side.get_extra_info("socket")
+                peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            routes = ((reader, pair.server_writer, FORWARD), (server_reader, writer, BACK))
+            await asyncio.gather(*(self._forward(pair, *route) for route in routes))
         except OSError:
             pair.reset()
         finally:
             self._pairs.discard(pair)
-            for side in (writer, pair.far):
+            for side in (writer, pair.server_writer):
                 if side is not None:
                     side.close()
 
-    async def _one_way(
-        self, pair: Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str
+    async def _forward(
+        self, pair: ConnectionPair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
     ) -> None:
-        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS)
-        writing = asyncio.ensure_future(self._write(pair, line, writer, way))
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_CHUNKS)
+        write_task = asyncio.ensure_future(self._write_chunks(pair, queue, writer, direction))
         try:
             while True:
                 try:
                     data = await reader.read(CHUNK_BYTES)
                 except OSError:
-                    if way not in self._deaf:
+                    if direction not in self._dropped_directions:
                         raise
                     data = b""
-                if way in self._deaf:
+                if direction in self._dropped_directions:
                     if data:
                         continue
-                    pair.owed = True
+                    pair.has_swallowed_end = True
                     return
                 due_s = time.monotonic() + self.delay_s + self.jitter_s * self._random.random()
-                await line.put((due_s, self._flipped(data, way)))
+                await queue.put((due_s, self._apply_flip(data, direction)))
                 if not data:
-                    await writing
+                    await write_task
                     return
         finally:
-            if pair.owed:
+            if pair.has_swallowed_end:
                 # Held as it is: only healing, or the relay's end, ends it.
-                while way in self._deaf:
+                while direction in self._dropped_directions:
                     await asyncio.sleep(0.01)
-            writing.cancel()
+            write_task.cancel()
 
-    async def _write(
+    async def _write_chunks(
         self,
-        pair: Pair,
-        line: asyncio.Queue[tuple[float, bytes]],
+        pair: ConnectionPair,
+        queue: asyncio.Queue[tuple[float, bytes]],
         writer: asyncio.StreamWriter,
-        way: str,
+        direction: str,
     ) -> None:
         while True:
-            due_s, data = await line.get()
+            due_s, data = await queue.get()
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            if way in self._deaf:
-                pair.owed |= not data
+            if direction in self._dropped_directions:
+                pair.has_swallowed_end |= not data
                 continue
             if not data:
                 if writer.can_write_eof():
@@ -234,15 +234,15 @@ class Relay:
             if self.rate_bytes_s:
                 await asyncio.sleep(len(data) / self.rate_bytes_s)
 
-    def _flipped(self, data: bytes, way: str) -> bytes:
-        if way not in self._flips or not data:
+    def _apply_flip(self, data: bytes, direction: str) -> bytes:
+        if direction not in self._bit_flips or not data:
             return data
-        nth, bit = self._flips[way]
-        if nth >= len(data):
-            self._flips[way] = (nth - len(data), bit)
+        offset, bit = self._bit_flips[direction]
+        if offset >= len(data):
+            self._bit_flips[direction] = (offset - len(data), bit)
             return data
-        del self._flips[way]
-        return data[:nth] + bytes([data[nth] ^ 1 << bit]) + data[nth + 1 :]
+        del self._bit_flips[direction]
+        return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
 
 
 def main() -> None:
@@ -262,19 +262,19 @@ def main() -> None:
     parser.add_argument("--reset-after", type=float, help="seconds until all is reset, once")
     parser.add_argument("--heal-after", type=float, help="seconds until the network is good")
     parser.add_argument("--seed", type=int, default=0, help="of the jitter")
-    asked = parser.parse_args()
-    with Relay(asked.to, asked.listen, asked.seed) as relay:
-        relay.delay_s, relay.jitter_s, relay.rate_bytes_s = asked.delay, asked.jitter, asked.rate
-        if asked.deaf:
-            relay.blackhole(*((FORWARD, BACK) if asked.deaf == "both" else (asked.deaf,)))
-        if asked.flip is not None:
-            relay.flip(asked.flip)
+    args = parser.parse_args()
+    with Relay(args.to, args.listen, args.seed) as relay:
+        relay.delay_s, relay.jitter_s, relay.rate_bytes_s = args.delay, args.jitter, args.rate
+        if args.deaf:
+            relay.blackhole(*((FORWARD, BACK) if args.deaf == "both" else (args.deaf,)))
+        if args.flip is not None:
+            relay.flip(args.flip)
         print(relay.address, flush=True)
-        moments = [(asked.reset_after, relay.reset), (asked.heal_after, relay.heal)]
-        began = time.monotonic()
-        for after_s, what in sorted((m for m in moments if m[0] is not None), key=lambda m: m[0]):
-            time.sleep(max(0.0, began + after_s - time.monotonic()))
-            what()
+        schedule = [(args.reset_after, relay.reset), (args.heal_after, relay.heal)]
+        start_s = time.monotonic()
+        for after_s, action in sorted((entry for entry in schedule if entry[0] is not None), key=lambda entry: entry[0]):
+            time.sleep(max(0.0, start_s + after_s - time.monotonic()))
+            action()
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-WIDTH, BLOCKS, ROWS, SLEEP_S, EVERY = 256, 8, 16, 0.05, 10
+WIDTH, BLOCKS, BATCH_ROWS, SLEEP_S, CHECKPOINT_EVERY = 256, 8, 16, 0.05, 10
 
 
 def make_model() -> tuple[nn.Module, Optimizer]:
@@ -33,50 +33,50 @@ def make_model() -> tuple[nn.Module, Optimizer]:
     return model, AdamW(model.parameters(), lr=1e-3)
 
 
-def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+def batch_loss(model: nn.Module, step: int, rank: int) -> Tensor:
     """The loss of a batch that is a function of step and rank."""
-    random = torch.Generator().manual_seed(1000 * step + rank)
-    x = torch.randn(ROWS, WIDTH, generator=random)
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(BATCH_ROWS, WIDTH, generator=generator)
     return (model(x) - x).square().mean()
 
 
-def row(step: int, loss: Tensor, generation: int, islands: int, pids: list[int]) -> str:
+def metrics_row(step: int, loss: Tensor, generation: int, islands: int, pids: list[int]) -> str:
     """A committed step as a line of metrics.jsonl."""
-    words = {"step": step, "loss": float(loss), "quorum": generation, "islands": islands,
+    fields = {"step": step, "loss": float(loss), "quorum": generation, "islands": islands,
              "pids": pids, "elapsed_s": time.monotonic()}  # fmt: skip
-    return json.dumps(words) + "\n"
+    return json.dumps(fields) + "\n"
 
 
 def train(
     model: nn.Module, optimizer: Optimizer, folder: Path, steps: int, generation: int
 ) -> None:
     """From the newest checkpoint to the last step, over the default group, which exists."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    pids: list[int] = [0] * size
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    pids: list[int] = [0] * world_size
     dist.all_gather_object(pids, os.getpid())
-    kept, step = folder / "checkpoint.pt", 0
-    if kept.exists():
-        state = torch.load(kept)
+    checkpoint_path, step = folder / "checkpoint.pt", 0
+    if checkpoint_path.exists():
+        state = torch.load(checkpoint_path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    parallel = DistributedDataParallel(model)
-    with open(folder / "metrics.jsonl", "a", buffering=1) as rows:
+    ddp_model = DistributedDataParallel(model)
+    with open(folder / "metrics.jsonl", "a", buffering=1) as metrics_file:
         while step < steps:
             optimizer.zero_grad()
-            loss = loss_of(parallel, step, rank)
+            loss = batch_loss(ddp_model, step, rank)
             loss.backward()
             time.sleep(SLEEP_S)
             optimizer.step()
-            total = loss.detach()
-            dist.all_reduce(total)
+            loss_sum = loss.detach()
+            dist.all_reduce(loss_sum)
             step += 1
             if rank == 0:
-                rows.write(row(step, total, generation, size, pids))
-                if step % EVERY == 0:
+                metrics_file.write(metrics_row(step, loss_sum, generation, world_size, pids))
+                if step % CHECKPOINT_EVERY == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     torch.save({**state, "step": step}, folder / "checkpoint.new")
-                    os.replace(folder / "checkpoint.new", kept)
+                    os.replace(folder / "checkpoint.new", checkpoint_path)
 
 
 def main() -> None:

@@ -22,24 +22,24 @@ from torch.optim import Optimizer
 
 from benchmarks.restarted import make_model, train
 
-TIMEOUT, ACTIVE = timedelta(seconds=10), 2
-SHORT, HEARTBEAT = timedelta(milliseconds=50), timedelta(milliseconds=250)
+TIMEOUT, ACTIVE_RANKS = timedelta(seconds=10), 2
+POLL_INTERVAL, HEARTBEAT_INTERVAL = timedelta(milliseconds=50), timedelta(milliseconds=250)
 
 
 @inprocess.Wrapper(
     store_kwargs={"port": int(os.environ["MASTER_PORT"]) + 1},
-    rank_assignment=inprocess.Compose(MaxActiveWorldSize(ACTIVE), ShiftRanks()),
-    monitor_thread_interval=SHORT,
-    monitor_process_interval=SHORT,
-    progress_watchdog_interval=SHORT,
-    heartbeat_interval=HEARTBEAT,
+    rank_assignment=inprocess.Compose(MaxActiveWorldSize(ACTIVE_RANKS), ShiftRanks()),
+    monitor_thread_interval=POLL_INTERVAL,
+    monitor_process_interval=POLL_INTERVAL,
+    progress_watchdog_interval=POLL_INTERVAL,
+    heartbeat_interval=HEARTBEAT_INTERVAL,
     heartbeat_timeout=timedelta(seconds=5),
     soft_timeout=TIMEOUT,
     hard_timeout=1.5 * TIMEOUT,
     last_call_wait=timedelta(0),
     termination_grace_time=timedelta(0),
 )
-def attempt(
+def run_attempt(
     model: nn.Module,
     optimizer: Optimizer,
     store: dist.Store,
@@ -49,9 +49,9 @@ def attempt(
 ) -> None:
     """One life of the group; the wrapper looks for the last argument by its annotation."""
     assert call is not None
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mine = dist.PrefixStore(str(call.iteration), store)
-    dist.init_process_group("gloo", store=mine, rank=rank, world_size=size, timeout=TIMEOUT)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    attempt_store = dist.PrefixStore(str(call.iteration), store)
+    dist.init_process_group("gloo", store=attempt_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     train(model, optimizer, folder, steps, call.iteration)
     dist.destroy_process_group()
 
@@ -65,7 +65,7 @@ def main() -> None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"]),
         is_master=os.environ["RANK"] == "0", wait_for_workers=False,
     )  # fmt: skip
-    attempt(model, optimizer, store, folder, steps)
+    run_attempt(model, optimizer, store, folder, steps)
 
 
 if __name__ == "__main__":

@@ -26,60 +26,60 @@ from torchft.manager import Manager
 from torchft.optim import OptimizerWrapper
 from torchft.process_group import ProcessGroupGloo
 
-from benchmarks.restarted import SLEEP_S, loss_of, make_model, row
+from benchmarks.restarted import SLEEP_S, batch_loss, make_model, metrics_row
 
 TIMEOUT, QUORUM_TIMEOUT = timedelta(seconds=5), timedelta(seconds=120)
-HEARTBEAT = timedelta(milliseconds=25)
+HEARTBEAT_INTERVAL = timedelta(milliseconds=25)
 
 
-def meet(folder: Path, rank: int) -> None:
+def wait_for_groups(folder: Path, rank: int) -> None:
     """Waits until both groups of the first quorum are there; later ones find them noted."""
     (folder / f"there-{rank}").touch()
-    while not all((folder / f"there-{each}").exists() for each in (0, 1)):
+    while not all((folder / f"there-{group}").exists() for group in (0, 1)):
         time.sleep(0.005)
 
 
 def main() -> None:
     """Trains until killed."""
     torch.set_num_threads(1)
-    folder, rank, lighthouse, least = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
-    model, inner = make_model()
+    folder, rank, lighthouse, min_replicas = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
+    model, inner_optimizer = make_model()
 
-    def load(state: dict[str, Any]) -> None:
+    def load_state(state: dict[str, Any]) -> None:
         model.load_state_dict(state["model"])
-        inner.load_state_dict(state["optimizer"])
+        inner_optimizer.load_state_dict(state["optimizer"])
 
-    def save() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": inner.state_dict()}
+    def save_state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": inner_optimizer.state_dict()}
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meet(folder, rank)
+    wait_for_groups(folder, rank)
     manager = Manager(
-        pg=ProcessGroupGloo(timeout=TIMEOUT), load_state_dict=load, state_dict=save,
-        min_replica_size=int(least), timeout=TIMEOUT, quorum_timeout=QUORUM_TIMEOUT, rank=0,
+        pg=ProcessGroupGloo(timeout=TIMEOUT), load_state_dict=load_state, state_dict=save_state,
+        min_replica_size=int(min_replicas), timeout=TIMEOUT, quorum_timeout=QUORUM_TIMEOUT, rank=0,
         world_size=1, store_addr="127.0.0.1", store_port=store.port, lighthouse_addr=lighthouse,
-        replica_id=f"replica_{rank}", hostname="localhost", heartbeat_interval=HEARTBEAT,
+        replica_id=f"replica_{rank}", hostname="localhost", heartbeat_interval=HEARTBEAT_INTERVAL,
         init_sync=False,
     )  # fmt: skip
-    optimizer = OptimizerWrapper(manager, inner)
-    with open(folder / "metrics.jsonl", "a", buffering=1) as rows:
+    optimizer = OptimizerWrapper(manager, inner_optimizer)
+    with open(folder / "metrics.jsonl", "a", buffering=1) as metrics_file:
         while True:
             step = manager.current_step()
             optimizer.zero_grad()
-            loss = loss_of(model, step, rank)
+            loss = batch_loss(model, step, rank)
             loss.backward()
-            gradients = [each.grad for each in model.parameters()]
-            flat = parameters_to_vector(gradients)
-            manager.allreduce(flat).wait()
-            vector_to_parameters(flat, gradients)
+            gradients = [parameter.grad for parameter in model.parameters()]
+            flat_gradients = parameters_to_vector(gradients)
+            manager.allreduce(flat_gradients).wait()
+            vector_to_parameters(flat_gradients, gradients)
             time.sleep(SLEEP_S)
-            total = loss.detach().clone()
-            manager.allreduce(total, reduce_op=ReduceOp.SUM).wait()
+            loss_sum = loss.detach().clone()
+            manager.allreduce(loss_sum, reduce_op=ReduceOp.SUM).wait()
             optimizer.step()
-            now = manager.current_step()
-            if rank == 0 and now > step:
-                there = manager.num_participants()
-                rows.write(row(now, total, manager._quorum_id, there, [os.getpid()]))
+            new_step = manager.current_step()
+            if rank == 0 and new_step > step:
+                participants = manager.num_participants()
+                metrics_file.write(metrics_row(new_step, loss_sum, manager._quorum_id, participants, [os.getpid()]))
 
 
 if __name__ == "__main__":

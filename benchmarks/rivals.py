@@ -26,205 +26,205 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.watched import (
-    Late,
-    Trial,
-    Watched,
+    DeadlineExceeded,
+    FaultTrial,
+    RunMonitor,
     free_port,
-    household,
-    judged,
-    send,
-    step_median_s,
-    until_rows,
+    subreaper,
+    with_digest_check,
+    send_signal,
+    median_step_s,
+    wait_for_rows,
 )
 
 if TYPE_CHECKING:
-    from benchmarks.recovery import Bench
+    from benchmarks.recovery import RecoveryBench
 
-HERE = Path(__file__).resolve().parent
-FREE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+BENCHMARKS_DIR = Path(__file__).resolve().parent
+TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 GROUP_TIMEOUT_S = 10
-STEPS, STRIKE_AT = 120, 33
+COMPARED_STEPS, FAULT_STEP = 120, 33
 """Steps whose losses are compared with a run without faults, and the step of the fault."""
 
-Begin = Callable[["Bench", Watched], list[subprocess.Popen[bytes]]]
+StartSystem = Callable[["RecoveryBench", RunMonitor], list[subprocess.Popen[bytes]]]
 """Starts a system's processes; the last one can be struck."""
 
 
-def losses(run: Watched) -> dict[int, float]:
+def read_losses(run: RunMonitor) -> dict[int, float]:
     """The losses of the first STEPS steps that were seen, by step."""
-    until_rows(run, STEPS)
-    return {number: row["loss"] for number, row in run.rows.items() if number <= STEPS}
+    wait_for_rows(run, COMPARED_STEPS)
+    return {step: row["loss"] for step, row in run.rows.items() if step <= COMPARED_STEPS}
 
 
-def clean(bench: Bench, name: str, begin: Begin) -> dict[int, float]:
+def clean_losses(bench: RecoveryBench, name: str, start_system: StartSystem) -> dict[int, float]:
     """The losses of a system's run without a fault, measured once."""
     if name not in bench.losses:
-        with household(), bench.watch() as run:
-            begin(bench, run)
-            bench.losses[name] = losses(run)
+        with subreaper(), bench.new_run() as run:
+            start_system(bench, run)
+            bench.losses[name] = read_losses(run)
     return bench.losses[name]
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
 
 
-def elastic(python: str, launcher: tuple[str, ...], folder: Path) -> list[str]:
+def elastic_command(python: str, launcher: tuple[str, ...], folder: Path) -> list[str]:
     """restarted.py under a launcher with as many restarts as it likes."""
     return [
         python, "-m", *launcher, "--standalone", "--nproc-per-node", "2", "--max-restarts", "9",
-        str(HERE / "restarted.py"), str(folder), str(STEPS), str(GROUP_TIMEOUT_S),
+        str(BENCHMARKS_DIR / "restarted.py"), str(folder), str(COMPARED_STEPS), str(GROUP_TIMEOUT_S),
     ]  # fmt: skip
 
 
-def begin_torchrun(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
+def start_torchrun(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
     """The agent; its workers tell their pids."""
-    words = elastic(sys.executable, ("torch.distributed.run",), run.folder)
-    return [run.start(words, {**FREE, "TMPDIR": str(run.folder)})]
+    command = elastic_command(sys.executable, ("torch.distributed.run",), run.folder)
+    return [run.start(command, {**TORCHRUN_ENVIRONMENT, "TMPDIR": str(run.folder)})]
 
 
-def torchrun(bench: Bench, number: int = signal.SIGKILL) -> list[Trial]:
+def measure_torchrun(bench: RecoveryBench, signal_number: int = signal.SIGKILL) -> list[FaultTrial]:
     """torchrun's restart of all workers from a checkpoint; a stopped run is not waited for."""
-    killed = number == signal.SIGKILL
-    with bench.watch() as run:
-        begin_torchrun(bench, run)
-        until_rows(run, STRIKE_AT)
-        pid, took = run.last["pids"][1], (math.nan, math.nan)
-        step_s = step_median_s(run)
+    is_kill = signal_number == signal.SIGKILL
+    with bench.new_run() as run:
+        start_torchrun(bench, run)
+        wait_for_rows(run, FAULT_STEP)
+        pid, recovery_s = run.last_row["pids"][1], (math.nan, math.nan)
+        step_s = median_step_s(run)
         try:
-            took = run.recovery(lambda: send(pid, number), 2)
-        except Late as error:
+            recovery_s = run.measure_recovery(lambda: send_signal(pid, signal_number), 2)
+        except DeadlineExceeded as error:
             print(f"torchrun: {error}", file=sys.stderr)
-        found = [Trial(f"torchrun: {'kill' if killed else 'SIGSTOP'} rank 1", *took, step_s)]
-        if not killed or math.isnan(took[0]):
-            return found
-        return judged(found, losses(run) == clean(bench, "torchrun", begin_torchrun))
+        trials = [FaultTrial(f"torchrun: {'kill' if is_kill else 'SIGSTOP'} rank 1", *recovery_s, step_s)]
+        if not is_kill or math.isnan(recovery_s[0]):
+            return trials
+        return with_digest_check(trials, read_losses(run) == clean_losses(bench, "torchrun", start_torchrun))
 
 
-def torchrun_stop(bench: Bench) -> list[Trial]:
+def measure_torchrun_stop(bench: RecoveryBench) -> list[FaultTrial]:
     """The same with a worker that is stopped, not dead."""
-    return torchrun(bench, signal.SIGSTOP)
+    return measure_torchrun(bench, signal.SIGSTOP)
 
 
 # ---- torchft -------------------------------------------------------------------------------------
 
-LIGHTHOUSE = ("--heartbeat_timeout_ms", "200", "--join_timeout_ms", "200", "--quorum_tick_ms", "10")
+LIGHTHOUSE_FLAGS = ("--heartbeat_timeout_ms", "200", "--join_timeout_ms", "200", "--quorum_tick_ms", "10")
 
 
-def rival(
-    bench: Bench, run: Watched, words: list[str], environment: dict[str, str] | None = None
+def start_rival(
+    bench: RecoveryBench, run: RunMonitor, arguments: list[str], environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """A process of the rivals' environment; its temporary files lie in the run's folder."""
-    mine = {
-        "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "TMPDIR": str(run.folder),
+    base_environment = {
+        "PYTHONPATH": str(BENCHMARKS_DIR.parent), "OMP_NUM_THREADS": "1", "TMPDIR": str(run.folder),
         "TORCH_CPP_LOG_LEVEL": "error", "RUST_LOG": "warn",
     }  # fmt: skip
-    return run.start([bench.rivals, *words], {**mine, **(environment or {})})
+    return run.start([bench.rival_python, *arguments], {**base_environment, **(environment or {})})
 
 
-def replica(
-    bench: Bench, run: Watched, rank: int, port: int, least: int
+def start_replica(
+    bench: RecoveryBench, run: RunMonitor, rank: int, port: int, min_replicas: int
 ) -> subprocess.Popen[bytes]:
     """A replica group of one process."""
-    words = [str(run.folder), str(rank), f"http://127.0.0.1:{port}", str(least)]
-    return rival(bench, run, ["-m", "benchmarks.rival_torchft", *words])
+    arguments = [str(run.folder), str(rank), f"http://127.0.0.1:{port}", str(min_replicas)]
+    return start_rival(bench, run, ["-m", "benchmarks.rival_torchft", *arguments])
 
 
-def torchft(bench: Bench, least: int = 1) -> list[Trial]:
+def measure_torchft(bench: RecoveryBench, min_replicas: int = 1) -> list[FaultTrial]:
     """A replica group dies and is started again at once; the lighthouse lives."""
-    name = "torchft" if least == 1 else "torchft-all"
+    name = "torchft" if min_replicas == 1 else "torchft-all"
     port = free_port()
 
-    def begin(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
-        lighthouse = Path(bench.rivals).with_name("torchft_lighthouse")
-        words = ["--bind", f"127.0.0.1:{port}", "--min_replicas", str(least), *LIGHTHOUSE]
-        run.start([str(lighthouse), *words], {"RUST_LOG": "warn"})
-        return [replica(bench, run, rank, port, least) for rank in (0, 1)]
+    def start_groups(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
+        lighthouse = Path(bench.rival_python).with_name("torchft_lighthouse")
+        arguments = ["--bind", f"127.0.0.1:{port}", "--min_replicas", str(min_replicas), *LIGHTHOUSE_FLAGS]
+        run.start([str(lighthouse), *arguments], {"RUST_LOG": "warn"})
+        return [start_replica(bench, run, rank, port, min_replicas) for rank in (0, 1)]
 
-    with bench.watch() as run:
-        victim = begin(bench, run)[1]
+    with bench.new_run() as run:
+        victim = start_groups(bench, run)[1]
 
-        def killed() -> None:
-            send(victim.pid, signal.SIGKILL)
-            replica(bench, run, 1, port, least)
+        def restart_victim() -> None:
+            send_signal(victim.pid, signal.SIGKILL)
+            start_replica(bench, run, 1, port, min_replicas)
 
-        until_rows(run, STRIKE_AT)
-        found = [bench.strike(run, f"{name}: kill group 1", killed)]
-        told = losses(run)
-    return judged(found, told == clean(bench, "torchft", begin))
+        wait_for_rows(run, FAULT_STEP)
+        trials = [bench.inject_fault(run, f"{name}: kill group 1", restart_victim)]
+        loss_by_step = read_losses(run)
+    return with_digest_check(trials, loss_by_step == clean_losses(bench, "torchft", start_groups))
 
 
-def torchft_all(bench: Bench) -> list[Trial]:
+def measure_torchft_all(bench: RecoveryBench) -> list[FaultTrial]:
     """The same, but a step needs both groups."""
-    return torchft(bench, 2)
+    return measure_torchft(bench, 2)
 
 
 # ---- nvidia-resiliency-ext -----------------------------------------------------------------------
 
 
-def begin_nvrx(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
+def start_nvrx(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
     """Three ranks started by hand, as a scheduler does that lets a job live when a rank dies."""
     port = str(free_port())
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
-    words = ["-m", "benchmarks.rival_nvrx", str(run.folder), str(STEPS)]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    arguments = ["-m", "benchmarks.rival_nvrx", str(run.folder), str(COMPARED_STEPS)]
     return [
-        rival(bench, run, words, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_rival(bench, run, arguments, {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(3)
     ]
 
 
-def begin_launcher(bench: Bench, run: Watched) -> list[subprocess.Popen[bytes]]:
+def start_nvrx_launcher(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
     """ft_launcher in torchrun's place."""
     launcher = (
         "nvidia_resiliency_ext.fault_tolerance.launcher", "--monitor-interval", "0.05",
         "--ft-workload-check-interval", "0.05", "--ft-enable-nic-monitor", "false",
         "--workers-stop-timeout", "1",
     )  # fmt: skip
-    return [rival(bench, run, elastic(bench.rivals, launcher, run.folder)[1:], FREE)]
+    return [start_rival(bench, run, elastic_command(bench.rival_python, launcher, run.folder)[1:], TORCHRUN_ENVIRONMENT)]
 
 
-def struck(bench: Bench, fault: str, name: str, begin: Begin) -> list[Trial]:
+def measure_kill(bench: RecoveryBench, fault: str, name: str, start_system: StartSystem) -> list[FaultTrial]:
     """SIGKILL of rank 1; what the extension's processes leave behind is ended with the run."""
-    with household(), bench.watch() as run:
-        begin(bench, run)
-        until_rows(run, STRIKE_AT)
-        pid = run.last["pids"][1]
-        found = [bench.strike(run, fault, lambda: send(pid, signal.SIGKILL))]
-        told = losses(run)
-    return judged(found, told == clean(bench, name, begin))
+    with subreaper(), bench.new_run() as run:
+        start_system(bench, run)
+        wait_for_rows(run, FAULT_STEP)
+        pid = run.last_row["pids"][1]
+        trials = [bench.inject_fault(run, fault, lambda: send_signal(pid, signal.SIGKILL))]
+        loss_by_step = read_losses(run)
+    return with_digest_check(trials, loss_by_step == clean_losses(bench, name, start_system))
 
 
-def nvrx(bench: Bench) -> list[Trial]:
+def measure_nvrx(bench: RecoveryBench) -> list[FaultTrial]:
     """Restart in place: a reserve rank takes the dead one's, the state is read from disk."""
-    return struck(bench, "nvrx: kill rank 1", "nvrx", begin_nvrx)
+    return measure_kill(bench, "nvrx: kill rank 1", "nvrx", start_nvrx)
 
 
-def nvrx_launcher(bench: Bench) -> list[Trial]:
+def measure_nvrx_launcher(bench: RecoveryBench) -> list[FaultTrial]:
     """Restart of all workers by ft_launcher."""
-    return struck(bench, "nvrx-launcher: kill rank 1", "nvrx-launcher", begin_launcher)
+    return measure_kill(bench, "nvrx-launcher: kill rank 1", "nvrx-launcher", start_nvrx_launcher)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
 
-RIVALS: dict[str, Callable[[Bench], list[Trial]]] = {
-    "torchrun": torchrun, "torchrun-stop": torchrun_stop, "torchft": torchft,
-    "torchft-all": torchft_all, "nvrx": nvrx, "nvrx-launcher": nvrx_launcher,
+RIVALS: dict[str, Callable[[RecoveryBench], list[FaultTrial]]] = {
+    "torchrun": measure_torchrun, "torchrun-stop": measure_torchrun_stop, "torchft": measure_torchft,
+    "torchft-all": measure_torchft_all, "nvrx": measure_nvrx, "nvrx-launcher": measure_nvrx_launcher,
 }  # fmt: skip
-NEEDS = {
+RIVAL_PACKAGES = {
     "torchft": "torchft", "torchft-all": "torchft", "nvrx": "nvidia_resiliency_ext",
     "nvrx-launcher": "nvidia_resiliency_ext",
 }  # fmt: skip
 
 
-def interpreter(given: str | None) -> str:
+def find_interpreter(name: str | None) -> str:
     """The rivals' interpreter as a path; "": none was given, or it is not there."""
-    return shutil.which(given) or "" if given else ""
+    return shutil.which(name) or "" if name else ""
 
 
-def missing(python: str) -> dict[str, str]:
+def missing_packages(python: str) -> dict[str, str]:
     """The systems that this interpreter cannot run, and the package of each that it lacks."""
-    found = []
+    packages = []
     if python:
         code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
-        words = [python, "-c", code, *sorted(set(NEEDS.values()))]
-        found = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.split()
-    return {name: package for name, package in NEEDS.items() if package not in found}
+        command = [python, "-c", code, *sorted(set(RIVAL_PACKAGES.values()))]
+        packages = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    return {name: package for name, package in RIVAL_PACKAGES.items() if package not in packages}

@@ -29,270 +29,270 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from benchmarks.recovery import ending
+from benchmarks.recovery import final_digest
 from benchmarks.watched import (
-    Late,
-    Watched,
-    address_of,
-    called,
-    children,
-    command,
-    events,
+    DeadlineExceeded,
+    RunMonitor,
+    find_live_address,
+    worker_name,
+    child_pids,
+    train_command,
+    read_events,
     free_port,
-    household,
-    listens,
-    lives,
+    subreaper,
+    is_listening,
+    is_alive,
 )
 
 SILENCE_S = 5.0
-BACK_S = 60.0
+RECOVERY_LIMIT_S = 60.0
 """A run that commits no step for so long after a fault hangs."""
-GONE_S = 2.0
+EXIT_LIMIT_S = 2.0
 """Workers may outlive their supervisor by so much."""
 
-WEIGHTS = {
+FAULT_WEIGHTS = {
     "kill": 6, "twice": 3, "all": 1, "spare": 2, "short stop": 2, "long stop": 1, "leave": 1,
     "supervisor": 2,
 }  # fmt: skip
 
 
-def aim(pid: int) -> Callable[[int], None]:
+def signal_sender(pid: int) -> Callable[[int], None]:
     """Sends signals to the process that has this pid now, and to no later one."""
     try:
-        target = os.pidfd_open(pid)
+        descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        return lambda number: None
+        return lambda signal_number: None
 
-    def fire(number: int) -> None:
+    def send_signal(signal_number: int) -> None:
         try:
-            signal.pidfd_send_signal(target, number)
+            signal.pidfd_send_signal(descriptor, signal_number)
         except ProcessLookupError:
             return
 
-    return fire
+    return send_signal
 
 
 class Soak:
     """The run, its hosts, and what was done to it. `back_s`: seconds to the next step, by fault."""
 
-    def __init__(self, run: Watched, words: list[str], hosts: int, seed: int) -> None:
-        self.run, self.words, self.seed = run, words, seed
-        self.random = random.Random(seed)
-        self.place = f"127.0.0.1:{free_port()}" if hosts > 1 else ""
-        self.wanted = hosts
+    def __init__(self, run: RunMonitor, overrides: list[str], hosts: int, seed: int) -> None:
+        self.run, self.overrides, self.seed = run, overrides, seed
+        self.rng = random.Random(seed)
+        self.address = f"127.0.0.1:{free_port()}" if hosts > 1 else ""
+        self.host_count = hosts
         self.hosts: list[subprocess.Popen[bytes]] = []
-        self.back_s: dict[str, list[float]] = {}
-        self.pids: set[int] = set()
-        self.temporary = run.folder.with_name("temporary")
-        self.temporary.mkdir()
-        self.left: subprocess.Popen[bytes] | None = None
+        self.recovery_times_s: dict[str, list[float]] = {}
+        self.seen_pids: set[int] = set()
+        self.temporary_folder = run.folder.with_name("temporary")
+        self.temporary_folder.mkdir()
+        self.draining_host: subprocess.Popen[bytes] | None = None
 
     # ---- hosts ----
 
-    def raise_host(self) -> None:
+    def start_host(self) -> None:
         """Starts a supervisor: the first founds the run, another joins who is there now."""
-        flags = ["--listen", self.place] if self.place else []
+        flags = ["--listen", self.address] if self.address else []
         if self.hosts:
-            flags = ["--join", address_of(self.run.folder, "")]
-        more = {"TMPDIR": str(self.temporary)}
-        self.hosts.append(self.run.start([*command(self.run.folder, *self.words), *flags], more))
+            flags = ["--join", find_live_address(self.run.folder, "")]
+        environment = {"TMPDIR": str(self.temporary_folder)}
+        self.hosts.append(self.run.start([*train_command(self.run.folder, *self.overrides), *flags], environment))
 
-    def workers(self) -> dict[int, str]:
+    def worker_names(self) -> dict[int, str]:
         """Living workers of all hosts, by pid, with what they call themselves."""
-        found = {pid: called(pid) for host in self.hosts for pid in children(host.pid)}
-        self.pids |= set(found)
-        return found
+        names = {pid: worker_name(pid) for host in self.hosts for pid in child_pids(host.pid)}
+        self.seen_pids |= set(names)
+        return names
 
-    def ranks(self) -> list[int]:
+    def rank_pids(self) -> list[int]:
         """Pids of those that compute."""
-        return sorted(pid for pid, name in self.workers().items() if name.startswith("rank"))
+        return sorted(pid for pid, name in self.worker_names().items() if name.startswith("rank"))
 
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether every host is up and has a rank."""
-        each = [[called(c) for c in children(h.pid)] for h in self.hosts]
-        return len(each) == self.wanted and all(any(map(str.strip, names)) for names in each)
+        names_by_host = [[worker_name(child) for child in child_pids(host.pid)] for host in self.hosts]
+        return len(names_by_host) == self.host_count and all(any(map(str.strip, names)) for names in names_by_host)
 
     def check_hosts(self) -> None:
         """Late: a supervisor ended that nobody killed, before the run was over."""
         for host in self.hosts:
             if host.poll() not in (None, 0):
-                raise Late(f"a supervisor left with {host.returncode}\n{self.run.words()}")
+                raise DeadlineExceeded(f"a supervisor left with {host.returncode}\n{self.run.log_tail()}")
 
     # ---- faults ----
 
-    def choose(self) -> str:
+    def choose_fault(self) -> str:
         """The next fault; a host that was left by a worker is soon started again."""
-        if self.left:
+        if self.draining_host:
             return "supervisor"
-        return self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        return self.rng.choices(list(FAULT_WEIGHTS), list(FAULT_WEIGHTS.values()))[0]
 
-    def strike(self, fault: str) -> None:
+    def inject(self, fault: str) -> None:
         """One fault, and the run's way back. Late: it did not come back."""
-        ranks, pick = self.ranks(), self.random
-        part, pause_s = pick.random(), pick.uniform(0.0, 0.4)
+        ranks, rng = self.rank_pids(), self.rng
+        fraction, pause_s = rng.random(), rng.uniform(0.0, 0.4)
         if not ranks:
             return
-        pid = ranks[int(part * len(ranks))]
-        victim = aim(pid)
+        pid = ranks[int(fraction * len(ranks))]
+        signal_victim = signal_sender(pid)
         match fault:
             case "kill":
-                self._back(fault, lambda: victim(signal.SIGKILL))
+                self._expect_recovery(fault, lambda: signal_victim(signal.SIGKILL))
             case "twice":
-                self._back(fault, lambda: self._twice(victim, pause_s, part))
+                self._expect_recovery(fault, lambda: self._kill_twice(signal_victim, pause_s, fraction))
             case "all":
-                everybody = [aim(pid) for pid in self.workers()]
-                self._back(fault, lambda: [fire(signal.SIGKILL) for fire in everybody])
+                senders = [signal_sender(pid) for pid in self.worker_names()]
+                self._expect_recovery(fault, lambda: [send_signal(signal.SIGKILL) for send_signal in senders])
             case "spare":
-                for spare in [p for p, name in self.workers().items() if name == "ready"][:1]:
-                    aim(spare)(signal.SIGKILL)
-                    self._goes_on(fault)
+                for spare_pid in [p for p, name in self.worker_names().items() if name == "ready"][:1]:
+                    signal_sender(spare_pid)(signal.SIGKILL)
+                    self._expect_progress(fault)
             case "short stop":
-                victim(signal.SIGSTOP)
+                signal_victim(signal.SIGSTOP)
                 time.sleep(0.1 + 3 * pause_s)
-                victim(signal.SIGCONT)
-                self._goes_on(fault)
+                signal_victim(signal.SIGCONT)
+                self._expect_progress(fault)
             case "long stop":
-                self._back(fault, lambda: victim(signal.SIGSTOP))
-                victim(signal.SIGCONT)
+                self._expect_recovery(fault, lambda: signal_victim(signal.SIGSTOP))
+                signal_victim(signal.SIGCONT)
             case "leave" if len(ranks) > 1:
-                self.left = next((h for h in self.hosts if pid in children(h.pid)), None)
-                self._back(fault, lambda: victim(signal.SIGTERM))
+                self.draining_host = next((host for host in self.hosts if pid in child_pids(host.pid)), None)
+                self._expect_recovery(fault, lambda: signal_victim(signal.SIGTERM))
             case "supervisor":
-                self._behead(self.left or self.hosts[int(part * len(self.hosts))])
-                self.left = None
+                self._kill_host(self.draining_host or self.hosts[int(fraction * len(self.hosts))])
+                self.draining_host = None
 
-    def _twice(self, first: Callable[[int], None], pause_s: float, part: float) -> None:
-        first(signal.SIGKILL)
+    def _kill_twice(self, signal_first: Callable[[int], None], pause_s: float, fraction: float) -> None:
+        signal_first(signal.SIGKILL)
         time.sleep(pause_s)
-        if left := sorted(pid for pid, name in self.workers().items() if name):
-            aim(left[int(part * len(left))])(signal.SIGKILL)
+        if survivors := sorted(pid for pid, name in self.worker_names().items() if name):
+            signal_sender(survivors[int(fraction * len(survivors))])(signal.SIGKILL)
 
-    def _behead(self, host: subprocess.Popen[bytes]) -> None:
+    def _kill_host(self, host: subprocess.Popen[bytes]) -> None:
         """Kills a supervisor; with other hosts only when all are whole, so that they can go on, or
         when it is the one that was left."""
-        if self.wanted > 1 and host is not self.left and not self.whole():
+        if self.host_count > 1 and host is not self.draining_host and not self.is_whole():
             return
-        below = children(host.pid)
-        self.pids |= {host.pid, *below}
+        worker_pids = child_pids(host.pid)
+        self.seen_pids |= {host.pid, *worker_pids}
 
         def kill() -> None:
             host.kill()
             host.wait()
-            end_s = time.monotonic() + GONE_S
-            while any(map(lives, below)):
+            end_s = time.monotonic() + EXIT_LIMIT_S
+            while any(map(is_alive, worker_pids)):
                 if time.monotonic() > end_s:
-                    raise Late(f"workers outlive their supervisor: {below}")
+                    raise DeadlineExceeded(f"workers outlive their supervisor: {worker_pids}")
                 time.sleep(0.005)
             self.hosts.remove(host)
             if not self.hosts:
-                self.raise_host()
+                self.start_host()
 
-        self._back("supervisor" if self.wanted == 1 else "host", kill)
-        if len(self.hosts) < self.wanted:
-            self.raise_host()
+        self._expect_recovery("supervisor" if self.host_count == 1 else "host", kill)
+        if len(self.hosts) < self.host_count:
+            self.start_host()
 
-    def _back(self, fault: str, strike: Callable[[], object]) -> None:
+    def _expect_recovery(self, fault: str, inject: Callable[[], object]) -> None:
         """A fault after which there is a new generation, which then gets further than the last: a
         third failure before that is taken for a crash that repeats."""
-        furthest = max(self.run.rows, default=0)
-        first_s, _ = self.run.recovery(strike, 1, BACK_S)
-        self.back_s.setdefault(fault, []).append(first_s)
-        self.run.until(lambda: max(self.run.rows) > furthest, BACK_S, f"progress after {fault}")
+        furthest_step = max(self.run.rows, default=0)
+        first_s, _ = self.run.measure_recovery(inject, 1, RECOVERY_LIMIT_S)
+        self.recovery_times_s.setdefault(fault, []).append(first_s)
+        self.run.wait_until(lambda: max(self.run.rows) > furthest_step, RECOVERY_LIMIT_S, f"progress after {fault}")
 
-    def _goes_on(self, fault: str) -> None:
+    def _expect_progress(self, fault: str) -> None:
         """A fault that may change nothing: the next row must come."""
-        self.run.look()
-        began_s, before = time.monotonic(), self.run.last
-        self.run.until(lambda: self.run.last is not before, BACK_S, f"a step after {fault}", 0.002)
-        self.back_s.setdefault(fault, []).append(time.monotonic() - began_s)
+        self.run.read_new_rows()
+        start_s, old_row = time.monotonic(), self.run.last_row
+        self.run.wait_until(lambda: self.run.last_row is not old_row, RECOVERY_LIMIT_S, f"a step after {fault}", 0.002)
+        self.recovery_times_s.setdefault(fault, []).append(time.monotonic() - start_s)
 
     # ---- the whole ----
 
-    def storm(self, steps: int, minutes: float, pause_s: float) -> None:
+    def run_faults(self, steps: int, minutes: float, pause_s: float) -> None:
         """Faults until 90 % of the steps are done or twice the time is over."""
         end_s = time.monotonic() + 120 * minutes
-        while len(self.hosts) < self.wanted:
-            self.raise_host()
-            self.run.until(lambda: len(self.run.rows) > 5, BACK_S, "the first steps")
+        while len(self.hosts) < self.host_count:
+            self.start_host()
+            self.run.wait_until(lambda: len(self.run.rows) > 5, RECOVERY_LIMIT_S, "the first steps")
         while True:
-            wait_s = min(self.random.expovariate(1 / pause_s), 4 * pause_s)
-            until_s = time.monotonic() + wait_s
-            while time.monotonic() < until_s:
-                self.run.look()
+            wait_s = min(self.rng.expovariate(1 / pause_s), 4 * pause_s)
+            pause_end_s = time.monotonic() + wait_s
+            while time.monotonic() < pause_end_s:
+                self.run.read_new_rows()
                 self.check_hosts()
                 time.sleep(0.02)
             if max(self.run.rows, default=0) > 0.9 * steps or time.monotonic() > end_s:
                 return
-            fault = self.choose()
+            fault = self.choose_fault()
             print(f"step {max(self.run.rows):6d}  {fault}", file=sys.stderr, flush=True)
-            self.strike(fault)
+            self.inject(fault)
 
 
-def left_behind(soak: Soak) -> list[str]:
+def find_leftovers(soak: Soak) -> list[str]:
     """Whatever of the run is still there."""
-    found = [f"process {pid}" for pid in children(os.getpid())]
-    if soak.place and listens(soak.place):
-        found.append(f"somebody listens on {soak.place}")
-    names = [path.name for path in soak.temporary.rglob("*")]
-    found += [f"file {name}" for name in names if not name.startswith("torchinductor_")]
-    pids = set(map(str, soak.pids))
-    shared = [path.name for path in Path("/dev/shm").iterdir()]
-    words = {name: set(name.replace("-", "_").split("_")) for name in shared}
-    return found + [f"shared memory {name}" for name in shared if pids & words[name]]
+    leftovers = [f"process {pid}" for pid in child_pids(os.getpid())]
+    if soak.address and is_listening(soak.address):
+        leftovers.append(f"somebody listens on {soak.address}")
+    names = [path.name for path in soak.temporary_folder.rglob("*")]
+    leftovers += [f"file {name}" for name in names if not name.startswith("torchinductor_")]
+    pids = set(map(str, soak.seen_pids))
+    shared_names = [path.name for path in Path("/dev/shm").iterdir()]
+    name_parts = {name: set(name.replace("-", "_").split("_")) for name in shared_names}
+    return leftovers + [f"shared memory {name}" for name in shared_names if pids & name_parts[name]]
 
 
-def verdict(soak: Soak, clean: str, steps: int) -> list[str]:
+def find_problems(soak: Soak, clean_digest: str, steps: int) -> list[str]:
     """What is wrong with the run at its end; nothing, if all is well."""
-    wrong = []
+    problems = []
     for host in soak.hosts:
         if host.wait(30):
-            wrong.append(f"a supervisor left with exit code {host.returncode}")
+            problems.append(f"a supervisor left with exit code {host.returncode}")
     folder = soak.run.folder
-    if ending(soak.run) != clean:
-        wrong.append("the digest is not that of the run without faults")
-    soak.run.look()
+    if final_digest(soak.run) != clean_digest:
+        problems.append("the digest is not that of the run without faults")
+    soak.run.read_new_rows()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     if [json.loads(line)["step"] for line in lines] != list(range(1, steps + 1)):
-        wrong.append("the rows are not one a step")
-    ledger = subprocess.run(
+        problems.append("the rows are not one a step")
+    ledger_result = subprocess.run(
         [sys.executable, "-m", "cordee", "data", "ledger", str(folder), "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
-    if ledger.returncode:
-        wrong.append(f"the ledger does not prove exactly-once: {ledger.stdout}{ledger.stderr}")
-    soak.pids |= {int(m["pid"]) for e in events(folder) for m in e.get("members", ())}
-    return [*wrong, *left_behind(soak)]
+    if ledger_result.returncode:
+        problems.append(f"the ledger does not prove exactly-once: {ledger_result.stdout}{ledger_result.stderr}")
+    soak.seen_pids |= {int(m["pid"]) for e in read_events(folder) for m in e.get("members", ())}
+    return [*problems, *find_leftovers(soak)]
 
 
-def clean_run(home: Path, words: list[str]) -> tuple[str, float]:
+def run_without_faults(home: Path, overrides: list[str]) -> tuple[str, float]:
     """The digest without faults, and the median step in seconds."""
     folder = home / f"clean-{len(list(home.iterdir()))}"
     folder.mkdir()
-    with Watched(folder, home / "clean.log") as run:
-        run.start(command(folder, *words, "fault.spares=0"))
-        run.until(lambda: run.started[0].poll() is not None, 7200, "the run without faults")
-        found = ending(run)
-        run.look()
-        return found, median(float(row["step_s"]) for row in run.rows.values())
+    with RunMonitor(folder, home / "clean.log") as run:
+        run.start(train_command(folder, *overrides, "fault.spares=0"))
+        run.wait_until(lambda: run.processes[0].poll() is not None, 7200, "the run without faults")
+        digest = final_digest(run)
+        run.read_new_rows()
+        return digest, median(float(row["step_s"]) for row in run.rows.values())
 
 
 @contextmanager
-def home_of(keep: str) -> Iterator[str]:
+def home_folder(path: str) -> Iterator[str]:
     """A new folder that is removed at the end, or the one that is to be kept."""
-    if keep:
-        Path(keep).mkdir(parents=True)
-        yield keep
+    if path:
+        Path(path).mkdir(parents=True)
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="cordee-soak-") as home:
         yield home
 
 
-def report(soak: Soak) -> None:
+def print_report(soak: Soak) -> None:
     """A table of faults and ways back."""
     print(f"{'fault':12s}  times  seconds to the next step: median (smallest - largest)")
-    for fault, each in sorted(soak.back_s.items()):
-        told = f"{median(each):.2f} ({min(each):.2f} - {max(each):.2f})"
-        print(f"{fault:12s}  {len(each):5d}  {told}")
+    for fault, times_s in sorted(soak.recovery_times_s.items()):
+        summary = f"{median(times_s):.2f} ({min(times_s):.2f} - {max(times_s):.2f})"
+        print(f"{fault:12s}  {len(times_s):5d}  {summary}")
 
 
 def main() -> None:
@@ -307,46 +307,46 @@ def main() -> None:
     parser.add_argument("--digest", default="", help="of --steps without faults, where known")
     parser.add_argument("--keep", default="", help="folder that is kept, for looking into it")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    if asked.digest and not asked.steps:
+    args = parser.parse_args()
+    if args.digest and not args.steps:
         parser.error("--digest is that of a number of steps: give --steps too")
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
-    wrong: list[str] = []
-    with home_of(asked.keep) as home, household():
-        words = [f"launch.processes={asked.workers}", f"fault.silence_s={SILENCE_S}"]
-        steps = asked.steps
+    problems: list[str] = []
+    with home_folder(args.keep) as home, subreaper():
+        overrides = [f"launch.processes={args.workers}", f"fault.silence_s={SILENCE_S}"]
+        steps = args.steps
         if not steps:  # recoveries take about a quarter of the time
-            _, step_s = clean_run(Path(home), [*words, "run.steps=100"])
-            steps = max(100, int(asked.minutes * 60 * 0.75 / step_s))
-        words.append(f"run.steps={steps}")
-        again = (
-            f"python -m benchmarks.soak --minutes {asked.minutes:g} --seed {asked.seed}"
-            f" --hosts {asked.hosts} --workers {asked.workers} --pause {asked.pause:g}"
+            _, step_s = run_without_faults(Path(home), [*overrides, "run.steps=100"])
+            steps = max(100, int(args.minutes * 60 * 0.75 / step_s))
+        overrides.append(f"run.steps={steps}")
+        replay_command = (
+            f"python -m benchmarks.soak --minutes {args.minutes:g} --seed {args.seed}"
+            f" --hosts {args.hosts} --workers {args.workers} --pause {args.pause:g}"
             f" --steps {steps}"
         )
-        print(again, flush=True)
-        clean = asked.digest or clean_run(Path(home), words)[0]
-        print(f"digest without faults: {clean}", flush=True)
+        print(replay_command, flush=True)
+        clean_digest = args.digest or run_without_faults(Path(home), overrides)[0]
+        print(f"digest without faults: {clean_digest}", flush=True)
         folder = Path(home) / "run"
         folder.mkdir()
-        with Watched(folder, Path(home) / "run.log") as run:
-            soak = Soak(run, words, asked.hosts, asked.seed)
+        with RunMonitor(folder, Path(home) / "run.log") as run:
+            soak = Soak(run, overrides, args.hosts, args.seed)
             try:
-                soak.storm(steps, asked.minutes, asked.pause)
-                run.until(
-                    lambda: all(h.poll() is not None for h in soak.hosts),
-                    120 * asked.minutes + 120, "the end of the run", 0.05,
+                soak.run_faults(steps, args.minutes, args.pause)
+                run.wait_until(
+                    lambda: all(host.poll() is not None for host in soak.hosts),
+                    120 * args.minutes + 120, "the end of the run", 0.05,
                 )  # fmt: skip
-                wrong = verdict(soak, clean, steps)
-            except Late as error:
-                wrong = [str(error)]
-            report(soak)
-    for each in wrong:
-        print(f"WRONG: {each}")
-    print(f"{'failed' if wrong else 'passed'}: {again}")
-    if asked.json:
-        print(json.dumps({"wrong": wrong, "back_s": soak.back_s, "steps": steps}))
-    raise SystemExit(1 if wrong else 0)
+                problems = find_problems(soak, clean_digest, steps)
+            except DeadlineExceeded as error:
+                problems = [str(error)]
+            print_report(soak)
+    for problem in problems:
+        print(f"WRONG: {problem}")
+    print(f"{'failed' if problems else 'passed'}: {replay_command}")
+    if args.json:
+        print(json.dumps({"wrong": problems, "back_s": soak.recovery_times_s, "steps": steps}))
+    raise SystemExit(1 if problems else 0)
 
 
 if __name__ == "__main__":

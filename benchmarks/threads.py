@@ -26,71 +26,71 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from cordee.dist.start import LIFELINE, PARENT
-from cordee.metrics.sinks import read_lines
+from cordee.dist.start import LIFELINE_VARIABLE, PARENT_VARIABLE
+from cordee.metrics.sinks import read_records
 
-WORDS = (
+BASE_OVERRIDES = (
     "model.preset=micro", "model.layers=4", "model.width=128", "model.heads=4",
     "data.path=builtin:markov", "data.tokens=200000", "data.sequence=128", "batch.microbatch=4",
     "run.precision=fp32", "optim.name=adamw", "evaluate.sample=0", "evaluate.tokens=0",
     "checkpoint.every=0", "fault.recover=false",
 )  # fmt: skip
-ALIVE = os.pipe()
-OURS = {PARENT: str(os.getpid()), LIFELINE: str(ALIVE[0])}
+LIFELINE_PIPE = os.pipe()
+WORKER_ENVIRONMENT = {PARENT_VARIABLE: str(os.getpid()), LIFELINE_VARIABLE: str(LIFELINE_PIPE[0])}
 """A run ends with this process: its other end of the pipe closes then."""
-SPIN = {"GOMP_SPINCOUNT": "300000"}
+SPIN_ENVIRONMENT = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own, where nobody says how threads wait."""
-BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+BUSY_PROGRAM = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 """The other program; like the run, it does not outlive the benchmark."""
 CONDITIONS = ("alone", "beside", "fewer")
-GOAL = 1.3
+GOAL_RATIO = 1.3
 
 
 @dataclass(frozen=True)
-class Case:
+class ThreadCase:
     """Ranks and threads on all of `cores`; `spins`: with the library's own way to wait."""
 
     name: str
-    ranked: bool
+    uses_ranks: bool
     spins: bool = False
 
-    def words(self, cores: int) -> list[str]:
+    def overrides(self, cores: int) -> list[str]:
         """One rank of as many threads, or as many ranks of one."""
-        ranks, threads = (cores, 1) if self.ranked else (1, cores)
-        return [f"launch.processes={ranks}", f"launch.threads={threads}"]
+        rank_count, threads = (cores, 1) if self.uses_ranks else (1, cores)
+        return [f"launch.processes={rank_count}", f"launch.threads={threads}"]
 
 
-def step_s(case: Case, condition: str, cores: Sequence[int], words: Sequence[str]) -> float:
+def measure_step_s(case: ThreadCase, condition: str, cores: Sequence[int], overrides: Sequence[str]) -> float:
     """Median seconds of a step."""
-    mine = list(cores[:-1] if condition == "fewer" else cores)
-    with tempfile.TemporaryDirectory() as home, ExitStack() as at_end:
+    case_cores = list(cores[:-1] if condition == "fewer" else cores)
+    with tempfile.TemporaryDirectory() as home, ExitStack() as cleanup:
         folder = Path(home) / "run"
         if condition == "beside":
-            busy = subprocess.Popen(
-                [sys.executable, "-c", BUSY, str(os.getpid())],
+            busy_process = subprocess.Popen(
+                [sys.executable, "-c", BUSY_PROGRAM, str(os.getpid())],
                 preexec_fn=partial(os.sched_setaffinity, 0, cores),
             )
-            at_end.callback(busy.wait)
-            at_end.callback(busy.kill)
-        command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
-        done = subprocess.run(
-            [*command, *case.words(len(mine))],
-            env={**os.environ, **OURS, **(SPIN if case.spins else {})},
-            pass_fds=(ALIVE[0],),
-            preexec_fn=partial(os.sched_setaffinity, 0, mine),
+            cleanup.callback(busy_process.wait)
+            cleanup.callback(busy_process.kill)
+        command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *overrides]
+        result = subprocess.run(
+            [*command, *case.overrides(len(case_cores))],
+            env={**os.environ, **WORKER_ENVIRONMENT, **(SPIN_ENVIRONMENT if case.spins else {})},
+            pass_fds=(LIFELINE_PIPE[0],),
+            preexec_fn=partial(os.sched_setaffinity, 0, case_cores),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        if done.returncode:
-            raise SystemExit(f"{' '.join(done.args)} failed:\n{done.stderr[-2000:]}")
-        rows = read_lines(folder / "metrics.jsonl")
+        if result.returncode:
+            raise SystemExit(f"{' '.join(result.args)} failed:\n{result.stderr[-2000:]}")
+        rows = read_records(folder / "metrics.jsonl")
         return median(row["step_s"] for row in rows[len(rows) // 4 :])
 
 
-def ratios(rounds: Sequence[dict[str, float]], over: str, under: str) -> float:
+def median_ratio(rounds: Sequence[dict[str, float]], numerator: str, denominator: str) -> float:
     """Median over rounds of one condition's time over another's."""
-    return median(each[over] / each[under] for each in rounds)
+    return median(times_s[numerator] / times_s[denominator] for times_s in rounds)
 
 
 def main() -> None:
@@ -101,40 +101,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--spin", action="store_true")
     parser.add_argument("words", nargs="*")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("one core: none can be left to another program")
     # As many microbatches as all cores and one fewer can share evenly: the same work for each.
-    even = math.lcm(len(cores), len(cores) - 1)
-    microbatches = even * -(-8 // even)
-    words = [*WORDS, f"batch.microbatches={microbatches}", f"run.steps={asked.steps}", *asked.words]
-    cases = [Case(f"1 rank x {len(cores)} threads", False), Case(f"{len(cores)} ranks x 1", True)]
-    if asked.spin:
-        cases.append(Case(f"1 rank x {len(cores)} that spin", False, True))
+    common_multiple = math.lcm(len(cores), len(cores) - 1)
+    microbatches = common_multiple * -(-8 // common_multiple)
+    overrides = [*BASE_OVERRIDES, f"batch.microbatches={microbatches}", f"run.steps={args.steps}", *args.words]
+    cases = [ThreadCase(f"1 rank x {len(cores)} threads", False), ThreadCase(f"{len(cores)} ranks x 1", True)]
+    if args.spin:
+        cases.append(ThreadCase(f"1 rank x {len(cores)} that spin", False, True))
     turns = [(case, condition) for case in cases for condition in CONDITIONS]
-    found: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
-    for number in range(asked.rounds):
+    rounds_by_case: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
+    for round_number in range(args.rounds):
         for case in cases:
-            found[case.name].append({})
-        first = number * len(CONDITIONS) % len(turns) + number % len(CONDITIONS)
-        for case, condition in turns[first:] + turns[:first]:
-            found[case.name][-1][condition] = step_s(case, condition, cores, words)
-    told = {}
+            rounds_by_case[case.name].append({})
+        first_turn = round_number * len(CONDITIONS) % len(turns) + round_number % len(CONDITIONS)
+        for case, condition in turns[first_turn:] + turns[:first_turn]:
+            rounds_by_case[case.name][-1][condition] = measure_step_s(case, condition, cores, overrides)
+    results = {}
     for case in cases:
-        rounds = found[case.name]
+        rounds = rounds_by_case[case.name]
         seconds = {f"{c}_s": round(median(r[c] for r in rounds), 5) for c in CONDITIONS}
-        beside = ratios(rounds, "beside", "fewer")
-        told[case.name] = {
+        beside_ratio = median_ratio(rounds, "beside", "fewer")
+        results[case.name] = {
             **seconds,
-            "beside_over_fewer": round(beside, 3),
-            "beside_over_alone": round(ratios(rounds, "beside", "alone"), 3),
-            "met": beside <= GOAL,
+            "beside_over_fewer": round(beside_ratio, 3),
+            "beside_over_alone": round(median_ratio(rounds, "beside", "alone"), 3),
+            "met": beside_ratio <= GOAL_RATIO,
         }
-        shown = "  ".join(f"{key} {value}" for key, value in told[case.name].items())
-        print(f"{case.name:24s} {shown}", file=sys.stderr)
-    if asked.json:
-        print(json.dumps({"cores": len(cores), "rounds": asked.rounds, "goal": GOAL, **told}))
+        result_text = "  ".join(f"{key} {value}" for key, value in results[case.name].items())
+        print(f"{case.name:24s} {result_text}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"cores": len(cores), "rounds": args.rounds, "goal": GOAL_RATIO, **results}))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cordee.metrics.sinks import last_event, read_lines
-from cordee.testing import slowed
+from cordee.metrics.sinks import last_event, read_records
+from cordee.testing import throttle
 
-WORDS = (
+BASE_OVERRIDES = (
     "run.exact=true", "model.layers=4", "model.width=128", "model.heads=4", "data.sequence=256",
     "data.path=builtin:markov", "data.tokens=200000", "batch.microbatch=8",
     "batch.microbatches=32", "optim.name=adamw",
@@ -39,39 +39,39 @@ PERIOD_S = 0.03
 """Long against a switch of processes, short against a message: a slow device is slow, not deaf."""
 
 
-def rank_of(folder: Path, rank: int) -> int:
+def rank_pid(folder: Path, rank: int) -> int:
     """The pid of a rank of the run in `folder`, as it is now."""
-    told = [e["members"] for e in read_lines(folder / "events.jsonl") if "members" in e]
-    return int(told[-1][rank]["pid"])
+    memberships = [e["members"] for e in read_records(folder / "events.jsonl") if "members" in e]
+    return int(memberships[-1][rank]["pid"])
 
 
-def run(folder: Path, words: list[str], slow_from: int | None, part: float) -> dict[str, Any]:
+def measure_run(folder: Path, overrides: list[str], slow_step: int | None, speed_fraction: float) -> dict[str, Any]:
     """A run in which island 1 is slow from step `slow_from` on (None: never)."""
-    command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *words]
+    command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    begun = 0
+    begin_step = 0
     try:
-        while process.poll() is None and begun < max(1, slow_from or 0):
+        while process.poll() is None and begin_step < max(1, slow_step or 0):
             time.sleep(0.005)
-            begun = len(read_lines(folder / "metrics.jsonl"))
-        with nullcontext() if slow_from is None else slowed(rank_of(folder, 1), part, PERIOD_S):
-            code = process.wait()
+            begin_step = len(read_records(folder / "metrics.jsonl"))
+        with nullcontext() if slow_step is None else throttle(rank_pid(folder, 1), speed_fraction, PERIOD_S):
+            exit_code = process.wait()
     finally:
         process.kill()  # its ranks die with it
-    if code:
-        raise SystemExit(f"{' '.join(command)} failed with {code}")
-    rows = read_lines(folder / "metrics.jsonl")
-    events = read_lines(folder / "events.jsonl")
-    told = [e for e in events if e["event"] == "rebalanced"]
-    moved = [e["step"] for e in told if e["step"] > begun]
-    measured = [e["seconds_per_microbatch"] for e in told]
-    settled = min(max([begun, *moved]), len(rows) - 10)
+    if exit_code:
+        raise SystemExit(f"{' '.join(command)} failed with {exit_code}")
+    rows = read_records(folder / "metrics.jsonl")
+    events = read_records(folder / "events.jsonl")
+    rebalances = [e for e in events if e["event"] == "rebalanced"]
+    rebalance_steps = [e["step"] for e in rebalances if e["step"] > begin_step]
+    island_times = [e["seconds_per_microbatch"] for e in rebalances]
+    steady_index = min(max([begin_step, *rebalance_steps]), len(rows) - 10)
     return {
-        "tokens_per_s": median(row["tokens_per_s"] for row in rows[settled:]),
-        "steps_to_rebalanced": moved[0] - begun if moved else None,
+        "tokens_per_s": median(row["tokens_per_s"] for row in rows[steady_index:]),
+        "steps_to_rebalanced": rebalance_steps[0] - begin_step if rebalance_steps else None,
         "shares": rows[-1]["shares"],
-        "changes": len(moved),
-        "times_slower": [round(max(s) / min(s), 2) for s in measured],
+        "changes": len(rebalance_steps),
+        "times_slower": [round(max(s) / min(s), 2) for s in island_times],
         "digest": last_event(folder)["weights_sha256"],
     }
 
@@ -83,33 +83,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--part", type=float, default=1 / 3)
     parser.add_argument("words", nargs="*")
-    asked = parser.parse_args()
-    words = [*WORDS, f"run.steps={asked.steps}", *asked.words]
+    args = parser.parse_args()
+    overrides = [*BASE_OVERRIDES, f"run.steps={args.steps}", *args.words]
     cases: dict[str, tuple[list[str], int | None]] = {
-        "equal": (words, None),
-        "uneven": (words, 1),
-        "uneven, balance=false": ([*words, "layout.balance=false"], 1),
-        "uneven from the middle": (words, asked.steps // 2),
-        "equal again": (words, None),
+        "equal": (overrides, None),
+        "uneven": (overrides, 1),
+        "uneven, balance=false": ([*overrides, "layout.balance=false"], 1),
+        "uneven from the middle": (overrides, args.steps // 2),
+        "equal again": (overrides, None),
     }
     with tempfile.TemporaryDirectory() as home:
-        found = {
-            name: run(Path(home) / str(place), case, slow_from, asked.part)
-            for place, (name, (case, slow_from)) in enumerate(cases.items())
+        results = {
+            name: measure_run(Path(home) / str(index), case_overrides, slow_step, args.part)
+            for index, (name, (case_overrides, slow_step)) in enumerate(cases.items())
         }
-    equal = (found["equal"]["tokens_per_s"] + found["equal again"]["tokens_per_s"]) / 2
-    reference = found["equal"]["digest"]
-    for name, each in found.items():
-        whole = equal * (1 if name.startswith("equal") else (1 + asked.part) / 2)
-        speed = each.pop("tokens_per_s")
-        each["of_both_speeds"] = round(speed / whole, 3)
-        if slower := each["times_slower"]:
-            each["of_measured_speeds"] = round(speed / (equal * (1 + 1 / slower[-1]) / 2), 3)
-        each["digest"] = "same" if each["digest"] == reference else each["digest"]
-        told = "  ".join(f"{key} {value}" for key, value in each.items())
-        print(f"{name:24s} {told}", file=sys.stderr)
-    if asked.json:
-        print(json.dumps(found))
+    equal_speed = (results["equal"]["tokens_per_s"] + results["equal again"]["tokens_per_s"]) / 2
+    reference_digest = results["equal"]["digest"]
+    for name, result in results.items():
+        full_speed = equal_speed * (1 if name.startswith("equal") else (1 + args.part) / 2)
+        speed = result.pop("tokens_per_s")
+        result["of_both_speeds"] = round(speed / full_speed, 3)
+        if slowdowns := result["times_slower"]:
+            result["of_measured_speeds"] = round(speed / (equal_speed * (1 + 1 / slowdowns[-1]) / 2), 3)
+        result["digest"] = "same" if result["digest"] == reference_digest else result["digest"]
+        result_text = "  ".join(f"{key} {value}" for key, value in result.items())
+        print(f"{name:24s} {result_text}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

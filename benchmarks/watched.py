@@ -30,12 +30,12 @@ POLL_S = 0.001
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Late(RuntimeError):
+class DeadlineExceeded(RuntimeError):
     """What was waited for did not come before its deadline."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class FaultTrial:
     """One fault: seconds to the next step and to two islands; NaN: it did not come back. `same`:
     whether the run ended with the bits of one without faults; None: its end was not waited for."""
 
@@ -46,146 +46,146 @@ class Trial:
     same: bool | None = None
 
 
-def judged(found: list[Trial], same: bool) -> list[Trial]:
+def with_digest_check(trials: list[FaultTrial], is_same_digest: bool) -> list[FaultTrial]:
     """The trials of a run whose end is known."""
-    return [replace(trial, same=same) for trial in found]
+    return [replace(trial, same=is_same_digest) for trial in trials]
 
 
-class Rows:
+class JsonLinesTail:
     """The lines that are new in a file of JSON lines, also when it was cut back meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._at, self._file, self._half = 0, 0, b""
+        self._offset, self._inode, self._partial_line = 0, 0, b""
 
-    def new(self) -> list[Row]:
+    def read_new(self) -> list[Row]:
         """Whole lines since the last call."""
         try:
             with open(self.path, "rb") as stream:
-                known = os.fstat(stream.fileno())
-                if known.st_ino != self._file or known.st_size < self._at:
-                    self._at, self._file, self._half = 0, known.st_ino, b""
-                stream.seek(self._at)
+                file_stat = os.fstat(stream.fileno())
+                if file_stat.st_ino != self._inode or file_stat.st_size < self._offset:
+                    self._offset, self._inode, self._partial_line = 0, file_stat.st_ino, b""
+                stream.seek(self._offset)
                 data = stream.read()
         except FileNotFoundError:
             return []
-        self._at += len(data)
-        *lines, self._half = (self._half + data).split(b"\n")
+        self._offset += len(data)
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         return [json.loads(line) for line in lines if line]
 
 
-class Watched:
+class RunMonitor:
     """A run that was started with `start`; more processes of it (other hosts) may follow.
 
     `rows` are all rows that were seen, by step, the newest of each; `last` is the newest.
     """
 
-    def __init__(self, folder: Path, log: Path) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, folder: Path, log_path: Path) -> None:
+        self.folder, self.log_path = folder, log_path
         self.rows: dict[int, Row] = {}
-        self.last: Row = {}
-        self.started: list[subprocess.Popen[bytes]] = []
-        self._new = Rows(folder / "metrics.jsonl")
+        self.last_row: Row = {}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._tail = JsonLinesTail(folder / "metrics.jsonl")
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Starts a process of the run in a session of its own; its words go to the log."""
-        with open(self.log, "ab") as words:
+        with open(self.log_path, "ab") as log_file:
             process = subprocess.Popen(
                 list(command), env={**os.environ, **(environment or {})},
-                stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True,
             )  # fmt: skip
-        self.started.append(process)
+        self.processes.append(process)
         return process
 
-    def look(self) -> list[Row]:
+    def read_new_rows(self) -> list[Row]:
         """The rows since the last look."""
-        fresh = self._new.new()
-        for row in fresh:
-            self.rows[row["step"]] = self.last = row
-        return fresh
+        new_rows = self._tail.read_new()
+        for row in new_rows:
+            self.rows[row["step"]] = self.last_row = row
+        return new_rows
 
-    def until(
-        self, happened: Callable[[], bool], deadline_s: float, what: str, poll_s: float = 0.01
+    def wait_until(
+        self, condition: Callable[[], bool], deadline_s: float, description: str, poll_s: float = 0.01
     ) -> None:
         """Waits, looking at rows meanwhile. Late: it did not happen; the run's words are told."""
-        end = time.monotonic() + deadline_s
-        while not happened():
-            self.look()
-            over = all(process.poll() is not None for process in self.started)
-            if (over and not happened()) or time.monotonic() > end:
-                raise Late(
-                    "the run is over: " * over
-                    + f"{what} did not happen in {deadline_s:.0f} s\n{self.words()}"
+        end_s = time.monotonic() + deadline_s
+        while not condition():
+            self.read_new_rows()
+            is_over = all(process.poll() is not None for process in self.processes)
+            if (is_over and not condition()) or time.monotonic() > end_s:
+                raise DeadlineExceeded(
+                    "the run is over: " * is_over
+                    + f"{description} did not happen in {deadline_s:.0f} s\n{self.log_tail()}"
                 )
             time.sleep(poll_s)
 
-    def words(self) -> str:
+    def log_tail(self) -> str:
         """The end of the run's words."""
-        return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+        return self.log_path.read_text(errors="replace")[-3000:] if self.log_path.exists() else ""
 
-    def recovery(
-        self, strike: Callable[[], object], full: int, deadline_s: float = 120.0
+    def measure_recovery(
+        self, inject: Callable[[], object], full_islands: int, deadline_s: float = 120.0
     ) -> tuple[float, float]:
         """Seconds from `strike` to the next committed step of a new generation, and of one with
         `full` islands. Late: it did not come back."""
-        self.look()
-        before = self.last.get("quorum", 0)
-        began = time.monotonic()
-        strike()
+        self.read_new_rows()
+        old_generation = self.last_row.get("quorum", 0)
+        start_s = time.monotonic()
+        inject()
         first_s = 0.0
-        while time.monotonic() - began < deadline_s:
-            for row in self.look():
-                if row["quorum"] <= before:
+        while time.monotonic() - start_s < deadline_s:
+            for row in self.read_new_rows():
+                if row["quorum"] <= old_generation:
                     continue
-                now_s = time.monotonic() - began
-                first_s = first_s or now_s
-                if row["islands"] >= full:
-                    return first_s, now_s
+                elapsed_s = time.monotonic() - start_s
+                first_s = first_s or elapsed_s
+                if row["islands"] >= full_islands:
+                    return first_s, elapsed_s
             time.sleep(POLL_S)
-        raise Late(f"not back after {deadline_s:.0f} s\n{self.words()}")
+        raise DeadlineExceeded(f"not back after {deadline_s:.0f} s\n{self.log_tail()}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.started:
-            end_tree(process.pid)
+        for process in self.processes:
+            kill_tree(process.pid)
             process.wait()
 
 
-def step_median_s(run: Watched) -> float:
+def median_step_s(run: RunMonitor) -> float:
     """The median of the newest steps' whole time, of those that all ranks took."""
-    steps = [run.rows[n] for n in sorted(run.rows)[-60:]]
-    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["quorum"] == b["quorum"]]
-    whole = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
-    return median(whole)
+    newest_rows = [run.rows[n] for n in sorted(run.rows)[-60:]]
+    pairs = [(a, b) for a, b in itertools.pairwise(newest_rows) if a["quorum"] == b["quorum"]]
+    step_times_s = [float(b["elapsed_s"] - a["elapsed_s"]) for a, b in pairs if b["islands"] == 2]
+    return median(step_times_s)
 
 
-def until_rows(run: Watched, count: int) -> None:
+def wait_for_rows(run: RunMonitor, count: int) -> None:
     """Waits for so many steps in all."""
-    run.until(lambda: len(run.rows) >= count, 120, f"{count} steps")
+    run.wait_until(lambda: len(run.rows) >= count, 120, f"{count} steps")
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def children(pid: int) -> list[int]:
+def child_pids(pid: int) -> list[int]:
     """The living children of a process, its threads' included."""
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):
-            found += [int(word) for word in (task / "children").read_text().split()]
-    return [child for child in found if lives(child)]
+            pids += [int(word) for word in (task / "children").read_text().split()]
+    return [child for child in pids if is_alive(child)]
 
 
-def tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and everything below it."""
-    return [pid, *(one for child in children(pid) for one in tree(child))]
+    return [pid, *(descendant for child in child_pids(pid) for descendant in process_tree(child))]
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process is there and no zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -197,59 +197,59 @@ def lives(pid: int) -> bool:
 def cpu_s(pid: int) -> float:
     """Seconds of processor time that a process has used so far; 0 when it is gone."""
     with suppress(OSError):
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        stat_fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat_fields[11]) + int(stat_fields[12])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
 
-def thread_s(pid: int, name: str) -> float:
+def thread_cpu_s(pid: int, name: str) -> float:
     """Seconds of processor time that the threads of that name in a process have used so far."""
-    found = 0.0
+    total_s = 0.0
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):
             if (task / "comm").read_text().strip() == name:
-                found += int((task / "schedstat").read_text().split()[0]) / 1e9
-    return found
+                total_s += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return total_s
 
 
-def send(pid: int, number: int) -> None:
+def send_signal(pid: int, signal_number: int) -> None:
     """A signal to a process that may be gone."""
     with suppress(ProcessLookupError):
-        os.kill(pid, number)
+        os.kill(pid, signal_number)
 
 
-def end_tree(pid: int) -> None:
+def kill_tree(pid: int) -> None:
     """Kills a process and everything below it."""
-    for one in tree(pid):
-        send(one, signal.SIGKILL)
+    for descendant in process_tree(pid):
+        send_signal(descendant, signal.SIGKILL)
 
 
 @contextmanager
-def household() -> Iterator[None]:
+def subreaper() -> Iterator[None]:
     """While this lasts, orphans of our processes become our children; at its end all are killed."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+    def exit_on_signal(signal_number: int, _: object) -> None:
+        raise SystemExit(128 + signal_number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    old_handler = signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         yield
     finally:
-        while left := children(os.getpid()):
-            for child in left:
-                end_tree(child)
+        while orphans := child_pids(os.getpid()):
+            for child in orphans:
+                kill_tree(child)
             time.sleep(0.01)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, old_handler)
 
 
 # ---- Cordée --------------------------------------------------------------------------------------
 
-WORDS = (
+BASE_OVERRIDES = (
     "run.exact=true", "model.layers=2", "model.width=128", "model.heads=4", "data.sequence=128",
     "data.path=builtin:markov", "data.tokens=200000", "batch.microbatch=2",
     "batch.microbatches=6", "optim.name=adamw", "evaluate.sample=0", "evaluate.tokens=2048",
@@ -259,59 +259,59 @@ WORDS = (
 processor has; so a digest holds for all of one kind."""
 
 
-def command(folder: Path, *words: str) -> list[str]:
+def train_command(folder: Path, *overrides: str) -> list[str]:
     """The command line of a run in `folder`."""
-    return [sys.executable, "-m", "cordee", "train", *WORDS, *words, f"run.dir={folder}"]
+    return [sys.executable, "-m", "cordee", "train", *BASE_OVERRIDES, *overrides, f"run.dir={folder}"]
 
 
-def events(folder: Path) -> list[dict[str, Any]]:
+def read_events(folder: Path) -> list[dict[str, Any]]:
     """The run's events so far."""
-    return Rows(folder / "events.jsonl").new()
+    return JsonLinesTail(folder / "events.jsonl").read_new()
 
 
-def members(folder: Path) -> list[int]:
+def member_pids(folder: Path) -> list[int]:
     """The pids of the newest generation, by rank; empty before the first."""
-    told = [e["members"] for e in events(folder) if e.get("members")]
-    return [int(member["pid"]) for member in told[-1]] if told else []
+    memberships = [e["members"] for e in read_events(folder) if e.get("members")]
+    return [int(member["pid"]) for member in memberships[-1]] if memberships else []
 
 
-def called(pid: int) -> str:
+def worker_name(pid: int) -> str:
     """What a worker calls itself: "rank 0", "ready" (a warm spare), or ""."""
     with suppress(OSError):
-        head, _, name = Path(f"/proc/{pid}/comm").read_text().strip().partition(" ")
-        return name if head == "cordee" else ""
+        prefix, _, name = Path(f"/proc/{pid}/comm").read_text().strip().partition(" ")
+        return name if prefix == "cordee" else ""
     return ""
 
 
-def settled(run: Watched, hosts: Sequence[subprocess.Popen[bytes]], full: int, spares: int) -> bool:
+def is_settled(run: RunMonitor, hosts: Sequence[subprocess.Popen[bytes]], islands: int, spare_count: int) -> bool:
     """Whether `full` islands compute and every host's spares have imported everything."""
-    run.look()
-    names = [[called(child) for child in children(host.pid)] for host in hosts]
-    ranks = sum(name.startswith("rank") for each in names for name in each)
-    warm = all(each.count("ready") >= spares for each in names)
-    return warm and ranks == full == run.last.get("islands")
+    run.read_new_rows()
+    names_by_host = [[worker_name(child) for child in child_pids(host.pid)] for host in hosts]
+    rank_count = sum(name.startswith("rank") for host_names in names_by_host for name in host_names)
+    has_warm_spares = all(host_names.count("ready") >= spare_count for host_names in names_by_host)
+    return has_warm_spares and rank_count == islands == run.last_row.get("islands")
 
 
-def address_of(folder: Path, but: str) -> str:
+def find_live_address(folder: Path, excluded: str) -> str:
     """Where a living host of the newest view is met that is not the founder. A view names a host
     that has just been killed until the others have voted. Late: nobody answers."""
-    known = json.loads((folder / "members.json").read_text())["view"]["hosts"]
-    for address in (str(host).partition("#")[0] for host in known):
-        if address != but and listens(address):
+    hosts = json.loads((folder / "members.json").read_text())["view"]["hosts"]
+    for address in (str(host).partition("#")[0] for host in hosts):
+        if address != excluded and is_listening(address):
             return address
-    raise Late(f"no host of {known} but {but or 'none'} answers")
+    raise DeadlineExceeded(f"no host of {hosts} but {excluded or 'none'} answers")
 
 
-def listens(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Whether somebody takes connections at host:port."""
     host, _, port = address.rpartition(":")
-    with socket.socket() as asking:
-        asking.settimeout(5)
-        return asking.connect_ex((host, int(port))) == 0
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def free_port() -> int:
     """A port that nobody listens on now."""
-    with socket.socket() as asking:
-        asking.bind(("127.0.0.1", 0))
-        return int(asking.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

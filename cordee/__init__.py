@@ -12,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_EXPORTS = {
     "train": "cordee.train",
     "Report": "cordee.train",
     "Parts": "cordee.parts",
@@ -24,13 +24,13 @@ _PLACES = {
 __all__ = ["Parts", "Report", "Run", "launch", "load", "override", "train"]
 
 
-def _module(name: str) -> ModuleType:
+def _import_checked(module_name: str) -> ModuleType:
     """A module of the package; ConfigError on a system that it cannot run on."""
     importlib.import_module("cordee.system").check_system()
-    return importlib.import_module(name)
+    return importlib.import_module(module_name)
 
 
-class _Face(ModuleType):
+class _LazyModule(ModuleType):
     """The package as a module whose names are looked up late.
 
     `train` is both a file and the function in it: importing the file would put the module in the
@@ -40,16 +40,16 @@ class _Face(ModuleType):
     @property
     def train(self) -> Any:
         """The function `cordee.train.train`."""
-        return _module("cordee.train").train
+        return _import_checked("cordee.train").train
 
     @train.setter
     def train(self, _: Any) -> None:
         """The import system's own assignment is not wanted."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PLACES:
-            return getattr(_module(_PLACES[name]), name)
+        if name in _EXPORTS:
+            return getattr(_import_checked(_EXPORTS[name]), name)
         raise AttributeError(f"module 'cordee' has no attribute {name!r}")
 
 
-sys.modules[__name__].__class__ = _Face
+sys.modules[__name__].__class__ = _LazyModule

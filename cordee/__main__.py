@@ -10,12 +10,12 @@ if not __package__:
     from importlib.util import module_from_spec, spec_from_file_location
     from pathlib import Path
 
-    here = Path(__file__).resolve().parent
+    package_dir = Path(__file__).resolve().parent
     spec = spec_from_file_location(
-        "cordee", here / "__init__.py", submodule_search_locations=[str(here)]
+        "cordee", package_dir / "__init__.py", submodule_search_locations=[str(package_dir)]
     )
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{here} is no package")
+        raise SystemExit(f"{package_dir} is no package")
     package = module_from_spec(spec)
     sys.modules["cordee"] = package
     spec.loader.exec_module(package)
@@ -27,9 +27,9 @@ if sys.argv[1:2] == ["--module"]:
     # A program of the package's own, such as the probe, in a process that imports like this one.
     from runpy import run_module
 
-    name = sys.argv[2]
+    module_name = sys.argv[2]
     del sys.argv[1:3]
-    run_module(name, run_name="__main__", alter_sys=True)
+    run_module(module_name, run_name="__main__", alter_sys=True)
 else:
     from cordee.cli.main import program
 

@@ -10,43 +10,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cordee.build import RunState, speakers
-from cordee.desk import Desk
-from cordee.dist.tally import Tally
-from cordee.layout.shares import deal, explain
-from cordee.sync.protocol import ByExchange
+from cordee.build import RunState, find_loss_owners
+from cordee.desk import RunLogger
+from cordee.dist.tally import StepSummary
+from cordee.layout.shares import microbatch_ranges, describe_balance
+from cordee.sync.protocol import TreeSync
 
 
-def rebalance(state: RunState, desk: Desk, tally: Tally) -> None:
+def rebalance(state: RunState, logger: RunLogger, step_summary: StepSummary) -> None:
     """After a step: notes how long islands computed, and moves microbatches when that pays."""
-    balance = state.balance
-    if balance is None:
+    balancer = state.load_balancer
+    if balancer is None:
         return
-    islands = state.plan.layout.island
-    ranks = state.world.size // islands
+    island_count = state.plan.layout.island
+    ranks_per_island = state.process.size // island_count
     # Ranks of an island wait for each other as they compute: the slowest one's time is theirs.
-    balance.feed([max(tally.compute_s[i * ranks : (i + 1) * ranks]) for i in range(islands)])
-    before = list(balance.counts)
-    after = balance.decide()
-    if after is None:
+    balancer.add_step([max(step_summary.compute_s[i * ranks_per_island : (i + 1) * ranks_per_island]) for i in range(island_count)])
+    old_shares = list(balancer.counts)
+    new_shares = balancer.next_counts()
+    if new_shares is None:
         return
-    share_out(state, deal(after, state.plan.layout.workers // islands))
-    why = explain(after, balance.seconds)
-    known = {
-        "before": before,
-        "after": after,
-        "seconds_per_microbatch": [round(s, 6) for s in balance.seconds],
-        "why": why,
+    set_worker_ranges(state, microbatch_ranges(new_shares, state.plan.layout.dp_size // island_count))
+    reason = describe_balance(new_shares, balancer.microbatch_seconds)
+    fields = {
+        "before": old_shares,
+        "after": new_shares,
+        "seconds_per_microbatch": [round(s, 6) for s in balancer.microbatch_seconds],
+        "why": reason,
     }
-    desk.event("rebalanced", state.progress.step, known)
-    desk.screen.say(f"step {state.progress.step:>5}  shares: {why}")
+    logger.log_event("rebalanced", state.progress.step, fields)
+    logger.screen.print_line(f"step {state.progress.step:>5}  shares: {reason}")
 
 
-def share_out(state: RunState, splits: Sequence[tuple[int, int]]) -> None:
+def set_worker_ranges(state: RunState, splits: Sequence[tuple[int, int]]) -> None:
     """Worker w computes the microbatches [start, stop) of `splits[w]` from the next step on."""
     state.plan = replace(state.plan, splits=tuple(splits))
     ranges = [range(start, stop) for start, stop in splits]
-    state.engine.deal(ranges[state.mesh.worker])
-    if isinstance(state.sync, ByExchange):
-        state.sync.deal(ranges)
-    state.spoken = speakers(state.run, state.plan, state.live.stages)
+    state.engine.set_microbatches(ranges[state.mesh.worker_index])
+    if isinstance(state.sync, TreeSync):
+        state.sync.set_ranges(ranges)
+    state.loss_owners = find_loss_owners(state.run, state.plan, state.model.stages)

@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["cpu", "cuda", "xpu", "mps"]
+DeviceKind = Literal["cpu", "cuda", "xpu", "mps"]
 
-HOST_ONLY = "cpu:gloo"
+HOST_GLOO = "cpu:gloo"
 """Messages of accelerators that travel from host memory: in groups with ranks of another kind, and
 wherever a kind has no backend of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceSpec:
     """One kind. `backend` carries its ranks' messages (torch.distributed's words)."""
 
     backend: str
-    inside: bool = True
+    multidevice: bool = True
     """Whether an island may have several of them: their messages stay on the devices."""
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
     exact: bool = False
@@ -37,7 +37,7 @@ class Device:
     """Whether the device's own clock tells when it came to a point; else the host's does."""
     memory_statistics: bool = True
     """Whether the allocator tells its peak; else the process's peak is what is known."""
-    pinned: bool = True
+    pinning: bool = True
     """Whether copies from and to the host are quicker, and go on in the background, when the
     host's memory is pinned."""
     offload: bool = True
@@ -47,22 +47,22 @@ class Device:
     overhead_bytes: int = 900 << 20
     """Memory beside what torch's allocator holds: context and communicators; of a CPU, interpreter
     and torch."""
-    figures: Literal["cpu", "cuda"] = "cuda"
+    cost_model: Literal["cpu", "cuda"] = "cuda"
     """Whose measured constants the planner takes (`plan/costs.py`)."""
 
 
-DEVICES: Mapping[str, Device] = {
-    "cpu": Device(
+DEVICES: Mapping[str, DeviceSpec] = {
+    "cpu": DeviceSpec(
         backend="gloo", exact=True, streams=False, events=False, memory_statistics=False,
-        pinned=False, offload=False, compiler="CXX", overhead_bytes=250 << 20, figures="cpu",
+        pinning=False, offload=False, compiler="CXX", overhead_bytes=250 << 20, cost_model="cpu",
     ),
-    "cuda": Device(
+    "cuda": DeviceSpec(
         backend="cpu:gloo,cuda:nccl", exact=True, precisions=("fp32", "bf16", "fp16", "fp8"),
     ),
-    "xpu": Device(backend="cpu:gloo,xpu:xccl"),
-    "mps": Device(
-        backend=HOST_ONLY, inside=False, float64=False, streams=False, memory_statistics=False,
-        pinned=False, offload=False, compiler="CXX",
+    "xpu": DeviceSpec(backend="cpu:gloo,xpu:xccl"),
+    "mps": DeviceSpec(
+        backend=HOST_GLOO, multidevice=False, float64=False, streams=False, memory_statistics=False,
+        pinning=False, offload=False, compiler="CXX",
     ),
 }  # fmt: skip
 """ROCm's builds of torch call RCCL nccl. Apple's GPU works in the host's memory."""

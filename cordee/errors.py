@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-DIGITS, LETTERS = 40, 2000
+MAX_DIGITS, MAX_LETTERS = 40, 2000
 """Of a value that is shown in a sentence, at most."""
 
 
@@ -22,31 +22,31 @@ class CordeeError(Exception):
     exit_code = 1
 
     def __init__(
-        self, what: str, *, values: Mapping[str, object] | None = None, fix: str | None = None
+        self, message: str, *, values: Mapping[str, object] | None = None, fix: str | None = None
     ) -> None:
-        self.what = what
+        self.message = message
         self.values = dict(values or {})
         self.fix = fix
         super().__init__(self.sentence())
 
     def sentence(self) -> str:
         """The error as shown: what, one line of values, one line with the nearest fix."""
-        lines = [self.what]
+        lines = [self.message]
         if self.values:
             lines.append(
-                "  values: " + ", ".join(f"{k}={_shown(v)}" for k, v in self.values.items())
+                "  values: " + ", ".join(f"{k}={_shorten(v)}" for k, v in self.values.items())
             )
         if self.fix:
             lines.append("  nearest fix: " + self.fix)
         return "\n".join(lines)
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     """A value in a sentence; of an integer or a text without end, its start and its length."""
-    if isinstance(value, int) and abs(value) >= 10**DIGITS:
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str) and len(value) > LETTERS:
-        return f"{value[:LETTERS]!r}... ({len(value)} letters)"
+    if isinstance(value, str) and len(value) > MAX_LETTERS:
+        return f"{value[:MAX_LETTERS]!r}... ({len(value)} letters)"
     return repr(value)
 
 

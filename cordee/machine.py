@@ -11,40 +11,40 @@ from dataclasses import asdict
 from typing import Any
 
 from cordee.dist.start import loopback_environment, module_command
-from cordee.dist.streams import say
+from cordee.dist.streams import print_to_stderr
 from cordee.plan.cluster import Cluster, local_cluster
-from cordee.plan.profile import Host, Profile, describe, read_profile, this_host
+from cordee.plan.profile import Host, Profile, profile_text, read_profile, local_host
 
-LIMIT_S = 60.0
+PROBE_TIMEOUT_S = 60.0
 """A measurement that takes longer is given up."""
 
 
-def measured_cluster(probes: bool) -> tuple[Cluster, dict[str, Any]]:
+def measure_cluster(may_probe: bool) -> tuple[Cluster, dict[str, Any]]:
     """This machine and the profile that its figures rest on ({}: the processor's flags). `probes`:
     measure it now where no profile is kept, and say so."""
-    host = this_host()
-    profile, trouble = read_profile(host)
-    if trouble:
-        say(f"profile {trouble}")
-    if profile is None and probes:
-        profile = probe(host)
+    host = local_host()
+    profile, problem = read_profile(host)
+    if problem:
+        print_to_stderr(f"profile {problem}")
+    if profile is None and may_probe:
+        profile = probe_machine(host)
     return local_cluster(profile), {} if profile is None else asdict(profile)
 
 
-def probe(host: Host) -> Profile | None:
+def probe_machine(host: Host) -> Profile | None:
     """Measures this machine in a process of its own and keeps the profile; says in one line what
     was measured, or why nothing was (None)."""
     command = module_command("cordee.probe")
     environment = loopback_environment()
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
         )
-        answer = json.loads(done.stdout)
+        answer = json.loads(result.stdout)
         profile = Profile.from_json(json.dumps(answer["profile"]))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-        say(f"profile none, by the processor's flags: {error}")
+        print_to_stderr(f"profile none, by the processor's flags: {error}")
         return None
-    kept = f" (not kept: {answer['trouble']})" if answer["trouble"] else ""
-    say(f"profile {describe(profile)}; measured in {profile.seconds:.1f} s{kept}")
+    save_note = f" (not kept: {answer['trouble']})" if answer["trouble"] else ""
+    print_to_stderr(f"profile {profile_text(profile)}; measured in {profile.seconds:.1f} s{save_note}")
     return profile if profile.host == host else None

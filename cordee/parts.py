@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from cordee.config.run import MemorySettings, Run
-from cordee.data.samples import Samples
+from cordee.data.samples import MapDataset
 from cordee.errors import ConfigError
-from cordee.parallel.apply import Loss
-from cordee.parallel.engine import Microbatches
+from cordee.parallel.apply import LossFunction
+from cordee.parallel.engine import MicrobatchLoader
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Parts:
     """
 
     model: nn.Module | None = None
-    loader: Microbatches | None = None
-    loss: Loss | None = None
-    data: Samples | None = None
-    held_out: Samples | None = None
+    loader: MicrobatchLoader | None = None
+    loss: LossFunction | None = None
+    data: MapDataset | None = None
+    held_out: MapDataset | None = None
 
     @property
-    def any(self) -> bool:
+    def has_any(self) -> bool:
         """Whether something was brought, which cannot travel to other processes."""
         return any(part is not None for part in vars(self).values())
 
@@ -46,7 +46,7 @@ class Parts:
 
     def check(self, run: Run) -> None:
         """ConfigError for what `run` asks of a part that is not the house's own."""
-        self._check_kinds()
+        self._check_types()
         if (self.loss is None) != (self.data is None) or (self.loss and self.model is None):
             raise ConfigError(
                 "a loss of your own needs your model and your data, and they need it",
@@ -75,10 +75,10 @@ class Parts:
                 fix="leave memory.* out, and checkpoint inside your module",
             )
         if run.run.compile != "none" or run.run.precision == "fp8":
-            told = {"run.compile": run.run.compile, "run.precision": run.run.precision}
+            key_values = {"run.compile": run.run.compile, "run.precision": run.run.precision}
             raise ConfigError(
                 "run.compile and fp8 are for the blocks of the built-in model",
-                values={"model": name, **told},
+                values={"model": name, **key_values},
                 fix="run.compile=none run.precision=bf16, and compile inside your module",
             )
         for axis in ("tensor", "pipeline", "context", "expert"):
@@ -90,21 +90,21 @@ class Parts:
                     fix=f"layout.{axis}=1, or layout.shard={degree}",
                 )
 
-    def _check_kinds(self) -> None:
+    def _check_types(self) -> None:
         """ConfigError for a part that cannot be what its name says."""
         samples = ("__len__", "__getitem__")
-        wants: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        requirements: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "model": ("a module, made", lambda part: isinstance(part, nn.Module)),
             "loss": ("a function: loss(model, *batch)", callable),
-            "data": ("samples with len() and [i]", lambda part: _has(part, samples)),
-            "held_out": ("samples with len() and [i]", lambda part: _has(part, samples)),
-            "loader": ("what gives microbatches", lambda part: _has(part, ("begin", "microbatch"))),
+            "data": ("samples with len() and [i]", lambda part: _has_methods(part, samples)),
+            "held_out": ("samples with len() and [i]", lambda part: _has_methods(part, samples)),
+            "loader": ("what gives microbatches", lambda part: _has_methods(part, ("begin", "microbatch"))),
         }
-        for name, (words, is_one) in wants.items():
+        for name, (requirement, is_valid) in requirements.items():
             part = getattr(self, name)
-            if part is not None and not is_one(part):
+            if part is not None and not is_valid(part):
                 raise ConfigError(
-                    f"the {name} that was brought is not {words}",
+                    f"the {name} that was brought is not {requirement}",
                     values={name: repr(part)[:200]},
                     fix="cordee.train(run, model=module, loss=function, data=samples)",
                 )
@@ -118,6 +118,6 @@ class Parts:
                 )
 
 
-def _has(part: Any, methods: Sequence[str]) -> bool:
+def _has_methods(part: Any, methods: Sequence[str]) -> bool:
     """Whether an instance (not a class) has these methods."""
     return not isinstance(part, type) and all(hasattr(type(part), name) for name in methods)

@@ -18,71 +18,71 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cordee.begin import Ready
+from cordee.begin import PreparedRun
 from cordee.build import RunState
 from cordee.checkpoint.folders import folder_name
-from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
-from cordee.checkpoint.neighbour import Neighbour
-from cordee.checkpoint.peer import Filled, Kept, fill, no_drill
-from cordee.checkpoint.rescue import Rescued, rescue, told_of
+from cordee.checkpoint.load import Checkpoint, find_newest, open_checkpoint
+from cordee.checkpoint.neighbour import PeerBackup
+from cordee.checkpoint.peer import RestoreStats, StateSnapshot, restore_from_peers, no_fault
+from cordee.checkpoint.rescue import EmergencySave, write_emergency_save, event_fields
 from cordee.checkpoint.save import Saver
-from cordee.checkpoint.state import Progress, describe, progress_of, reader
-from cordee.config.load import RUN_FILE, recorded
+from cordee.checkpoint.state import Progress, make_metadata, parse_progress, make_reader
+from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.config.run import Run
 from cordee.data.manifest import DatasetInfo
-from cordee.desk import Desk
-from cordee.dist.exchange import gather_bytes, gather_rows
-from cordee.dist.line import Line
-from cordee.dist.start import Launched, World
+from cordee.desk import RunLogger
+from cordee.dist.exchange import all_gather_bytes, all_gather_rows
+from cordee.dist.line import SupervisorClient
+from cordee.dist.start import LaunchInfo, RankProcess
 from cordee.errors import CheckpointError, ConfigError, DataError
-from cordee.layout.axes import AXES, INSIDE
+from cordee.layout.axes import AXES, MODEL_AXES
 from cordee.metrics.screen import Screen
-from cordee.metrics.sinks import JsonLines, now
-from cordee.model.arithmetic import fingerprint, libraries
+from cordee.metrics.sinks import JsonLinesWriter, utc_timestamp
+from cordee.model.arithmetic import arithmetic_fingerprint, library_versions
 from cordee.plan.plan import Plan
 from cordee.rendezvous import last_generation, remedy
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerAssignment:
     """This process's place in a generation: the plan, its rank, the rendezvous `store` (None: what
     the launcher told), and of a supervised one its number (0: of no supervisor), the verdicts that
     led to it, all its processes, and when the one before ended (this host's monotonic clock);
     `rescue`: not to train, but to save what is left."""
 
     plan: Plan
-    told: Launched
+    launch_info: LaunchInfo
     drill: str
     store: Any = None
-    mark: Any = None
+    record_phase: Any = None
     generation: int = 0
-    why: tuple[Mapping[str, Any], ...] = ()
+    verdicts: tuple[Mapping[str, Any], ...] = ()
     members: tuple[Mapping[str, Any], ...] = ()
-    ended_s: float = 0.0
-    rescue: bool = False
+    previous_end_s: float = 0.0
+    is_emergency: bool = False
 
 
-def seats(ready: Ready, line: Line | None) -> Iterator[Seat]:
+def assignments(prepared_run: PreparedRun, supervisor: SupervisorClient | None) -> Iterator[WorkerAssignment]:
     """The seats of this process, one after another; without a supervisor it has one."""
-    if line is None:
-        yield Seat(ready.plan, ready.told, ready.run.fault.kills[0])
+    if supervisor is None:
+        yield WorkerAssignment(prepared_run.plan, prepared_run.launch_info, prepared_run.run.fault.kill_specs[0])
         return
-    line.ready()
-    while (given := line.take()) is not None:
-        told = replace(ready.told, rank=given.rank, size=given.size, local_rank=given.local_rank)
-        yield Seat(
-            Plan.from_json(given.plan), told, given.drill, line.store(given), line.mark,
-            given.generation, tuple(given.why), tuple(given.members), given.ended_s, given.rescue,
+    supervisor.report_ready()
+    while (message := supervisor.next_assignment()) is not None:
+        launch_info = replace(prepared_run.launch_info, rank=message.rank, size=message.size, local_rank=message.local_rank)
+        yield WorkerAssignment(
+            Plan.from_json(message.plan), launch_info, message.drill, supervisor.make_store(message), supervisor.record_phase,
+            message.generation, tuple(message.why), tuple(message.members), message.ended_s, message.rescue,
         )  # fmt: skip
 
 
 @dataclass
-class Memory:
+class SurvivorState:
     """What this process holds from one generation to the next; nothing at first."""
 
     state: RunState | None = None
-    desk: Desk | None = None
-    neighbour: Neighbour | None = None
+    logger: RunLogger | None = None
+    peer_backup: PeerBackup | None = None
 
     @property
     def data(self) -> DatasetInfo | None:
@@ -94,218 +94,218 @@ class Memory:
         """The last step that was committed here; -1 when nothing is held."""
         return -1 if self.state is None else self.state.progress.step
 
-    def kept(self) -> list[Kept]:
+    def snapshots(self) -> list[StateSnapshot]:
         """The moments that this process can give to others."""
-        if self.state is None or self.desk is None:
+        if self.state is None or self.logger is None:
             return []
-        meta = {**meta_of(self.state), "owed": self.desk.owes()}
-        near = self.neighbour.kept() if self.neighbour else []
-        return [Kept(self.step, meta, self.state.held(everything=True)), *near]
+        meta = {**checkpoint_meta(self.state), "owed": self.logger.unfinished_tasks()}
+        peer_snapshots = self.peer_backup.snapshots() if self.peer_backup else []
+        return [StateSnapshot(self.step, meta, self.state.state_tensors(include_replicas=True)), *peer_snapshots]
 
-    def keep_near(self, state: RunState, seat: Seat) -> None:
+    def start_peer_backup(self, state: RunState, assignment: WorkerAssignment) -> None:
         """From now on, and at once, a neighbour keeps what only this rank holds."""
-        run, size = state.run, state.world.size
-        if not seat.generation or state.mesh.size(*INSIDE) == 1 or not run.fault.copy_every:
-            self.neighbour = None
+        run, size = state.run, state.process.size
+        if not assignment.generation or state.mesh.size(*MODEL_AXES) == 1 or not run.fault.copy_every:
+            self.peer_backup = None
             return
-        group, hosts = state.mesh.group(*AXES), [str(m["host"]) for m in seat.members]
-        if self.neighbour is None:
-            self.neighbour = Neighbour(
-                run.fault.copy_every, group, state.world.rank, size, hosts, state.drill.point
+        group, hosts = state.mesh.group(*AXES), [str(m["host"]) for m in assignment.members]
+        if self.peer_backup is None:
+            self.peer_backup = PeerBackup(
+                run.fault.copy_every, group, state.process.rank, size, hosts, state.drill.fault_point
             )
         else:
-            self.neighbour.back_to(state.progress.step)
-            self.neighbour.rebind(group, state.world.rank, size, hosts)
-        state.neighbour = self.neighbour
-        copy_near(state)
+            self.peer_backup.discard_after(state.progress.step)
+            self.peer_backup.rebind(group, state.process.rank, size, hosts)
+        state.peer_backup = self.peer_backup
+        backup_to_peer(state)
 
 
-def meta_of(state: RunState) -> dict[str, Any]:
+def checkpoint_meta(state: RunState) -> dict[str, Any]:
     """What goes with the tensors of this moment."""
-    at = replace(state.progress, in_a_row=state.guard.in_a_row)
+    progress = replace(state.progress, in_a_row=state.guard.consecutive_skips)
     layout = state.plan.layout.describe()
-    return describe(at, state.sync.state(), state.data.fingerprint, layout, state.arithmetic)
+    return make_metadata(progress, state.sync.state(), state.data.fingerprint, layout, state.arithmetic)
 
 
-def copy_near(state: RunState) -> None:
+def backup_to_peer(state: RunState) -> None:
     """Gives a neighbour a copy of this moment (checkpoint/neighbour.py)."""
-    if state.neighbour is not None:
-        held = state.held(everything=True)
-        state.neighbour.copy(state.progress.step, {**meta_of(state), "owed": []}, held)
+    if state.peer_backup is not None:
+        tensors = state.state_tensors(include_replicas=True)
+        state.peer_backup.back_up(state.progress.step, {**checkpoint_meta(state), "owed": []}, tensors)
 
 
-def restore(state: RunState, desk: Desk, seat: Seat, memory: Memory) -> None:
+def restore_state(state: RunState, logger: RunLogger, assignment: WorkerAssignment, survivor: SurvivorState) -> None:
     """Puts back what live ranks hold, else the newest complete checkpoint, and says how the run
     begins or goes on."""
-    group, size = state.mesh.group(*AXES), state.world.size
-    desk.members = seat.members
-    state.drill.point("fill", max(memory.step, 0))
-    filled = None
-    if seat.generation:
-        wanted = state.held(everything=True)
-        filled = fill(wanted, memory.kept(), group, state.world.rank, size, state.drill.point)
-    if filled is not None:
-        _take_on(state, filled.meta, seat.generation)
-        desk.owed = list(filled.meta["owed"])
-        memory.state, memory.desk = state, desk
-        desk.cut(state)
-        memory.keep_near(state, seat)
-        _tell_change(state, desk, seat, filled)
+    group, size = state.mesh.group(*AXES), state.process.size
+    logger.members = assignment.members
+    state.drill.fault_point("fill", max(survivor.step, 0))
+    stats = None
+    if assignment.generation:
+        tensors = state.state_tensors(include_replicas=True)
+        stats = restore_from_peers(tensors, survivor.snapshots(), group, state.process.rank, size, state.drill.fault_point)
+    if stats is not None:
+        _restore_meta(state, stats.meta, assignment.generation)
+        logger.pending = list(stats.meta["owed"])
+        survivor.state, survivor.logger = state, logger
+        logger.truncate_records(state)
+        survivor.start_peer_backup(state, assignment)
+        _log_generation(state, logger, assignment, stats)
         return
-    found, generation = choose_checkpoint(state, desk, seat)
-    if found is None:
-        state.progress = Progress(generation=generation, loss_scale=state.scale.value)
+    checkpoint, generation = choose_checkpoint(state, logger, assignment)
+    if checkpoint is None:
+        state.progress = Progress(generation=generation, loss_scale=state.loss_scale.value)
     else:
-        _load(state, found, generation)
-    memory.state, memory.desk = state, desk
-    desk.cut(state)
-    began = {
+        _load_checkpoint(state, checkpoint, generation)
+    survivor.state, survivor.logger = state, logger
+    logger.truncate_records(state)
+    start_fields = {
         "layout": state.plan.layout.describe(), "ranks": size, "why": state.plan.why,
         "generation": generation, "entropy_bits": state.data.entropy_bits,
-        "brought": state.brought, "members": list(seat.members),
-        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
+        "brought": state.user_model_name, "members": list(assignment.members),
+        "pid": state.process.pid, "rank": state.process.rank, "host": state.process.host,
     }  # fmt: skip
-    desk.tell_verdicts(state.progress.step, seat.why)
-    if found is None:
-        desk.event("started", 0, began)
+    logger.log_verdicts(state.progress.step, assignment.verdicts)
+    if checkpoint is None:
+        logger.log_event("started", 0, start_fields)
     else:
-        desk.event("resumed", state.progress.step, {**began, "checkpoint": found.path.name})
-    memory.keep_near(state, seat)
-    desk.tell_start(state, None if found is None else found.path.name)
+        logger.log_event("resumed", state.progress.step, {**start_fields, "checkpoint": checkpoint.path.name})
+    survivor.start_peer_backup(state, assignment)
+    logger.show_start(state, None if checkpoint is None else checkpoint.path.name)
 
 
-def check_arithmetic(state: RunState, launched: Launched) -> dict[str, str]:
+def check_arithmetic(state: RunState, launch_info: LaunchInfo) -> dict[str, str]:
     """What computes here, by name, where bits are promised: the fingerprint of the arithmetic, the
     versions of the libraries that the model is made of. ConfigError: the run began with another, or
     the ranks of a launcher differ (hosts of our own compare theirs when they meet)."""
-    run, here = state.run, state.world
-    if not run.promises_bits:
+    run, process = state.run, state.process
+    if not run.requires_same_bits:
         return {}
-    bits = fingerprint(here.device, run.run.precision, run.run.arithmetic)
-    found = {"arithmetic": bits}
-    for chunk in state.live.chunks:
-        found |= libraries(chunk)
-    said = [found]
-    if here.size > 1 and not launched.supervised:
-        words = gather_bytes(json.dumps(found).encode(), state.mesh.group(*AXES), here.size)
-        said = [json.loads(of_rank) for of_rank in words]
-    there = recorded(state.folder / RUN_FILE)
-    for rank, of_rank in enumerate(said):  # on every rank, so that all of them end alike
-        _compare(there, of_rank, state)
-        _compare(of_rank, said[0], state, f"on rank {rank}", "on rank 0")
-    return found
+    arithmetic_id = arithmetic_fingerprint(process.device, run.run.precision, run.run.arithmetic)
+    local_identity = {"arithmetic": arithmetic_id}
+    for chunk in state.model.stage_modules:
+        local_identity |= library_versions(chunk)
+    identities = [local_identity]
+    if process.size > 1 and not launch_info.is_supervised:
+        replies = all_gather_bytes(json.dumps(local_identity).encode(), state.mesh.group(*AXES), process.size)
+        identities = [json.loads(identity) for identity in replies]
+    recorded_identity = recorded_settings(state.folder / RUN_FILE)
+    for rank, identity in enumerate(identities):  # on every rank, so that all of them end alike
+        _check_identities(recorded_identity, identity, state)
+        _check_identities(identity, identities[0], state, f"on rank {rank}", "on rank 0")
+    return local_identity
 
 
-def _compare(
-    there: Mapping[str, str], here: Mapping[str, str], state: RunState,
-    those: str = "when it began", these: str = "here",
+def _check_identities(
+    first_identity: Mapping[str, str], second_identity: Mapping[str, str], state: RunState,
+    first_label: str = "when it began", second_label: str = "here",
 ) -> None:  # fmt: skip
     """ConfigError when two of what `check_arithmetic` returns differ; nothing is known of runs that
     were begun before it was recorded."""
-    names = [n for n in sorted({*there, *here}) if there and there.get(n) != here.get(n)]
-    if not names:
+    differing_names = [name for name in sorted({*first_identity, *second_identity}) if first_identity and first_identity.get(name) != second_identity.get(name)]
+    if not differing_names:
         return
-    device = state.world.device.partition(":")[0]
-    fix = remedy(state.run, device) if "arithmetic" in names else "the same versions everywhere"
+    device = state.process.device.partition(":")[0]
+    fix = remedy(state.run, device) if "arithmetic" in differing_names else "the same versions everywhere"
     raise ConfigError(
         "the bits of this run are promised, and other code would compute them",
-        values={f"{n} {w}": d.get(n) for n in names for w, d in ((those, there), (these, here))}
+        values={f"{name} {label}": identity.get(name) for name in differing_names for label, identity in ((first_label, first_identity), (second_label, second_identity))}
         | {"run.arithmetic": state.run.run.arithmetic},
         fix=f"{fix}; this one goes on only where the same is computed",
     )
 
 
-def keep_safe(run: Run, seat: Seat, memory: Memory, here: World) -> None:
+def emergency_save(run: Run, assignment: WorkerAssignment, survivor: SurvivorState, process: RankProcess) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
-    seat.mark("rescue", max(memory.step, 0))
-    folder, group = Path(run.run.dir), dist.group.WORLD if here.size > 1 else None
-    saver = Saver(folder / "checkpoints", here.rank, here.size, run.checkpoint.keep, no_drill)
-    events, screen = JsonLines(folder / "events.jsonl"), Screen(silent=not here.first)
-    found = None
-    if here.first:
+    assignment.record_phase("rescue", max(survivor.step, 0))
+    folder, group = Path(run.run.dir), dist.group.WORLD if process.size > 1 else None
+    saver = Saver(folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault)
+    events, screen = JsonLinesWriter(folder / "events.jsonl"), Screen(silent=not process.is_first)
+    checkpoint = None
+    if process.is_first:
         with suppress(CheckpointError):  # the folder cannot be listed: what is held may be all
-            found = newest(folder / "checkpoints", lambda *_: None)
-    saved_step = found.step if found else -1
-    required = [f"model/{name}" for name in memory.state.specs] if memory.state else []
+            checkpoint = find_newest(folder / "checkpoints", lambda *_: None)
+    saved_step = checkpoint.step if checkpoint else -1
+    required_names = [f"model/{name}" for name in survivor.state.specs] if survivor.state else []
     try:
-        saved = rescue(
-            memory.kept(), required, saver, seat.generation, saved_step, group, here.rank, here.size
+        save_result = write_emergency_save(
+            survivor.snapshots(), required_names, saver, assignment.generation, saved_step, group, process.rank, process.size
         )
     except CheckpointError as error:
-        saved = Rescued(None, None, error.what)
-    if here.first:
-        events.take_over()
-        known = {"generation": seat.generation, "members": list(seat.members), **told_of(saved)}
-        events.write({"time": now(), "event": "rescued", **known, "step": max(memory.step, 0)})
-        path = saved.report.path.name if saved.report else ""
-        done = f"what is left is saved: {path}" if path else f"nothing is saved: {saved.why}"
-        screen.say(f"step {memory.step:>5}  {done}; the ranks that are left wait for others")
+        save_result = EmergencySave(None, None, error.message)
+    if process.is_first:
+        events.claim_file()
+        fields = {"generation": assignment.generation, "members": list(assignment.members), **event_fields(save_result)}
+        events.write({"time": utc_timestamp(), "event": "rescued", **fields, "step": max(survivor.step, 0)})
+        path = save_result.report.path.name if save_result.report else ""
+        message = f"what is left is saved: {path}" if path else f"nothing is saved: {save_result.reason}"
+        screen.print_line(f"step {survivor.step:>5}  {message}; the ranks that are left wait for others")
 
 
-def _load(state: RunState, found: Checkpoint, generation: int) -> None:
+def _load_checkpoint(state: RunState, checkpoint: Checkpoint, generation: int) -> None:
     """The tensors and the progress of a checkpoint. DataError: it was made with other data;
     ConfigError: by other code, where bits are promised."""
-    if found.meta.get("data") != state.data.fingerprint:
+    if checkpoint.meta.get("data") != state.data.fingerprint:
         raise DataError(
             "the checkpoint was made with other data",
-            values={"there": found.meta.get("data"), "here": state.data.fingerprint},
+            values={"there": checkpoint.meta.get("data"), "here": state.data.fingerprint},
             fix="give the data back its old content, or train in another run.dir",
         )
-    _compare(found.meta.get("arithmetic", {}), state.arithmetic, state)
-    mine = reader(found, state.places)
+    _check_identities(checkpoint.meta.get("arithmetic", {}), state.arithmetic, state)
+    read_local = make_reader(checkpoint, state.local_slices)
     with torch.no_grad():
-        for name, tensor in state.tensors.items():
-            tensor.copy_(mine(f"model/{name}"))
-    known = set(found.names())
-    state.optimizer.load(lambda k: mine(f"optim/{k}") if f"optim/{k}" in known else None)
-    _take_on(state, found.meta, generation)
+        for name, tensor in state.model_tensors.items():
+            tensor.copy_(read_local(f"model/{name}"))
+    tensor_names = set(checkpoint.names())
+    state.optimizer.load_state(lambda k: read_local(f"optim/{k}") if f"optim/{k}" in tensor_names else None)
+    _restore_meta(state, checkpoint.meta, generation)
 
 
-def _take_on(state: RunState, meta: Mapping[str, Any], generation: int) -> None:
+def _restore_meta(state: RunState, meta: Mapping[str, Any], generation: int) -> None:
     """Everything that survives and is no tensor."""
     state.sync.restore(meta.get("sync") or {})
-    state.progress = replace(progress_of(meta), generation=generation)
-    state.guard.in_a_row = state.progress.in_a_row
-    state.scale.value = state.progress.loss_scale
-    state.scale.good_steps = state.progress.scale_steps
+    state.progress = replace(parse_progress(meta), generation=generation)
+    state.guard.consecutive_skips = state.progress.in_a_row
+    state.loss_scale.value = state.progress.loss_scale
+    state.loss_scale.good_steps = state.progress.scale_steps
 
 
-def _tell_change(state: RunState, desk: Desk, seat: Seat, filled: Filled) -> None:
+def _log_generation(state: RunState, logger: RunLogger, assignment: WorkerAssignment, stats: RestoreStats) -> None:
     """The events of a generation that goes on from live ranks."""
     step = state.progress.step
-    desk.tell_verdicts(step, seat.why)
-    known = {
-        "generation": seat.generation, "islands": state.plan.layout.island,
-        "ranks": state.world.size, "layout": state.plan.layout.describe(),
-        "members": list(seat.members), "donors": filled.donors, "receivers": filled.receivers,
-        "bytes": filled.bytes, "seconds": round(time.monotonic() - seat.ended_s, 4),
-        "pid": state.world.pid, "rank": state.world.rank, "host": state.world.host,
+    logger.log_verdicts(step, assignment.verdicts)
+    fields = {
+        "generation": assignment.generation, "islands": state.plan.layout.island,
+        "ranks": state.process.size, "layout": state.plan.layout.describe(),
+        "members": list(assignment.members), "donors": stats.donors, "receivers": stats.receivers,
+        "bytes": stats.bytes, "seconds": round(time.monotonic() - assignment.previous_end_s, 4),
+        "pid": state.process.pid, "rank": state.process.rank, "host": state.process.host,
     }  # fmt: skip
-    desk.event("quorum", step, known)
+    logger.log_event("quorum", step, fields)
     verb = "go" if state.plan.layout.island > 1 else "goes"
-    filled_by = f", {filled.receivers} filled by {filled.donors}" if filled.receivers else ""
-    desk.screen.say(
-        f"step {step:>5}  {state.plan.layout.describe()} {verb} on in generation {seat.generation}"
-        f"{filled_by}; {known['seconds']:.2f} s"
+    restore_note = f", {stats.receivers} filled by {stats.donors}" if stats.receivers else ""
+    logger.screen.print_line(
+        f"step {step:>5}  {state.plan.layout.describe()} {verb} on in generation {assignment.generation}"
+        f"{restore_note}; {fields['seconds']:.2f} s"
     )
 
 
-def choose_checkpoint(state: RunState, desk: Desk, seat: Seat) -> tuple[Checkpoint | None, int]:
+def choose_checkpoint(state: RunState, logger: RunLogger, assignment: WorkerAssignment) -> tuple[Checkpoint | None, int]:
     """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation).
 
     One rank has checked every byte: the others check the manifest and read what is theirs.
     """
     folder = state.folder / "checkpoints"
-    found: Checkpoint | None = None
-    generation = seat.generation or 1
-    if state.world.first:
-        found = newest(folder, desk.rejected, desk.passed_over)
-        generation = seat.generation or last_generation(state.folder) + 1
+    checkpoint: Checkpoint | None = None
+    generation = assignment.generation or 1
+    if state.process.is_first:
+        checkpoint = find_newest(folder, logger.log_rejected_checkpoint, logger.log_skipped_checkpoint)
+        generation = assignment.generation or last_generation(state.folder) + 1
     row = torch.tensor(
-        [generation, found.step if found else -1, found.generation if found else -1],
+        [generation, checkpoint.step if checkpoint else -1, checkpoint.generation if checkpoint else -1],
         dtype=torch.int64,
     )
-    generation, step, old = gather_rows(row, state.mesh.group(*AXES), state.world.size)[0].tolist()
-    if step < 0 or state.world.first:
-        return found, generation
-    return open_checkpoint(folder / folder_name(step, old), verify=False), generation
+    generation, step, saved_generation = all_gather_rows(row, state.mesh.group(*AXES), state.process.size)[0].tolist()
+    if step < 0 or state.process.is_first:
+        return checkpoint, generation
+    return open_checkpoint(folder / folder_name(step, saved_generation), verify=False), generation

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cordee.errors import DataError
 
-LENGTHS = 32
+LENGTH_MULTIPLE = 32
 """Windows are filled up to a multiple of this: causal models do not see what follows, and libraries
 keep compiled code for every shape (0.8 GiB for 240 lengths in bf16 on a CPU)."""
 
@@ -24,7 +24,7 @@ keep compiled code for every shape (0.8 GiB for 240 lengths in bf16 on a CPU).""
 def generate(
     logits: Callable[[Tensor], Tensor],
     prompt: Tensor,
-    tokens: int,
+    token_count: int,
     context: int,
     temperature: float,
     seed: int,
@@ -42,14 +42,14 @@ def generate(
             fix="start from the token 0, which ends a document",
         )
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    text = torch.cat((prompt.cpu().long(), torch.zeros(tokens, dtype=torch.int64)))
-    for end in range(prompt.numel(), text.numel()):
-        window_T = text[max(0, end - context) : end]
+    token_ids = torch.cat((prompt.cpu().long(), torch.zeros(token_count, dtype=torch.int64)))
+    for end in range(prompt.numel(), token_ids.numel()):
+        window_T = token_ids[max(0, end - context) : end]
         length = len(window_T)
-        padded = F.pad(window_T, (0, min(context, -(-length // LENGTHS) * LENGTHS) - length))
-        logits_V = logits(padded[None])[0, length - 1].float().cpu()
-        text[end] = _choose(logits_V, temperature, generator)
-    return text
+        padded_T = F.pad(window_T, (0, min(context, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE) - length))
+        logits_V = logits(padded_T[None])[0, length - 1].float().cpu()
+        token_ids[end] = _sample_token(logits_V, temperature, generator)
+    return token_ids
 
 
 def to_text(tokens: Tensor) -> str:
@@ -64,8 +64,8 @@ def to_text(tokens: Tensor) -> str:
     return bytes(values).replace(b"\0", b"\n\n").decode("utf-8", errors="replace")
 
 
-def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def _sample_token(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     if temperature <= 0:
         return logits_V.argmax()
-    odds_V = torch.softmax(logits_V / temperature, -1)
-    return torch.multinomial(odds_V, 1, generator=generator)[0]
+    probabilities_V = torch.softmax(logits_V / temperature, -1)
+    return torch.multinomial(probabilities_V, 1, generator=generator)[0]

@@ -77,56 +77,56 @@ class ChildWatch:
     it, which also reaps it: its exit code is then known to `process` alone."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process, self._by_pidfd = process, True
+        self._process, self._has_pidfd = process, True
         try:
-            self._end = os.pidfd_open(process.pid)
+            self._descriptor = os.pidfd_open(process.pid)
         except (AttributeError, OSError):
-            self._by_pidfd = False
-            self._end, ours = os.pipe()
-            threading.Thread(target=self._wait, args=(ours,), daemon=True).start()
+            self._has_pidfd = False
+            self._descriptor, write_end = os.pipe()
+            threading.Thread(target=self._wait, args=(write_end,), daemon=True).start()
 
     def fileno(self) -> int:
         """For a selector."""
-        return self._end
+        return self._descriptor
 
     def kill(self) -> None:
         """Ends the child, also a stopped one; nothing when it is dead."""
         with suppress(ProcessLookupError):
-            if self._by_pidfd:
-                signal.pidfd_send_signal(self._end, signal.SIGKILL)
+            if self._has_pidfd:
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
             else:
                 self._process.kill()
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        os.close(self._end)
+        os.close(self._descriptor)
 
-    def _wait(self, ours: int) -> None:
+    def _wait(self, write_end: int) -> None:
         self._process.wait()
-        os.close(ours)
+        os.close(write_end)
 
 
-def die_with_parent(parent: int, lifeline: int) -> None:
+def die_with_parent(parent_pid: int, lifeline: int) -> None:
     """Lets this process die with `parent`. Without prctl a thread waits for the end of the pipe
     `lifeline`, whose other end the parent alone has; so a stopped process dies when it goes on."""
     pr_set_pdeathsig = 1
     prctl = _libc("prctl")
     if prctl is not None and prctl(pr_set_pdeathsig, signal.SIGKILL) == 0:
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent_pid:  # it died before we asked
             os._exit(1)
         return
 
-    def follow() -> None:
+    def wait_for_parent() -> None:
         os.read(lifeline, 1)
         os._exit(1)
 
-    threading.Thread(target=follow, name="cordee-lifeline", daemon=True).start()
+    threading.Thread(target=wait_for_parent, name="cordee-lifeline", daemon=True).start()
 
 
-def set_name(what: str, *, thread: bool = False) -> None:
+def set_process_name(name: str, *, thread: bool = False) -> None:
     """What `top` and `ps` call this process, or this thread of it; without /proc, nothing."""
     with suppress(OSError):
-        (PROC / ("thread-self" if thread else "self") / "comm").write_text(what)
+        (PROC / ("thread-self" if thread else "self") / "comm").write_text(name)
 
 
 def _libc(name: str) -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
@@ -145,44 +145,44 @@ def packet_pair() -> tuple[socket.socket, socket.socket]:
     """
     with suppress(AttributeError, OSError):
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in ends:
-        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+    sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for endpoint in sockets:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, buffer, STREAM_BYTES)
-    return ends
+                endpoint.setsockopt(socket.SOL_SOCKET, option, STREAM_BYTES)
+    return sockets
 
 
-def quiet_pipe() -> tuple[int, int]:
+def nonblocking_pipe() -> tuple[int, int]:
     """A pipe that never blocks and that children do not inherit (what pipe2 makes in one call)."""
-    ends = os.pipe()
-    for end in ends:
-        os.set_blocking(end, False)
-    return ends
+    descriptors = os.pipe()
+    for descriptor in descriptors:
+        os.set_blocking(descriptor, False)
+    return descriptors
 
 
-def limit_unanswered(end: socket.socket, unanswered_ms: int) -> None:
+def set_tcp_user_timeout(connection: socket.socket, timeout_ms: int) -> None:
     """Breaks a TCP connection whose data nobody acknowledges for so long. Without the option only
     heartbeats tell of a host that is gone, and the kernel's own patience of minutes."""
     with suppress(AttributeError, OSError):
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unanswered_ms)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
 
 
-def connections() -> Iterator[socket.socket]:
+def open_tcp_connections() -> Iterator[socket.socket]:
     """This process's TCP connections, each as a second socket on it that is closed afterwards. Not
     those that listen."""
-    for number in _descriptors():
+    for descriptor in _open_descriptors():
         try:
-            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
-            with socket.socket(fileno=os.dup(number)) as end:
-                if end.family in (socket.AF_INET, socket.AF_INET6) and not _listens(end):
-                    yield end
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and not _is_listening(connection):
+                    yield connection
         except OSError:
             continue
 
 
-def _descriptors() -> list[int]:
+def _open_descriptors() -> list[int]:
     for folder in DESCRIPTORS:
         with suppress(OSError):
             return [int(name) for name in os.listdir(folder)]
@@ -190,12 +190,12 @@ def _descriptors() -> list[int]:
     return list(range(min(limit, 1 << 16) if limit >= 0 else 1 << 16))
 
 
-def _listens(end: socket.socket) -> bool:
+def _is_listening(connection: socket.socket) -> bool:
     try:
-        return bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except (AttributeError, OSError):  # no such question here: what listens has no peer
         try:
-            end.getpeername()
+            connection.getpeername()
         except OSError:
             return True
         return False
@@ -203,13 +203,13 @@ def _listens(end: socket.socket) -> bool:
 
 def interface_of(ip: str) -> str:
     """The network interface that has this IPv4 address; "" when none is known to."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query_socket:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
-            for number in ADDRESS_OF_INTERFACE:
+            for request_code in ADDRESS_OF_INTERFACE:
                 with suppress(OSError):  # an interface without one, or another kernel's number
-                    answer = fcntl.ioctl(asking, number, request)
-                    if socket.inet_ntoa(answer[20:24]) == ip:
+                    reply = fcntl.ioctl(query_socket, request_code, request)
+                    if socket.inet_ntoa(reply[20:24]) == ip:
                         return name
                     break
     return ""
@@ -240,9 +240,9 @@ def peak_bytes() -> int:
 def host_memory_bytes() -> int:
     """Memory of this machine; 0 when it does not say."""
     with suppress(OSError):
-        told = re.search(r"^MemTotal:\s*(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)
-        if told:
-            return int(told.group(1)) * 1024
+        meminfo_match = re.search(r"^MemTotal:\s*(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)
+        if meminfo_match:
+            return int(meminfo_match.group(1)) * 1024
     with suppress(OSError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -273,11 +273,11 @@ def sysctl_number(name: str) -> int:
 
 
 def _sysctl(name: str) -> bytes:
-    call = _libc("sysctlbyname")
-    if call is None:
+    sysctlbyname = _libc("sysctlbyname")
+    if sysctlbyname is None:
         return b""
-    room = ctypes.create_string_buffer(256)
-    size = ctypes.c_size_t(len(room))
-    if call(name.encode(), room, ctypes.byref(size), None, ctypes.c_size_t(0)) != 0:
+    buffer = ctypes.create_string_buffer(256)
+    size = ctypes.c_size_t(len(buffer))
+    if sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t(0)) != 0:
         return b""
-    return room.raw[: size.value]
+    return buffer.raw[: size.value]

@@ -24,17 +24,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cordee.dist.start import Launched, World
-from cordee.dist.start import world as join
+from cordee.dist.start import LaunchInfo, RankProcess
+from cordee.dist.start import join_process_group
 from cordee.errors import RunError
 
-PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
+PATH_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH")
 """Environment variables that say where a Python that starts finds modules."""
 
-MEETINGS = 3
+MAX_CONNECT_TRIES = 3
 """How often the ranks of a world try to find each other."""
 
-PRELOADED = ["cordee.train"]
+PRELOAD_MODULES = ["cordee.train"]
 """Modules that the server imports when the first world starts; later additions do nothing."""
 
 
@@ -51,22 +51,22 @@ def launch(
     with the first failing rank's traceback, or when the deadline passes.
     """
     # Elsewhere a fork of what has loaded the system's own libraries is not safe, or not there.
-    linux = sys.platform.startswith("linux")
-    context: Any = multiprocessing.get_context("forkserver" if linux else "spawn")
-    if linux:
-        context.set_forkserver_preload(PRELOADED)
-    for _ in range(MEETINGS - 1):
+    is_linux = sys.platform.startswith("linux")
+    context: Any = multiprocessing.get_context("forkserver" if is_linux else "spawn")
+    if is_linux:
+        context.set_forkserver_preload(PRELOAD_MODULES)
+    for _ in range(MAX_CONNECT_TRIES - 1):
         # gloo now and then fails to connect beside other worlds; nothing has been called by then.
-        with suppress(_NotMet):
-            return _world(context, function, arguments, ranks, threads, deadline_s)
-    return _world(context, function, arguments, ranks, threads, deadline_s)
+        with suppress(_ConnectError):
+            return _run_world(context, function, arguments, ranks, threads, deadline_s)
+    return _run_world(context, function, arguments, ranks, threads, deadline_s)
 
 
-class _NotMet(RunError):
+class _ConnectError(RunError):
     """The ranks have not found each other."""
 
 
-def _world(
+def _run_world(
     context: Any,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -80,12 +80,12 @@ def _world(
         receivers = [receiver for receiver, _ in pairs]
         processes = []
         for rank, (_, sender) in enumerate(pairs):
-            told = Launched(rank, ranks, rank, str(Path(folder) / "store"), True)
-            paths = {name: os.environ.get(name) for name in PATHS}
-            job = (told, threads, deadline_s, sender, paths, function, arguments)
-            processes.append(context.Process(target=_rank, args=job, daemon=True))
+            launch_info = LaunchInfo(rank, ranks, rank, str(Path(folder) / "store"), True)
+            path_variables = {name: os.environ.get(name) for name in PATH_VARIABLES}
+            rank_args = (launch_info, threads, deadline_s, sender, path_variables, function, arguments)
+            processes.append(context.Process(target=_run_rank, args=rank_args, daemon=True))
         try:
-            with _no_current_folder():
+            with _safe_import_path():
                 for process in processes:
                     process.start()
             for _, sender in pairs:
@@ -93,28 +93,28 @@ def _world(
             try:
                 _collect(receivers, deadline_s)
             except RunError as error:
-                raise _NotMet(error.what, values=error.values, fix=error.fix) from error
+                raise _ConnectError(error.message, values=error.values, fix=error.fix) from error
             for receiver in receivers:
                 receiver.send(None)
-            return _collect(receivers, deadline_s, fetched=True)
+            return _collect(receivers, deadline_s, acknowledges=True)
         finally:
             for process in processes:
-                process.join(1.0)
+                process.join_process_group(1.0)
                 if process.is_alive():
                     process.kill()
-                    process.join()
+                    process.join_process_group()
 
 
 @contextmanager
-def slowed(pid: int, part: float = 1 / 3, period_s: float = 0.06) -> Iterator[None]:
+def throttle(pid: int, fraction: float = 1 / 3, period_s: float = 0.06) -> Iterator[None]:
     """While this lasts, process `pid` runs that part of the time and is stopped for the rest."""
-    enough = threading.Event()
+    stop_event = threading.Event()
 
     def stop_and_go() -> None:
         with suppress(ProcessLookupError):
-            while not enough.wait(part * period_s):
+            while not stop_event.wait(fraction * period_s):
                 os.kill(pid, signal.SIGSTOP)
-                enough.wait((1 - part) * period_s)
+                stop_event.wait((1 - fraction) * period_s)
                 os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=stop_and_go, daemon=True)
@@ -122,27 +122,27 @@ def slowed(pid: int, part: float = 1 / 3, period_s: float = 0.06) -> Iterator[No
     try:
         yield
     finally:
-        enough.set()
-        thread.join()
+        stop_event.set()
+        thread.join_process_group()
 
 
 @contextmanager
-def _no_current_folder() -> Iterator[None]:
+def _safe_import_path() -> Iterator[None]:
     """While this lasts, a Python that starts imports nothing of the current folder, and finds this
     very package: the server would take what lies there for the modules that it imports first."""
-    before = {name: os.environ.get(name) for name in PATHS}
+    previous_values = {name: os.environ.get(name) for name in PATH_VARIABLES}
     root = str(Path(__file__).resolve().parents[1])
-    found = PathFinder.find_spec("cordee", sys.path if sys.flags.safe_path else sys.path[1:])
-    if found is None or not Path(str(found.origin)).resolve().is_relative_to(root):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before["PYTHONPATH"])))
+    package_spec = PathFinder.find_spec("cordee", sys.path if sys.flags.safe_path else sys.path[1:])
+    if package_spec is None or not Path(str(package_spec.origin)).resolve().is_relative_to(root):
+        os.environ["PYTHONPATH"] = os.pathsep.join_process_group(filter(None, (root, previous_values["PYTHONPATH"])))
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         yield
     finally:
-        _put(before)
+        _set_environment(previous_values)
 
 
-def _put(environment: Mapping[str, str | None]) -> None:
+def _set_environment(environment: Mapping[str, str | None]) -> None:
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -150,22 +150,22 @@ def _put(environment: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _rank(
-    told: Launched,
+def _run_rank(
+    launch_info: LaunchInfo,
     threads: int,
     deadline_s: float,
     sender: Connection,
-    paths: Mapping[str, str | None],
+    path_variables: Mapping[str, str | None],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    _end_with_launcher()
-    _put(paths)
+    _exit_with_launcher()
+    _set_environment(path_variables)
     try:
-        with join(told, "cpu", threads, deadline_s) as here:
+        with join_process_group(launch_info, "cpu", threads, deadline_s) as process:
             sender.send((True, None))
             sender.recv()  # all have met
-            sender.send((True, function(here, *arguments)))
+            sender.send((True, function(process, *arguments)))
             # A tensor travels as a handle that this process serves: stay until it was fetched.
             with suppress(EOFError):
                 sender.recv()
@@ -174,46 +174,46 @@ def _rank(
         raise SystemExit(1) from None
 
 
-def _end_with_launcher() -> None:
+def _exit_with_launcher() -> None:
     """Ends this rank when the process that called `launch` ends. The system's own signal of a
     parent's death is no help: the parent is the server, which lives as long as its forks."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
-    def follow() -> None:
-        parent.join()
+    def exit_after_parent() -> None:
+        parent.join_process_group()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def _collect(receivers: list[Connection], deadline_s: float, *, fetched: bool = False) -> list[Any]:
+def _collect(receivers: list[Connection], deadline_s: float, *, acknowledges: bool = False) -> list[Any]:
     """A word of every rank; `fetched`: each is told that its word is here."""
     results: dict[int, Any] = {}
     deadline = time.monotonic() + deadline_s
-    left = dict(zip(receivers, range(len(receivers)), strict=True))
-    while left:
-        ready = wait(list(left), max(0.0, deadline - time.monotonic()))
-        if not ready:
+    pending = dict(zip(receivers, range(len(receivers)), strict=True))
+    while pending:
+        ready_receivers = wait(list(pending), max(0.0, deadline - time.monotonic()))
+        if not ready_receivers:
             raise RunError(
                 "ranks did not end before the deadline",
-                values={"ranks": sorted(left.values()), "deadline_s": deadline_s},
+                values={"ranks": sorted(pending.values()), "deadline_s": deadline_s},
                 fix="a longer deadline_s, or look for a collective that not all ranks reach",
             )
-        for receiver in ready:
+        for receiver in ready_receivers:
             assert isinstance(receiver, Connection)
-            rank = left.pop(receiver)
+            rank = pending.pop(receiver)
             try:
-                good, value = receiver.recv()
-                if good and fetched:
+                is_success, value = receiver.recv()
+                if is_success and acknowledges:
                     receiver.send(None)
             except EOFError:
-                good, value = False, "it died without a word"
-            if not good:
+                is_success, value = False, "it died without a word"
+            if not is_success:
                 raise RunError(f"rank {rank} failed first:\n{value}")
             results[rank] = value
     return [results[rank] for rank in sorted(results)]
 
 
-__all__ = ["World", "launch", "slowed"]
+__all__ = ["RankProcess", "launch", "throttle"]

@@ -10,46 +10,46 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from cordee.begin import check_compiler, find_data, lay_out_data, locked, settle
-from cordee.build import RunState, build
-from cordee.config.hub import on_paper
+from cordee.begin import check_compiler, find_dataset_dir, prepare_dataset, acquire_run_lock, resolve_config
+from cordee.build import RunState, build_run_state
+from cordee.config.hub import with_hub_shape
 from cordee.config.load import override
 from cordee.config.run import Run
 from cordee.data.manifest import DatasetInfo
-from cordee.dist.start import Launched, world
-from cordee.dist.tally import Wishes, gather_tally
+from cordee.dist.start import LaunchInfo, join_process_group
+from cordee.dist.tally import RankStatus, gather_step_summary
 from cordee.layout.axes import AXES
-from cordee.machine import measured_cluster
+from cordee.machine import measure_cluster
 from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.parts import Parts
 from cordee.plan.devices import with_precision
-from cordee.plan.plan import devices_of, make_plan
+from cordee.plan.plan import select_cluster, make_plan
 
 
-def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
+def measure_losses(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     """Training loss before each update, in this process, with the learning rate of each step.
 
     Parameters, order of samples and dropout follow `seed`. Ends early after a loss or gradient that
     is not finite (the last value then is infinity). Writes nothing but the run's data.
     """
-    alone = {f"layout.{name}": value for name, value in vars(Run().layout).items()}
-    none = {"run.minutes": 0.0, "run.tokens": 0, "run.epochs": 0}
-    values = {"run.seed": seed, **alone, **none, "run.steps": max(1, len(lr_of_step))}
-    own, run = run.run.seed, settle(override(run, values))
-    data = _data_of(override(run, {"run.seed": own}))
-    cluster = measured_cluster(run.launch.probe)[0]
-    run = with_precision(run, devices_of(run, cluster))
-    plan = make_plan(on_paper(run), cluster, data.vocabulary, 1)
+    default_layout = {f"layout.{name}": value for name, value in vars(Run().layout).items()}
+    no_limits = {"run.minutes": 0.0, "run.tokens": 0, "run.epochs": 0}
+    values = {"run.seed": seed, **default_layout, **no_limits, "run.steps": max(1, len(lr_of_step))}
+    run_seed, run = run.run.seed, resolve_config(override(run, values))
+    data = _prepare_trial_dataset(override(run, {"run.seed": run_seed}))
+    cluster = measure_cluster(run.launch.probe)[0]
+    run = with_precision(run, select_cluster(run, cluster))
+    plan = make_plan(with_hub_shape(run), cluster, data.vocabulary, 1)
     check_compiler(run, plan.device)
     losses: list[float] = []
     offload = run.memory.offload != "none"
-    limit_s = run.launch.timeout_s
-    with world(Launched(), plan.device, plan.threads, limit_s, always=offload) as here:
-        state = build(run, plan, here, data, Parts())
-        for number, rate in enumerate(lr_of_step):
-            state.optimizer.set_lr(rate / state.optimizer.peak_lr)
-            loss, norm = step(state, number)
-            if state.scale.follow([loss], norm):
+    timeout_s = run.launch.timeout_s
+    with join_process_group(LaunchInfo(), plan.device, plan.threads, timeout_s, always=offload) as process:
+        state = build_run_state(run, plan, process, data, Parts())
+        for step_index, lr in enumerate(lr_of_step):
+            state.optimizer.set_lr(lr / state.optimizer.peak_lr)
+            loss, norm = trial_step(state, step_index)
+            if state.loss_scale.update([loss], norm):
                 losses.append(loss)
                 continue
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -59,29 +59,29 @@ def losses_at(run: Run, lr_of_step: Sequence[float], seed: int) -> list[float]:
     return losses
 
 
-def _data_of(run: Run) -> DatasetInfo:
+def _prepare_trial_dataset(run: Run) -> DatasetInfo:
     """The dataset that the run itself would use, whatever the seed of a trial; made, if it must be,
     under the lock of the run's folder."""
-    with locked(run) if find_data(run) is None else nullcontext():
-        return lay_out_data(run)
+    with acquire_run_lock(run) if find_dataset_dir(run) is None else nullcontext():
+        return prepare_dataset(run)
 
 
-def step(state: RunState, number: int) -> tuple[float, float]:
+def trial_step(state: RunState, step_index: int) -> tuple[float, float]:
     """Step `number` (from 0) at the rate that is set: (mean loss before the update in nats, norm of
     the gradient before clipping), the same on all ranks. Nothing is updated if one is not finite.
     """
-    losses, partial = state.engine.forward_backward(number, state.scale.value)
+    losses, partial_sums = state.engine.forward_backward(step_index, state.loss_scale.value)
     group = state.mesh.group(*AXES)
-    tally = gather_tally(state.speaks(losses), state.loaded(), Wishes(), state.spoken, group)
-    loss = math.fsum(tally.losses) / state.engine.work.tokens
-    gradients = state.engine.place(state.sync.agree(partial))
-    state.scale.unscale(gradients)
-    norm = state.norm(gradients)
+    step_summary = gather_step_summary(state.reported_losses(losses), state.sample_digests(), RankStatus(), state.loss_owners, group)
+    loss = math.fsum(step_summary.losses) / state.engine.step_spec.step_tokens
+    gradients = state.engine.set_gradients(state.sync.reduce_gradients(partial_sums))
+    state.loss_scale.unscale(gradients)
+    norm = state.gradient_norm(gradients)
     if math.isfinite(loss) and math.isfinite(float(norm)):
         clip_gradients(state.named_gradients(gradients), state.run.clip, norm)
-        updates, loads = state.optimizer.prepare(), state.engine.prepare()
+        updates, expert_loads = state.optimizer.prepare(), state.engine.prepare()
         state.optimizer.step(updates)
-        state.engine.commit(loads)
-        limit_parameters(state.groups, state.run.clip, state.totals)
-        state.sync.settle(number + 1)
+        state.engine.commit(expert_loads)
+        limit_parameters(state.parameter_groups, state.run.clip, state.norm_reducer)
+        state.sync.after_step(step_index + 1)
     return loss, float(norm)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from cordee import launch
-from cordee.dist.exchange import Exchange
+from cordee.dist.exchange import TreeAllReduce
 from cordee.layout.split import fold, split_evenly
-from cordee.sync.codecs import Identity
+from cordee.sync.codecs import IdentityCodec
 
 SIZE, RATE, BLOCKS = 1000, 0.01, 4
 
@@ -28,7 +28,7 @@ def descend(world, steps):
     # 3 distribute the model: a rank keeps its own blocks of theta, and the optimiser of those alone
     mine = {b: theta[b].clone().requires_grad_() for b in ranges[world.rank]}
     optimizer = torch.optim.SGD(mine.values(), lr=RATE)
-    exchange = Exchange(dist.group.WORLD if world.size > 1 else None, ranges, Identity())
+    exchange = TreeAllReduce(dist.group.WORLD if world.size > 1 else None, ranges, IdentityCodec())
     losses = []
     for _ in range(steps):  # 6 iterate
         parts = {b: block.square().sum() / SIZE for b, block in mine.items()}
@@ -36,8 +36,8 @@ def descend(world, steps):
         sum(parts.values()).backward()
         # 5 communicate: the sum over blocks in canonical order, the same bits on any ranks
         leaves = {(b, b + 1): part.detach()[None].clone() for b, part in parts.items()}
-        partial = [(n, fold(n, leaves, torch.add)) for n in exchange.nodes[world.rank]]
-        losses.append(float(exchange.add(partial)))
+        partial = [(n, fold(n, leaves, torch.add)) for n in exchange.nodes_by_member[world.rank]]
+        losses.append(float(exchange.all_reduce(partial)))
         optimizer.step()  # 4 update
     return losses
 

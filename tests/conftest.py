@@ -14,10 +14,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from cordee.layout.boxes import Box, whole
-from cordee.testing import PRELOADED
+from cordee.layout.boxes import Box, full_box
+from cordee.testing import PRELOAD_MODULES
 
-PRELOADED += [
+PRELOAD_MODULES += [
     "torch.distributed.fsdp", "torch.distributed.pipelining", "hypothesis", "pytest",
     "tests.metal.layouts",
 ]  # fmt: skip
@@ -56,7 +56,7 @@ TINY = ("model.layers=1", "model.width=32", "data.sequence=16", "batch.microbatc
 """Smaller still: for what is emulated (bf16, fp16), and for runs of very many steps."""
 
 
-def cordee(
+def run_cordee(
     *words: str, folder: Path | None = None, deadline_s: float = 400.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The command, as a user's shell would start it."""
@@ -73,23 +73,23 @@ def cordee(
 def clean_environment() -> dict[str, str]:
     """The environment without a launcher's variables, with the package importable anywhere."""
     root = str(Path(__file__).resolve().parent.parent)
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "PYTHONPATH": root}
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**variables, "PYTHONPATH": root}
 
 
-def train(
+def train_small(
     directory: Path, *words: str, deadline_s: float = 400.0
 ) -> subprocess.CompletedProcess[str]:
     """`cordee train` of the small run in `directory`; must succeed."""
-    done = cordee("train", *SMALL, f"run.dir={directory}", *words, deadline_s=deadline_s)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    result = run_cordee("train", *SMALL, f"run.dir={directory}", *words, deadline_s=deadline_s)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
 
 
 def wait_for_step(folder: Path, step: int, deadline_s: float = 120.0) -> int:
     """Until the run has made that step; returns the step it has made."""
-    end, path = time.monotonic() + deadline_s, folder / "metrics.jsonl"
-    while time.monotonic() < end:
+    end_s, path = time.monotonic() + deadline_s, folder / "metrics.jsonl"
+    while time.monotonic() < end_s:
         count = path.read_bytes().count(b"\n") if path.exists() else 0
         if count >= step:
             return count
@@ -97,21 +97,21 @@ def wait_for_step(folder: Path, step: int, deadline_s: float = 120.0) -> int:
     raise AssertionError(f"step {step} was not made")
 
 
-def rows(directory: Path) -> list[dict[str, object]]:
+def read_rows(directory: Path) -> list[dict[str, object]]:
     """The run's metrics rows."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(directory: Path) -> list[dict[str, object]]:
+def read_events(directory: Path) -> list[dict[str, object]]:
     """The run's events."""
     return [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
 
 
-def digest(directory: Path) -> str:
+def weights_digest(directory: Path) -> str:
     """weights_sha256 of a finished run."""
-    last = events(directory)[-1]
-    assert last["event"] == "finished", last
-    return str(last["weights_sha256"])
+    last_event = read_events(directory)[-1]
+    assert last_event["event"] == "finished", last_event
+    return str(last_event["weights_sha256"])
 
 
 @st.composite
@@ -124,14 +124,14 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
 @st.composite
 def partitions(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
     """Boxes that tile a tensor, cut one by one in any place; some may be empty or come twice."""
-    found = [whole(shape)]
+    tiles = [full_box(shape)]
     for _ in range(draw(st.integers(0, 6)) if shape else 0):
-        box = found.pop(draw(st.integers(0, len(found) - 1)))
+        box = tiles.pop(draw(st.integers(0, len(tiles) - 1)))
         dim = draw(st.integers(0, len(shape) - 1))
         start, stop = box[dim]
-        at = draw(st.integers(start, stop))
-        found += [(*box[:dim], part, *box[dim + 1 :]) for part in ((start, at), (at, stop))]
-    return found
+        cut_index = draw(st.integers(start, stop))
+        tiles += [(*box[:dim], part, *box[dim + 1 :]) for part in ((start, cut_index), (cut_index, stop))]
+    return tiles
 
 
 @pytest.fixture
@@ -140,11 +140,11 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-ROOMS = ("paper", "test_house_rules.py", "metal", "gpu", "drills")
+FOLDER_ORDER = ("paper", "test_house_rules.py", "metal", "gpu", "drills")
 """Fast tests first: what fails in a second should not wait for what takes minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by room; the order inside a room stays."""
-    here = Path(__file__).parent
-    items.sort(key=lambda item: ROOMS.index(item.path.relative_to(here).parts[0]))
+    tests_dir = Path(__file__).parent
+    items.sort(key=lambda item: FOLDER_ORDER.index(item.path.relative_to(tests_dir).parts[0]))

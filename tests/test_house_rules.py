@@ -27,8 +27,8 @@ FLOORS = {
     "trial": 6, "rehearse": 6, "probe": 5, "machine": 6, "train": 7,
     "cli": 8,
 }  # fmt: skip
-FACES = {"__init__", "__main__"}
-PAPER = (
+ENTRY_FILES = {"__init__", "__main__"}
+TORCH_FREE = (
     "config", "layout", "plan", "data/order.py", "data/mixture.py", "data/permutation.py",
     "errors.py", "system.py", "devices.py",
 )  # fmt: skip
@@ -37,9 +37,9 @@ LATE_IMPORTS = {
     "build.py",
 }  # fmt: skip
 """Files outside cli/ that may import inside a function; each says why in its header."""
-ENVIRONMENT = {"dist/start.py", "testing.py"}
-BROAD = ("fault/", "testing.py")
-KNOBS = ("config/run.py", "config/model.py")
+ENVIRONMENT_READERS = {"dist/start.py", "testing.py"}
+BROAD_EXCEPTS = ("fault/", "testing.py")
+SETTINGS_FILES = ("config/run.py", "config/model.py")
 BANNED_NAMES = {"utils", "common", "helpers", "manager", "handler", "base", "misc"}
 
 
@@ -69,7 +69,7 @@ def imports(node: ast.AST) -> Iterator[str]:
             yield child.module
 
 
-def test_there_is_a_house() -> None:
+def test_package_has_files() -> None:
     assert len(FILES) > 40
 
 
@@ -79,18 +79,18 @@ class Offenders:
 
     lines: list[str] = field(default_factory=list)
 
-    def unless(self, kept: object, path: Path, says: str) -> None:
+    def unless(self, is_kept: object, path: Path, message: str) -> None:
         """Notes that `path` breaks the rule unless it is kept."""
-        if not kept:
-            self.lines.append(f"{name_of(path)}: {says}")
+        if not is_kept:
+            self.lines.append(f"{name_of(path)}: {message}")
 
 
 @pytest.fixture
 def offenders() -> Iterator[Offenders]:
     """Fails at the end of a test that has found any."""
-    found = Offenders()
-    yield found
-    assert not found.lines, "\n" + "\n".join(found.lines)
+    collector = Offenders()
+    yield collector
+    assert not collector.lines, "\n" + "\n".join(collector.lines)
 
 
 def test_caps(offenders: Offenders) -> None:
@@ -101,14 +101,14 @@ def test_caps(offenders: Offenders) -> None:
 def _check_caps(path: Path, offenders: Offenders) -> None:
     lines = path.read_text().splitlines()
     offenders.unless(len(lines) <= FILE_LINES, path, f"{len(lines)} lines")
-    long = [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS]
-    offenders.unless(not long, path, f"lines over {COLUMNS} columns: {long}")
+    long_lines = [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS]
+    offenders.unless(not long_lines, path, f"lines over {COLUMNS} columns: {long_lines}")
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
         offenders.unless(length <= FUNCTION_LINES, path, f"{function.name}: {length} lines")
-        given = function.args
-        count = len([a for a in [*given.posonlyargs, *given.args] if a.arg not in ("self", "cls")])
-        count += len(given.kwonlyargs)
+        arguments = function.args
+        count = len([a for a in [*arguments.posonlyargs, *arguments.args] if a.arg not in ("self", "cls")])
+        count += len(arguments.kwonlyargs)
         offenders.unless(count <= PARAMETERS, path, f"{function.name}: {count} parameters")
 
 
@@ -119,7 +119,7 @@ def test_package_size() -> None:
 def test_floors(offenders: Offenders) -> None:
     for path in FILES:
         room = room_of(path)
-        if room in FACES:
+        if room in ENTRY_FILES:
             continue
         for module in imports(tree_of(path)):
             if not module.startswith("cordee."):
@@ -127,9 +127,9 @@ def test_floors(offenders: Offenders) -> None:
             other = module.split(".")[1]
             assert other in FLOORS, f"{module} has no floor"
             if other != room:
-                below = FLOORS[other] < FLOORS[room] or _same_floor_below(room, other)
-                says = f"floor {FLOORS[room]} imports {module} of floor {FLOORS[other]}"
-                offenders.unless(below, path, says)
+                is_below = FLOORS[other] < FLOORS[room] or _same_floor_below(room, other)
+                message = f"floor {FLOORS[room]} imports {module} of floor {FLOORS[other]}"
+                offenders.unless(is_below, path, message)
 
 
 def _same_floor_below(room: str, other: str) -> bool:
@@ -146,34 +146,34 @@ def _same_floor_below(room: str, other: str) -> bool:
 
 
 def test_no_circles() -> None:
-    known = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
+    module_paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
     edges = {
-        name: {m for m in imports(tree_of(path)) if m in known and m != name}
-        for name, path in known.items()
+        name: {m for m in imports(tree_of(path)) if m in module_paths and m != name}
+        for name, path in module_paths.items()
         if name not in ("cordee.__init__", "cordee.__main__")
     }
-    done: set[str] = set()
+    visited: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " -> ".join([*trail, name])
-        if name not in done:
+        if name not in visited:
             for other in edges.get(name, ()):
                 visit(other, (*trail, name))
-            done.add(name)
+            visited.add(name)
 
     for name in edges:
         visit(name, ())
 
 
-def test_paper_knows_no_torch(offenders: Offenders) -> None:
+def test_torch_free_files(offenders: Offenders) -> None:
     for path in FILES:
         name, modules = name_of(path), list(imports(tree_of(path)))
-        if name.startswith(PAPER):
-            torch = [m for m in modules if m.split(".")[0] == "torch"]
-            offenders.unless(not torch, path, f"imports {torch}")
+        if name.startswith(TORCH_FREE):
+            torch_imports = [m for m in modules if m.split(".")[0] == "torch"]
+            offenders.unless(not torch_imports, path, f"imports {torch_imports}")
         if name.startswith("model/"):
-            groups = [m for m in modules if m.startswith("torch.distributed")]
-            offenders.unless(not groups, path, f"imports {groups}")
+            group_imports = [m for m in modules if m.startswith("torch.distributed")]
+            offenders.unless(not group_imports, path, f"imports {group_imports}")
 
 
 def test_manners(offenders: Offenders) -> None:
@@ -185,23 +185,23 @@ def _check_manners(path: Path, offenders: Offenders) -> None:
     name, text, tree = name_of(path), path.read_text(), tree_of(path)
     offenders.unless(ast.get_docstring(tree), path, "a file says what it is")
     offenders.unless(path.stem not in BANNED_NAMES, path, "a name that says nothing")
-    marks = re.findall(r"\b(?:TODO|FIXME|XXX|HACK|NotImplementedError)\b", text)
-    offenders.unless(not marks, path, f"unfinished: {marks}")
+    unfinished_marks = re.findall(r"\b(?:TODO|FIXME|XXX|HACK|NotImplementedError)\b", text)
+    offenders.unless(not unfinished_marks, path, f"unfinished: {unfinished_marks}")
     offenders.unless("pickle" not in set(imports(tree)), path, "pickle")
     offenders.unless("torch.load" not in text, path, "torch.load")
-    if name not in ENVIRONMENT:
-        reads = re.search(r"os\.environ|os\.getenv", text)
-        offenders.unless(not reads, path, "environment is read in dist/start")
+    if name not in ENVIRONMENT_READERS:
+        environment_read = re.search(r"os\.environ|os\.getenv", text)
+        offenders.unless(not environment_read, path, "environment is read in dist/start")
     for node in ast.walk(tree):
         offenders.unless(not isinstance(node, ast.Global), path, "global")
-        if isinstance(node, ast.ExceptHandler) and not name.startswith(BROAD):
-            caught = ast.unparse(node.type) if node.type else ""
-            narrow = caught not in ("", "Exception", "BaseException")
-            offenders.unless(narrow, path, f"line {node.lineno}: broad")
+        if isinstance(node, ast.ExceptHandler) and not name.startswith(BROAD_EXCEPTS):
+            exception_types = ast.unparse(node.type) if node.type else ""
+            is_narrow = exception_types not in ("", "Exception", "BaseException")
+            offenders.unless(is_narrow, path, f"line {node.lineno}: broad")
     if not name.startswith("cli/") and name not in LATE_IMPORTS:
         for function in functions(path):
-            late = list(imports(function))
-            offenders.unless(not late, path, f"{function.name}: imports {late} inside")
+            late_imports = list(imports(function))
+            offenders.unless(not late_imports, path, f"{function.name}: imports {late_imports} inside")
 
 
 def test_public_names_are_documented_and_typed(offenders: Offenders) -> None:
@@ -211,39 +211,39 @@ def test_public_names_are_documented_and_typed(offenders: Offenders) -> None:
 
 def _check_public_names(path: Path, offenders: Offenders) -> None:
     tree = tree_of(path)
-    public = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
-    bodies = [tree.body, *[node.body for node in public]]
+    public_classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    bodies = [tree.body, *[node.body for node in public_classes]]
     for body in bodies:
         for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                documented = ast.get_docstring(node)
-                offenders.unless(documented, path, f"{node.name} has no docstring")
+                docstring = ast.get_docstring(node)
+                offenders.unless(docstring, path, f"{node.name} has no docstring")
                 offenders.unless(node.returns, path, f"{node.name} has no return type")
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            documented = ast.get_docstring(node) or name_of(path) in KNOBS
-            offenders.unless(documented, path, f"{node.name} has no docstring")
+            docstring = ast.get_docstring(node) or name_of(path) in SETTINGS_FILES
+            offenders.unless(docstring, path, f"{node.name} has no docstring")
 
 
 def test_every_knob_is_documented_and_read() -> None:
     sys.path.insert(0, str(ROOT))
-    from cordee.config.load import field_doc, known_keys
+    from cordee.config.load import field_doc, config_keys
 
-    text = "\n".join(p.read_text() for p in FILES if name_of(p) not in KNOBS)
-    for key in known_keys():
+    text = "\n".join(p.read_text() for p in FILES if name_of(p) not in SETTINGS_FILES)
+    for key in config_keys():
         assert field_doc(key), f"{key} has no sentence"
         leaf = key.split(".")[-1]
         assert re.search(rf"\.{leaf}\b|\"{leaf}\"", text), f"{key} is read nowhere: act or refuse"
 
 
 @pytest.mark.parametrize("verb", ["--help", "plan", "config"])
-def test_paper_verbs_start_without_torch(verb: str, tmp_path: Path) -> None:
+def test_verbs_without_torch(verb: str, tmp_path: Path) -> None:
     words = {"--help": ["--help"], "plan": ["plan"], "config": ["config", "explain", "optim"]}[verb]
     code = (
         "import sys; from cordee.cli.main import main; code = main(sys.argv[1:]);"
         " assert code == 0, code; assert 'torch' not in sys.modules, 'torch was imported'"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, *words],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
@@ -251,11 +251,11 @@ def test_paper_verbs_start_without_torch(verb: str, tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def test_help_is_short() -> None:
     from cordee.cli.main import HELP, VERBS
 
-    shown = HELP.format(verbs="\n".join(VERBS))
-    assert len(shown.splitlines()) <= 25
+    help_text = HELP.format(verbs="\n".join(VERBS))
+    assert len(help_text.splitlines()) <= 25

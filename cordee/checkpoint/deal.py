@@ -13,15 +13,15 @@ from typing import Any
 
 from cordee.checkpoint.format import DTYPES
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, Shape, intersection, volume, without
+from cordee.layout.boxes import Box, Shape, intersection, volume, subtract_box
 
-SLICE_BYTES = 4 << 20
+MAX_TRANSFER_BYTES = 4 << 20
 """Longest slice: a large tensor comes from several donors, and a round has room for some."""
 
-LEAST_BYTES = 64 << 10
+MIN_SPLIT_BYTES = 64 << 10
 """A box below this is not cut to be shared by donors."""
 
-ROUND_BYTES = 32 << 20
+MAX_ROUND_BYTES = 32 << 20
 """What a rank sends, and what it receives, in one round at most."""
 
 ALIGN_BYTES = 16
@@ -29,7 +29,7 @@ ALIGN_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorBox:
     """A box of the tensor `name` of `shape`; `dtype` is a safetensors code."""
 
     name: str
@@ -39,181 +39,181 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Offer:
+class SnapshotOffer:
     """Parts as of the end of `step`, and what describes that moment (JSON)."""
 
     step: int
     meta: Mapping[str, Any]
-    parts: Sequence[Part]
+    tensor_boxes: Sequence[TensorBox]
 
 
 @dataclass(frozen=True)
-class Told:
+class RankInventory:
     """What one rank said: what it wants and what it can give."""
 
-    wanted: Sequence[Part]
-    offers: Sequence[Offer]
+    requests: Sequence[TensorBox]
+    offers: Sequence[SnapshotOffer]
 
 
 @dataclass(frozen=True)
-class Slice:
+class Transfer:
     """`box` of the tensor `name` goes from rank `giver` into what `taker` wants at `index`."""
 
-    giver: int
-    taker: int
-    index: int
+    src_rank: int
+    dst_rank: int
+    request_index: int
     name: str
     box: Box
-    bytes: int
+    size_bytes: int
 
     @property
     def padded_bytes(self) -> int:
         """The room that it takes in a message."""
-        return padded(self.bytes)
+        return align_up(self.size_bytes)
 
 
-def padded(size_bytes: int) -> int:
+def align_up(size_bytes: int) -> int:
     """The next multiple of ALIGN_BYTES."""
     return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def check_alike(told: Sequence[Told]) -> None:
+def check_consistency(inventories: Sequence[RankInventory]) -> None:
     """CheckpointError unless whoever speaks of a wanted tensor means the same dtype and shape."""
-    meant: dict[str, tuple[str, Shape]] = {}
-    for said in told:
-        for part in said.wanted:
-            meant.setdefault(part.name, (part.dtype, part.shape))
-    for rank, said in enumerate(told):
-        kept = [part for offer in said.offers for part in offer.parts]
-        for part in (*said.wanted, *kept):
-            known = meant.get(part.name, (part.dtype, part.shape))
-            if known != (part.dtype, part.shape):
+    specs: dict[str, tuple[str, Shape]] = {}
+    for inventory in inventories:
+        for tensor_box in inventory.requests:
+            specs.setdefault(tensor_box.name, (tensor_box.dtype, tensor_box.shape))
+    for rank, inventory in enumerate(inventories):
+        offer_boxes = [tensor_box for offer in inventory.offers for tensor_box in offer.tensor_boxes]
+        for tensor_box in (*inventory.requests, *offer_boxes):
+            spec = specs.get(tensor_box.name, (tensor_box.dtype, tensor_box.shape))
+            if spec != (tensor_box.dtype, tensor_box.shape):
                 raise CheckpointError(
                     "a live rank holds another tensor under this name",
-                    values={"tensor": part.name, "rank": rank, "dtype": part.dtype,
-                            "shape": part.shape, "wanted": known},
+                    values={"tensor": tensor_box.name, "rank": rank, "dtype": tensor_box.dtype,
+                            "shape": tensor_box.shape, "wanted": spec},
                     fix="the same model and optimiser on every rank",
                 )  # fmt: skip
 
 
-def best_step(told: Sequence[Told]) -> int | None:
+def newest_covered_step(inventories: Sequence[RankInventory]) -> int | None:
     """The highest step at which all ranks' parts together cover all that is wanted, or None."""
-    wanted = {(part.name, part.box) for said in told for part in said.wanted if volume(part.box)}
-    steps = {offer.step for said in told for offer in said.offers}
+    requests = {(tensor_box.name, tensor_box.box) for inventory in inventories for tensor_box in inventory.requests if volume(tensor_box.box)}
+    steps = {offer.step for inventory in inventories for offer in inventory.offers}
     for step in sorted(steps, reverse=True):
-        held = holders(told, step)
-        if all(_covered(box, held.get(name, {})) for name, box in wanted):
+        holders_by_name = find_holders(inventories, step)
+        if all(_is_covered(box, holders_by_name.get(name, {})) for name, box in requests):
             return step
     return None
 
 
-def holders(told: Sequence[Told], step: int) -> dict[str, dict[Box, tuple[int, ...]]]:
+def find_holders(inventories: Sequence[RankInventory], step: int) -> dict[str, dict[Box, tuple[int, ...]]]:
     """By name and box, the ranks that hold it as of `step`, in order; no empty boxes."""
-    found: dict[str, dict[Box, tuple[int, ...]]] = {}
-    for rank, said in enumerate(told):
-        parts = {p for offer in said.offers if offer.step == step for p in offer.parts}
-        for part in parts:
-            if volume(part.box):
-                ranks = found.setdefault(part.name, {}).get(part.box, ())
-                found[part.name][part.box] = (*ranks, rank)
-    return {name: dict(sorted(boxes.items())) for name, boxes in found.items()}
+    holders_by_name: dict[str, dict[Box, tuple[int, ...]]] = {}
+    for rank, inventory in enumerate(inventories):
+        tensor_boxes = {p for offer in inventory.offers if offer.step == step for p in offer.tensor_boxes}
+        for tensor_box in tensor_boxes:
+            if volume(tensor_box.box):
+                ranks = holders_by_name.setdefault(tensor_box.name, {}).get(tensor_box.box, ())
+                holders_by_name[tensor_box.name][tensor_box.box] = (*ranks, rank)
+    return {name: dict(sorted(boxes.items())) for name, boxes in holders_by_name.items()}
 
 
-def cells(box: Box, held: Mapping[Box, tuple[int, ...]]) -> list[tuple[Box, tuple[int, ...]]]:
+def overlaps(box: Box, box_holders: Mapping[Box, tuple[int, ...]]) -> list[tuple[Box, tuple[int, ...]]]:
     """Boxes that tile `box`, each with the ranks that hold all of it (none: no rank does)."""
-    found: list[tuple[Box, tuple[int, ...]]] = [(box, ())]
-    for other, ranks in held.items():
-        if intersection(box, other) is None:
+    regions: list[tuple[Box, tuple[int, ...]]] = [(box, ())]
+    for holder_box, ranks in box_holders.items():
+        if intersection(box, holder_box) is None:
             continue
-        cut: list[tuple[Box, tuple[int, ...]]] = []
-        for region, known in found:
-            common = intersection(region, other)
-            if common is None:
-                cut.append((region, known))
+        next_regions: list[tuple[Box, tuple[int, ...]]] = []
+        for region, region_ranks in regions:
+            overlap = intersection(region, holder_box)
+            if overlap is None:
+                next_regions.append((region, region_ranks))
                 continue
-            cut.append((common, tuple(dict.fromkeys((*known, *ranks)))))
-            cut += [(rest, known) for rest in without(region, common)]
-        found = cut
-    return found
+            next_regions.append((overlap, tuple(dict.fromkeys((*region_ranks, *ranks)))))
+            next_regions += [(remainder, region_ranks) for remainder in subtract_box(region, overlap)]
+        regions = next_regions
+    return regions
 
 
-def deal(told: Sequence[Told], step: int) -> list[Slice]:
+def plan_transfers(inventories: Sequence[RankInventory], step: int) -> list[Transfer]:
     """Every wanted box in slices: from the taker itself what it holds, the rest from those who
     hold it, each time from who gives the fewest bytes so far; the largest first."""
-    held, slices, open_slices = holders(told, step), list[Slice](), list[tuple[Slice, Ranks]]()
-    for taker, said in enumerate(told):
-        for index, part in enumerate(said.wanted):
-            boxes = held.get(part.name, {}) if volume(part.box) else {}
-            item_bytes = DTYPES[part.dtype].itemsize
-            own = {box: (taker,) for box, ranks in boxes.items() if taker in ranks}
-            for region, mine in cells(part.box, own) if boxes else ():
-                if mine:
-                    size = volume(region) * item_bytes
-                    slices.append(Slice(taker, taker, index, part.name, region, size))
+    holders_by_name, transfers, open_transfers = find_holders(inventories, step), list[Transfer](), list[tuple[Transfer, Ranks]]()
+    for dst_rank, inventory in enumerate(inventories):
+        for request_index, request in enumerate(inventory.requests):
+            box_holders = holders_by_name.get(request.name, {}) if volume(request.box) else {}
+            item_bytes = DTYPES[request.dtype].itemsize
+            own_boxes = {box: (dst_rank,) for box, ranks in box_holders.items() if dst_rank in ranks}
+            for region, own_ranks in overlaps(request.box, own_boxes) if box_holders else ():
+                if own_ranks:
+                    size_bytes = volume(region) * item_bytes
+                    transfers.append(Transfer(dst_rank, dst_rank, request_index, request.name, region, size_bytes))
                     continue
-                for cell, who in cells(region, boxes):
-                    share = volume(cell) * item_bytes // len(who)
-                    limit = min(SLICE_BYTES, max(LEAST_BYTES, share))
-                    for box in cut(cell, item_bytes, limit):
-                        size = volume(box) * item_bytes
-                        open_slices.append((Slice(-1, taker, index, part.name, box, size), who))
-    return slices + _dealt(open_slices, len(told))
+                for cell, cell_ranks in overlaps(region, box_holders):
+                    share_bytes = volume(cell) * item_bytes // len(cell_ranks)
+                    limit_bytes = min(MAX_TRANSFER_BYTES, max(MIN_SPLIT_BYTES, share_bytes))
+                    for box in split_box(cell, item_bytes, limit_bytes):
+                        size_bytes = volume(box) * item_bytes
+                        open_transfers.append((Transfer(-1, dst_rank, request_index, request.name, box, size_bytes), cell_ranks))
+    return transfers + _assign_sources(open_transfers, len(inventories))
 
 
 Ranks = tuple[int, ...]
 
 
-def cut(box: Box, item_bytes: int, limit_bytes: int) -> Iterator[Box]:
+def split_box(box: Box, item_bytes: int, limit_bytes: int) -> Iterator[Box]:
     """Boxes of at most `limit_bytes` (one element at least) that tile a box, in C order."""
-    size = volume(box) * item_bytes
+    size_bytes = volume(box) * item_bytes
     dim = next((d for d, (start, stop) in enumerate(box) if stop - start > 1), None)
-    if size <= limit_bytes or dim is None:
+    if size_bytes <= limit_bytes or dim is None:
         yield box
         return
     start, stop = box[dim]
-    rows = max(1, limit_bytes // (size // (stop - start)))
-    for at in range(start, stop, rows):
-        span = (at, min(at + rows, stop))
-        yield from cut((*box[:dim], span, *box[dim + 1 :]), item_bytes, limit_bytes)
+    rows = max(1, limit_bytes // (size_bytes // (stop - start)))
+    for row in range(start, stop, rows):
+        span = (row, min(row + rows, stop))
+        yield from split_box((*box[:dim], span, *box[dim + 1 :]), item_bytes, limit_bytes)
 
 
-def rounds(slices: Sequence[Slice]) -> list[list[Slice]]:
+def schedule_rounds(transfers: Sequence[Transfer]) -> list[list[Transfer]]:
     """The slices that are messages, each in the first round where giver and taker have room."""
-    made: list[list[Slice]] = []
-    loads: list[dict[tuple[str, int], int]] = []
-    full: dict[tuple[str, int], int] = {}
-    for part in slices:
-        if part.giver == part.taker:
+    schedule: list[list[Transfer]] = []
+    round_loads: list[dict[tuple[str, int], int]] = []
+    first_open_round: dict[tuple[str, int], int] = {}
+    for transfer in transfers:
+        if transfer.src_rank == transfer.dst_rank:
             continue
-        ends, size = (("out", part.giver), ("in", part.taker)), part.padded_bytes
-        at = max(full.get(end, 0) for end in ends)
-        while at < len(made) and any(loads[at].get(e, 0) + size > ROUND_BYTES for e in ends):
-            at += 1
-        if at == len(made):
-            made.append([])
-            loads.append({})
-        made[at].append(part)
-        for end in ends:
-            loads[at][end] = loads[at].get(end, 0) + size
-            while full.get(end, 0) < len(made) and (
-                loads[full.get(end, 0)].get(end, 0) + ALIGN_BYTES > ROUND_BYTES
+        endpoints, size_bytes = (("out", transfer.src_rank), ("in", transfer.dst_rank)), transfer.padded_bytes
+        round_index = max(first_open_round.get(endpoint, 0) for endpoint in endpoints)
+        while round_index < len(schedule) and any(round_loads[round_index].get(e, 0) + size_bytes > MAX_ROUND_BYTES for e in endpoints):
+            round_index += 1
+        if round_index == len(schedule):
+            schedule.append([])
+            round_loads.append({})
+        schedule[round_index].append(transfer)
+        for endpoint in endpoints:
+            round_loads[round_index][endpoint] = round_loads[round_index].get(endpoint, 0) + size_bytes
+            while first_open_round.get(endpoint, 0) < len(schedule) and (
+                round_loads[first_open_round.get(endpoint, 0)].get(endpoint, 0) + ALIGN_BYTES > MAX_ROUND_BYTES
             ):
-                full[end] = full.get(end, 0) + 1
-    return made
+                first_open_round[endpoint] = first_open_round.get(endpoint, 0) + 1
+    return schedule
 
 
-def _covered(box: Box, held: Mapping[Box, Ranks]) -> bool:
-    return box in held or all(ranks for _, ranks in cells(box, held))
+def _is_covered(box: Box, box_holders: Mapping[Box, Ranks]) -> bool:
+    return box in box_holders or all(ranks for _, ranks in overlaps(box, box_holders))
 
 
-def _dealt(open_slices: Sequence[tuple[Slice, Ranks]], size: int) -> list[Slice]:
+def _assign_sources(open_transfers: Sequence[tuple[Transfer, Ranks]], world_size: int) -> list[Transfer]:
     """Slices with a giver. What only one can give comes first: the others even it out."""
-    loads, dealt = [0] * size, []
+    rank_loads, transfers = [0] * world_size, []
     order = sorted(
-        open_slices, key=lambda o: (len(o[1]) > 1, -o[0].bytes, o[0].name, o[0].box, o[0].taker)
+        open_transfers, key=lambda o: (len(o[1]) > 1, -o[0].size_bytes, o[0].name, o[0].box, o[0].dst_rank)
     )
-    for part, who in order:
-        giver = min(who, key=lambda rank: (loads[rank], rank))
-        loads[giver] += part.bytes
-        dealt.append(Slice(giver, part.taker, part.index, part.name, part.box, part.bytes))
-    return dealt
+    for transfer, ranks in order:
+        src_rank = min(ranks, key=lambda rank: (rank_loads[rank], rank))
+        rank_loads[src_rank] += transfer.size_bytes
+        transfers.append(Transfer(src_rank, transfer.dst_rank, transfer.request_index, transfer.name, transfer.box, transfer.size_bytes))
+    return transfers

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 
-def weights_sha256(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+def weights_sha256(names: Iterable[str], read_tensor: Callable[[str], Tensor]) -> str:
     """`read(name)` gives a whole parameter; it is called once for each name, in sorted order."""
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(names):
-        tensor = read(name).detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        tensor = read_tensor(name).detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

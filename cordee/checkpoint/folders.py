@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-MOST_GENERATIONS = 10**15
+MAX_GENERATION = 10**15
 """No run was started so often: a larger number in a name is not counted on from."""
-_NAME = re.compile(r"step-([0-9]{8,18})\.g([0-9]{1,18})")
+_FOLDER_NAME = re.compile(r"step-([0-9]{8,18})\.g([0-9]{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class StepFolder:
     step: int
     generation: int
     path: Path
-    complete: bool
+    is_complete: bool
 
 
 def folder_name(step: int, generation: int) -> str:
@@ -31,27 +31,27 @@ def folder_name(step: int, generation: int) -> str:
     return f"step-{step:08d}.g{generation}"
 
 
-def scan(folder: Path) -> list[StepFolder]:
+def scan_step_folders(folder: Path) -> list[StepFolder]:
     """Checkpoint folders, newest (step, generation) first; links are not followed. OSError."""
-    found = []
+    folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            match = _NAME.fullmatch(entry.name)
+            match = _FOLDER_NAME.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
                 path = folder / entry.name
-                done = os.path.lexists(path / MANIFEST)
+                is_complete = os.path.lexists(path / MANIFEST)
                 step, generation = int(match[1]), int(match[2])
-                found.append(StepFolder(step=step, generation=generation, path=path, complete=done))
-    return sorted(found, key=lambda f: (f.step, f.generation), reverse=True)
+                folders.append(StepFolder(step=step, generation=generation, path=path, is_complete=is_complete))
+    return sorted(folders, key=lambda f: (f.step, f.generation), reverse=True)
 
 
-def passed_over(folder: Path) -> list[tuple[int, int, Path, str]]:
+def list_invalid_folders(folder: Path) -> list[tuple[int, int, Path, str]]:
     """(step, generation, path, reason) of what has a checkpoint's name and is none, newest first.
     OSError."""
-    found = []
+    invalid_folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            match, path = _NAME.fullmatch(entry.name), folder / entry.name
+            match, path = _FOLDER_NAME.fullmatch(entry.name), folder / entry.name
             if not match:
                 continue
             if entry.is_symlink():
@@ -62,16 +62,16 @@ def passed_over(folder: Path) -> list[tuple[int, int, Path, str]]:
                 reason = f"has no {MANIFEST}: its save did not end, or the file is gone"
             else:
                 continue
-            found.append((int(match[1]), int(match[2]), path, reason))
-    return sorted(found, reverse=True)
+            invalid_folders.append((int(match[1]), int(match[2]), path, reason))
+    return sorted(invalid_folders, reverse=True)
 
 
-def generations(folder: Path) -> list[int]:
+def list_generations(folder: Path) -> list[int]:
     """Generations that the names in a folder tell of, those of half a checkpoint too; none where
     there is no folder to list."""
     try:
         names = os.listdir(folder)
     except OSError:
         return []
-    found = [int(match[2]) for match in map(_NAME.fullmatch, names) if match]
-    return [number for number in found if number <= MOST_GENERATIONS]
+    numbers = [int(match[2]) for match in map(_FOLDER_NAME.fullmatch, names) if match]
+    return [number for number in numbers if number <= MAX_GENERATION]

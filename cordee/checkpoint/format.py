@@ -30,7 +30,7 @@ import torch
 import xxhash
 
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, first_fault, whole
+from cordee.layout.boxes import Box, first_coverage_error, full_box
 
 FORMAT = "cordee-checkpoint-2"
 CHUNK_BYTES = 8 << 20
@@ -96,10 +96,10 @@ class PieceEntry:
     @property
     def box(self) -> Box:
         """Which part of the tensor it is."""
-        return tuple((at, at + size) for at, size in zip(self.start, self.size, strict=True))
+        return tuple((begin, begin + size) for begin, size in zip(self.start, self.size, strict=True))
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether it says nothing: no element, although its tensor has some."""
         return not math.prod(self.size) and bool(math.prod(self.shape))
 
@@ -113,10 +113,10 @@ class PieceEntry:
         """The name inside the file: `name`, or `name#0,128` if it is not the whole tensor."""
         if self.size == self.shape:
             return self.name
-        return f"{self.name}#{','.join(str(at) for at in self.start)}"
+        return f"{self.name}#{','.join(str(index) for index in self.start)}"
 
     @property
-    def order(self) -> tuple[int, str, tuple[int, ...]]:
+    def sort_key(self) -> tuple[int, str, tuple[int, ...]]:
         """Sort key inside a file: wide dtypes first, so that all data is aligned without holes."""
         return (-DTYPES[self.dtype].itemsize, self.name, self.start)
 
@@ -135,12 +135,12 @@ class PieceEntry:
             stop > size for (_, stop), size in zip(self.box, self.shape, strict=True)
         ):
             raise ValueError(f"{self.name}: a piece outside the tensor's {list(self.shape)}")
-        cut = sum(part != dim for part, dim in zip(self.box, whole(self.shape), strict=True))
-        if cut > CUT_DIMS_LIMIT:
-            raise ValueError(f"{self.name}: cut along {cut} dims; the limit is {CUT_DIMS_LIMIT}")
+        cut_dims = sum(span != dim for span, dim in zip(self.box, full_box(self.shape), strict=True))
+        if cut_dims > CUT_DIMS_LIMIT:
+            raise ValueError(f"{self.name}: cut along {cut_dims} dims; the limit is {CUT_DIMS_LIMIT}")
 
 
-def entry_of(piece: Piece) -> PieceEntry:
+def make_entry(piece: Piece) -> PieceEntry:
     """The manifest's view of a piece. ValueError if it cannot be stored."""
     tensor = piece.tensor
     if tensor.dtype not in DTYPE_CODES or tensor.layout is not torch.strided or tensor.is_meta:
@@ -149,7 +149,7 @@ def entry_of(piece: Piece) -> PieceEntry:
         name=piece.name,
         dtype=DTYPE_CODES[tensor.dtype],
         shape=tuple(int(dim) for dim in piece.global_shape),
-        start=tuple(int(at) for at in piece.start),
+        start=tuple(int(index) for index in piece.start),
         size=tuple(tensor.shape),
     )
 
@@ -157,7 +157,7 @@ def entry_of(piece: Piece) -> PieceEntry:
 class FileLayout(NamedTuple):
     """The start of a file (length word and header), where each piece begins, the file's size."""
 
-    head: bytes
+    header: bytes
     offsets_bytes: list[int]
     size_bytes: int
 
@@ -175,13 +175,13 @@ class FileEntry:
     pieces: tuple[PieceEntry, ...]
 
     @functools.cached_property
-    def layout(self) -> FileLayout:
+    def file_layout(self) -> FileLayout:
         """Where everything is in the file."""
-        return layout(self.pieces)
+        return make_file_layout(self.pieces)
 
 
 @dataclass(frozen=True)
-class Placed:
+class PieceLocation:
     """A piece and where its bytes begin."""
 
     entry: PieceEntry
@@ -194,133 +194,133 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def part_name(rank: int) -> str:
+def part_file_name(rank: int) -> str:
     """Where a writer says what it wrote, until the manifest has it."""
     return f"rank-{rank:05d}.json"
 
 
-def digest(blocks: Iterable[memoryview]) -> str:
+def chunk_checksum(blocks: Iterable[memoryview]) -> str:
     """xxh3-128 of one chunk given in blocks, 32 hex digits; runs without the interpreter lock."""
-    state = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for block in blocks:
-        state.update(block)
-    return state.hexdigest()
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
-def layout(pieces: Sequence[PieceEntry]) -> FileLayout:
+def make_file_layout(pieces: Sequence[PieceEntry]) -> FileLayout:
     """The file that holds these pieces, which are in file order; offsets count from its start.
 
     ValueError if they are not in order, if a key comes twice, or if the header is longer than the
     safetensors library reads.
     """
-    if any(a.order >= b.order for a, b in itertools.pairwise(pieces)):
+    if any(a.sort_key >= b.sort_key for a, b in itertools.pairwise(pieces)):
         raise ValueError("pieces out of order, or one of them twice")
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = [], 0
     for piece in pieces:
         starts.append(end)
         end += piece.size_bytes
-        span = [starts[-1], end]
-        table[piece.key] = {"dtype": piece.dtype, "shape": piece.size, "data_offsets": span}
+        offsets = [starts[-1], end]
+        table[piece.key] = {"dtype": piece.dtype, "shape": piece.size, "data_offsets": offsets}
     if len(table) != len(pieces) + 1:
         raise ValueError("two pieces with one key")
     text = json.dumps(table, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT_BYTES:
         raise ValueError(f"a header of {len(text)} bytes; the limit is {HEADER_LIMIT_BYTES}")
-    head = len(text).to_bytes(8, "little") + text
-    return FileLayout(head, [len(head) + start for start in starts], len(head) + end)
+    header = len(text).to_bytes(8, "little") + text
+    return FileLayout(header, [len(header) + start for start in starts], len(header) + end)
 
 
-def canonical(value: object) -> bytes:
+def canonical_json(value: object) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, ASCII. ValueError for NaN, TypeError
     for what is not JSON, RecursionError for what is nested too deeply."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii")
 
 
-def seal(body: Mapping[str, Any]) -> bytes:
+def encode_checked_json(body: Mapping[str, Any]) -> bytes:
     """The body with format and SHA-256, ready to be written."""
-    sha256 = hashlib.sha256(canonical(body)).hexdigest()
-    return canonical({"format": FORMAT, "sha256": sha256, "body": body})
+    sha256 = hashlib.sha256(canonical_json(body)).hexdigest()
+    return canonical_json({"format": FORMAT, "sha256": sha256, "body": body})
 
 
-def unseal(raw: bytes) -> object:
+def decode_checked_json(raw: bytes) -> object:
     """The body of a sealed text. ValueError unless it is, byte for byte, what `seal` makes.
 
     Comparing the whole text finds flips that mean the same to a JSON reader (1e5 and 1E5).
     """
     try:
         document = json.loads(raw.decode("ascii"))
-        form, sha256, body = fields(document, {"format": str, "sha256": str, "body": dict})
-        if form != FORMAT:
+        format_name, sha256, body = parse_fields(document, {"format": str, "sha256": str, "body": dict})
+        if format_name != FORMAT:
             raise ValueError(
-                f"has the format {form[:40]!r}, and this version reads {FORMAT!r};"
+                f"has the format {format_name[:40]!r}, and this version reads {FORMAT!r};"
                 " the version that wrote it still reads it"
             )
-        if hashlib.sha256(canonical(body)).hexdigest() != sha256:
+        if hashlib.sha256(canonical_json(body)).hexdigest() != sha256:
             raise ValueError("the SHA-256 does not match its content")
-        if canonical(document) != raw:
+        if canonical_json(document) != raw:
             raise ValueError("not in canonical form")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return body
 
 
-def fields(value: object, kinds: Mapping[str, type]) -> list[Any]:
+def parse_fields(value: object, field_types: Mapping[str, type]) -> list[Any]:
     """The values of a JSON object that has exactly these keys of exactly these types."""
-    if type(value) is not dict or value.keys() != kinds.keys():
-        raise ValueError(f"expected an object with exactly {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        if type(value[key]) is not kind:
-            raise ValueError(f"{key} is not of type {kind.__name__}")
-    return [value[key] for key in kinds]
+    if type(value) is not dict or value.keys() != field_types.keys():
+        raise ValueError(f"expected an object with exactly {', '.join(field_types)}")
+    for key, field_type in field_types.items():
+        if type(value[key]) is not field_type:
+            raise ValueError(f"{key} is not of type {field_type.__name__}")
+    return [value[key] for key in field_types]
 
 
-def parse_file(value: object) -> FileEntry:
+def parse_file_entry(value: object) -> FileEntry:
     """A file entry out of JSON, consistent in itself. ValueError says what is wrong."""
-    kinds = {"file": str, "bytes": int, "chunks": list, "pieces": list}
-    name, size_bytes, chunks, pieces = fields(value, kinds)
+    field_types = {"file": str, "bytes": int, "chunks": list, "pieces": list}
+    name, size_bytes, chunks, pieces = parse_fields(value, field_types)
     if not re.fullmatch(r"rank-[0-9]{5,9}\.safetensors", name):
         raise ValueError(f"{name[:80]!r} is not a plain file name of a writer")
-    kinds = {"name": str, "dtype": str, "shape": list, "start": list, "size": list}
+    field_types = {"name": str, "dtype": str, "shape": list, "start": list, "size": list}
     entries = []
     for piece in pieces:
-        tensor, dtype, *numbers = fields(piece, kinds)
+        tensor_name, dtype, *numbers = parse_fields(piece, field_types)
         if any(type(number) is not int for number in itertools.chain(*numbers)):
             raise ValueError(f"{name}: a shape, start or size that is not whole numbers")
         shape, start, size = map(tuple, numbers)
-        entries.append(PieceEntry(name=tensor, dtype=dtype, shape=shape, start=start, size=size))
+        entries.append(PieceEntry(name=tensor_name, dtype=dtype, shape=shape, start=start, size=size))
     if not all(type(chunk) is str and len(chunk) == 32 for chunk in chunks):
         raise ValueError(f"{name}: a checksum that is not 32 hex digits")
-    file = FileEntry(file=name, bytes=size_bytes, chunks=tuple(chunks), pieces=tuple(entries))
-    if file.layout.size_bytes != size_bytes or len(chunks) != -(-size_bytes // CHUNK_BYTES):
+    file_entry = FileEntry(file=name, bytes=size_bytes, chunks=tuple(chunks), pieces=tuple(entries))
+    if file_entry.file_layout.size_bytes != size_bytes or len(chunks) != -(-size_bytes // CHUNK_BYTES):
         raise ValueError(f"{name}: size, chunks and pieces contradict each other")
-    return file
+    return file_entry
 
 
-def tile(files: Iterable[FileEntry]) -> dict[str, list[Placed]]:
+def locate_pieces(files: Iterable[FileEntry]) -> dict[str, list[PieceLocation]]:
     """Where the pieces of each tensor are. ValueError unless each element is held once."""
-    tensors: dict[str, list[Placed]] = {}
-    seen: set[str] = set()
-    for file in files:
-        if file.file in seen:
-            raise ValueError(f"{file.file} is listed twice")
-        seen.add(file.file)
-        for entry, offset_bytes in zip(file.pieces, file.layout.offsets_bytes, strict=True):
-            tensors.setdefault(entry.name, []).append(Placed(entry, file.file, offset_bytes))
-    for name, placed in tensors.items():
-        first = placed[0].entry
-        if any((p.entry.dtype, p.entry.shape) != (first.dtype, first.shape) for p in placed):
+    locations_by_name: dict[str, list[PieceLocation]] = {}
+    file_names: set[str] = set()
+    for file_entry in files:
+        if file_entry.file in file_names:
+            raise ValueError(f"{file_entry.file} is listed twice")
+        file_names.add(file_entry.file)
+        for entry, offset_bytes in zip(file_entry.pieces, file_entry.file_layout.offsets_bytes, strict=True):
+            locations_by_name.setdefault(entry.name, []).append(PieceLocation(entry, file_entry.file, offset_bytes))
+    for name, locations in locations_by_name.items():
+        first = locations[0].entry
+        if any((p.entry.dtype, p.entry.shape) != (first.dtype, first.shape) for p in locations):
             raise ValueError(f"{name}: its pieces differ in dtype or global shape")
-        fault = first_fault((p.entry.box for p in placed), first.shape)
+        fault = first_coverage_error((p.entry.box for p in locations), first.shape)
         if fault:
-            at, held = list(fault[0]), f"held {fault[1]} times" if fault[1] else "missing"
-            raise ValueError(f"{name}: the element at {at} of {list(first.shape)} is {held}")
-    return tensors
+            index, count_text = list(fault[0]), f"held {fault[1]} times" if fault[1] else "missing"
+            raise ValueError(f"{name}: the element at {index} of {list(first.shape)} is {count_text}")
+    return locations_by_name
 
 
-def open_plain(path: Path) -> io.FileIO:
+def open_regular_file(path: Path) -> io.FileIO:
     """Opens a regular file to read, without following a link or waiting on a pipe. OSError."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     file = io.FileIO(os.open(path, flags), "rb")
@@ -330,14 +330,14 @@ def open_plain(path: Path) -> io.FileIO:
     return file
 
 
-def read_sealed(path: Path) -> Any:
+def read_checked_json(path: Path) -> Any:
     """The body of a sealed file. CheckpointError names the file and what is wrong with it."""
     try:
-        with io.BufferedReader(open_plain(path)) as file:
+        with io.BufferedReader(open_regular_file(path)) as file:
             raw = file.read(JSON_LIMIT_BYTES + 1)
         if len(raw) > JSON_LIMIT_BYTES:
             raise ValueError(f"longer than {JSON_LIMIT_BYTES} bytes")
-        return unseal(raw)
+        return decode_checked_json(raw)
     except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {error.strerror or error}", values={"file": str(path)}

@@ -23,25 +23,25 @@ from typing import Any
 
 import torch
 
-from cordee.checkpoint.folders import MANIFEST, folder_name, passed_over, scan
+from cordee.checkpoint.folders import MANIFEST, folder_name, list_invalid_folders, scan_step_folders
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
     DTYPES,
     FileEntry,
-    Placed,
-    digest,
-    fields,
-    open_plain,
-    parse_file,
-    read_sealed,
-    tile,
+    PieceLocation,
+    chunk_checksum,
+    parse_fields,
+    open_regular_file,
+    parse_file_entry,
+    read_checked_json,
+    locate_pieces,
 )
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, intersection, moved, shape_of, whole
+from cordee.layout.boxes import Box, intersection, relative_box, box_shape, full_box
 
 BLOCK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
-RUN_BYTES = 8 << 20  # rows up to this size are read together, and this much at once if not in place
-GAP_BYTES = 64 << 10  # a shorter gap costs less to read than a second read
+MAX_READ_BYTES = 8 << 20  # rows up to this size are read together, and this much at once if not in place
+MAX_GAP_BYTES = 64 << 10  # a shorter gap costs less to read than a second read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,16 @@ class Checkpoint:
     generation: int
     meta: dict[str, Any]
     path: Path
-    _tensors: Mapping[str, Sequence[Placed]]
-    _stamps: Mapping[str, tuple[int, int]]
+    _locations: Mapping[str, Sequence[PieceLocation]]
+    _file_stats: Mapping[str, tuple[int, int]]
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._tensors)
+        return sorted(self._locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The global shape of a tensor."""
-        return self._placed(name)[0].entry.shape
+        return self._locations_of(name)[0].entry.shape
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """A box of the tensor (all of it by default), contiguous, on the CPU.
@@ -69,51 +69,51 @@ class Checkpoint:
         Reads the bytes of the box, and of the rest only gaps below 64 KiB between them.
         CheckpointError: no such tensor or box, or the file has changed since it was opened.
         """
-        placed = self._placed(name)
-        entry = placed[0].entry
-        box = whole(entry.shape) if box is None else box
+        locations = self._locations_of(name)
+        entry = locations[0].entry
+        box = full_box(entry.shape) if box is None else box
         if len(box) != len(entry.shape) or not all(
             0 <= start <= stop <= size for (start, stop), size in zip(box, entry.shape, strict=True)
         ):
             raise CheckpointError(
                 f"{name} does not have this box", values={"box": box, "shape": entry.shape}
             )
-        tensor = torch.empty(shape_of(box), dtype=DTYPES[entry.dtype])
-        for piece in placed:
-            part = intersection(box, piece.entry.box)
-            if part is not None:
-                into = tensor[tuple(slice(*span) for span in moved(part, box))]
-                self._read(piece, moved(part, piece.entry.box), into)
+        tensor = torch.empty(box_shape(box), dtype=DTYPES[entry.dtype])
+        for location in locations:
+            overlap = intersection(box, location.entry.box)
+            if overlap is not None:
+                output = tensor[tuple(slice(*span) for span in relative_box(overlap, box))]
+                self._read_piece(location, relative_box(overlap, location.entry.box), output)
         return tensor
 
-    def _placed(self, name: str) -> Sequence[Placed]:
-        if name not in self._tensors:
+    def _locations_of(self, name: str) -> Sequence[PieceLocation]:
+        if name not in self._locations:
             raise CheckpointError(
                 f"no tensor {name!r} in this checkpoint",
-                values={"checkpoint": str(self.path), "tensors": len(self._tensors)},
+                values={"checkpoint": str(self.path), "tensors": len(self._locations)},
             )
-        return self._tensors[name]
+        return self._locations[name]
 
-    def _read(self, piece: Placed, part: Box, into: torch.Tensor) -> None:
+    def _read_piece(self, location: PieceLocation, box: Box, output: torch.Tensor) -> None:
         """Fills `into` with `part`, a box within the piece."""
-        file = piece.file
+        file_name = location.file
         try:
-            with open_plain(self.path / file) as source:
-                state = os.fstat(source.fileno())
-                if (state.st_size, state.st_mtime_ns) != self._stamps[file]:
-                    raise _broken(self.path, file, "has changed since it was opened")
-                _read_box(source, piece, part, into)
+            with open_regular_file(self.path / file_name) as source:
+                file_stat = os.fstat(source.fileno())
+                if (file_stat.st_size, file_stat.st_mtime_ns) != self._file_stats[file_name]:
+                    raise _damage_error(self.path, file_name, "has changed since it was opened")
+                _read_box(source, location, box, output)
         except OSError as error:
-            raise _broken(self.path, file, f"cannot be read: {error.strerror or error}") from error
+            raise _damage_error(self.path, file_name, f"cannot be read: {error.strerror or error}") from error
 
 
-def complete(folder: Path) -> list[Path]:
+def list_complete(folder: Path) -> list[Path]:
     """Folders that have a manifest, newest (step, generation) first; none if there is no folder.
 
     CheckpointError if the folder cannot be listed.
     """
     try:
-        return [found.path for found in scan(folder) if found.complete]
+        return [step_folder.path for step_folder in scan_step_folders(folder) if step_folder.is_complete]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -122,25 +122,25 @@ def complete(folder: Path) -> list[Path]:
         ) from error
 
 
-def newest(
+def find_newest(
     folder: Path,
-    rejected: Callable[[Path, str], None],
-    passed: Callable[[Path, str], None] = lambda path, reason: None,
+    on_rejected: Callable[[Path, str], None],
+    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies; `rejected(path, reason)` for each newer one, and
     `passed(path, reason)` for newer ones that were never complete, or whose folder is a link."""
-    found: Checkpoint | None = None
-    for path in complete(folder):
+    checkpoint: Checkpoint | None = None
+    for path in list_complete(folder):
         try:
-            found = open_checkpoint(path)
+            checkpoint = open_checkpoint(path)
             break
         except CheckpointError as error:
-            rejected(path, error.what)
+            on_rejected(path, error.message)
     with suppress(OSError):
-        for step, generation, path, reason in passed_over(folder):
-            if found is None or (step, generation) > (found.step, found.generation):
-                passed(path, reason)
-    return found
+        for step, generation, path, reason in list_invalid_folders(folder):
+            if checkpoint is None or (step, generation) > (checkpoint.step, checkpoint.generation):
+                on_skipped(path, reason)
+    return checkpoint
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
@@ -149,35 +149,35 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     CheckpointError names the file and the reason, for damaged data also the tensors it holds.
     """
     path = Path(path)
-    body = read_sealed(path / MANIFEST)
+    body = read_checked_json(path / MANIFEST)
     try:
-        kinds = {"step": int, "generation": int, "meta": dict, "files": list}
-        step, generation, meta, parts = fields(body, kinds)
-        files = [parse_file(part) for part in parts]
-        if not files:
+        field_types = {"step": int, "generation": int, "meta": dict, "files": list}
+        step, generation, meta, file_values = parse_fields(body, field_types)
+        entries = [parse_file_entry(file_value) for file_value in file_values]
+        if not entries:
             raise ValueError("lists no files")
-        tensors = tile(files)
+        locations = locate_pieces(entries)
         if path.name.startswith("step-") and path.name != folder_name(step, generation):
             raise ValueError(f"is of step {step}, generation {generation}, not of this folder")
-        if (stands := _step_of(meta)) not in (None, step):
-            raise ValueError(f"is of step {step}, and the progress in it of step {stands}")
+        if (progress_step := _step_of_progress(meta)) not in (None, step):
+            raise ValueError(f"is of step {step}, and the progress in it of step {progress_step}")
     except ValueError as error:
-        raise _broken(path, MANIFEST, str(error)) from error
-    stamps = {file.file: _check_start(path, file) for file in files}
+        raise _damage_error(path, MANIFEST, str(error)) from error
+    file_stats = {entry.file: _check_header(path, entry) for entry in entries}
     if verify:
-        _check_chunks(path, files)
+        _check_chunks(path, entries)
     return Checkpoint(
-        step=step, generation=generation, meta=meta, path=path, _tensors=tensors, _stamps=stamps
+        step=step, generation=generation, meta=meta, path=path, _locations=locations, _file_stats=file_stats
     )
 
 
-def _step_of(meta: Mapping[str, Any]) -> object:
+def _step_of_progress(meta: Mapping[str, Any]) -> object:
     """The step that a checkpoint's progress says; None where it has no progress."""
     progress = meta.get("progress")
     return progress.get("step") if isinstance(progress, dict) else None
 
 
-def _broken(path: Path, file: str, reason: str) -> CheckpointError:
+def _damage_error(path: Path, file: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{file}: {reason}",
         values={"checkpoint": str(path)},
@@ -185,111 +185,111 @@ def _broken(path: Path, file: str, reason: str) -> CheckpointError:
     )
 
 
-def _fill(source: io.FileIO, into: memoryview) -> None:
+def _read_exactly(source: io.FileIO, buffer: memoryview) -> None:
     """Reads until `into` is full. OSError at the end of the file."""
-    while into:
-        count = source.readinto(into)
+    while buffer:
+        count = source.readinto(buffer)
         if not count:
             raise OSError(None, "the file is too short")
-        into = into[count:]
+        buffer = buffer[count:]
 
 
-def _read_box(source: io.FileIO, piece: Placed, part: Box, into: torch.Tensor) -> None:
+def _read_box(source: io.FileIO, location: PieceLocation, box: Box, output: torch.Tensor) -> None:
     """Fills `into` with `part`, a box within the piece, in as few reads as are worth it."""
     # One dim more in front, so that a scalar has one too.
-    size, part, into = (1, *piece.entry.size), ((0, 1), *part), into[None]
-    item = into.element_size()
-    strides = [item * math.prod(size[dim + 1 :]) for dim in range(len(size))]
+    shape, box, output = (1, *location.entry.size), ((0, 1), *box), output[None]
+    item_bytes = output.element_size()
+    strides_bytes = [item_bytes * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     # A run is a range of rows of dim `level`, read with all that lies between its first element
     # and its last; `span` are the bytes of one of its rows.
-    level, span = len(size) - 1, item
+    level, span_bytes = len(shape) - 1, item_bytes
     while level:
-        run = span + (part[level][1] - part[level][0] - 1) * strides[level]
-        if strides[level - 1] > RUN_BYTES or strides[level - 1] - run > GAP_BYTES:
+        run_bytes = span_bytes + (box[level][1] - box[level][0] - 1) * strides_bytes[level]
+        if strides_bytes[level - 1] > MAX_READ_BYTES or strides_bytes[level - 1] - run_bytes > MAX_GAP_BYTES:
             break
-        level, span = level - 1, run
-    row_bytes, within = strides[level], part[level + 1 :]
-    lead = sum(start * by for (start, _), by in zip(within, strides[level + 1 :], strict=True))
-    cut = tuple(slice(*dim) for dim in within)
-    at_once = max(1, RUN_BYTES // row_bytes)
-    first, last = part[level]
-    for index in itertools.product(*(range(*dim) for dim in part[:level])):
-        before = sum(i * by for i, by in zip(index, strides[:level], strict=True))
-        rows = into[tuple(i - start for i, (start, _) in zip(index, part[:level], strict=True))]
-        for row in range(first, last, at_once):
-            target = rows[row - first : min(row + at_once, last) - first]
-            run = span + (len(target) - 1) * row_bytes
-            source.seek(piece.offset_bytes + before + row * row_bytes + lead)
-            if run == target.nbytes and target.is_contiguous():
-                _fill(source, _bytes(target))
+        level, span_bytes = level - 1, run_bytes
+    row_bytes, inner_box = strides_bytes[level], box[level + 1 :]
+    lead_bytes = sum(start * stride for (start, _), stride in zip(inner_box, strides_bytes[level + 1 :], strict=True))
+    inner_index = tuple(slice(*dim) for dim in inner_box)
+    batch_rows = max(1, MAX_READ_BYTES // row_bytes)
+    first, last = box[level]
+    for index in itertools.product(*(range(*dim) for dim in box[:level])):
+        offset_bytes = sum(i * stride for i, stride in zip(index, strides_bytes[:level], strict=True))
+        output_rows = output[tuple(i - start for i, (start, _) in zip(index, box[:level], strict=True))]
+        for row in range(first, last, batch_rows):
+            target = output_rows[row - first : min(row + batch_rows, last) - first]
+            run_bytes = span_bytes + (len(target) - 1) * row_bytes
+            source.seek(location.offset_bytes + offset_bytes + row * row_bytes + lead_bytes)
+            if run_bytes == target.nbytes and target.is_contiguous():
+                _read_exactly(source, _byte_view(target))
                 continue
-            scratch = torch.empty((len(target), *size[level + 1 :]), dtype=into.dtype)
-            _fill(source, _bytes(scratch)[lead : lead + run])
-            target.copy_(scratch[(slice(None), *cut)])
+            scratch = torch.empty((len(target), *shape[level + 1 :]), dtype=output.dtype)
+            _read_exactly(source, _byte_view(scratch)[lead_bytes : lead_bytes + run_bytes])
+            target.copy_(scratch[(slice(None), *inner_index)])
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _blocks(source: io.FileIO, buffer: memoryview, size_bytes: int) -> Iterator[memoryview]:
+def _read_blocks(source: io.FileIO, buffer: memoryview, size_bytes: int) -> Iterator[memoryview]:
     """The next bytes of a file, a buffer at a time. OSError if it ends before."""
     while size_bytes:
         block = buffer[:size_bytes]
-        _fill(source, block)
+        _read_exactly(source, block)
         yield block
         size_bytes -= len(block)
 
 
-def _check_start(path: Path, file: FileEntry) -> tuple[int, int]:
+def _check_header(path: Path, entry: FileEntry) -> tuple[int, int]:
     """Size and header of a file against the manifest; its size and time of change."""
-    head = file.layout.head
-    found = bytearray(len(head))
+    expected_header = entry.file_layout.header
+    file_header = bytearray(len(expected_header))
     try:
-        with open_plain(path / file.file) as source:
-            state = os.fstat(source.fileno())
-            if state.st_size != file.bytes:
-                raise _broken(
-                    path, file.file, f"has {state.st_size} bytes, {file.bytes} were written"
+        with open_regular_file(path / entry.file) as source:
+            file_stat = os.fstat(source.fileno())
+            if file_stat.st_size != entry.bytes:
+                raise _damage_error(
+                    path, entry.file, f"has {file_stat.st_size} bytes, {entry.bytes} were written"
                 )
-            _fill(source, memoryview(found))
+            _read_exactly(source, memoryview(file_header))
     except OSError as error:
-        raise _broken(path, file.file, f"cannot be read: {error.strerror or error}") from error
-    if found != head:
-        raise _broken(path, file.file, "its header is not the one that the manifest implies")
-    return state.st_size, state.st_mtime_ns
+        raise _damage_error(path, entry.file, f"cannot be read: {error.strerror or error}") from error
+    if file_header != expected_header:
+        raise _damage_error(path, entry.file, "its header is not the one that the manifest implies")
+    return file_stat.st_size, file_stat.st_mtime_ns
 
 
 def _check_chunks(path: Path, files: Sequence[FileEntry]) -> None:
     """Every chunk of every file against its checksum, on a few threads; names the first bad one."""
     tasks = [(file, start) for file in files for start in range(0, file.bytes, CHUNK_BYTES)]
-    threads = min(4, os.cpu_count() or 1, len(tasks))
-    with ThreadPoolExecutor(threads) as pool:
-        shares = [tasks[k::threads] for k in range(threads)]
-        bad = [found for found in pool.map(_check_share, repeat(path), shares) if found]
-    if bad:
-        file, _, reason = min(bad)
-        raise _broken(path, file, reason)
+    thread_count = min(4, os.cpu_count() or 1, len(tasks))
+    with ThreadPoolExecutor(thread_count) as pool:
+        shares = [tasks[k::thread_count] for k in range(thread_count)]
+        failures = [failure for failure in pool.map(_find_bad_chunk, repeat(path), shares) if failure]
+    if failures:
+        file, _, reason = min(failures)
+        raise _damage_error(path, file, reason)
 
 
-def _check_share(path: Path, share: Sequence[tuple[FileEntry, int]]) -> tuple[str, int, str] | None:
+def _find_bad_chunk(path: Path, tasks: Sequence[tuple[FileEntry, int]]) -> tuple[str, int, str] | None:
     """The first bad chunk among these: its file, its first byte, what is wrong."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    for file, start in share:
-        stop = min(start + CHUNK_BYTES, file.bytes)
+    for entry, start in tasks:
+        stop = min(start + CHUNK_BYTES, entry.bytes)
         try:
-            with open_plain(path / file.file) as source:
+            with open_regular_file(path / entry.file) as source:
                 source.seek(start)
-                found = digest(_blocks(source, buffer, stop - start))
+                checksum = chunk_checksum(_read_blocks(source, buffer, stop - start))
         except OSError as error:
-            return file.file, start, f"cannot be read: {error.strerror or error}"
-        if found != file.chunks[start // CHUNK_BYTES]:
-            held = [
+            return entry.file, start, f"cannot be read: {error.strerror or error}"
+        if checksum != entry.chunks[start // CHUNK_BYTES]:
+            piece_keys = [
                 piece.key
-                for piece, offset in zip(file.pieces, file.layout.offsets_bytes, strict=True)
+                for piece, offset in zip(entry.pieces, entry.file_layout.offsets_bytes, strict=True)
                 if offset < stop and offset + piece.size_bytes > start
             ]
-            names = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if held[3:] else "")
-            return file.file, start, f"bytes {start} to {stop} are not what was written ({names})"
+            names = ", ".join(piece_keys[:3]) + (f" and {len(piece_keys) - 3} more" if piece_keys[3:] else "")
+            return entry.file, start, f"bytes {start} to {stop} are not what was written ({names})"
     return None

@@ -19,23 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.checkpoint.deal import Part, padded
+from cordee.checkpoint.deal import TensorBox, align_up
 from cordee.checkpoint.format import DTYPES
-from cordee.checkpoint.peer import Kept, Point, no_drill, parse_part, part_of
-from cordee.checkpoint.state import Holding
-from cordee.dist.exchange import gather_rows
-from cordee.layout.boxes import Place, shape_of, volume
+from cordee.checkpoint.peer import StateSnapshot, FaultPoint, no_fault, parse_tensor_box, tensor_box_of
+from cordee.checkpoint.state import LocalTensor
+from cordee.dist.exchange import all_gather_rows
+from cordee.layout.boxes import LocalSlice, box_shape, volume
 
 
 @dataclass(frozen=True)
-class _Moment:
+class _BackupSet:
     """This rank's own copy and those of the ranks whose neighbour it is, as of one step."""
 
-    kept: tuple[Kept, ...]
-    bytes: int
+    snapshots: tuple[StateSnapshot, ...]
+    size_bytes: int
 
 
-class Neighbour:
+class PeerBackup:
     """Copies every `every` steps (0: never). `bytes_sent` and `seconds` count since the start.
 
     `host_of[r]` is the host of rank r (None: one host). `point`: fault points `copy.begin`,
@@ -44,16 +44,16 @@ class Neighbour:
 
     def __init__(
         self,
-        every: int,
+        every_steps: int,
         group: dist.ProcessGroup | None,
         rank: int,
         size: int,
         host_of: Sequence[str] | None = None,
-        point: Point = no_drill,
+        fault_point: FaultPoint = no_fault,
     ) -> None:
-        self.every, self._point = every, point
+        self.every_steps, self._fault_point = every_steps, fault_point
         self.bytes_sent, self.seconds = 0, 0.0
-        self._moments: list[_Moment] = []
+        self._backups: list[_BackupSet] = []
         self.rebind(group, rank, size, host_of)
 
     def rebind(
@@ -65,113 +65,113 @@ class Neighbour:
     ) -> None:
         """Another generation: its group and neighbours; what is kept stays until the next copy."""
         self.group, self.rank, self.size = group, rank, size
-        self.neighbours = neighbours(size, host_of)
+        self.neighbours = choose_neighbours(size, host_of)
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a copy is to be made after `step`."""
-        return self.every > 0 and self.size > 1 and step % self.every == 0
+        return self.every_steps > 0 and self.size > 1 and step % self.every_steps == 0
 
     @property
-    def bytes_held(self) -> int:
+    def memory_bytes(self) -> int:
         """Host memory that copies take on this rank now."""
-        return sum(moment.bytes for moment in self._moments)
+        return sum(backup.size_bytes for backup in self._backups)
 
-    def copy(self, step: int, meta: Mapping[str, Any], held: Sequence[Holding]) -> bool:
+    def back_up(self, step: int, meta: Mapping[str, Any], local_tensors: Sequence[LocalTensor]) -> bool:
         """Copies the state as of the end of `step`; collective. Whether anything was sent: where
         every tensor of every rank has a copy elsewhere, ranks keep this moment for themselves, for
         the case that a fault leaves some of an island a step ahead of the others.
 
         RuntimeError: a peer was lost; the moment before is still here, whole, on every rank.
         """
-        began = time.perf_counter()
-        self._point("copy.begin", step)
-        alone = [item for item in held if item.place.copies == 1 and volume(item.place.box)]
-        rest = [item for item in held if item.place.copies > 1 and volume(item.place.box)]
-        parts = [part_of(item) for item in (*alone, *rest)]
-        rows = [[part.name, part.dtype, part.shape, part.box] for part in parts[: len(alone)]]
-        head = json.dumps([dict(meta), rows]).encode()
-        sent_bytes = sum(_room(part) for part in parts[: len(alone)])
-        sizes = gather_rows(torch.tensor([len(head), sent_bytes]), self.group, self.size)
-        sends = bool(sizes[:, 1].any())
-        buffer = torch.empty(sum(map(_room, parts)), dtype=torch.uint8)
-        staged = _laid_out(parts, buffer)
+        start_s = time.perf_counter()
+        self._fault_point("copy.begin", step)
+        unique_tensors = [item for item in local_tensors if item.local_slice.replica_count == 1 and volume(item.local_slice.box)]
+        replica_tensors = [item for item in local_tensors if item.local_slice.replica_count > 1 and volume(item.local_slice.box)]
+        tensor_boxes = [tensor_box_of(item) for item in (*unique_tensors, *replica_tensors)]
+        rows = [[tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box] for tensor_box in tensor_boxes[: len(unique_tensors)]]
+        header = json.dumps([dict(meta), rows]).encode()
+        payload_bytes = sum(_aligned_bytes(tensor_box) for tensor_box in tensor_boxes[: len(unique_tensors)])
+        sizes = all_gather_rows(torch.tensor([len(header), payload_bytes]), self.group, self.size)
+        has_payload = bool(sizes[:, 1].any())
+        buffer = torch.empty(sum(map(_aligned_bytes, tensor_boxes)), dtype=torch.uint8)
+        staging_tensors = _view_as_tensors(tensor_boxes, buffer)
         with torch.no_grad():
-            for item, copied in zip((*alone, *rest), staged, strict=True):
-                copied.part.copy_(item.part)
-        self._point("copy.send", step)
-        others: list[Kept] = []
+            for item, staging_tensor in zip((*unique_tensors, *replica_tensors), staging_tensors, strict=True):
+                staging_tensor.tensor.copy_(item.tensor)
+        self._fault_point("copy.send", step)
+        peer_snapshots: list[StateSnapshot] = []
         received_bytes = 0
-        if sends:
-            others, received_bytes = self._send(step, head, buffer[:sent_bytes], sizes.tolist())
-        self._point("copy.sent", step)
-        moment = _Moment((Kept(step, meta, staged), *others), buffer.nbytes + received_bytes)
+        if has_payload:
+            peer_snapshots, received_bytes = self._exchange_copies(step, header, buffer[:payload_bytes], sizes.tolist())
+        self._fault_point("copy.sent", step)
+        backup = _BackupSet((StateSnapshot(step, meta, staging_tensors), *peer_snapshots), buffer.nbytes + received_bytes)
         # The first one was whole everywhere; one between was not, when the last copy failed.
-        self._moments = [*self._moments[:1], moment]
-        gather_rows(torch.ones(1), self.group, self.size)  # every rank has its part of this moment
-        self._moments = [moment]
-        self._point("copy.end", step)
-        self.bytes_sent += len(head) + sent_bytes if sends else 0
-        self.seconds += time.perf_counter() - began
-        return sends
+        self._backups = [*self._backups[:1], backup]
+        all_gather_rows(torch.ones(1), self.group, self.size)  # every rank has its part of this moment
+        self._backups = [backup]
+        self._fault_point("copy.end", step)
+        self.bytes_sent += len(header) + payload_bytes if has_payload else 0
+        self.seconds += time.perf_counter() - start_s
+        return has_payload
 
-    def kept(self) -> list[Kept]:
+    def snapshots(self) -> list[StateSnapshot]:
         """What this rank can give to `peer.fill`, the newest first."""
-        return [kept for moment in reversed(self._moments) for kept in moment.kept]
+        return [snapshot for backup in reversed(self._backups) for snapshot in backup.snapshots]
 
-    def back_to(self, step: int) -> None:
+    def discard_after(self, step: int) -> None:
         """The run goes on from `step`: what was kept of later ones never happened."""
-        self._moments = [m for m in self._moments if m.kept[0].step <= step]
+        self._backups = [m for m in self._backups if m.snapshots[0].step <= step]
 
-    def _send(
-        self, step: int, head: bytes, body: Tensor, sizes: list[list[int]]
-    ) -> tuple[list[Kept], int]:
+    def _exchange_copies(
+        self, step: int, header: bytes, payload: Tensor, sizes: list[list[int]]
+    ) -> tuple[list[StateSnapshot], int]:
         """Own tensors to the neighbour, and the copies that came from those before it."""
-        words = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        to, came, works = self.neighbours[self.rank], [], []
-        for giver, (head_bytes, body_bytes) in enumerate(sizes):
-            if self.neighbours[giver] == self.rank:
-                pair = [torch.empty(n, dtype=torch.uint8) for n in (head_bytes, body_bytes)]
-                came.append(pair)
-                works += [dist.irecv(t, group=self.group, group_src=giver) for t in pair if len(t)]
-        works += [dist.isend(t, group=self.group, group_dst=to) for t in (words, body) if len(t)]
+        header_tensor = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        dst_rank, buffer_pairs, works = self.neighbours[self.rank], [], []
+        for src_rank, (header_bytes, payload_bytes) in enumerate(sizes):
+            if self.neighbours[src_rank] == self.rank:
+                buffer_pair = [torch.empty(n, dtype=torch.uint8) for n in (header_bytes, payload_bytes)]
+                buffer_pairs.append(buffer_pair)
+                works += [dist.irecv(t, group=self.group, group_src=src_rank) for t in buffer_pair if len(t)]
+        works += [dist.isend(t, group=self.group, group_dst=dst_rank) for t in (header_tensor, payload) if len(t)]
         for work in works:
             assert work is not None
             work.wait()
-        found = []
-        for told, tensors in came:
-            meta, rows = json.loads(bytes(told.numpy()))
-            found.append(Kept(step, meta, _laid_out([parse_part(row) for row in rows], tensors)))
-        return found, sum(told.nbytes + tensors.nbytes for told, tensors in came)
+        snapshots = []
+        for peer_header, peer_payload in buffer_pairs:
+            meta, rows = json.loads(bytes(peer_header.numpy()))
+            snapshots.append(StateSnapshot(step, meta, _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload)))
+        return snapshots, sum(peer_header.nbytes + peer_payload.nbytes for peer_header, peer_payload in buffer_pairs)
 
 
-def neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
+def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
     """For every rank, who keeps its copy: on the next host the rank with its number there (so that
     all keep alike), or the next rank where all are on one host."""
-    ranks: dict[str, list[int]] = {}
+    ranks_by_host: dict[str, list[int]] = {}
     for rank in range(size):
-        ranks.setdefault(host_of[rank] if host_of else "", []).append(rank)
-    hosts = list(ranks.values())
+        ranks_by_host.setdefault(host_of[rank] if host_of else "", []).append(rank)
+    hosts = list(ranks_by_host.values())
     if len(hosts) == 1:
         return [(rank + 1) % size for rank in range(size)]
-    found = [0] * size
-    for number, members in enumerate(hosts):
-        after = hosts[(number + 1) % len(hosts)]
-        for index, rank in enumerate(members):
-            found[rank] = after[index % len(after)]
-    return found
+    neighbour_of = [0] * size
+    for host_index, host_ranks in enumerate(hosts):
+        next_host_ranks = hosts[(host_index + 1) % len(hosts)]
+        for index, rank in enumerate(host_ranks):
+            neighbour_of[rank] = next_host_ranks[index % len(next_host_ranks)]
+    return neighbour_of
 
 
-def _room(part: Part) -> int:
+def _aligned_bytes(tensor_box: TensorBox) -> int:
     """Bytes that a part takes in a flat buffer."""
-    return padded(volume(part.box) * DTYPES[part.dtype].itemsize)
+    return align_up(volume(tensor_box.box) * DTYPES[tensor_box.dtype].itemsize)
 
 
-def _laid_out(parts: Sequence[Part], buffer: Tensor) -> list[Holding]:
+def _view_as_tensors(tensor_boxes: Sequence[TensorBox], buffer: Tensor) -> list[LocalTensor]:
     """The parts as views of a flat buffer, one after another."""
-    found, at = [], 0
-    for part in parts:
-        dtype, shape = DTYPES[part.dtype], shape_of(part.box)
-        view = buffer[at : at + volume(part.box) * dtype.itemsize].view(dtype).view(shape)
-        found.append(Holding(part.name, view, Place(part.box, part.shape)))
-        at += _room(part)
-    return found
+    local_tensors, offset = [], 0
+    for tensor_box in tensor_boxes:
+        dtype, shape = DTYPES[tensor_box.dtype], box_shape(tensor_box.box)
+        view = buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize].view(dtype).view(shape)
+        local_tensors.append(LocalTensor(tensor_box.name, view, LocalSlice(tensor_box.box, tensor_box.shape)))
+        offset += _aligned_bytes(tensor_box)
+    return local_tensors

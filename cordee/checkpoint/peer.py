@@ -21,27 +21,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cordee.checkpoint.deal import (
-    Offer,
-    Part,
-    Slice,
-    Told,
-    best_step,
-    check_alike,
-    deal,
-    rounds,
+    SnapshotOffer,
+    TensorBox,
+    Transfer,
+    RankInventory,
+    newest_covered_step,
+    check_consistency,
+    plan_transfers,
+    schedule_rounds,
 )
 from cordee.checkpoint.format import DTYPE_CODES
-from cordee.checkpoint.state import Holding
-from cordee.dist.exchange import gather_bytes, gather_rows
+from cordee.checkpoint.state import LocalTensor
+from cordee.dist.exchange import all_gather_bytes, all_gather_rows
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, intersection, moved, shape_of
+from cordee.layout.boxes import Box, intersection, relative_box, box_shape
 
-Point = Callable[[str, int], None]
+FaultPoint = Callable[[str, int], None]
 """Called with the name of a fault point and a step (fault/inject.py)."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class StateSnapshot:
     """What a rank still holds of the run after a fault: the tensors as of the end of `step`.
 
     `meta` is what `state.describe` gave. `held` may be boxes of another layout than today's.
@@ -49,11 +49,11 @@ class Kept:
 
     step: int
     meta: Mapping[str, Any]
-    held: Sequence[Holding]
+    tensors: Sequence[LocalTensor]
 
 
 @dataclass(frozen=True)
-class Filled:
+class RestoreStats:
     """What a fill did: its step, how many ranks gave to others and received, `bytes` in all."""
 
     step: int
@@ -63,18 +63,18 @@ class Filled:
     bytes: int
 
 
-def no_drill(name: str, step: int) -> None:
+def no_fault(name: str, step: int) -> None:
     """The fault point that does nothing."""
 
 
-def fill(
-    wanted: Sequence[Holding],
-    kept: Sequence[Kept],
+def restore_from_peers(
+    requests: Sequence[LocalTensor],
+    snapshots: Sequence[StateSnapshot],
     group: dist.ProcessGroup | None,
     rank: int,
     size: int,
-    point: Point = no_drill,
-) -> Filled | None:
+    fault_point: FaultPoint = no_fault,
+) -> RestoreStats | None:
     """Fills the tensors of `wanted` with the newest state that all ranks' `kept` cover together.
 
     Collective over the group (None: this rank alone). None, on all ranks, when no step is covered.
@@ -82,171 +82,171 @@ def fill(
     before each round of messages, `fill.end` after the last. CheckpointError, on all ranks: a name
     with different shapes or dtypes. RuntimeError: a peer was lost; all kept tensors are as before.
     """
-    told = tell_all(wanted, kept, group, size)
-    check_alike(told)
-    step = best_step(told)
+    inventories = gather_inventories(requests, snapshots, group, size)
+    check_consistency(inventories)
+    step = newest_covered_step(inventories)
     if step is None:
         return None
-    slices = deal(told, step)
-    moves = rounds(slices)
-    sources: dict[str, list[Holding]] = {}
-    for item in (item for moment in kept if moment.step == step for item in moment.held):
+    transfers = plan_transfers(inventories, step)
+    schedule = schedule_rounds(transfers)
+    sources: dict[str, list[LocalTensor]] = {}
+    for item in (item for snapshot in snapshots if snapshot.step == step for item in snapshot.tensors):
         sources.setdefault(item.name, []).append(item)
     with torch.no_grad():
-        targets = _targets(wanted, kept, sources)
-        wire = _Wire(wanted, targets, sources, moves, rank, size)
-        for round_slices in moves:
-            point("fill.round", step)
-            wire.send(round_slices, group)
-        for part in slices:
-            target = targets[part.index] if part.giver == part.taker == rank else None
+        targets = _choose_targets(requests, snapshots, sources)
+        transfer_buffers = _TransferBuffers(requests, targets, sources, schedule, rank, size)
+        for round_transfers in schedule:
+            fault_point("fill.round", step)
+            transfer_buffers.run_round(round_transfers, group)
+        for transfer in transfers:
+            target = targets[transfer.request_index] if transfer.src_rank == transfer.dst_rank == rank else None
             if target is not None:
-                into = _cut(target, wanted[part.index].place.box, part.box)
-                into.copy_(source_of(sources[part.name], part))
-        point("fill.end", step)
-        gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
-        for item, target in zip(wanted, targets, strict=True):
-            if target is not None and target is not item.part:
-                item.part.copy_(target)
-    sent = [part for part in slices if part.giver != part.taker]
-    metas = (offer.meta for said in told for offer in said.offers if offer.step == step)
-    return Filled(
+                output = _box_view(target, requests[transfer.request_index].local_slice.box, transfer.box)
+                output.copy_(find_source(sources[transfer.name], transfer))
+        fault_point("fill.end", step)
+        all_gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
+        for item, target in zip(requests, targets, strict=True):
+            if target is not None and target is not item.tensor:
+                item.tensor.copy_(target)
+    messages = [transfer for transfer in transfers if transfer.src_rank != transfer.dst_rank]
+    metas = (offer.meta for inventory in inventories for offer in inventory.offers if offer.step == step)
+    return RestoreStats(
         step,
         next(metas),
-        len({part.giver for part in sent}),
-        len({part.taker for part in sent}),
-        sum(part.bytes for part in sent),
+        len({transfer.src_rank for transfer in messages}),
+        len({transfer.dst_rank for transfer in messages}),
+        sum(transfer.size_bytes for transfer in messages),
     )
 
 
-def part_of(held: Holding) -> Part:
+def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
     """What is told of a tensor. CheckpointError: a dtype that no checkpoint holds."""
-    code = DTYPE_CODES.get(held.part.dtype)
+    code = DTYPE_CODES.get(local_tensor.tensor.dtype)
     if code is None:
         raise CheckpointError(
             "a tensor of this dtype cannot be handed on",
-            values={"tensor": held.name, "dtype": str(held.part.dtype)},
+            values={"tensor": local_tensor.name, "dtype": str(local_tensor.tensor.dtype)},
             fix=f"one of {', '.join(sorted(DTYPE_CODES.values()))}",
         )
-    return Part(held.name, code, held.place.shape, held.place.box)
+    return TensorBox(local_tensor.name, code, local_tensor.local_slice.shape, local_tensor.local_slice.box)
 
 
-def parse_part(row: Sequence[Any]) -> Part:
+def parse_tensor_box(row: Sequence[Any]) -> TensorBox:
     """A part from its JSON row [name, dtype, shape, box]."""
     name, dtype, shape, box = row
-    return Part(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
+    return TensorBox(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
 
 
-def tell_all(
-    wanted: Sequence[Holding], kept: Sequence[Kept], group: dist.ProcessGroup | None, size: int
-) -> list[Told]:
+def gather_inventories(
+    requests: Sequence[LocalTensor], snapshots: Sequence[StateSnapshot], group: dist.ProcessGroup | None, size: int
+) -> list[RankInventory]:
     """What every rank wants and holds. Each part is written once: moments mostly share them."""
-    rows: dict[Part, int] = {}
+    box_indices: dict[TensorBox, int] = {}
 
-    def numbers(held: Sequence[Holding]) -> list[int]:
-        return [rows.setdefault(part_of(item), len(rows)) for item in held]
+    def indices_of(tensors: Sequence[LocalTensor]) -> list[int]:
+        return [box_indices.setdefault(tensor_box_of(item), len(box_indices)) for item in tensors]
 
-    said: dict[str, Any] = {
-        "wanted": numbers(wanted),
-        "kept": [[moment.step, dict(moment.meta), numbers(moment.held)] for moment in kept],
+    own_message: dict[str, Any] = {
+        "wanted": indices_of(requests),
+        "kept": [[snapshot.step, dict(snapshot.meta), indices_of(snapshot.tensors)] for snapshot in snapshots],
     }
-    said["parts"] = [[part.name, part.dtype, part.shape, part.box] for part in rows]
-    heard = [json.loads(text) for text in gather_bytes(json.dumps(said).encode(), group, size)]
-    told = []
-    for words in heard:
-        parts = [parse_part(row) for row in words["parts"]]
-        offers = [Offer(step, meta, [parts[n] for n in held]) for step, meta, held in words["kept"]]
-        told.append(Told([parts[n] for n in words["wanted"]], offers))
-    return told
+    own_message["parts"] = [[tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box] for tensor_box in box_indices]
+    messages = [json.loads(text) for text in all_gather_bytes(json.dumps(own_message).encode(), group, size)]
+    inventories = []
+    for message in messages:
+        tensor_boxes = [parse_tensor_box(row) for row in message["parts"]]
+        offers = [SnapshotOffer(step, meta, [tensor_boxes[n] for n in indices]) for step, meta, indices in message["kept"]]
+        inventories.append(RankInventory([tensor_boxes[n] for n in message["wanted"]], offers))
+    return inventories
 
 
-def _targets(
-    wanted: Sequence[Holding], kept: Sequence[Kept], sources: Mapping[str, Sequence[Holding]]
+def _choose_targets(
+    requests: Sequence[LocalTensor], snapshots: Sequence[StateSnapshot], sources: Mapping[str, Sequence[LocalTensor]]
 ) -> list[Tensor | None]:
     """Where each wanted box is filled: None where it is in place, in host memory where it shares
     storage with what is kept, else in the tensor itself."""
-    in_place = {
-        (name, item.place.box, _memory(item.part)) for name in sources for item in sources[name]
+    in_place_keys = {
+        (name, item.local_slice.box, _memory_key(item.tensor)) for name in sources for item in sources[name]
     }
-    storages = {_storage(item.part) for moment in kept for item in moment.held} - {0}
-    found: list[Tensor | None] = []
-    for item in wanted:
-        if (item.name, item.place.box, _memory(item.part)) in in_place:
-            found.append(None)
-        elif _storage(item.part) in storages:
-            found.append(torch.empty(item.part.shape, dtype=item.part.dtype))
+    snapshot_storages = {_storage_pointer(item.tensor) for snapshot in snapshots for item in snapshot.tensors} - {0}
+    targets: list[Tensor | None] = []
+    for item in requests:
+        if (item.name, item.local_slice.box, _memory_key(item.tensor)) in in_place_keys:
+            targets.append(None)
+        elif _storage_pointer(item.tensor) in snapshot_storages:
+            targets.append(torch.empty(item.tensor.shape, dtype=item.tensor.dtype))
         else:
-            found.append(item.part)
-    return found
+            targets.append(item.tensor)
+    return targets
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_pointer(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
+def _memory_key(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _cut(tensor: Tensor, held: Box, box: Box) -> Tensor:
+def _box_view(tensor: Tensor, outer_box: Box, box: Box) -> Tensor:
     """The view of `box` in a tensor that is the box `held`."""
-    return tensor[tuple(slice(*span) for span in moved(box, held))]
+    return tensor[tuple(slice(*span) for span in relative_box(box, outer_box))]
 
 
-def source_of(sources: Sequence[Holding], part: Slice) -> Tensor:
+def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
     """The view of what a slice asks of this rank, which holds `sources` of that name."""
     for item in sources:
-        if intersection(item.place.box, part.box) == part.box:
-            return _cut(item.part, item.place.box, part.box)
+        if intersection(item.local_slice.box, transfer.box) == transfer.box:
+            return _box_view(item.tensor, item.local_slice.box, transfer.box)
     raise CheckpointError(
-        "a rank is asked for what it does not hold", values={"tensor": part.name, "box": part.box}
+        "a rank is asked for what it does not hold", values={"tensor": transfer.name, "box": transfer.box}
     )
 
 
-class _Wire:
+class _TransferBuffers:
     """Rounds of messages: slices packed by taker, one all-to-all, slices put in their places."""
 
     def __init__(
         self,
-        wanted: Sequence[Holding],
+        requests: Sequence[LocalTensor],
         targets: Sequence[Tensor | None],
-        sources: Mapping[str, Sequence[Holding]],
-        moves: Sequence[Sequence[Slice]],
+        sources: Mapping[str, Sequence[LocalTensor]],
+        schedule: Sequence[Sequence[Transfer]],
         rank: int,
         size: int,
     ) -> None:
-        self.wanted, self.targets, self.sources = wanted, targets, sources
+        self.requests, self.targets, self.sources = requests, targets, sources
         self.rank, self.size = rank, size
-        outgoing = [sum(p.padded_bytes for p in r if p.giver == rank) for r in moves]
-        incoming = [sum(p.padded_bytes for p in r if p.taker == rank) for r in moves]
-        self.sent = torch.empty(max(outgoing, default=0), dtype=torch.uint8)
-        self.received = torch.empty(max(incoming, default=0), dtype=torch.uint8)
+        send_bytes = [sum(p.padded_bytes for p in r if p.src_rank == rank) for r in schedule]
+        receive_bytes = [sum(p.padded_bytes for p in r if p.dst_rank == rank) for r in schedule]
+        self.send_buffer = torch.empty(max(send_bytes, default=0), dtype=torch.uint8)
+        self.receive_buffer = torch.empty(max(receive_bytes, default=0), dtype=torch.uint8)
 
-    def send(self, slices: Sequence[Slice], group: dist.ProcessGroup | None) -> None:
+    def run_round(self, transfers: Sequence[Transfer], group: dist.ProcessGroup | None) -> None:
         """One round; every rank of the group has the same slices in the same order."""
-        mine = sorted((p for p in slices if p.giver == self.rank), key=lambda p: p.taker)
-        theirs = sorted((p for p in slices if p.taker == self.rank), key=lambda p: p.giver)
-        for part, room in zip(mine, _rooms(mine, self.sent), strict=True):
-            source = source_of(self.sources[part.name], part)
-            room.view(source.dtype).view(source.shape).copy_(source)
-        outgoing, incoming = [0] * self.size, [0] * self.size
-        for part in mine:
-            outgoing[part.taker] += part.padded_bytes
-        for part in theirs:
-            incoming[part.giver] += part.padded_bytes
+        sends = sorted((p for p in transfers if p.src_rank == self.rank), key=lambda p: p.dst_rank)
+        receives = sorted((p for p in transfers if p.dst_rank == self.rank), key=lambda p: p.src_rank)
+        for transfer, message in zip(sends, _split_buffer(sends, self.send_buffer), strict=True):
+            source = find_source(self.sources[transfer.name], transfer)
+            message.view(source.dtype).view(source.shape).copy_(source)
+        send_bytes, receive_bytes = [0] * self.size, [0] * self.size
+        for transfer in sends:
+            send_bytes[transfer.dst_rank] += transfer.padded_bytes
+        for transfer in receives:
+            receive_bytes[transfer.src_rank] += transfer.padded_bytes
         dist.all_to_all_single(
-            self.received[: sum(incoming)], self.sent[: sum(outgoing)], incoming, outgoing,
+            self.receive_buffer[: sum(receive_bytes)], self.send_buffer[: sum(send_bytes)], receive_bytes, send_bytes,
             group=group,
         )  # fmt: skip
-        for part, room in zip(theirs, _rooms(theirs, self.received), strict=True):
-            target = self.targets[part.index]
+        for transfer, message in zip(receives, _split_buffer(receives, self.receive_buffer), strict=True):
+            target = self.targets[transfer.request_index]
             assert target is not None, "what is in place is not sent"
-            into = _cut(target, self.wanted[part.index].place.box, part.box)
-            into.copy_(room.view(target.dtype).view(shape_of(part.box)))
+            output = _box_view(target, self.requests[transfer.request_index].local_slice.box, transfer.box)
+            output.copy_(message.view(target.dtype).view(box_shape(transfer.box)))
 
 
-def _rooms(slices: Sequence[Slice], buffer: Tensor) -> list[Tensor]:
+def _split_buffer(transfers: Sequence[Transfer], buffer: Tensor) -> list[Tensor]:
     """The bytes of each slice in a message that holds them one after another."""
-    starts = accumulate((part.padded_bytes for part in slices), initial=0)
-    pairs = zip(slices, starts, strict=False)
-    return [buffer[start : start + part.bytes] for part, start in pairs]
+    starts = accumulate((transfer.padded_bytes for transfer in transfers), initial=0)
+    pairs = zip(transfers, starts, strict=False)
+    return [buffer[start : start + transfer.size_bytes] for transfer, start in pairs]

@@ -14,99 +14,99 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cordee.checkpoint.deal import Part, Slice, Told, best_step, check_alike, deal
+from cordee.checkpoint.deal import TensorBox, Transfer, RankInventory, newest_covered_step, check_consistency, plan_transfers
 from cordee.checkpoint.format import Piece, SaveStatus
-from cordee.checkpoint.peer import Kept, source_of, tell_all
+from cordee.checkpoint.peer import StateSnapshot, find_source, gather_inventories
 from cordee.checkpoint.save import CommitReport, Saver
-from cordee.checkpoint.state import Holding
-from cordee.dist.exchange import gather_rows
+from cordee.checkpoint.state import LocalTensor
+from cordee.dist.exchange import all_gather_rows
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import whole
+from cordee.layout.boxes import full_box
 
 
 @dataclass(frozen=True)
-class Rescued:
+class EmergencySave:
     """What came of it: the step whose state the ranks hold together (None: of no step all of it),
     and the checkpoint (on rank 0; None: `why` says why there is none)."""
 
     step: int | None
     report: CommitReport | None
-    why: str = ""
+    reason: str = ""
 
 
-def rescue(
-    kept: Sequence[Kept],
-    required: Collection[str],
+def write_emergency_save(
+    snapshots: Sequence[StateSnapshot],
+    required_names: Collection[str],
     saver: Saver,
     generation: int,
-    newest: int,
+    newest_step: int,
     group: dist.ProcessGroup | None,
     rank: int,
     size: int,
-) -> Rescued:
+) -> EmergencySave:
     """Writes the newest step that all ranks' `kept` cover together; collective over the group.
 
     `required`: names of tensors without which nothing is whole. `newest`: the step of rank 0's
     newest checkpoint (-1: none); nothing older is written. RuntimeError: a peer was lost; what is
     kept stays as it was, and what was written is no checkpoint.
     """
-    told = tell_all([], kept, group, size)
-    parts = {p.name: p for said in told for offer in said.offers for p in offer.parts}
-    wanted = [Part(p.name, p.dtype, p.shape, whole(p.shape)) for p in parts.values()]
-    told[0] = Told(sorted(wanted, key=lambda part: part.name), told[0].offers)
-    check_alike(told)
-    missing = sorted(set(required) - set(parts))
-    step = None if missing or not parts else best_step(told)
+    inventories = gather_inventories([], snapshots, group, size)
+    tensor_boxes = {p.name: p for inventory in inventories for offer in inventory.offers for p in offer.tensor_boxes}
+    requests = [TensorBox(p.name, p.dtype, p.shape, full_box(p.shape)) for p in tensor_boxes.values()]
+    inventories[0] = RankInventory(sorted(requests, key=lambda item: item.name), inventories[0].offers)
+    check_consistency(inventories)
+    missing_names = sorted(set(required_names) - set(tensor_boxes))
+    step = None if missing_names or not tensor_boxes else newest_covered_step(inventories)
     if step is None:
-        lost = f"nobody holds {missing[0]}" if missing else "of no step they hold all"
-        return Rescued(None, None, lost)
-    known = int(gather_rows(torch.tensor([newest]), group, size)[0])
-    if step <= known:
-        return Rescued(step, None, f"the checkpoint of step {known} is as new")
-    metas = (offer.meta for said in told for offer in said.offers if offer.step == step)
+        problem = f"nobody holds {missing_names[0]}" if missing_names else "of no step they hold all"
+        return EmergencySave(None, None, problem)
+    saved_step = int(all_gather_rows(torch.tensor([newest_step]), group, size)[0])
+    if step <= saved_step:
+        return EmergencySave(step, None, f"the checkpoint of step {saved_step} is as new")
+    metas = (offer.meta for inventory in inventories for offer in inventory.offers if offer.step == step)
     meta = {key: value for key, value in next(metas).items() if key != "owed"}
-    mine = [part for part in deal(told, step) if part.giver == rank]
-    why = ""
+    own_transfers = [item for item in plan_transfers(inventories, step) if item.src_rank == rank]
+    reason = ""
     try:
-        saver.begin(step, generation, _pieces(mine, kept, step), meta)
+        saver.begin(step, generation, _make_pieces(own_transfers, snapshots, step), meta)
     except CheckpointError as error:  # the others must not wait for this rank
-        why = error.what
-    return _commit(saver, step, why, group, rank, size)
+        reason = error.message
+    return _commit(saver, step, reason, group, rank, size)
 
 
-def _pieces(slices: Sequence[Slice], kept: Sequence[Kept], step: int) -> list[Piece]:
+def _make_pieces(transfers: Sequence[Transfer], snapshots: Sequence[StateSnapshot], step: int) -> list[Piece]:
     """What this rank writes of the tensors that it holds."""
-    sources: dict[str, list[Holding]] = {}
-    for item in (item for moment in kept if moment.step == step for item in moment.held):
+    sources: dict[str, list[LocalTensor]] = {}
+    for item in (item for snapshot in snapshots if snapshot.step == step for item in snapshot.tensors):
         sources.setdefault(item.name, []).append(item)
-    found = []
-    for part in slices:
-        held = sources[part.name]
-        start = tuple(start for start, _ in part.box)
-        found.append(Piece(part.name, source_of(held, part), held[0].place.shape, start))
-    return found
+    pieces = []
+    for transfer in transfers:
+        tensor_sources = sources[transfer.name]
+        start = tuple(start for start, _ in transfer.box)
+        pieces.append(Piece(transfer.name, find_source(tensor_sources, transfer), tensor_sources[0].local_slice.shape, start))
+    return pieces
 
 
 def _commit(
-    saver: Saver, step: int, why: str, group: dist.ProcessGroup | None, rank: int, size: int
-) -> Rescued:
+    saver: Saver, step: int, reason: str, group: dist.ProcessGroup | None, rank: int, size: int
+) -> EmergencySave:
     """All ranks have written, rank 0 commits, and none tidies up before; `why` this one cannot."""
-    written = saver.join() is SaveStatus.WRITTEN
-    report, why = None, why or saver.failure or ""
-    states = gather_rows(torch.tensor([int(written)]), group, size)[:, 0].tolist()
-    if all(states) and rank == 0:
+    is_written = saver.join() is SaveStatus.WRITTEN
+    report, reason = None, reason or saver.failure or ""
+    written_flags = all_gather_rows(torch.tensor([int(is_written)]), group, size)[:, 0].tolist()
+    if all(written_flags) and rank == 0:
         report = saver.commit()
-        why = saver.failure or ""
-    elif not all(states):
-        why = why or f"rank {states.index(0)} could not write"
-    gather_rows(torch.ones(1), group, size)
+        reason = saver.failure or ""
+    elif not all(written_flags):
+        reason = reason or f"rank {written_flags.index(0)} could not write"
+    all_gather_rows(torch.ones(1), group, size)
     saver.finish()
-    return Rescued(step, report, why)
+    return EmergencySave(step, report, reason)
 
 
-def told_of(found: Rescued) -> Mapping[str, Any]:
+def event_fields(save: EmergencySave) -> Mapping[str, Any]:
     """The fields of the event."""
-    known: dict[str, Any] = {"state_of_step": found.step, "cause": found.why}
-    if found.report:
-        known |= {"bytes": found.report.bytes, "path": found.report.path.name}
-    return known
+    fields: dict[str, Any] = {"state_of_step": save.step, "cause": save.reason}
+    if save.report:
+        fields |= {"bytes": save.report.bytes, "path": save.report.path.name}
+    return fields

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cordee.checkpoint.folders import MANIFEST, StepFolder, folder_name, scan
+from cordee.checkpoint.folders import MANIFEST, StepFolder, folder_name, scan_step_folders
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
     DTYPES,
@@ -32,17 +32,17 @@ from cordee.checkpoint.format import (
     Piece,
     PieceEntry,
     SaveStatus,
-    canonical,
-    digest,
-    entry_of,
-    fields,
+    canonical_json,
+    chunk_checksum,
+    make_entry,
+    parse_fields,
     file_name,
-    layout,
-    parse_file,
-    part_name,
-    read_sealed,
-    seal,
-    tile,
+    make_file_layout,
+    parse_file_entry,
+    part_file_name,
+    read_checked_json,
+    encode_checked_json,
+    locate_pieces,
 )
 from cordee.devices import DEVICES
 from cordee.errors import CheckpointError
@@ -59,21 +59,21 @@ class CommitReport:
     warning: str | None = None
 
 
-_OWN = re.compile(rf"(rank-[0-9]{{5,9}}\.(safetensors|json)|{re.escape(MANIFEST)})(\.tmp)?")
+_OWN_FILE_NAME = re.compile(rf"(rank-[0-9]{{5,9}}\.(safetensors|json)|{re.escape(MANIFEST)})(\.tmp)?")
 """Names of the files that saves write into a checkpoint's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _SaveJob:
     """One save in flight."""
 
     step: int
     generation: int
     path: Path
-    pieces: tuple[PieceEntry, ...]
-    layout: FileLayout
+    entries: tuple[PieceEntry, ...]
+    file_layout: FileLayout
     meta: Mapping[str, Any]
-    started_s: float
+    start_s: float
 
 
 class Saver:
@@ -85,22 +85,22 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, keep: int, point: Callable[[str, int], None]
+        self, folder: Path, rank: int, world_size: int, keep_count: int, fault_point: Callable[[str, int], None]
     ) -> None:
-        if not 0 <= rank < world or keep < 1:
+        if not 0 <= rank < world_size or keep_count < 1:
             raise CheckpointError(
                 "a saver needs 0 <= rank < world and keeps at least one checkpoint",
-                values={"rank": rank, "world": world, "keep": keep},
+                values={"rank": rank, "world": world_size, "keep": keep_count},
             )
-        self._folder, self._rank, self._world, self._keep = Path(folder), rank, world, keep
-        self._point = point
-        self._staging = torch.empty(0, dtype=torch.uint8)
-        self._job: _Job | None = None
+        self._folder, self._rank, self._world_size, self._keep_count = Path(folder), rank, world_size, keep_count
+        self._fault_point = fault_point
+        self._staging_buffer = torch.empty(0, dtype=torch.uint8)
+        self._job: _SaveJob | None = None
         self._thread: threading.Thread | None = None
         self._status = SaveStatus.IDLE
         self._failure: str | None = None
         self._owns_files = False  # while the folder may hold a complete checkpoint
-        self._committed = False
+        self._is_committed = False
 
     @property
     def failure(self) -> str | None:
@@ -131,34 +131,34 @@ class Saver:
                 values={"step": step, "status": self._status.name},
                 fix="call finish() on every rank before the next begin()",
             )
-        started_s = time.monotonic()
+        start_s = time.monotonic()
         try:
             _check_json(meta)
-            meta = json.loads(canonical(dict(meta)))
+            meta = json.loads(canonical_json(dict(meta)))
             pairs = sorted(
-                ((entry_of(p), p.tensor) for p in pieces), key=lambda pair: pair[0].order
+                ((make_entry(p), p.tensor) for p in pieces), key=lambda pair: pair[0].sort_key
             )
-            pairs = [(e, t) for e, t in pairs if not e.empty]
+            pairs = [(e, t) for e, t in pairs if not e.is_empty]
             entries = tuple(entry for entry, _ in pairs)
-            plan = layout(entries)
+            file_layout = make_file_layout(entries)
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"this cannot be saved: {error}", values={"step": step, "rank": self._rank}
             ) from error
-        job = self._job = _Job(
+        job = self._job = _SaveJob(
             step=step,
             generation=generation,
             path=self._folder / folder_name(step, generation),
-            pieces=entries,
-            layout=plan,
+            entries=entries,
+            file_layout=file_layout,
             meta=meta,
-            started_s=started_s,
+            start_s=start_s,
         )
-        self._failure, self._owns_files, self._committed = None, False, False
+        self._failure, self._owns_files, self._is_committed = None, False, False
         try:
-            self._point("save.stage", step)
+            self._fault_point("save.stage", step)
             self._stage(job, [tensor for _, tensor in pairs])
-            thread = threading.Thread(target=self._write, args=(job,), daemon=True)
+            thread = threading.Thread(target=self._write_job, args=(job,), daemon=True)
             self._status = SaveStatus.WRITING
             thread.start()
             self._thread = thread
@@ -177,25 +177,25 @@ class Saver:
                 values={"rank": self._rank, "status": self._status.name},
             )
         try:
-            parts = [_read_part(job, rank) for rank in range(self._world)]
-            tile(parse_file(part) for part in parts)
+            rank_files = [_read_part_file(job, rank) for rank in range(self._world_size)]
+            locate_pieces(parse_file_entry(rank_file) for rank_file in rank_files)
             body = {"step": job.step, "generation": job.generation, "meta": job.meta}
-            self._point("save.manifest", job.step)
-            _write_sealed(
+            self._fault_point("save.manifest", job.step)
+            _write_checked_json(
                 job.path / MANIFEST,
-                {**body, "files": parts},
-                lambda: self._point("save.rename", job.step),
+                {**body, "files": rank_files},
+                lambda: self._fault_point("save.rename", job.step),
             )
             _fsync_folder(self._folder)
         except (OSError, ValueError, CheckpointError) as error:
             self._fail(job, error)
             return None
-        self._committed = True
+        self._is_committed = True
         return CommitReport(
             step=job.step,
             path=job.path,
-            bytes=sum(part["bytes"] for part in parts),
-            seconds=time.monotonic() - job.started_s,
+            bytes=sum(rank_file["bytes"] for rank_file in rank_files),
+            seconds=time.monotonic() - job.start_s,
             warning=self._prune(job),
         )
 
@@ -208,50 +208,50 @@ class Saver:
         """
         self.join()
         job = self._job
-        failed = self._rank == 0 or self._status is SaveStatus.FAILED
-        if job is not None and failed and self._owns_files and not self._committed:
-            _remove_own(job.path, self._rank)
+        should_clean = self._rank == 0 or self._status is SaveStatus.FAILED
+        if job is not None and should_clean and self._owns_files and not self._is_committed:
+            _remove_rank_files(job.path, self._rank)
         self._job = self._thread = self._failure = None
         self._status = SaveStatus.IDLE
 
-    def _fail(self, job: _Job, error: Exception | str) -> None:
+    def _fail(self, job: _SaveJob, error: Exception | str) -> None:
         """FAILED, with a sentence; the sentence is there before the status is."""
-        reason = error.what if isinstance(error, CheckpointError) else str(error)
+        reason = error.message if isinstance(error, CheckpointError) else str(error)
         if isinstance(error, OSError) and error.errno is not None:
-            name = errno.errorcode.get(error.errno, str(error.errno))
-            reason = f"{error.strerror} ({name})"
+            error_name = errno.errorcode.get(error.errno, str(error.errno))
+            reason = f"{error.strerror} ({error_name})"
         self._failure = (
             f"step {job.step} is not saved: {reason}; rank {self._rank} had "
-            f"{job.layout.size_bytes} bytes to write into {job.path}"
+            f"{job.file_layout.size_bytes} bytes to write into {job.path}"
         )
         self._status = SaveStatus.FAILED
 
-    def _stage(self, job: _Job, tensors: list[torch.Tensor]) -> None:
+    def _stage(self, job: _SaveJob, tensors: list[torch.Tensor]) -> None:
         """Lays out the whole file in the staging buffer, which grows and never shrinks."""
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-        pinned = any(DEVICES[device.type].pinned for device in devices)
-        head, offsets_bytes, size_bytes = job.layout
-        if self._staging.numel() < size_bytes or (pinned and not self._staging.is_pinned()):
-            self._staging = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._staging = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._staging[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        for entry, offset, tensor in zip(job.pieces, offsets_bytes, tensors, strict=True):
-            place = self._staging[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
-            place.view(entry.size).copy_(tensor.detach(), non_blocking=pinned)
+        pin_memory = any(DEVICES[device.type].pinning for device in devices)
+        header, offsets_bytes, size_bytes = job.file_layout
+        if self._staging_buffer.numel() < size_bytes or (pin_memory and not self._staging_buffer.is_pinned()):
+            self._staging_buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+            self._staging_buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        self._staging_buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        for entry, offset, tensor in zip(job.entries, offsets_bytes, tensors, strict=True):
+            region = self._staging_buffer[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
+            region.view(entry.size).copy_(tensor.detach(), non_blocking=pin_memory)
         for device in devices:
             if DEVICES[device.type].streams:
                 torch.accelerator.current_stream(device).synchronize()
             else:
                 torch.accelerator.synchronize(device)
 
-    def _write(self, job: _Job) -> None:
+    def _write_job(self, job: _SaveJob) -> None:
         """The thread: folder, own file, part file. Ends WRITTEN or FAILED, whatever happens."""
         try:
-            self._open_folder(job)
+            self._prepare_folder(job)
             entry = self._write_file(job)
-            self._point("save.part", job.step)
-            _write_sealed(
-                job.path / part_name(self._rank),
+            self._fault_point("save.part", job.step)
+            _write_checked_json(
+                job.path / part_file_name(self._rank),
                 {"step": job.step, "generation": job.generation, "file": asdict(entry)},
             )
             self._status = SaveStatus.WRITTEN
@@ -261,7 +261,7 @@ class Saver:
             if self._status is SaveStatus.WRITING:
                 self._fail(job, "the writing thread died")
 
-    def _open_folder(self, job: _Job) -> None:
+    def _prepare_folder(self, job: _SaveJob) -> None:
         """Makes the folders, refuses one with a complete checkpoint, clears dead ones (rank 0)."""
         for folder in (self._folder, job.path):
             if not folder.is_dir():
@@ -270,55 +270,55 @@ class Saver:
         if os.path.lexists(job.path / MANIFEST):
             raise FileExistsError(errno.EEXIST, "there is a complete checkpoint already")
         if self._rank == 0:  # they may be what fills the disk
-            for dead in _dead(scan(self._folder), job):
-                _remove(dead)
+            for stale_folder in _stale_folders(scan_step_folders(self._folder), job):
+                _remove_checkpoint(stale_folder)
         self._owns_files = True
 
-    def _write_file(self, job: _Job) -> FileEntry:
+    def _write_file(self, job: _SaveJob) -> FileEntry:
         """Writes and fsyncs the staged file; a second thread hashes it meanwhile."""
-        data = self._staging.numpy().data[: job.layout.size_bytes]
+        data = self._staging_buffer.numpy().data[: job.file_layout.size_bytes]
         chunks: list[str] = []
 
         def hash_chunks() -> None:
             for start in range(0, len(data), CHUNK_BYTES):
-                chunks.append(digest([data[start : start + CHUNK_BYTES]]))
+                chunks.append(chunk_checksum([data[start : start + CHUNK_BYTES]]))
 
-        hasher = threading.Thread(target=hash_chunks, daemon=True)
-        path, middle = job.path / file_name(self._rank), len(data) // 2
+        hash_thread = threading.Thread(target=hash_chunks, daemon=True)
+        path, midpoint = job.path / file_name(self._rank), len(data) // 2
         path.unlink(missing_ok=True)  # what a failed save of this very step left
-        hasher.start()
+        hash_thread.start()
         try:
             with open(path, "xb", buffering=0) as file:
-                for start, stop in ((0, middle), (middle, len(data))):
+                for start, stop in ((0, midpoint), (midpoint, len(data))):
                     if start:
-                        self._point("save.write", job.step)
+                        self._fault_point("save.write", job.step)
                     while start < stop:
                         start += file.write(data[start : min(start + CHUNK_BYTES, stop)])
                 os.fsync(file.fileno())
         finally:
-            hasher.join()  # it reads the staging buffer
-        return FileEntry(file=path.name, bytes=len(data), chunks=tuple(chunks), pieces=job.pieces)
+            hash_thread.join()  # it reads the staging buffer
+        return FileEntry(file=path.name, bytes=len(data), chunks=tuple(chunks), pieces=job.entries)
 
-    def _prune(self, job: _Job) -> str | None:
+    def _prune(self, job: _SaveJob) -> str | None:
         """Removes what is older than the commit and not to be kept; a sentence if it cannot."""
         try:
-            self._point("save.delete", job.step)
-            for rank in range(self._world):
-                (job.path / part_name(rank)).unlink(missing_ok=True)
-            found = scan(self._folder)
+            self._fault_point("save.delete", job.step)
+            for rank in range(self._world_size):
+                (job.path / part_file_name(rank)).unlink(missing_ok=True)
+            step_folders = scan_step_folders(self._folder)
         except OSError as error:
             return f"nothing was pruned: {error.strerror or error}"
-        mine = (job.step, job.generation)
-        old = [f.path for f in found if f.complete and (f.step, f.generation) < mine]
-        gone = old[self._keep - 1 :] + _dead(found, job)
-        left = [path.name for path in gone if not _remove(path)]
-        return f"these could not be removed: {', '.join(left)}" if left else None
+        job_key = (job.step, job.generation)
+        older_paths = [f.path for f in step_folders if f.is_complete and (f.step, f.generation) < job_key]
+        stale_paths = older_paths[self._keep_count - 1 :] + _stale_folders(step_folders, job)
+        leftover_names = [path.name for path in stale_paths if not _remove_checkpoint(path)]
+        return f"these could not be removed: {', '.join(leftover_names)}" if leftover_names else None
 
 
-def _dead(found: Sequence[StepFolder], job: _Job) -> list[Path]:
+def _stale_folders(step_folders: Sequence[StepFolder], job: _SaveJob) -> list[Path]:
     """Half-written folders of earlier steps of this start, and of any step of earlier starts."""
-    mine = (job.generation, job.step)
-    return [f.path for f in found if not f.complete and (f.generation, f.step) < mine]
+    job_key = (job.generation, job.step)
+    return [f.path for f in step_folders if not f.is_complete and (f.generation, f.step) < job_key]
 
 
 def _check_json(value: Any, depth: int = 0) -> None:
@@ -330,36 +330,36 @@ def _check_json(value: Any, depth: int = 0) -> None:
             raise TypeError("meta has a key that is not text")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        for part in value:
-            _check_json(part, depth + 1)
+        for item in value:
+            _check_json(item, depth + 1)
 
 
-def _read_part(job: _Job, rank: int) -> dict[str, Any]:
+def _read_part_file(job: _SaveJob, rank: int) -> dict[str, Any]:
     """What one rank wrote, as its part file says. ValueError or CheckpointError if not so."""
-    kinds = {"step": int, "generation": int, "file": dict}
-    step, generation, part = fields(read_sealed(job.path / part_name(rank)), kinds)
-    if (step, generation, part.get("file")) != (job.step, job.generation, file_name(rank)):
+    field_types = {"step": int, "generation": int, "file": dict}
+    step, generation, file_fields = parse_fields(read_checked_json(job.path / part_file_name(rank)), field_types)
+    if (step, generation, file_fields.get("file")) != (job.step, job.generation, file_name(rank)):
         raise ValueError(f"the part file of rank {rank} is of another save")
-    if os.stat(job.path / file_name(rank)).st_size != part.get("bytes"):
+    if os.stat(job.path / file_name(rank)).st_size != file_fields.get("bytes"):
         raise ValueError(f"{file_name(rank)} has not the size its writer says")
-    return dict(part)
+    return dict(file_fields)
 
 
-def _write_sealed(
-    path: Path, body: Mapping[str, Any], between: Callable[[], None] = lambda: None
+def _write_checked_json(
+    path: Path, body: Mapping[str, Any], before_rename: Callable[[], None] = lambda: None
 ) -> None:
     """Temporary file, fsync, `between`, rename, fsync of the folder. OSError, ValueError."""
-    raw = seal(body)
+    raw = encode_checked_json(body)
     if len(raw) > JSON_LIMIT_BYTES:
         raise ValueError(f"{path.name} would have {len(raw)} bytes; limit {JSON_LIMIT_BYTES}")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
+    temporary_path = path.with_name(path.name + ".tmp")
+    temporary_path.unlink(missing_ok=True)
+    with open(temporary_path, "xb") as file:
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    between()
-    os.replace(temporary, path)
+    before_rename()
+    os.replace(temporary_path, path)
     _fsync_folder(path.parent)
 
 
@@ -375,7 +375,7 @@ def _fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _remove(path: Path) -> bool:
+def _remove_checkpoint(path: Path) -> bool:
     """Removes a checkpoint, its manifest first, so that no moment shows a half one as complete.
     Files that no save writes stay, and their folder with them; whether nothing else is left."""
     try:
@@ -383,21 +383,21 @@ def _remove(path: Path) -> bool:
         names = os.listdir(path)
     except OSError:
         return not os.path.lexists(path)
-    own = [name for name in names if _OWN.fullmatch(name)]
-    for name in own:
+    own_names = [name for name in names if _OWN_FILE_NAME.fullmatch(name)]
+    for name in own_names:
         with contextlib.suppress(OSError):
             (path / name).unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
-    return not any(os.path.lexists(path / name) for name in own) and (
-        len(own) < len(names) or not os.path.lexists(path)
+    return not any(os.path.lexists(path / name) for name in own_names) and (
+        len(own_names) < len(names) or not os.path.lexists(path)
     )
 
 
-def _remove_own(path: Path, rank: int) -> None:
+def _remove_rank_files(path: Path, rank: int) -> None:
     """Removes what a rank wrote, as far as the disk allows; of rank 0 the manifest first."""
     names = [MANIFEST] if rank == 0 else []
     with contextlib.suppress(OSError):
-        for name in [*names, part_name(rank), file_name(rank)]:
+        for name in [*names, part_file_name(rank), file_name(rank)]:
             for file in (path / name, path / f"{name}.tmp"):
                 file.unlink(missing_ok=True)

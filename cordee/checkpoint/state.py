@@ -18,7 +18,7 @@ from torch import Tensor
 from cordee.checkpoint.format import Piece
 from cordee.checkpoint.load import Checkpoint
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Place, shape_of, volume, whole
+from cordee.layout.boxes import LocalSlice, box_shape, volume, full_box
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Holding:
+class LocalTensor:
     """One tensor of this rank: `part` is the box `place.box` of the whole tensor."""
 
     name: str
-    part: Tensor
-    place: Place
+    tensor: Tensor
+    local_slice: LocalSlice
 
 
-def holdings(
+def collect_local_tensors(
     parameters: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
-    places: Mapping[str, Place],
-    everything: bool = False,
-) -> list[Holding]:
+    local_slices: Mapping[str, LocalSlice],
+    include_replicas: bool = False,
+) -> list[LocalTensor]:
     """What this rank answers for: `model/<name>` and `optim/<group>/<name>/<what>`.
 
     `places` says where the rank's part of every parameter lies. Optimiser tensors shaped like that
@@ -59,89 +59,89 @@ def holdings(
     they are, as what a rank needs and can give (`peer.fill`). CheckpointError: a part has not the
     shape of its box.
     """
-    found = []
+    local_tensors = []
     for name, parameter in parameters.items():
-        part, place = parameter.detach(), places[name]
-        if tuple(part.shape) != shape_of(place.box):
+        part, local_slice = parameter.detach(), local_slices[name]
+        if tuple(part.shape) != box_shape(local_slice.box):
             raise CheckpointError(
                 "a parameter is not the box that the layout says",
-                values={"name": name, "shape": tuple(part.shape), "box": place.box},
+                values={"name": name, "shape": tuple(part.shape), "box": local_slice.box},
             )
-        found.append(Holding(f"model/{name}", part, place))
+        local_tensors.append(LocalTensor(f"model/{name}", part, local_slice))
     for key, tensor in optimizer.items():
-        place, shape = places[_parameter(f"optim/{key}")], tuple(tensor.shape)
-        if shape == shape_of(place.box):
-            found.append(Holding(f"optim/{key}", tensor, place))
-        elif everything or (volume(place.box) and not any(start for start, _ in place.box)):
-            uncut = replace(place, box=whole(shape), shape=shape)
-            found.append(Holding(f"optim/{key}", tensor, uncut))
-    return found
+        local_slice, shape = local_slices[_parameter_name(f"optim/{key}")], tuple(tensor.shape)
+        if shape == box_shape(local_slice.box):
+            local_tensors.append(LocalTensor(f"optim/{key}", tensor, local_slice))
+        elif include_replicas or (volume(local_slice.box) and not any(start for start, _ in local_slice.box)):
+            full_slice = replace(local_slice, box=full_box(shape), shape=shape)
+            local_tensors.append(LocalTensor(f"optim/{key}", tensor, full_slice))
+    return local_tensors
 
 
-def pieces(held: Sequence[Holding]) -> list[Piece]:
+def select_pieces(local_tensors: Sequence[LocalTensor]) -> list[Piece]:
     """What this rank writes of it: one copy of each tensor is dealt a rank, the largest first.
 
     The ranks that share tensors along the same axes deal these alike, each to who has the fewest
     bytes so far, and so need not talk.
     """
     loads: dict[tuple[str, ...], list[int]] = {}
-    mine = []
-    for item in sorted(held, key=lambda h: (-h.part.nbytes, h.name)):
-        place = item.place
-        load = loads.setdefault(place.shared, [0] * place.copies)
-        copy = load.index(min(load))
-        load[copy] += item.part.nbytes
-        if copy == place.copy:
-            start = tuple(start for start, _ in place.box)
-            mine.append(Piece(item.name, item.part, place.shape, start))
-    return mine
+    own_pieces = []
+    for item in sorted(local_tensors, key=lambda h: (-h.tensor.nbytes, h.name)):
+        local_slice = item.local_slice
+        load = loads.setdefault(local_slice.replicated_axes, [0] * local_slice.replica_count)
+        replica_index = load.index(min(load))
+        load[replica_index] += item.tensor.nbytes
+        if replica_index == local_slice.replica_index:
+            start = tuple(start for start, _ in local_slice.box)
+            own_pieces.append(Piece(item.name, item.tensor, local_slice.shape, start))
+    return own_pieces
 
 
-def reader(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Callable[[str], Tensor]:
+def make_reader(checkpoint: Checkpoint, local_slices: Mapping[str, LocalSlice]) -> Callable[[str], Tensor]:
     """A function from a full name to this rank's part of the tensor (see `holdings`).
 
     It raises CheckpointError for a parameter that the checkpoint has in another shape, or not.
     """
 
-    def mine(name: str) -> Tensor:
-        place, shape = places[_parameter(name)], checkpoint.shape(name)
-        if shape == place.shape:
-            return checkpoint.read(name, place.box)
+    def read_local(name: str) -> Tensor:
+        local_slice, shape = local_slices[_parameter_name(name)], checkpoint.shape(name)
+        if shape == local_slice.shape:
+            return checkpoint.read(name, local_slice.box)
         if name.startswith("model/"):
             raise CheckpointError(
                 "a parameter of another shape",
-                values={"tensor": name, "stored": shape, "wanted": place.shape},
+                values={"tensor": name, "stored": shape, "wanted": local_slice.shape},
                 fix="load a checkpoint of the same model",
             )
         return checkpoint.read(name)
 
-    return mine
+    return read_local
 
 
-def _parameter(name: str) -> str:
+def _parameter_name(name: str) -> str:
     """The parameter that a stored tensor belongs to."""
     return name.split("/")[2 if name.startswith("optim/") else 1]
 
 
-def describe(
-    progress: Progress, sync: Mapping[str, Any], data: str, run: str, arithmetic: Mapping[str, str]
+def make_metadata(
+    progress: Progress, sync_state: Mapping[str, Any], data_fingerprint: str, layout_text: str, arithmetic: Mapping[str, str]
 ) -> dict[str, Any]:
     """The JSON that goes with the tensors: progress, sync state, data and run digests, and what
     computed them (empty where bits are not promised)."""
-    known = {"progress": asdict(progress), "sync": dict(sync), "data": data, "run": run}
-    return {**known, "arithmetic": dict(arithmetic)}
+    metadata = {"progress": asdict(progress), "sync": dict(sync_state), "data": data_fingerprint, "run": layout_text}
+    return {**metadata, "arithmetic": dict(arithmetic)}
 
 
-def progress_of(meta: Mapping[str, Any]) -> Progress:
+def parse_progress(meta: Mapping[str, Any]) -> Progress:
     """The counterpart of `describe`; CheckpointError when fields are missing or unknown."""
     progress = meta.get("progress")
     try:
-        found = Progress(**progress)  # type: ignore[arg-type]
-        for known in fields(Progress):
-            value, wanted = getattr(found, known.name), type(known.default)
-            if type(value) not in (wanted, int) or not 0 <= value < 1 << 62:
-                raise TypeError(f"{known.name} is {str(value)[:40]}")
-        return found
+        result = Progress(**progress)  # type: ignore[arg-type]
+        for field in fields(Progress):
+            value, field_type = getattr(result, field.name), type(field.default)
+            if type(value) not in (field_type, int) or not 0 <= value < 1 << 62:
+                raise TypeError(f"{field.name} is {str(value)[:40]}")
+        return result
     except TypeError as error:
         raise CheckpointError(
             "the checkpoint was written by another version",

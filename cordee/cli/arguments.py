@@ -11,116 +11,116 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cordee.config.load import Loaded, known_keys, load
-from cordee.config.paths import home
+from cordee.config.load import LoadedRun, config_keys, load
+from cordee.config.paths import expand_home
 from cordee.config.ranges import Range
-from cordee.dist.streams import say as say
+from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
 
-SECTIONS = frozenset(key.partition(".")[0] for key in known_keys())
+SECTIONS = frozenset(key.partition(".")[0] for key in config_keys())
 """What stands before the first dot of every key."""
 
 
 @dataclass(frozen=True)
-class Words:
+class ParsedArguments:
     """A command line in parts: flags (argparse), a TOML file, overrides and other words."""
 
     flags: argparse.Namespace
     file: str | None
     overrides: tuple[str, ...]
-    rest: tuple[str, ...]
+    positionals: tuple[str, ...]
 
     @property
-    def run(self) -> str | None:
+    def run_word(self) -> str | None:
         """The first of the other words: what a verb calls RUN."""
-        return self.rest[0] if self.rest else None
+        return self.positionals[0] if self.positionals else None
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedRun:
         """The run that the file and the overrides describe."""
         return load(self.file, self.overrides)
 
 
-def parser(verb: str, summary: str, example: str, words: str = "") -> argparse.ArgumentParser:
+def make_parser(verb: str, summary: str, example: str, words: str = "") -> argparse.ArgumentParser:
     """A parser whose --help shows what the verb does, its words and an example."""
-    made = argparse.ArgumentParser(
+    arg_parser = argparse.ArgumentParser(
         prog=f"cordee {verb}",
         usage=f"cordee {verb} {words}".strip(),
         description=summary,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    return made
+    arg_parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    return arg_parser
 
 
-def read(
-    made: argparse.ArgumentParser,
+def parse_arguments(
+    arg_parser: argparse.ArgumentParser,
     argv: Sequence[str],
     *,
-    rest: int = 0,
-    settings: Sequence[str] | None = None,
-) -> Words:
+    max_positionals: int = 0,
+    sections: Sequence[str] | None = None,
+) -> ParsedArguments:
     """Parses `argv`; at most `rest` words may be neither a file nor an override.
 
     `settings` are the sections whose keys the verb takes, None: every one. A verb that takes only
     some takes no file either: all its other words are names and paths, whatever is in them.
     """
     # Intermixed: words may stand before and after a flag.
-    flags = made.parse_intermixed_args(_dotted_as_overrides(argv))
-    kinds = [_kind(word, settings) for word in flags.words]
-    overrides, files, others = (
-        [word for word, kind in zip(flags.words, kinds, strict=True) if kind == which]
-        for which in ("override", "file", "other")
+    flags = arg_parser.parse_intermixed_args(_dotted_to_overrides(argv))
+    word_kinds = [_classify_word(word, sections) for word in flags.words]
+    overrides, files, positionals = (
+        [word for word, kind in zip(flags.words, word_kinds, strict=True) if kind == kind_name]
+        for kind_name in ("override", "file", "other")
     )
-    if len(files) > 1 or len(others) > rest:
-        extra = files[1:] if len(files) > 1 else others[rest:]
+    if len(files) > 1 or len(positionals) > max_positionals:
+        extra_words = files[1:] if len(files) > 1 else positionals[max_positionals:]
         raise ConfigError(
             "there is a word too many",
-            values={"word": extra[0], "command": made.prog},
-            fix=f"{made.usage}, with overrides as key=value",
+            values={"word": extra_words[0], "command": arg_parser.prog},
+            fix=f"{arg_parser.usage}, with overrides as key=value",
         )
-    return Words(flags, files[0] if files else None, tuple(overrides), tuple(map(home, others)))
+    return ParsedArguments(flags, files[0] if files else None, tuple(overrides), tuple(map(expand_home, positionals)))
 
 
-def _kind(word: str, settings: Sequence[str] | None) -> str:
+def _classify_word(word: str, sections: Sequence[str] | None) -> str:
     """override, file or other. A path may have `=` in it (runs/lr=0.1), and so may a file's name;
     with a key in front of the `=` it is an override, unless ./ stands before that."""
     key, equals, _ = word.partition("=")
     section, dot, _ = key.strip().partition(".")
     is_key = bool(equals and dot) and "/" not in key and section in SECTIONS
-    if settings is not None:
-        return "override" if is_key and section in settings else "other"
+    if sections is not None:
+        return "override" if is_key and section in sections else "other"
     if equals and (is_key or not ("/" in key or (word.endswith(".toml") and _is_file(word)))):
         return "override"
     return "file" if word.endswith(".toml") else "other"
 
 
 def _is_file(word: str) -> bool:
-    return os.path.isfile(home(word))
+    return os.path.isfile(expand_home(word))
 
 
 def check_flags(
-    made: argparse.ArgumentParser, flags: argparse.Namespace, ranges: Mapping[str, Range]
+    arg_parser: argparse.ArgumentParser, flags: argparse.Namespace, ranges: Mapping[str, Range]
 ) -> None:
     """ConfigError for the first flag, by its name in `flags`, whose number is beside its range."""
-    for name, given in ranges.items():
+    for name, valid_range in ranges.items():
         value, flag = getattr(flags, name), "--" + name.replace("_", "-")
-        if value not in given:
+        if value not in valid_range:
             raise ConfigError(
-                f"{flag} is {given}",
+                f"{flag} is {valid_range}",
                 values={flag: value},
-                fix=f"{flag} {given.near(value, made.get_default(name))}",
+                fix=f"{flag} {valid_range.nearest(value, arg_parser.get_default(name))}",
             )
 
 
-def _dotted_as_overrides(argv: Sequence[str]) -> list[str]:
+def _dotted_to_overrides(argv: Sequence[str]) -> list[str]:
     """`--a.b v` and `--a.b=v` become `a.b=v`; everything else stays."""
-    turned: list[str] = []
+    arguments: list[str] = []
     words = iter(argv)
     for word in words:
         name = word.partition("=")[0]
         if word.startswith("--") and "." in name:
-            turned.append(word[2:] if "=" in word else f"{word[2:]}={next(words, '')}")
+            arguments.append(word[2:] if "=" in word else f"{word[2:]}={next(words, '')}")
         else:
-            turned.append(word)
-    return turned
+            arguments.append(word)
+    return arguments

@@ -6,21 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import check_flags, parser, read
-from cordee.cli.ledger import tell
-from cordee.config.paths import home_of_each
+from cordee.cli.arguments import check_flags, make_parser, parse_arguments
+from cordee.cli.ledger import print_ledger
+from cordee.config.paths import expand_home_of_each
 from cordee.config.ranges import RANGES
-from cordee.data.prepare import inspect, prepare, verify
+from cordee.data.prepare import inspect_dataset, prepare, verify_dataset
 from cordee.errors import ConfigError
 
-FLAGS = {
+FLAG_RANGES = {
     "held_out": RANGES["data.held_out"], "seed": RANGES["run.seed"], "tokens": RANGES["data.tokens"]
 }  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "data",
         "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards;\n"
         "records:FILE,FILE are images, with model.image.side, .channels and .classes;\n"
@@ -36,41 +36,41 @@ def run(argv: list[str]) -> int:
         "prepare SOURCE FOLDER [key=value ...] | inspect FOLDER | verify FOLDER |"
         " ledger RUN [--step N | --sample S] [--json]",
     )
-    made.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
-    made.add_argument("--seed", type=int, default=0, help="chooses what is held out")
-    made.add_argument("--weights", default="", help='of a mixture "one;two": numbers, as in 7,3')
-    made.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
-    made.add_argument("--step", type=int, help="of a run, from 1")
-    made.add_argument("--sample", type=int, help="a row's number in the training split")
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=3, settings=("model",))
-    check_flags(made, words.flags, FLAGS)
-    match words.rest:
+    arg_parser.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
+    arg_parser.add_argument("--seed", type=int, default=0, help="chooses what is held out")
+    arg_parser.add_argument("--weights", default="", help='of a mixture "one;two": numbers, as in 7,3')
+    arg_parser.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
+    arg_parser.add_argument("--step", type=int, help="of a run, from 1")
+    arg_parser.add_argument("--sample", type=int, help="a row's number in the training split")
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parse_arguments(arg_parser, argv, max_positionals=3, sections=("model",))
+    check_flags(arg_parser, args.flags, FLAG_RANGES)
+    match args.positionals:
         case ("prepare", source, folder):
-            source = home_of_each(source)
-            flags = words.flags
-            tokens, image = flags.tokens or None, words.load().run.model.image
-            where, weights = Path(folder), flags.weights
+            source = expand_home_of_each(source)
+            flags = args.flags
+            tokens, image = flags.tokens or None, args.load().run.model.image
+            target_dir, weights = Path(folder), flags.weights
             info = prepare(
-                source, where, flags.held_out, flags.seed, tokens, image=image, weights=weights
+                source, target_dir, flags.held_out, flags.seed, tokens, image=image, weights=weights
             )
-            known: dict[str, Any] = inspect(info.folder)
+            fields: dict[str, Any] = inspect_dataset(info.folder)
         case ("inspect", folder):
-            known = inspect(Path(folder))
+            fields = inspect_dataset(Path(folder))
         case ("verify", folder):
-            known = verify(Path(folder))
-        case ("ledger", word):
-            return tell(word, words.flags)
+            fields = verify_dataset(Path(folder))
+        case ("ledger", run_word):
+            return print_ledger(run_word, args.flags)
         case _:
             raise ConfigError(
                 "data prepares, inspects, verifies or keeps the ledger",
-                values={"words": list(words.rest)},
+                values={"words": list(args.positionals)},
                 fix="cordee data prepare SOURCE FOLDER",
             )
-    if words.flags.json:
-        print(json.dumps(known))
+    if args.flags.json:
+        print(json.dumps(fields))
     else:
-        width = max(map(len, known))
-        for key, value in known.items():
+        width = max(map(len, fields))
+        for key, value in fields.items():
             print(f"{key:<{width}}  {value}")
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cordee.cli.arguments import check_flags, parser, read, say
-from cordee.cli.places import refuse_brought, refuse_other, replacing, run_of
+from cordee.cli.arguments import check_flags, make_parser, parse_arguments, print_to_stderr
+from cordee.cli.places import refuse_user_model, refuse_overwrite, atomic_write, load_run
 from cordee.config.load import flatten
-from cordee.config.paths import home
+from cordee.config.paths import expand_home
 from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.errors import ConfigError
@@ -16,7 +16,7 @@ from cordee.errors import ConfigError
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "export",
         "Writes the newest complete weights of a run. safetensors: one file (default\n"
         "RUN/model.safetensors) with the model's settings in its metadata. hf: a folder (default\n"
@@ -25,51 +25,51 @@ def run(argv: list[str]) -> int:
         "cordee export runs/tiny --to hf --output tiny-hf",
         "RUN [--to safetensors|hf] [--output PATH] [--json]",
     )
-    made.add_argument("--to", default="safetensors", choices=("safetensors", "hf"), help="what")
-    made.add_argument("--output", "--out", default="", help="where to write")
-    made.add_argument(
+    arg_parser.add_argument("--to", default="safetensors", choices=("safetensors", "hf"), help="what")
+    arg_parser.add_argument("--output", "--out", default="", help="where to write")
+    arg_parser.add_argument(
         "--shard-mb", type=float, default=2000.0, help="hf: largest file, in MB (default 2000)"
     )
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1, settings=())
-    folder, wanted = run_of("export", words.run)
-    hf = words.flags.to == "hf"
-    output = Path(home(words.flags.output) or folder / ("hf" if hf else "model.safetensors"))
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
+    folder, run_config = load_run("export", args.run_word)
+    is_hf = args.flags.to == "hf"
+    output = Path(expand_home(args.flags.output) or folder / ("hf" if is_hf else "model.safetensors"))
     if not output.parent.is_dir():
         raise ConfigError(
             "the output's folder does not exist",
             values={"output": str(output)},
             fix=f"mkdir -p {output.parent}",
         )
-    check_flags(made, words.flags, {"shard_mb": Range(0, 1e9, above=True)})
-    if hf:
-        refuse_brought("export --to hf", folder)
-        step, size = _folder(folder, wanted, output, int(words.flags.shard_mb * 1e6))
+    check_flags(arg_parser, args.flags, {"shard_mb": Range(0, 1e9, excludes_minimum=True)})
+    if is_hf:
+        refuse_user_model("export --to hf", folder)
+        step, size_bytes = _write_hf_folder(folder, run_config, output, int(args.flags.shard_mb * 1e6))
     else:
-        step, size = _file(folder, wanted, output)
-    if words.flags.json:
-        print(json.dumps({"file": str(output), "step": step, "bytes": size}))
+        step, size_bytes = _write_safetensors(folder, run_config, output)
+    if args.flags.json:
+        print(json.dumps({"file": str(output), "step": step, "bytes": size_bytes}))
     else:
-        say(f"{output}: step {step}, {size / 1e6:.1f} MB")
+        print_to_stderr(f"{output}: step {step}, {size_bytes / 1e6:.1f} MB")
     return 0
 
 
-def _file(folder: Path, wanted: Run, output: Path) -> tuple[int, int]:
+def _write_safetensors(folder: Path, run_config: Run, output: Path) -> tuple[int, int]:
     """One safetensors file, whole; (step, bytes)."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from cordee.cli.weights import open_weights, weights
+    from cordee.cli.weights import open_weights, read_parameters
 
-    refuse_other(output, "--output", _is_export)
-    found = open_weights("export", str(folder))
-    settings = {k: str(v) for k, v in flatten(wanted).items() if k.startswith("model.")}
-    with replacing(output, "--output") as beside:
+    refuse_overwrite(output, "--output", _is_export)
+    checkpoint = open_weights("export", str(folder))
+    settings = {k: str(v) for k, v in flatten(run_config).items() if k.startswith("model.")}
+    with atomic_write(output, "--output") as temporary_path:
         try:
-            save_file(weights(found), beside, metadata={**settings, "step": str(found.step)})
+            save_file(read_parameters(checkpoint), temporary_path, metadata={**settings, "step": str(checkpoint.step)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    return found.step, output.stat().st_size
+    return checkpoint.step, output.stat().st_size
 
 
 def _is_export(output: Path) -> bool:
@@ -77,36 +77,36 @@ def _is_export(output: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(output, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+        with safe_open(output, framework="pt") as reader:
+            metadata = reader.metadata() or {}
     except SafetensorError:
         return False
     return "step" in metadata and "model.preset" in metadata
 
 
-def _folder(folder: Path, wanted: Run, output: Path, shard_bytes: int) -> tuple[int, int]:
+def _write_hf_folder(folder: Path, run_config: Run, output: Path, shard_bytes: int) -> tuple[int, int]:
     """A transformers folder, tensor by tensor; (step, bytes of the weights)."""
-    from cordee.cli.weights import PREFIX, open_weights, value
-    from cordee.model.equivalent import equivalent
-    from cordee.model.folder import files_beside, open_folder, write_folder
+    from cordee.cli.weights import MODEL_PREFIX, open_weights, read_parameter
+    from cordee.model.equivalent import make_hf_adapter
+    from cordee.model.folder import companion_files, open_folder, write_folder
 
-    found = open_weights("export", str(folder))
-    if wanted.model.hub:
-        source = open_folder(wanted.model.hub, "model.hub")
-        names = [n.removeprefix(PREFIX) for n in found.names() if n.startswith(PREFIX)]
+    checkpoint = open_weights("export", str(folder))
+    if run_config.model.hub:
+        source = open_folder(run_config.model.hub, "model.hub")
+        names = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]
         # The run's numbers are fp32 whatever the folder's were.
         config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
-        size = write_folder(
+        size_bytes = write_folder(
             output, {**config, "dtype": "float32"},
-            {name: found.shape(PREFIX + name) for name in names},
-            lambda name: value(found, name), shard_bytes, files_beside(source.path),
+            {name: checkpoint.shape(MODEL_PREFIX + name) for name in names},
+            lambda name: read_parameter(checkpoint, name), shard_bytes, companion_files(source.path),
         )  # fmt: skip
-        return found.step, size
-    same = equivalent(wanted.model, found.shape(PREFIX + "embed.weight")[0])
-    ours = dict(same.names())
-    size = write_folder(
-        output, same.config(wanted.data.sequence),
-        {name: same.shape(ours[name], lambda n: found.shape(PREFIX + n)) for name in ours},
-        lambda name: same.give(ours[name], lambda n: value(found, n)), shard_bytes,
+        return checkpoint.step, size_bytes
+    adapter = make_hf_adapter(run_config.model, checkpoint.shape(MODEL_PREFIX + "embed.weight")[0])
+    own_names = dict(adapter.name_pairs())
+    size_bytes = write_folder(
+        output, adapter.hf_config(run_config.data.sequence),
+        {name: adapter.tensor_shape(own_names[name], lambda n: checkpoint.shape(MODEL_PREFIX + n)) for name in own_names},
+        lambda name: adapter.to_hf(own_names[name], lambda n: read_parameter(checkpoint, n)), shard_bytes,
     )  # fmt: skip
-    return found.step, size
+    return checkpoint.step, size_bytes

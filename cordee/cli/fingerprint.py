@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 
 from cordee.checkpoint.fingerprint import weights_sha256
-from cordee.cli.arguments import parser, read
+from cordee.cli.arguments import make_parser, parse_arguments
 
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "fingerprint",
         "Prints the SHA-256 of the full, unsharded weights in name order.",
         "cordee fingerprint runs/tiny\n  cordee fingerprint runs/tiny/checkpoints/step-00000200.g1",
         "RUN | CHECKPOINT [--json]",
     )
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1, settings=())
-    from cordee.cli.weights import PREFIX, open_weights
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
+    from cordee.cli.weights import MODEL_PREFIX, open_weights
 
-    found = open_weights("fingerprint", words.run)
-    names = [n.removeprefix(PREFIX) for n in found.names() if n.startswith(PREFIX)]
-    digest = weights_sha256(names, lambda name: found.read(PREFIX + name))
-    if words.flags.json:
-        known = {"weights_sha256": digest, "step": found.step, "checkpoint": str(found.path)}
-        print(json.dumps(known))
+    checkpoint = open_weights("fingerprint", args.run_word)
+    names = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]
+    digest = weights_sha256(names, lambda name: checkpoint.read(MODEL_PREFIX + name))
+    if args.flags.json:
+        fields = {"weights_sha256": digest, "step": checkpoint.step, "checkpoint": str(checkpoint.path)}
+        print(json.dumps(fields))
     else:
         print(digest)
     return 0

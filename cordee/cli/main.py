@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from cordee import __version__
-from cordee.dist.streams import outlive_readers, say
+from cordee.dist.streams import tolerate_broken_pipes, print_to_stderr
 from cordee.errors import ConfigError, CordeeError
 from cordee.system import check_system
 
@@ -56,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cordee {__version__}")
         return 0
     try:
-        return _verb(words[0], words[1:])
+        return _run_verb(words[0], words[1:])
     except CordeeError as error:
-        say(f"error: {error.sentence()}")
+        print_to_stderr(f"error: {error.sentence()}")
         return error.exit_code
     except OSError as error:
         # A disk or a file that nobody expected to fail: its name and its reason are what helps.
-        say(f"error: {error.strerror or error}: {error.filename or ''}")
+        print_to_stderr(f"error: {error.strerror or error}: {error.filename or ''}")
         return 1
     except MemoryError as error:
-        say(f"error: there is not enough memory: {error}")
+        print_to_stderr(f"error: there is not enough memory: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -73,15 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The process: runs the verb and leaves with its exit code."""
-    outlive_readers()
+    tolerate_broken_pipes()
     with suppress(ConfigError):  # a system that will not do, of which `main` tells
         check_system()
-        importlib.import_module("cordee.dist.start").wait_passively()
+        importlib.import_module("cordee.dist.start").set_passive_wait()
     code = main()
     try:
         sys.stdout.flush()
     except OSError as error:
-        say(f"error: the output cannot be written: {error.strerror}")
+        print_to_stderr(f"error: the output cannot be written: {error.strerror}")
         code = code or 1
     if "torch.distributed" in sys.modules:
         # All is written and joined by now. The interpreter's own way out would unwind the worker
@@ -91,15 +91,15 @@ def program() -> NoReturn:
     raise SystemExit(code)
 
 
-def _verb(name: str, rest: list[str]) -> int:
+def _run_verb(name: str, arguments: list[str]) -> int:
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
+        close_matches = difflib.get_close_matches(name, VERBS, n=1)
         raise ConfigError(
             "there is no such verb",
             values={"verb": name},
-            fix=f"cordee {near[0]}" if near else "cordee --help",
+            fix=f"cordee {close_matches[0]}" if close_matches else "cordee --help",
         )
     check_system()  # before the verb's own imports, which need such a system
     module = importlib.import_module(f"cordee.cli.{name}")
-    code: int = module.run(rest)
+    code: int = module.run(arguments)
     return code

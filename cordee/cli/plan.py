@@ -12,29 +12,29 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import Words, parser, read, say
-from cordee.cli.places import refuse_other, replacing
-from cordee.config.check import check
-from cordee.config.hub import on_paper
+from cordee.cli.arguments import ParsedArguments, make_parser, parse_arguments, print_to_stderr
+from cordee.cli.places import refuse_overwrite, atomic_write
+from cordee.config.check import validate_run
+from cordee.config.hub import with_hub_shape
 from cordee.config.model import ModelSettings
-from cordee.config.paths import home
+from cordee.config.paths import expand_home
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.errors import ConfigError
-from cordee.layout.census import model_census
-from cordee.layout.tensors import parameters
-from cordee.machine import measured_cluster
+from cordee.layout.census import count_model_tensors
+from cordee.layout.tensors import count_parameters
+from cordee.machine import measure_cluster
 from cordee.plan.cluster import Cluster, read_cluster
-from cordee.plan.plan import Plan, devices_of, finished, holds_plan, make_plan, without_axes
+from cordee.plan.plan import Plan, select_cluster, plan_of_candidate, is_plan_file, make_plan, without_axes
 from cordee.plan.rank import RankView, view_rank
-from cordee.plan.recipe import for_machine
-from cordee.plan.report import assumed, count_text, job_text, plan_text, rank_text
+from cordee.plan.recipe import resolve_for_machine
+from cordee.plan.report import assumptions, count_text, job_text, plan_text, rank_text
 from cordee.plan.search import Ranking, search
 
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "plan",
         "Which layouts these devices can run, what a step of each costs in time, memory and\n"
         "bytes, and why the others are out. Starts nothing.",
@@ -46,106 +46,106 @@ def run(argv: list[str]) -> int:
         "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
         " [--models] [--json] [--save FILE] [--no-probe] [--dry-run --rank R]",
     )
-    made.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
-    made.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
-    made.add_argument("--vocabulary", type=int, default=256, metavar="N", help="tokens, 256: bytes")
-    made.add_argument("--models", action="store_true", help="list the presets")
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    made.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
-    made.add_argument("--no-probe", action="store_true", help="do not measure this machine")
-    made.add_argument("--dry-run", action="store_true", help="build one rank's modules on meta")
-    made.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
-    words = read(made, argv, rest=1)
-    if words.flags.models:
-        print(_models(_at_least("--vocabulary", words.flags.vocabulary, 2), words.flags.json))
+    arg_parser.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
+    arg_parser.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
+    arg_parser.add_argument("--vocabulary", type=int, default=256, metavar="N", help="tokens, 256: bytes")
+    arg_parser.add_argument("--models", action="store_true", help="list the presets")
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    arg_parser.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
+    arg_parser.add_argument("--no-probe", action="store_true", help="do not measure this machine")
+    arg_parser.add_argument("--dry-run", action="store_true", help="build one rank's modules on meta")
+    arg_parser.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
+    args = parse_arguments(arg_parser, argv, max_positionals=1)
+    if args.flags.models:
+        print(_models_text(_check_at_least("--vocabulary", args.flags.vocabulary, 2), args.flags.json))
         return 0
-    wanted = _run_of(words)
-    check(wanted)
-    wanted = on_paper(wanted)
-    vocabulary = _at_least("--vocabulary", words.flags.vocabulary, 2)
-    top = _at_least("--top", words.flags.top, 1)
-    rank = _rank_of(words, wanted)
-    cluster, profile = _devices(words, wanted)
-    devices = devices_of(wanted, cluster)
-    wanted, text = for_machine(wanted, cluster, vocabulary)
-    if text:
-        say(f"recipe  {text}")
-    plan = replace(make_plan(wanted, cluster, vocabulary), profile=profile)
-    view = None
+    run_config = _load_run(args)
+    validate_run(run_config)
+    run_config = with_hub_shape(run_config)
+    vocabulary = _check_at_least("--vocabulary", args.flags.vocabulary, 2)
+    top = _check_at_least("--top", args.flags.top, 1)
+    rank = _parse_rank(args, run_config)
+    cluster, profile = _load_cluster(args, run_config)
+    run_cluster = select_cluster(run_config, cluster)
+    run_config, recipe_text = resolve_for_machine(run_config, cluster, vocabulary)
+    if recipe_text:
+        print_to_stderr(f"recipe  {recipe_text}")
+    plan = replace(make_plan(run_config, cluster, vocabulary), profile=profile)
+    rank_view = None
     if rank is not None:
-        view = view_rank(wanted, plan, rank, model_census(wanted.model, vocabulary))
-    if words.flags.save:
-        _save(Path(home(words.flags.save)), plan)
-    if view is not None:
-        print(_dry_run(wanted, devices, plan, view, vocabulary, words.flags.json))
+        rank_view = view_rank(run_config, plan, rank, count_model_tensors(run_config.model, vocabulary))
+    if args.flags.save:
+        _save_plan(Path(expand_home(args.flags.save)), plan)
+    if rank_view is not None:
+        print(_dry_run_text(run_config, run_cluster, plan, rank_view, vocabulary, args.flags.json))
         return 0
-    ranking = search(without_axes(wanted), devices, vocabulary)
-    if words.flags.json:
-        print(json.dumps(_as_json(wanted, devices, plan, ranking, top)))
+    ranking = search(without_axes(run_config), run_cluster, vocabulary)
+    if args.flags.json:
+        print(json.dumps(_plan_document(run_config, run_cluster, plan, ranking, top)))
     else:
-        print(plan_text(wanted, devices, plan, ranking, top))
+        print(plan_text(run_config, run_cluster, plan, ranking, top))
     return 0
 
 
-def _devices(words: Words, wanted: Run) -> tuple[Cluster, dict[str, Any]]:
+def _load_cluster(args: ParsedArguments, run_config: Run) -> tuple[Cluster, dict[str, Any]]:
     """The cluster of a file, or this machine with its profile."""
-    if words.flags.cluster:
-        return read_cluster(words.flags.cluster), {}
-    return measured_cluster(wanted.launch.probe and not words.flags.no_probe)
+    if args.flags.cluster:
+        return read_cluster(args.flags.cluster), {}
+    return measure_cluster(run_config.launch.probe and not args.flags.no_probe)
 
 
-def _run_of(words: Words) -> Run:
+def _load_run(args: ParsedArguments) -> Run:
     """The run that file and overrides describe; a bare word stands for model.preset=WORD."""
-    if not words.rest:
-        return words.load().run
-    name, presets = words.rest[0], list(model_presets())
+    if not args.positionals:
+        return args.load().run
+    name, presets = args.positionals[0], list(model_presets())
     if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
+        close_matches = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
         raise ConfigError(
             "there is no such preset",
             values={"word": name, "presets": presets},
-            fix=f"did you mean {near[0]}?" if near else "cordee plan --models",
+            fix=f"did you mean {close_matches[0]}?" if close_matches else "cordee plan --models",
         )
-    return replace(words, overrides=(f"model.preset={name}", *words.overrides)).load().run
+    return replace(args, overrides=(f"model.preset={name}", *args.overrides)).load().run
 
 
-def _rank_of(words: Words, wanted: Run) -> int | None:
+def _parse_rank(args: ParsedArguments, run_config: Run) -> int | None:
     """The rank of a dry run; None when there is none to be."""
-    rank: int | None = words.flags.rank
-    if words.flags.dry_run is not (rank is not None):
-        told = {"--dry-run": words.flags.dry_run, "--rank": rank}
+    rank: int | None = args.flags.rank
+    if args.flags.dry_run is not (rank is not None):
+        flag_values = {"--dry-run": args.flags.dry_run, "--rank": rank}
         raise ConfigError(
-            "--dry-run and --rank go together", values=told, fix=f"--dry-run --rank {rank or 0}"
+            "--dry-run and --rank go together", values=flag_values, fix=f"--dry-run --rank {rank or 0}"
         )
-    if words.flags.dry_run and wanted.model.hub:
+    if args.flags.dry_run and run_config.model.hub:
         raise ConfigError(
             "--dry-run builds the house's own models",
-            values={"model.hub": wanted.model.hub},
+            values={"model.hub": run_config.model.hub},
             fix="cordee plan --models lists them",
         )
     return rank
 
 
-def _dry_run(
-    run: Run, cluster: Cluster, plan: Plan, view: RankView, vocabulary: int, as_json: bool
+def _dry_run_text(
+    run: Run, cluster: Cluster, plan: Plan, rank_view: RankView, vocabulary: int, as_json: bool
 ) -> str:
     """One rank of the plan: by the tables, and as its modules were built."""
-    from cordee.rehearse import rehearse
+    from cordee.rehearse import dry_run
     from cordee.system import peak_bytes
 
-    rehearsal = {**rehearse(run, plan, view.rank, vocabulary), "memory": peak_bytes()}
+    measurements = {**dry_run(run, plan, rank_view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:
-        rank = {**asdict(view), "rehearsal": rehearsal}
+        rank = {**asdict(rank_view), "rehearsal": measurements}
         layout = plan.to_dict()["layout"]
         return json.dumps({"layout": layout, "zero": plan.zero, "why": plan.why, "rank": rank})
-    parts = [job_text(run, cluster, plan), f"layout   {plan.layout.describe()}"]
-    return "\n".join(parts) + "\n\n" + rank_text(view, rehearsal)
+    paragraphs = [job_text(run, cluster, plan), f"layout   {plan.layout.describe()}"]
+    return "\n".join(paragraphs) + "\n\n" + rank_text(rank_view, measurements)
 
 
-def _models(vocabulary: int, as_json: bool) -> str:
+def _models_text(vocabulary: int, as_json: bool) -> str:
     """The presets with their parameter counts."""
     presets = model_presets()
-    counts = {n: parameters(m, m.vocabulary or vocabulary) for n, m in presets.items()}
+    counts = {n: count_parameters(m, m.vocabulary or vocabulary) for n, m in presets.items()}
     if as_json:
         return json.dumps({n: {**asdict(m), "parameters": counts[n]} for n, m in presets.items()})
     lines = [_model_line(name, model, counts[name]) for name, model in presets.items()]
@@ -154,7 +154,7 @@ def _models(vocabulary: int, as_json: bool) -> str:
 
 def _model_line(name: str, model: ModelSettings, count: int) -> str:
     shape = f"{model.layers} layers x width {model.width}"
-    if model.classifies:
+    if model.is_classifier:
         image = model.image
         shape += f", {model.kind} on {image.channels} x {image.side} x {image.side} pixels"
     else:
@@ -165,33 +165,33 @@ def _model_line(name: str, model: ModelSettings, count: int) -> str:
     return f"{name:<16}{count:>15,} {count_text(count):>7}   {shape}"
 
 
-def _as_json(
+def _plan_document(
     run: Run, cluster: Cluster, plan: Plan, ranking: Ranking, top: int
 ) -> dict[str, object]:
-    ranked = [finished(run, cluster, c, "").to_dict() for c in ranking.ranked[:top]]
-    for row in ranked:
+    ranked_plans = [plan_of_candidate(run, cluster, c, "").to_dict() for c in ranking.candidates[:top]]
+    for row in ranked_plans:
         del row["why"], row["splits"], row["stages"]
     return {
         "picked": plan.to_dict(),
-        "ranked": ranked,
-        "rejected": [asdict(r) for r in ranking.rejected],
+        "ranked": ranked_plans,
+        "rejected": [asdict(r) for r in ranking.rejections],
         "assumed": {
             **asdict(cluster),
-            **{f"{k} (words)": v for k, v in assumed(run, cluster).items()},
+            **{f"{k} (words)": v for k, v in assumptions(run, cluster).items()},
         },
     }
 
 
-def _at_least(flag: str, value: int, least: int) -> int:
-    if value < least:
+def _check_at_least(flag: str, value: int, minimum: int) -> int:
+    if value < minimum:
         raise ConfigError(
-            f"{flag} is at least {least}", values={flag: value}, fix=f"{flag} {least}"
+            f"{flag} is at least {minimum}", values={flag: value}, fix=f"{flag} {minimum}"
         )
     return value
 
 
-def _save(path: Path, plan: Plan) -> None:
-    refuse_other(path, "--save", holds_plan)
-    with replacing(path, "--save") as beside:
-        beside.write_text(plan.to_json() + "\n")
-    say(f"plan written to {path}")
+def _save_plan(path: Path, plan: Plan) -> None:
+    refuse_overwrite(path, "--save", is_plan_file)
+    with atomic_write(path, "--save") as temporary_path:
+        temporary_path.write_text(plan.to_json() + "\n")
+    print_to_stderr(f"plan written to {path}")

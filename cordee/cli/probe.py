@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from cordee.cli.arguments import parser, read, say
+from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
 from cordee.errors import RunError
-from cordee.machine import probe
+from cordee.machine import probe_machine
 from cordee.plan.cluster import local_cluster
 from cordee.plan.devices import fastest_precision, precision_text
-from cordee.plan.profile import Profile, profile_path, spread_text, this_host
+from cordee.plan.profile import Profile, profile_path, spread_text, local_host
 
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "probe",
         "Measures matrix products in fp32, bf16 and fp16 by threads, memory, a small operator and\n"
         "messages between two processes, in about 2 seconds, and keeps the profile in the cache\n"
@@ -23,23 +23,23 @@ def run(argv: list[str]) -> int:
         "cordee probe --json",
         "[--json]",
     )
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv)
-    host = this_host()
-    profile = probe(host)
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parse_arguments(arg_parser, argv)
+    host = local_host()
+    profile = probe_machine(host)
     if profile is None:
         raise RunError("this machine could not be measured", fix="cordee doctor")
-    if words.flags.json:
+    if args.flags.json:
         print(json.dumps({"file": str(profile_path(host)), **asdict(profile)}))
         return 0
     print(profile_text(profile))
-    say(f"kept in {profile_path(host)}")
+    print_to_stderr(f"kept in {profile_path(host)}")
     return 0
 
 
 def profile_text(profile: Profile) -> str:
     """The profile as a table: a row for each number of threads."""
-    heads = ["threads", *profile.products, "element passes", "memory"]
+    headings = ["threads", *profile.products, "element passes", "memory"]
     rows = [
         [
             str(count),
@@ -50,9 +50,9 @@ def profile_text(profile: Profile) -> str:
         for i, count in enumerate(profile.threads)
     ]
     lines = ["  ".join([row[0].rjust(7), *(f"{cell:>14}" for cell in row[1:])])
-             for row in (heads, *rows)]  # fmt: skip
+             for row in (headings, *rows)]  # fmt: skip
     cluster = local_cluster(profile)
-    best = fastest_precision(cluster)
+    best_precision = fastest_precision(cluster)
     quota = f", {profile.host.quota:g} cores of CPU time granted" if profile.host.quota else ""
     return "\n".join(
         [
@@ -67,8 +67,8 @@ def profile_text(profile: Profile) -> str:
                 f"{p} {rate / 1e12:,.1f} TFLOP/s" for p, rate in profile.device_products.items()
             )] if profile.device else []),
             spread_text(profile)
-            + (": the machine is busy, and plans allow for it" if profile.noisy else ""),
-            f"run.precision=auto is {best} ({precision_text(best, cluster)})",
+            + (": the machine is busy, and plans allow for it" if profile.is_noisy else ""),
+            f"run.precision=auto is {best_precision} ({precision_text(best_precision, cluster)})",
         ]
     )  # fmt: skip
 

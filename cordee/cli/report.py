@@ -11,44 +11,44 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cordee.cli.arguments import parser, read, say
-from cordee.cli.places import find_run, refuse_other, replacing
-from cordee.config.paths import home
+from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
+from cordee.cli.places import find_run, refuse_overwrite, atomic_write
+from cordee.config.paths import expand_home
 from cordee.errors import ConfigError
-from cordee.metrics.page import TITLE_END, page
+from cordee.metrics.page import TITLE_SUFFIX, report_page
 from cordee.metrics.records import read_run
 from cordee.metrics.report import summarise
 
 
 def run(argv: Sequence[str]) -> int:
     """Writes the page; returns the exit code. ConfigError when there is no such run."""
-    made = parser(
+    arg_parser = make_parser(
         "report",
         "Writes what a run's folder says as one HTML file that needs nothing else.",
         "cordee report runs/tiny --output report.html",
         "RUN [--output FILE] [--json]",
     )
-    made.add_argument(
+    arg_parser.add_argument(
         "--output", metavar="FILE", help="where to write it (default RUN/report.html)"
     )
-    made.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    words = read(made, argv, rest=1, settings=())
-    folder = find_run("report", words.run)
-    target = Path(home(words.flags.output)) if words.flags.output else folder / "report.html"
+    arg_parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
+    folder = find_run("report", args.run_word)
+    target = Path(expand_home(args.flags.output)) if args.flags.output else folder / "report.html"
     if not target.parent.is_dir() or target.is_dir():
         raise ConfigError(
             "the page cannot be written there",
             values={"--output": str(target)},
             fix=f"--output {folder / 'report.html'}",
         )
-    refuse_other(target, "--output", _is_report)
+    refuse_overwrite(target, "--output", _is_report)
     records = read_run(folder)
     summary = summarise(records)
-    with replacing(target, "--output") as beside:
+    with atomic_write(target, "--output") as temporary_path:
         # A file's name may hold bytes that are no text.
-        beside.write_bytes(page(records, summary).encode(errors="backslashreplace"))
-    say(f"{summary.verdict}\nwrote {target}")
-    if words.flags.json:
+        temporary_path.write_bytes(report_page(records, summary).encode(errors="backslashreplace"))
+    print_to_stderr(f"{summary.verdict}\nwrote {target}")
+    if args.flags.json:
         print(json.dumps(asdict(summary) | {"report": str(target)}))
     return 0
 
@@ -56,4 +56,4 @@ def run(argv: Sequence[str]) -> int:
 def _is_report(target: Path) -> bool:
     """Whether a file is one of these pages, by its head."""
     with open(target, "rb") as stream:
-        return TITLE_END.encode() in stream.read(4096)
+        return TITLE_SUFFIX.encode() in stream.read(4096)

@@ -5,79 +5,79 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
-from cordee.begin import data_place
-from cordee.cli.arguments import check_flags, parser, read
-from cordee.cli.places import refuse_brought, run_of
+from cordee.begin import dataset_dir_of
+from cordee.cli.arguments import check_flags, make_parser, parse_arguments
+from cordee.cli.places import refuse_user_model, load_run
 from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.data.manifest import read_info
 from cordee.errors import ConfigError
 
-RANGES = {
+FLAG_RANGES = {
     "tokens": Range(1, 10**6), "temperature": Range(0, 1e6), "seed": Range(0, 2**63 - 1),
 }  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    made = parser(
+    arg_parser = make_parser(
         "sample",
         "Prints text that the run's newest weights write after a prompt.",
         'cordee sample runs/tiny --prompt "class Node:" --tokens 400 --temperature 0.7',
         "RUN [--prompt TEXT] [--tokens N] [--temperature T] [--seed N] [--json]",
     )
-    made.add_argument("--prompt", default="def ", help="text to go on from")
-    made.add_argument("--tokens", type=int, default=300, help="how many tokens to write")
-    made.add_argument("--temperature", type=float, default=0.8, help="0 is always the likeliest")
-    made.add_argument("--seed", type=int, default=0, help="another seed, another text")
-    made.add_argument("--json", action="store_true", help="one JSON object")
-    words = read(made, argv, rest=1, settings=())
-    check_flags(made, words.flags, RANGES)
-    if not words.flags.prompt:
+    arg_parser.add_argument("--prompt", default="def ", help="text to go on from")
+    arg_parser.add_argument("--tokens", type=int, default=300, help="how many tokens to write")
+    arg_parser.add_argument("--temperature", type=float, default=0.8, help="0 is always the likeliest")
+    arg_parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
+    check_flags(arg_parser, args.flags, FLAG_RANGES)
+    if not args.flags.prompt:
         raise ConfigError(
             "a sample needs a prompt to go on from", values={"--prompt": ""}, fix='--prompt "def "'
         )
-    folder, wanted = run_of("sample", words.run)
-    refuse_brought("sample", folder)
-    info = read_info(data_place(wanted, folder))
+    folder, run_config = load_run("sample", args.run_word)
+    refuse_user_model("sample", folder)
+    info = read_info(dataset_dir_of(run_config, folder))
     if info.tokenizer != "bytes":
         raise ConfigError(
             "the run's tokens are no text",
-            values={"data.path": wanted.data.path, "tokenizer": info.tokenizer},
+            values={"data.path": run_config.data.path, "tokenizer": info.tokenizer},
             fix="a run on text, such as data.path=builtin:stdlib",
         )
-    text, step = _write(str(folder), wanted, info.vocabulary, words.flags)
-    if words.flags.json:
-        print(json.dumps({"prompt": words.flags.prompt, "text": text, "step": step}))
+    text, step = _generate_text(str(folder), run_config, info.vocabulary, args.flags)
+    if args.flags.json:
+        print(json.dumps({"prompt": args.flags.prompt, "text": text, "step": step}))
     else:
         print(text)
     return 0
 
 
-def _write(word: str, wanted: Run, vocabulary: int, flags: Namespace) -> tuple[str, int]:
+def _generate_text(run_word: str, run_config: Run, vocabulary: int, flags: Namespace) -> tuple[str, int]:
     """Builds the model, loads it and lets it write: (text, step of the weights)."""
     import torch
 
-    from cordee.cli.weights import open_weights, weights
+    from cordee.cli.weights import open_weights, read_parameters
     from cordee.model.hub import empty_model, read_hub
     from cordee.model.transformer import Transformer
     from cordee.sample import generate, to_text
 
-    found = open_weights("sample", word)
-    hub = read_hub(wanted.model.hub) if wanted.model.hub else None
-    model = Transformer(wanted.model, vocabulary) if hub is None else empty_model(hub, "cpu")
+    checkpoint = open_weights("sample", run_word)
+    hub = read_hub(run_config.model.hub) if run_config.model.hub else None
+    model = Transformer(run_config.model, vocabulary) if hub is None else empty_model(hub, "cpu")
     # A tied parameter is stored once.
-    kept = model.load_state_dict(weights(found), strict=False)
-    odd = [*kept.unexpected_keys, *(set(kept.missing_keys) - set(hub.ties if hub else ()))]
-    if odd:
+    load_result = model.load_state_dict(read_parameters(checkpoint), strict=False)
+    mismatched_names = [*load_result.unexpected_keys, *(set(load_result.missing_keys) - set(hub.tied_parameters if hub else ()))]
+    if mismatched_names:
         raise ConfigError(
             "the run's weights are not those of the model that its run.toml describes",
-            values={"RUN": word, "tensor": odd[0], "differ": len(odd)},
+            values={"RUN": run_word, "tensor": mismatched_names[0], "differ": len(mismatched_names)},
             fix="cordee export, and a few lines with the model that made them",
         )
     model.eval()
     prompt = torch.tensor(list(flags.prompt.encode(errors="surrogateescape")), dtype=torch.int64)
-    made = generate(
-        model, prompt, flags.tokens, wanted.data.sequence, flags.temperature, flags.seed
+    token_ids = generate(
+        model, prompt, flags.tokens, run_config.data.sequence, flags.temperature, flags.seed
     )
-    return to_text(made), found.step
+    return to_text(token_ids), checkpoint.step

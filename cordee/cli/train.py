@@ -9,12 +9,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from cordee.begin import get_ready, launch_ranks
-from cordee.cli.arguments import parser, read, say
-from cordee.dist.start import follow_parent
+from cordee.begin import prepare_run, launch_local_ranks
+from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
+from cordee.dist.start import exit_with_parent
 from cordee.metrics.sinks import last_event
 
-HOSTS = {
+HOST_FLAGS = {
     "listen": ("HOST:PORT", "where other hosts may join this run (launch.listen)"),
     "join": ("HOST:PORT", "of any host of the run that this one joins (launch.join)"),
     "secret": ("FILE", "of mode 0600 that the hosts share (launch.secret)"),
@@ -24,8 +24,8 @@ HOSTS = {
 
 def run(argv: list[str]) -> int:
     """See --help."""
-    follow_parent()  # before what takes long: a worker may lose its supervisor while it imports
-    made = parser(
+    exit_with_parent()  # before what takes long: a worker may lose its supervisor while it imports
+    arg_parser = make_parser(
         "train",
         "Trains; the same command again goes on where the run stands.\n"
         "Without arguments: a byte model on the text of this Python's standard library.",
@@ -37,39 +37,39 @@ def run(argv: list[str]) -> int:
         "keys: cordee config explain run | model | data | batch | optim | clip | layout | ...",
         "[CONFIG.toml] [key=value | --key value ...] [--json]",
     )
-    made.add_argument("--json", action="store_true", help="one JSON object at the end")
-    for flag, (shown, says) in HOSTS.items():
-        made.add_argument(f"--{flag}", metavar=shown, help=says)
-    made.add_argument("--no-probe", action="store_true", help="do not measure this machine")
-    words = read(made, argv)
-    given = [f"launch.{flag}={word}" for flag in HOSTS if (word := getattr(words.flags, flag))]
-    given += ["launch.probe=false"] if words.flags.no_probe else []
-    words = replace(words, overrides=(*words.overrides, *given))
-    ready = get_ready(words.load().run)
-    folder = Path(ready.run.run.dir)
-    first = ready.told.rank == 0
-    if ready.standing.finished is None:
-        if first and not ready.told.by_launcher:
-            say(f"data    {ready.run.data.path}")
-            if ready.arithmetic:
-                say(f"bits    of {ready.arithmetic}")
-        if ready.launches:
-            code = launch_ranks(ready.run, ready.plan)
+    arg_parser.add_argument("--json", action="store_true", help="one JSON object at the end")
+    for flag, (metavar, help_text) in HOST_FLAGS.items():
+        arg_parser.add_argument(f"--{flag}", metavar=metavar, help=help_text)
+    arg_parser.add_argument("--no-probe", action="store_true", help="do not measure this machine")
+    args = parse_arguments(arg_parser, argv)
+    extra_overrides = [f"launch.{flag}={word}" for flag in HOST_FLAGS if (word := getattr(args.flags, flag))]
+    extra_overrides += ["launch.probe=false"] if args.flags.no_probe else []
+    args = replace(args, overrides=(*args.overrides, *extra_overrides))
+    prepared_run = prepare_run(args.load().run)
+    folder = Path(prepared_run.run.run.dir)
+    is_first = prepared_run.launch_info.rank == 0
+    if prepared_run.status.end_event is None:
+        if is_first and not prepared_run.launch_info.has_launcher:
+            print_to_stderr(f"data    {prepared_run.run.data.path}")
+            if prepared_run.arithmetic_note:
+                print_to_stderr(f"bits    of {prepared_run.arithmetic_note}")
+        if prepared_run.is_launcher:
+            exit_code = launch_local_ranks(prepared_run.run, prepared_run.plan)
         else:
             from cordee.parts import Parts  # here torch comes in
-            from cordee.train import descend
+            from cordee.train import run_worker
 
-            code = descend(ready, Parts()).exit_code
+            exit_code = run_worker(prepared_run, Parts()).exit_code
     else:
-        say(f"the run in {folder} is finished; for another one: cordee train run.dir=...")
-        code = 0
-    if first and not ready.told.store:
-        _tell(folder, code, words.flags.json)
-    return code
+        print_to_stderr(f"the run in {folder} is finished; for another one: cordee train run.dir=...")
+        exit_code = 0
+    if is_first and not prepared_run.launch_info.store_file:
+        _print_result(folder, exit_code, args.flags.json)
+    return exit_code
 
 
-def _tell(folder: Path, code: int, as_json: bool) -> None:
+def _print_result(folder: Path, exit_code: int, as_json: bool) -> None:
     """The result on standard output, when it is asked for."""
     if not as_json:
         return
-    print(json.dumps({"run": str(folder), "exit_code": code, **last_event(folder)}))
+    print(json.dumps({"run": str(folder), "exit_code": exit_code, **last_event(folder)}))

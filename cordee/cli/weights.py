@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cordee.checkpoint.load import Checkpoint, newest, open_checkpoint
-from cordee.cli.arguments import say
+from cordee.checkpoint.load import Checkpoint, find_newest, open_checkpoint
+from cordee.cli.arguments import print_to_stderr
 from cordee.cli.places import checkpoint_folder
 from cordee.errors import CheckpointError
 
-PREFIX = "model/"
+MODEL_PREFIX = "model/"
 
 
 def open_weights(verb: str, word: str | None) -> Checkpoint:
@@ -19,38 +19,38 @@ def open_weights(verb: str, word: str | None) -> Checkpoint:
     folder = checkpoint_folder(verb, word)
     if folder.name.startswith("step-"):
         return open_checkpoint(folder)
-    found = newest(folder, _tell, _pass_over) if folder.is_dir() else None
-    if found is None:
+    checkpoint = find_newest(folder, _say_rejected, _say_skipped) if folder.is_dir() else None
+    if checkpoint is None:
         raise CheckpointError(
             "the run has no complete checkpoint yet",
             values={"run": word or ""},
             fix="cordee train run.dir=... until its first checkpoint (checkpoint.every steps)",
         )
-    return found
+    return checkpoint
 
 
-def value(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     """A parameter, whole; CheckpointError when it is not finite: such a model computes nothing."""
-    found = checkpoint.read(PREFIX + name)
+    tensor = checkpoint.read(MODEL_PREFIX + name)
     # Minus infinity may be a mask that a caller's model keeps.
-    if found.is_floating_point() and bool((found.isnan() | found.isposinf()).any()):
+    if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
         raise CheckpointError(
             "the checkpoint holds a parameter that is not finite",
             values={"checkpoint": checkpoint.path.name, "parameter": name},
             fix="another run.dir, with a lower optim.lr (cordee lr finds one)",
         )
-    return found
+    return tensor
 
 
-def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def read_parameters(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All parameters of a checkpoint, whole, by name."""
-    names = [n.removeprefix(PREFIX) for n in checkpoint.names() if n.startswith(PREFIX)]
-    return {name: value(checkpoint, name) for name in sorted(names)}
+    names = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]
+    return {name: read_parameter(checkpoint, name) for name in sorted(names)}
 
 
-def _pass_over(path: Path, reason: str) -> None:
-    say(f"checkpoint {path.name} is passed over: it {reason}")
+def _say_skipped(path: Path, reason: str) -> None:
+    print_to_stderr(f"checkpoint {path.name} is passed over: it {reason}")
 
 
-def _tell(path: Path, reason: str) -> None:
-    say(f"checkpoint {path.name} is rejected: {reason}")
+def _say_rejected(path: Path, reason: str) -> None:
+    print_to_stderr(f"checkpoint {path.name} is rejected: {reason}")

@@ -19,9 +19,9 @@ from cordee.config.ranges import check_ranges
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 
-NAMES: Mapping[str, tuple[str, ...]] = {
+HF_KEYS: Mapping[str, tuple[str, ...]] = {
     "width": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
@@ -32,58 +32,58 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Key of model.* -> what configurations of transformers call it."""
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def on_paper(run: Run) -> Run:
+def with_hub_shape(run: Run) -> Run:
     """The run that is planned: with model.hub, its model is the house's of that shape."""
-    return replace(run, model=shape_of(run.model.hub)) if run.model.hub else run
+    return replace(run, model=hub_model_settings(run.model.hub)) if run.model.hub else run
 
 
-def shape_of(path: str) -> ModelSettings:
+def hub_model_settings(path: str) -> ModelSettings:
     """The shape that the folder's config.json tells; what it leaves out keeps the house's ratio.
 
     ConfigError when there is no such file, or it is none of a model.
     """
     config = read_config(path, "model.hub")
-    inner = config.get("text_config")
-    told = inner if isinstance(inner, dict) else config
-    found: dict[str, Any] = {key: _whole(told, names) for key, names in NAMES.items()}
-    if not found["width"] or not found["layers"]:
+    text_config = config.get("text_config")
+    table = text_config if isinstance(text_config, dict) else config
+    sizes: dict[str, Any] = {key: _first_int(table, names) for key, names in HF_KEYS.items()}
+    if not sizes["width"] or not sizes["layers"]:
         raise ConfigError(
-            f"{CONFIG} does not tell the size of a language model",
+            f"{CONFIG_FILE} does not tell the size of a language model",
             values={"model.hub": path, "model_type": config.get("model_type"),
-                    "looked for": [*NAMES["width"], *NAMES["layers"]]},
+                    "looked for": [*HF_KEYS["width"], *HF_KEYS["layers"]]},
             fix="the folder of a causal language model of transformers",
         )  # fmt: skip
-    width = found["width"]
-    found["heads"] = found["heads"] or max(1, width // (found["head_width"] or 64))
-    if width % found["heads"]:
-        found["head_width"] = found["head_width"] or max(1, width // found["heads"])
-    gated = "gelu" not in str(told.get("hidden_act", told.get("activation_function")))
-    made = ModelSettings(
-        hub=path, **found,
-        mlp="gated" if gated or "gemma" in str(config.get("model_type")) else "relu2",
-        tied=bool(told.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        moe=_experts(told),
+    width = sizes["width"]
+    sizes["heads"] = sizes["heads"] or max(1, width // (sizes["head_width"] or 64))
+    if width % sizes["heads"]:
+        sizes["head_width"] = sizes["head_width"] or max(1, width // sizes["heads"])
+    is_gated = "gelu" not in str(table.get("hidden_act", table.get("activation_function")))
+    settings = ModelSettings(
+        hub=path, **sizes,
+        mlp="gated" if is_gated or "gemma" in str(config.get("model_type")) else "relu2",
+        tied=bool(table.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        moe=_moe_settings(table),
     )  # fmt: skip
     try:
-        check_ranges(flatten(Run(model=made)), flatten(Run()))
+        check_ranges(flatten(Run(model=settings)), flatten(Run()))
     except ConfigError as error:
         raise ConfigError(
-            f"{CONFIG} tells a size that no model has: {error.what}",
+            f"{CONFIG_FILE} tells a size that no model has: {error.message}",
             values={"model.hub": path, **error.values},
             fix="the folder of a causal language model of transformers",
         ) from error
-    return made
+    return settings
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
     """config.json of folder `path`; ConfigError names `key`, which said the path."""
-    found = read_json(Path(path) / CONFIG, {key: path})
-    if not isinstance(found, dict):
-        raise ConfigError(f"{CONFIG} is no JSON object", values={key: path})
-    return found
+    config = read_json(Path(path) / CONFIG_FILE, {key: path})
+    if not isinstance(config, dict):
+        raise ConfigError(f"{CONFIG_FILE} is no JSON object", values={key: path})
+    return config
 
 
 def read_json(file: Path, values: Mapping[str, object]) -> Any:
@@ -94,7 +94,7 @@ def read_json(file: Path, values: Mapping[str, object]) -> Any:
         raise ConfigError(
             f"no folder of a transformers model: {file.name} cannot be read",
             values={**values, "error": error.strerror},
-            fix=f"the path of a folder with {CONFIG} (nothing is downloaded)",
+            fix=f"the path of a folder with {CONFIG_FILE} (nothing is downloaded)",
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(
@@ -102,18 +102,18 @@ def read_json(file: Path, values: Mapping[str, object]) -> Any:
         ) from error
 
 
-def _experts(told: Mapping[str, Any]) -> MoeSettings:
-    experts = _whole(told, EXPERTS)
+def _moe_settings(table: Mapping[str, Any]) -> MoeSettings:
+    experts = _first_int(table, EXPERT_KEYS)
     if not experts:
         return MoeSettings()
     return MoeSettings(
         experts=experts,
-        active=_whole(told, ("num_experts_per_tok",)) or 2,
-        width=_whole(told, ("moe_intermediate_size", *NAMES["ffn"])),
+        active=_first_int(table, ("num_experts_per_tok",)) or 2,
+        width=_first_int(table, ("moe_intermediate_size", *HF_KEYS["ffn"])),
         balance="none",
     )
 
 
-def _whole(told: Mapping[str, Any], names: tuple[str, ...]) -> int:
+def _first_int(table: Mapping[str, Any], names: tuple[str, ...]) -> int:
     """The first of `names` that is a whole number; 0 when none is."""
-    return next((told[name] for name in names if type(told.get(name)) is int), 0)
+    return next((table[name] for name in names if type(table.get(name)) is int), 0)

@@ -35,10 +35,10 @@ class MoeSettings:
     """Tokens an expert takes at most, as a multiple of an equal share; more are dropped. 0: all."""
 
 
-USUAL_PRESET = "tiny"
+DEFAULT_PRESET = "tiny"
 """What model.preset=auto stands for, but for a run that the clock alone limits."""
 
-SMALLEST_SIDE = 4
+MIN_SIDE = 4
 """Blocks of convolutions do not halve an image of this side or less."""
 
 
@@ -53,14 +53,14 @@ class ImageSettings:
     """Labels are 0 to classes - 1."""
 
     @property
-    def pixels(self) -> int:
+    def pixel_bytes(self) -> int:
         """Bytes of an image without its label."""
         return self.channels * self.side * self.side
 
     @property
-    def record(self) -> int:
+    def record_bytes(self) -> int:
         """Bytes of an image with its label."""
-        return 1 + self.pixels
+        return 1 + self.pixel_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,43 +117,43 @@ class ModelSettings:
     @property
     def name(self) -> str:
         """What the model is called: its folder's name, or its preset's."""
-        preset = USUAL_PRESET if self.preset == "auto" else self.preset
+        preset = DEFAULT_PRESET if self.preset == "auto" else self.preset
         return Path(self.hub).resolve().name if self.hub else preset
 
     @property
-    def classifies(self) -> bool:
+    def is_classifier(self) -> bool:
         """Whether the model is a classifier of images, not a language model."""
         return self.kind != "transformer"
 
     @property
-    def sides(self) -> list[int]:
+    def block_sides(self) -> list[int]:
         """The image's side after the stem and after each block of convolutions: all but the first
         block halve it (rounded up) while it is larger than SMALLEST_SIDE."""
-        found = [self.image.side] * min(2, self.layers + 1)
-        while len(found) <= self.layers:
-            found.append(-(-found[-1] // 2) if found[-1] > SMALLEST_SIDE else found[-1])
-        return found
+        sides = [self.image.side] * min(2, self.layers + 1)
+        while len(sides) <= self.layers:
+            sides.append(-(-sides[-1] // 2) if sides[-1] > MIN_SIDE else sides[-1])
+        return sides
 
     @property
     def hidden_width(self) -> int:
         """Hidden width of the MLP: as given, 4 x width, or 8/3 x width rounded up to 32."""
-        usual = 4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 96) * 32
-        return self.ffn or usual
+        default_width = 4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 96) * 32
+        return self.ffn or default_width
 
     @property
     def kv_width(self) -> int:
         """Width of keys and of values, all their heads together."""
-        return self.per_head * (self.kv_heads or self.heads)
+        return self.width_per_head * (self.kv_heads or self.heads)
 
     @property
-    def per_head(self) -> int:
+    def width_per_head(self) -> int:
         """Width of one head."""
         return self.head_width or self.width // self.heads
 
     @property
     def query_width(self) -> int:
         """Width of queries, all heads together."""
-        return self.per_head * self.heads
+        return self.width_per_head * self.heads
 
     @property
     def expert_width(self) -> int:

@@ -10,29 +10,29 @@ import re
 import secrets
 from pathlib import Path
 
-_LEADING = re.compile(r"(?P<before>\A(?:records:)?|[,;])(?P<space>\s*)(?P<home>~[^/,;]*)")
+_LEADING_TILDE = re.compile(r"(?P<before>\A(?:records:)?|[,;])(?P<space>\s*)(?P<home>~[^/,;]*)")
 _NAME_BYTES = 255
 """Longest name of a file."""
 
 
-def home(path: str) -> str:
+def expand_home(path: str) -> str:
     """`~` and `~user` in front as the home folder, which a shell leaves alone behind `key=`; a file
     that is called so is written ./~."""
     return os.path.expanduser(path)
 
 
-def home_of_each(path_spec: str) -> str:
+def expand_home_of_each(path_spec: str) -> str:
     """The same in front of every source of a data.path, which has commas or semicolons between
     them; a name that exists as it stands is one path."""
     if os.path.lexists(path_spec):
-        return home(path_spec)
-    return _LEADING.sub(lambda m: m["before"] + m["space"] + home(m["home"]), path_spec)
+        return expand_home(path_spec)
+    return _LEADING_TILDE.sub(lambda match: match["before"] + match["space"] + expand_home(match["home"]), path_spec)
 
 
-def free_name(path: Path, ending: str = ".part") -> Path:
+def make_temporary_path(path: Path, ending: str = ".part") -> Path:
     """A hidden name beside `path` for what is to become it: with this process's number and 32
     random bits, so that nobody else has it and nothing of anybody's is overwritten or removed."""
     tail = f".{os.getpid()}.{secrets.token_hex(4)}{ending}"
-    room = _NAME_BYTES - len(tail) - 1
-    name = os.fsdecode(os.fsencode(path.name)[:room])
+    max_bytes = _NAME_BYTES - len(tail) - 1
+    name = os.fsdecode(os.fsencode(path.name)[:max_bytes])
     return path.with_name(f".{name}{tail}")

@@ -35,16 +35,16 @@ _QWEN3_MOE = partial(MoeSettings, experts=128, active=8, balance_rate=0.001)
 
 def model_presets() -> dict[str, ModelSettings]:
     """All presets by name; parameter counts with the byte vocabulary of 256, or their own."""
-    return {**_byte_models(), **_classifiers(), **_llama3(), **_qwen3(), **_experts()}
+    return {**_byte_models(), **_classifier_models(), **_llama3(), **_qwen3(), **_moe_models()}
 
 
-def implied(model: ModelSettings) -> dict[str, Any]:
+def implied_settings(model: ModelSettings) -> dict[str, Any]:
     """What a classifier means wherever nothing else is said: dotted keys and values."""
-    if not model.classifies:
+    if not model.is_classifier:
         return {}
     return {
         "data.path": "builtin:shapes",
-        "data.sequence": model.image.record,
+        "data.sequence": model.image.record_bytes,
         "batch.microbatch": 16,
         "evaluate.sample": 0,
     }
@@ -69,7 +69,7 @@ def _byte_models() -> dict[str, ModelSettings]:
     }  # fmt: skip
 
 
-def _classifiers() -> dict[str, ModelSettings]:
+def _classifier_models() -> dict[str, ModelSettings]:
     """Of images; see `implied`."""
     return {
         "shapes-mlp": ModelSettings(preset="shapes-mlp", kind="mlp", layers=3, width=256),  # 0.2 M
@@ -107,7 +107,7 @@ def _qwen3() -> dict[str, ModelSettings]:
     }  # fmt: skip
 
 
-def _experts() -> dict[str, ModelSettings]:
+def _moe_models() -> dict[str, ModelSettings]:
     """Yang et al. 2025; DeepSeek-AI 2024 (671 B with its latent attention, 675 B without)."""
     return {
         "qwen3-30b-a3b": _QWEN3(

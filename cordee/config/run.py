@@ -16,7 +16,7 @@ from cordee.config.model import InitialSettings, ModelSettings
 Auto = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
 
-POINTS = (
+FAULT_POINTS = (
     "step.start", "step.forward", "step.backward", "step.reduce", "step.agree", "step.update",
     "step.commit", "evaluate", "finish", "group", "build", "fill", "fill.round", "fill.end",
     "copy.begin", "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part",
@@ -290,7 +290,7 @@ class FaultSettings:
     """Drill: `step:rank`, or `step-step:rank`: makes a gradient of that rank not a number."""
 
     @property
-    def kills(self) -> list[str]:
+    def kill_specs(self) -> list[str]:
         """The entries of `kill`, one for each generation in turn."""
         return [entry.strip() for entry in self.kill.split(",")]
 
@@ -314,22 +314,22 @@ class Run:
     fault: FaultSettings = field(default_factory=FaultSettings)
 
     @property
-    def promises_bits(self) -> bool:
+    def requires_same_bits(self) -> bool:
         """Whether results are promised, or compared, to the last bit."""
         return self.run.exact or self.data.placement == "replicate"
 
     @property
     def targets_per_row(self) -> int:
         """What a row of data.sequence tokens asks to be predicted: each next token, or a label."""
-        return 1 if self.model.classifies else self.data.sequence
+        return 1 if self.model.is_classifier else self.data.sequence
 
     @property
     def loss_unit(self) -> str:
         """What a loss is counted in."""
-        return "nats an image" if self.model.classifies else "nats a token"
+        return "nats an image" if self.model.is_classifier else "nats a token"
 
 
-FREE_ON_RESUME = (
+CHANGEABLE_ON_RESUME = (
     "run.dir", "run.name", "run.resume", "data.prefetch", "layout.", "sync.protocol", "launch.",
     "checkpoint.", "evaluate.", "fault.", "memory.recompute",
 )  # fmt: skip

@@ -33,13 +33,13 @@ BUILTINS = (STDLIB, MARKOV, SHAPES)
 MARKOV_TOKENS = 4_000_000
 MARKOV_SYMBOLS = 64
 
-_NOT_LIBRARY = frozenset(
+_EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
 # Successors of a state and their chances in 256ths, three habits of unlike entropy.
-_HABITS = ((200, 32, 16, 8), (160, 64, 24, 8), (120, 72, 40, 24))
+_SUCCESSOR_COUNTS = ((200, 32, 16, 8), (160, 64, 24, 8), (120, 72, 40, 24))
 _READ_BYTES = 16 << 20
-_SKIPS = ("hidden", "binary", "empty", "special", "duplicate", "link", "utf-16", "utf-32")
+_SKIP_REASONS = ("hidden", "binary", "empty", "special", "duplicate", "link", "utf-16", "utf-32")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Document:
     name: str
     bytes: int
     mtime_ns: int
-    mark: int = 0
+    bom_bytes: int = 0
 
     @property
     def text_bytes(self) -> int:
         """Bytes of the text, without the mark."""
-        return self.bytes - self.mark
+        return self.bytes - self.bom_bytes
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Corpus:
 
     name: str
     documents: tuple[Document, ...]
-    skipped: dict[str, int]
+    skip_counts: dict[str, int]
 
 
 @dataclass(frozen=True)
-class _Found:
+class _CandidateFile:
     """A file that may become a document; refused when unfit if it was `named`, else skipped."""
 
     path: Path
     name: str
-    named: bool
+    is_explicit: bool
 
 
 def stdlib_files() -> list[Path]:
@@ -83,7 +83,7 @@ def stdlib_files() -> list[Path]:
     root = sysconfig.get_path("stdlib")
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_FOLDERS]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise DataError(
@@ -112,8 +112,8 @@ def markov_tokens(
             fix=f"symbols={MARKOV_SYMBOLS}, tokens={MARKOV_TOKENS}",
         )
     # Two counters far apart: one stream for the chain's law, one for its course.
-    counts = _transitions(raw_words(seed, 0, 4 * symbols), symbols)
-    draws = raw_words(seed, 1, -(-tokens // 8)).view(np.uint8)[:tokens].tobytes()
+    counts = _transition_counts(philox_words(seed, 0, 4 * symbols), symbols)
+    draws = philox_words(seed, 1, -(-tokens // 8)).view(np.uint8)[:tokens].tobytes()
     states = np.arange(symbols, dtype=np.uint8)
     table = [np.repeat(states, row).tobytes() for row in counts]
     # A loop that cannot be vectorised (each step needs the last), run at 60 ns a token.
@@ -122,13 +122,13 @@ def markov_tokens(
     return np.frombuffer(bytes(chain), dtype=np.uint8), _entropy_bits(counts)
 
 
-def raw_words(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
+def philox_words(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
     """Raw 64-bit words, little-endian: what NumPy keeps equal over versions and machines."""
-    source = np.random.Philox(key=seed % (1 << 64), counter=[0, 0, 0, stream])
-    return source.random_raw(count).astype("<u8")
+    generator = np.random.Philox(key=seed % (1 << 64), counter=[0, 0, 0, stream])
+    return generator.random_raw(count).astype("<u8")
 
 
-def _transitions(words: NDArray[np.uint64], symbols: int) -> NDArray[np.int64]:
+def _transition_counts(words: NDArray[np.uint64], symbols: int) -> NDArray[np.int64]:
     """Counts out of 256, (symbols, symbols), each row summing to 256.
 
     Each state's most likely successor is its next on one ring through all states, so every state
@@ -137,27 +137,27 @@ def _transitions(words: NDArray[np.uint64], symbols: int) -> NDArray[np.int64]:
     draws = words.reshape(4, symbols)
     ring = np.argsort(draws[0], kind="stable")
     counts = np.zeros((symbols, symbols), dtype=np.int64)
-    for place, state in enumerate(ring.tolist()):
-        habit = _HABITS[int(draws[1, state] % np.uint64(len(_HABITS)))]
-        followers = (
-            int(ring[(place + 1) % symbols]),
+    for position, state in enumerate(ring.tolist()):
+        successor_counts = _SUCCESSOR_COUNTS[int(draws[1, state] % np.uint64(len(_SUCCESSOR_COUNTS)))]
+        successors = (
+            int(ring[(position + 1) % symbols]),
             int(draws[2, state] % np.uint64(symbols)),
             int(draws[3, state] % np.uint64(symbols)),
             state,
         )
-        for follower, count in zip(followers, habit, strict=True):
-            counts[state, follower] += count
+        for successor, count in zip(successors, successor_counts, strict=True):
+            counts[state, successor] += count
     return counts
 
 
 def _entropy_bits(counts: NDArray[np.int64]) -> float:
-    chances = counts / 256.0
+    probabilities = counts / 256.0
     # pi P = pi and sum pi = 1: one equation of the first set follows from the others.
-    system = chances.T - np.eye(len(counts))
+    system = probabilities.T - np.eye(len(counts))
     system[-1] = 1.0
     stationary = np.linalg.solve(system, np.eye(len(counts))[-1])
-    logs = np.log2(chances, out=np.zeros_like(chances), where=chances > 0)
-    return round(float(-(stationary[:, None] * chances * logs).sum()), 9)
+    logs = np.log2(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    return round(float(-(stationary[:, None] * probabilities * logs).sum()), 9)
 
 
 def find_corpus(path_spec: str) -> Corpus:
@@ -169,76 +169,76 @@ def find_corpus(path_spec: str) -> Corpus:
     Order: as named, and by relative name within a folder or glob. DataError for a path that does
     not exist or cannot be read, a named file that is empty or holds NUL bytes, or nothing to read.
     """
-    name, found, skipped = _find(path_spec)
-    documents, seen = [], set()
-    for file in found:
-        result = _examine(file)
+    name, files, skip_counts = _list_candidates(path_spec)
+    documents, real_paths = [], set()
+    for file in files:
+        result = _read_document(file)
         if isinstance(result, str):
-            skipped[result] += 1
-        elif (real := os.path.realpath(file.path)) in seen:
-            skipped["duplicate"] += 1
+            skip_counts[result] += 1
+        elif (real_path := os.path.realpath(file.path)) in real_paths:
+            skip_counts["duplicate"] += 1
         else:
-            seen.add(real)
+            real_paths.add(real_path)
             documents.append(result)
     if not documents:
-        raise _nothing(path_spec, skipped)
-    return Corpus(name, tuple(documents), skipped)
+        raise _empty_corpus_error(path_spec, skip_counts)
+    return Corpus(name, tuple(documents), skip_counts)
 
 
-def listed_files(path_spec: str) -> list[Path]:
+def list_files(path_spec: str) -> list[Path]:
     """The files that `find_corpus` would look into, and those it reads; none for what is drawn."""
-    return [] if path_spec in (MARKOV, SHAPES) else [file.path for file in _find(path_spec)[1]]
+    return [] if path_spec in (MARKOV, SHAPES) else [file.path for file in _list_candidates(path_spec)[1]]
 
 
-def probe_corpus(path_spec: str) -> None:
+def check_corpus(path_spec: str) -> None:
     """Raise what `find_corpus` would raise, reading no more than it must to know."""
-    _, found, skipped = _find(path_spec)
-    fit = False
-    for file in found:
-        if fit and not file.named:
-            _open(file.path).close()
+    _, files, skip_counts = _list_candidates(path_spec)
+    has_document = False
+    for file in files:
+        if has_document and not file.is_explicit:
+            _open_file(file.path).close()
             continue
-        result = _examine(file)
+        result = _read_document(file)
         if isinstance(result, str):
-            skipped[result] += 1
+            skip_counts[result] += 1
         else:
-            fit = True
-    if not fit:
-        raise _nothing(path_spec, skipped)
+            has_document = True
+    if not has_document:
+        raise _empty_corpus_error(path_spec, skip_counts)
 
 
-def _find(path_spec: str) -> tuple[str, list[_Found], dict[str, int]]:
-    skipped = dict.fromkeys(_SKIPS, 0)
+def _list_candidates(path_spec: str) -> tuple[str, list[_CandidateFile], dict[str, int]]:
+    skip_counts = dict.fromkeys(_SKIP_REASONS, 0)
     if path_spec == STDLIB:
         root = sysconfig.get_path("stdlib")
-        files = [_Found(p, p.relative_to(root).as_posix(), False) for p in stdlib_files()]
-        return "stdlib", files, skipped
+        files = [_CandidateFile(p, p.relative_to(root).as_posix(), False) for p in stdlib_files()]
+        return "stdlib", files, skip_counts
     # A comma may be part of a name: what exists as it stands is one path.
     items = [item.strip() for item in path_spec.split(",") if item.strip()]
-    items = [path_spec] if _mode(path_spec) else items
+    items = [path_spec] if _file_mode(path_spec) else items
     if not items:
-        raise DataError("no data is named", values={"data.path": path_spec}, fix=_use(STDLIB))
-    found: list[_Found] = []
+        raise DataError("no data is named", values={"data.path": path_spec}, fix=_fix_text(STDLIB))
+    candidates: list[_CandidateFile] = []
     for item in items:
-        found += _find_item(item, skipped)
+        candidates += _list_item(item, skip_counts)
     name = Path(items[0]).absolute().stem
-    return (name if len(items) == 1 else f"{name}+{len(items) - 1}"), found, skipped
+    return (name if len(items) == 1 else f"{name}+{len(items) - 1}"), candidates, skip_counts
 
 
-def _find_item(item: str, skipped: dict[str, int]) -> list[_Found]:
+def _list_item(item: str, skip_counts: dict[str, int]) -> list[_CandidateFile]:
     if item.startswith("builtin:"):
-        alone = item in BUILTINS
-        close = difflib.get_close_matches(item, BUILTINS, n=1, cutoff=0.0)
+        is_builtin = item in BUILTINS
+        close_matches = difflib.get_close_matches(item, BUILTINS, n=1, cutoff=0.0)
         raise DataError(
-            "a builtin source stands alone" if alone else "no such builtin source",
+            "a builtin source stands alone" if is_builtin else "no such builtin source",
             values={"data.path": item, "known": BUILTINS},
-            fix=_use(close[0]),
+            fix=_fix_text(close_matches[0]),
         )
-    mode = _mode(item)
+    mode = _file_mode(item)
     if stat.S_ISDIR(mode):
-        return _find_folder(Path(item), skipped)
+        return _list_folder(Path(item), skip_counts)
     if stat.S_ISREG(mode):
-        return [_Found(Path(item), Path(item).name, True)]
+        return [_CandidateFile(Path(item), Path(item).name, True)]
     if mode:
         raise DataError(
             "the data path is neither a file nor a folder",
@@ -246,95 +246,95 @@ def _find_item(item: str, skipped: dict[str, int]) -> list[_Found]:
             fix="a file, a folder or a glob",
         )
     if not glob.has_magic(item):
-        raise _missing(item)
+        raise _missing_error(item)
     # The part without wildcards is the root that names are relative to.
     root = Path(item)
     while glob.has_magic(str(root)):
         root = root.parent
-    found = []
-    for path in sorted(map(Path, _matches(item))):
+    candidates = []
+    for path in sorted(map(Path, _expand_glob(item))):
         if path.is_file():
-            found.append(_Found(path, path.relative_to(root).as_posix(), False))
-    if not found:
-        raise _missing(item, "no file matches this pattern")
-    return found
+            candidates.append(_CandidateFile(path, path.relative_to(root).as_posix(), False))
+    if not candidates:
+        raise _missing_error(item, "no file matches this pattern")
+    return candidates
 
 
-def _matches(pattern: str) -> list[str]:
+def _expand_glob(pattern: str) -> list[str]:
     """What a pattern matches, `**` being any folders, linked ones too, but not round in circles: of
     two links to a folder above them, the library's own would never come to an end."""
-    words = pattern.split("/")
-    if "**" not in words:
+    segments = pattern.split("/")
+    if "**" not in segments:
         return glob.glob(pattern)
-    at = words.index("**")
-    base, rest = "/".join(words[:at]), "/".join(words[at + 1 :]) or "*"
-    tops = glob.glob(base or "/") if at else [""]
+    index = segments.index("**")
+    base, rest_pattern = "/".join(segments[:index]), "/".join(segments[index + 1 :]) or "*"
+    base_folders = glob.glob(base or "/") if index else [""]
     paths = []
-    for top in tops:
-        for folder in _folders(top, ()):
-            paths += _matches(os.path.join(glob.escape(folder), rest))
+    for base_folder in base_folders:
+        for folder in _walk_folders(base_folder, ()):
+            paths += _expand_glob(os.path.join(glob.escape(folder), rest_pattern))
     return paths
 
 
-def _folders(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+def _walk_folders(folder: str, ancestors: tuple[str, ...]) -> Iterator[str]:
     """A folder and all below it but hidden ones; `above` are the real paths of those it is in."""
-    real = os.path.realpath(folder)
-    if real in above or not os.path.isdir(folder or "."):
+    real_path = os.path.realpath(folder)
+    if real_path in ancestors or not os.path.isdir(folder or "."):
         return
     yield folder
     for name in sorted(os.listdir(folder or ".")) if os.access(folder or ".", os.R_OK) else ():
         if not name.startswith("."):
-            yield from _folders(os.path.join(folder, name), (*above, real))
+            yield from _walk_folders(os.path.join(folder, name), (*ancestors, real_path))
 
 
-def _find_folder(root: Path, skipped: dict[str, int]) -> list[_Found]:
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        for listed in (subfolders, names):
-            shown = [name for name in listed if not name.startswith(".")]
-            skipped["hidden"] += len(listed) - len(shown)
-            listed[:] = shown
-        skipped["link"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
-        found += [Path(folder, name) for name in names]
-    named = sorted((path.relative_to(root).as_posix(), path) for path in found)
-    return [_Found(path, name, False) for name, path in named]
+def _list_folder(root: Path, skip_counts: dict[str, int]) -> list[_CandidateFile]:
+    paths = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
+        for entry_names in (subfolders, names):
+            visible_names = [name for name in entry_names if not name.startswith(".")]
+            skip_counts["hidden"] += len(entry_names) - len(visible_names)
+            entry_names[:] = visible_names
+        skip_counts["link"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
+        paths += [Path(folder, name) for name in names]
+    named_paths = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    return [_CandidateFile(path, name, False) for name, path in named_paths]
 
 
-def _examine(file: _Found) -> Document | str:
+def _read_document(file: _CandidateFile) -> Document | str:
     """The document, or the reason for which the file is skipped; DataError if it was named."""
-    if not stat.S_ISREG(_mode(file.path)):
+    if not stat.S_ISREG(_file_mode(file.path)):
         return "special"
-    total, reason, mark = 0, "", 0
-    with _open(file.path) as opened:
-        status = os.fstat(opened.fileno())
-        while not reason and (piece := opened.read(_READ_BYTES)):
-            if not total:
-                mark = len(codecs.BOM_UTF8) if piece.startswith(codecs.BOM_UTF8) else 0
-                reason = _wide(piece)
-            total += len(piece)
-            reason = reason or ("binary" if b"\0" in piece else "")
-    reason = reason or ("" if total > mark else "empty")
+    size_bytes, reason, bom_bytes = 0, "", 0
+    with _open_file(file.path) as stream:
+        file_stat = os.fstat(stream.fileno())
+        while not reason and (block := stream.read(_READ_BYTES)):
+            if not size_bytes:
+                bom_bytes = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
+                reason = _wide_encoding(block)
+            size_bytes += len(block)
+            reason = reason or ("binary" if b"\0" in block else "")
+    reason = reason or ("" if size_bytes > bom_bytes else "empty")
     if not reason:
-        return Document(file.path, file.name, total, status.st_mtime_ns, mark)
-    if file.named:
-        raise _unfit(file.path, reason)
+        return Document(file.path, file.name, size_bytes, file_stat.st_mtime_ns, bom_bytes)
+    if file.is_explicit:
+        raise _unfit_error(file.path, reason)
     return reason
 
 
-def _wide(start: bytes) -> str:
+def _wide_encoding(first_bytes: bytes) -> str:
     """utf-16 or utf-32 when a file's start has such a mark and is text of that encoding, not other
     data that begins with the same two bytes; else empty."""
-    encoding = encoding_of(start[:4])
+    encoding = encoding_of(first_bytes[:4])
     try:
-        text = codecs.getincrementaldecoder(encoding or "ascii")("strict").decode(start[: 1 << 16])
+        text = codecs.getincrementaldecoder(encoding or "ascii")("strict").decode(first_bytes[: 1 << 16])
     except UnicodeDecodeError:
         return ""
     return "" if "\0" in text else encoding.lower()
 
 
-def _unfit(path: Path, reason: str) -> DataError:
+def _unfit_error(path: Path, reason: str) -> DataError:
     """A named file that cannot be a document."""
-    what, fix = "the file holds NUL bytes: not a text", _use(STDLIB) + ", or a text file"
+    what, fix = "the file holds NUL bytes: not a text", _fix_text(STDLIB) + ", or a text file"
     if reason == "empty":
         what = "the file is empty"
     elif reason.startswith("utf"):
@@ -343,28 +343,28 @@ def _unfit(path: Path, reason: str) -> DataError:
     return DataError(what, values={"data.path": str(path)}, fix=fix)
 
 
-def _open(path: Path) -> BufferedReader:
+def _open_file(path: Path) -> BufferedReader:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise _unreadable(error) from error
+        raise _unreadable_error(error) from error
 
 
-def _mode(path: str | Path) -> int:
+def _file_mode(path: str | Path) -> int:
     """The file's mode; 0 when there is no such file (or only a link to nothing)."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return 0
     except OSError as error:
-        raise _unreadable(error) from error
+        raise _unreadable_error(error) from error
 
 
-def _refuse(error: OSError) -> None:
-    raise _unreadable(error) from error
+def _raise_unreadable(error: OSError) -> None:
+    raise _unreadable_error(error) from error
 
 
-def _unreadable(error: OSError) -> DataError:
+def _unreadable_error(error: OSError) -> DataError:
     return DataError(
         f"the data cannot be read: {error.strerror}",
         values={"data.path": str(error.filename)},
@@ -372,29 +372,29 @@ def _unreadable(error: OSError) -> DataError:
     )
 
 
-def _nothing(path_spec: str, skipped: dict[str, int]) -> DataError:
+def _empty_corpus_error(path_spec: str, skip_counts: dict[str, int]) -> DataError:
     return DataError(
         "there is no text to read here",
-        values={"data.path": path_spec, **{k: n for k, n in skipped.items() if n}},
-        fix=_use(STDLIB) + ", or a file or folder with text in it",
+        values={"data.path": path_spec, **{k: n for k, n in skip_counts.items() if n}},
+        fix=_fix_text(STDLIB) + ", or a file or folder with text in it",
     )
 
 
-def _missing(item: str, what: str = "there is no such file or folder") -> DataError:
+def _missing_error(item: str, what: str = "there is no such file or folder") -> DataError:
     """Names the nearest name that exists, in the deepest folder of the path that does."""
-    root, rest = Path(item), list[str]()
+    root, missing_parts = Path(item), list[str]()
     while not root.is_dir():
-        rest.insert(0, root.name)
+        missing_parts.insert(0, root.name)
         root = root.parent
     names = sorted(os.listdir(root)) if os.access(root, os.R_OK) else []
-    near = difflib.get_close_matches(rest[0], names, n=1) if rest else []
-    near_builtin = difflib.get_close_matches(item, BUILTINS, n=1)
-    if near:
-        fix = _use(root.joinpath(near[0], *rest[1:]))
+    close_matches = difflib.get_close_matches(missing_parts[0], names, n=1) if missing_parts else []
+    close_builtins = difflib.get_close_matches(item, BUILTINS, n=1)
+    if close_matches:
+        fix = _fix_text(root.joinpath(close_matches[0], *missing_parts[1:]))
     else:
-        fix = _use(near_builtin[0]) if near_builtin else _use(STDLIB)
+        fix = _fix_text(close_builtins[0]) if close_builtins else _fix_text(STDLIB)
     return DataError(what, values={"data.path": item, "folder": str(root.absolute())}, fix=fix)
 
 
-def _use(path: object) -> str:
+def _fix_text(path: object) -> str:
     return f"data.path={path}"

@@ -17,30 +17,30 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cordee.data.order import Order
+from cordee.data.order import SampleOrder
 from cordee.errors import DataError
 
 DIGEST_BITS = 52
 """A digest travels as a float64 in the tally, which holds whole numbers up to 2^53."""
 
 
-def digest_of(ids: NDArray[np.int64]) -> int:
+def microbatch_digest(ids: NDArray[np.int64]) -> int:
     """52 bits that depend on the ids of a microbatch's rows and on their order."""
     return xxhash.xxh3_64_intdigest(ids.astype("<i8").tobytes()) >> (64 - DIGEST_BITS)
 
 
-def word_of(digests: Sequence[int]) -> str:
+def step_digest(digests: Sequence[int]) -> str:
     """16 hexadecimal digits of a step, from its microbatches' digests in order."""
     return xxhash.xxh3_64_hexdigest(np.array(digests, "<i8").tobytes())
 
 
-def step_word(order: Order, step: int) -> str:
+def expected_step_digest(order: SampleOrder, step: int) -> str:
     """The word that step `step` (from 0) must have."""
-    return word_of([digest_of(order.rows_of(step, m)) for m in range(order.microbatches)])
+    return step_digest([microbatch_digest(order.microbatch_row_ids(step, m)) for m in range(order.microbatches)])
 
 
 @dataclass(frozen=True)
-class Use:
+class SampleUse:
     """One place of a sample: step (from 1, as in metrics.jsonl), microbatch, row in it, epoch."""
 
     step: int
@@ -49,7 +49,7 @@ class Use:
     epoch: int
 
 
-def uses_of(order: Order, sample: int, steps: int) -> list[Use]:
+def find_uses(order: SampleOrder, sample: int, steps: int) -> list[SampleUse]:
     """Every use of a sample in the first `steps` steps. DataError: there is no such sample."""
     if not 0 <= sample < order.rows:
         raise DataError(
@@ -57,19 +57,19 @@ def uses_of(order: Order, sample: int, steps: int) -> list[Use]:
             values={"sample": sample, "samples": order.rows},
             fix=f"0 to {order.rows - 1}",
         )
-    found = []
-    for position, epoch in sorted(order.uses_of(sample, steps * order.step_rows)):
-        step, rest = divmod(position, order.step_rows)
-        found.append(Use(step + 1, *divmod(rest, order.microbatch_rows), epoch))
-    return found
+    uses = []
+    for position, epoch in sorted(order.find_uses(sample, steps * order.step_rows)):
+        step, offset = divmod(position, order.step_rows)
+        uses.append(SampleUse(step + 1, *divmod(offset, order.microbatch_rows), epoch))
+    return uses
 
 
-MOST_MISSING = 1_000_000
+MAX_MISSING = 1_000_000
 """Steps without a row that are listed one by one; a row that is further ahead is wrong itself."""
 
 
 @dataclass
-class Proof:
+class LedgerCheck:
     """What a run's records prove. `steps` were recorded, `skipped` of them changed no parameter;
     `unproved` have no word; `wrong` have another than the order's, `missing` have no row and
     `again` have more than one. `epochs` is how often every sample was drawn (a part: the last)."""
@@ -83,30 +83,30 @@ class Proof:
     epochs: float = 0.0
 
     @property
-    def holds(self) -> bool:
+    def is_exactly_once(self) -> bool:
         """Whether each step took its samples exactly once."""
         return not (self.wrong or self.missing or self.again or self.unproved)
 
 
-def prove(order: Order, rows: Iterable[Mapping[str, Any]]) -> Proof:
+def check_ledger(order: SampleOrder, rows: Iterable[Mapping[str, Any]]) -> LedgerCheck:
     """Holds a run's rows of metrics.jsonl (step, samples, skipped) to the order."""
-    found, seen = Proof(), 0
+    check, last_step = LedgerCheck(), 0
     for row in rows:
         step = int(row["step"])
-        if step <= seen:
-            found.again.append(step)
+        if step <= last_step:
+            check.again.append(step)
             continue
-        if step - seen > MOST_MISSING:  # a number, but not of a step that was made
-            found.wrong.append(step)
+        if step - last_step > MAX_MISSING:  # a number, but not of a step that was made
+            check.wrong.append(step)
             continue
-        found.missing += range(seen + 1, step)
-        seen, found.steps = step, found.steps + 1
-        word = row.get("samples")
-        if word is None:
-            found.unproved.append(step)
-        elif word != step_word(order, step - 1):
-            found.wrong.append(step)
+        check.missing += range(last_step + 1, step)
+        last_step, check.steps = step, check.steps + 1
+        digest = row.get("samples")
+        if digest is None:
+            check.unproved.append(step)
+        elif digest != expected_step_digest(order, step - 1):
+            check.wrong.append(step)
         if row.get("skipped"):
-            found.skipped.append(step)
-    found.epochs = seen * order.step_rows / order.rows
-    return found
+            check.skipped.append(step)
+    check.epochs = last_step * order.step_rows / order.rows
+    return check

@@ -24,7 +24,7 @@ MANIFEST = "dataset.json"
 SPLITS = ("train", "held_out")
 
 
-def rows_in(tokens: int, sequence: int) -> int:
+def count_rows(tokens: int, sequence: int) -> int:
     """Rows of `sequence` tokens, and one target more, in a stream."""
     return max(0, (tokens - 1) // sequence)
 
@@ -58,7 +58,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureSource:
     """A source of a mixture: what it was named, the weight it is drawn with (a whole number), and
     how many shards of each split are its own; the parts' shards follow each other."""
 
@@ -92,30 +92,30 @@ class DatasetInfo:
     splits: Mapping[str, Split]
     fingerprint: str
     images: Mapping[str, int] | None = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MixtureSource, ...] = ()
 
     def description(self) -> dict[str, Any]:
         """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
-        plain = asdict(self)
-        del plain["folder"]
+        content = asdict(self)
+        del content["folder"]
         if self.images is None:
-            del plain["images"]
+            del content["images"]
         if not self.parts:
-            del plain["parts"]
-        return {"format": FORMAT, **plain}
+            del content["parts"]
+        return {"format": FORMAT, **content}
 
-    def rows_of_parts(self, split: str, sequence: int) -> list[int]:
+    def rows_by_source(self, split: str, sequence: int) -> list[int]:
         """Rows of `sequence` tokens (and one target more) in each source; see `TokenSource`."""
         return [
-            rows_in(sum(shard.tokens for shard in shards), sequence)
-            for shards in self.shards_of(split)
+            count_rows(sum(shard.tokens for shard in shards), sequence)
+            for shards in self.shards_by_source(split)
         ]
 
     def rows(self, split: str, sequence: int) -> int:
         """Rows of a split in all."""
-        return sum(self.rows_of_parts(split, sequence))
+        return sum(self.rows_by_source(split, sequence))
 
-    def shards_of(self, split: str) -> list[tuple[Shard, ...]]:
+    def shards_by_source(self, split: str) -> list[tuple[Shard, ...]]:
         """The shards of a split by part; of what is no mixture, all of them."""
         shards = self.splits[split].shards
         if not self.parts:
@@ -125,7 +125,7 @@ class DatasetInfo:
         return [shards[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def fingerprint_of(description: Mapping[str, Any]) -> str:
+def compute_fingerprint(description: Mapping[str, Any]) -> str:
     """xxh3-128 of the canonical JSON of a description (sorted keys, no spaces, ASCII).
 
     Left out is what may differ though the tokens are the same: where the sources lay, when they
@@ -154,37 +154,37 @@ def read_info(folder: Path) -> DatasetInfo:
             fix="make one with: cordee data prepare",
         ) from error
     try:
-        plain = json.loads(text)
-        found = plain.pop("format")
-        if found == FORMAT and fingerprint_of(plain | {"format": found}) == plain["fingerprint"]:
-            plain["sources"] = tuple(SourceFile(**source) for source in plain["sources"])
-            plain["parts"] = tuple(Part(**part) for part in plain.get("parts", ()))
-            plain["splits"] = {name: _split(plain["splits"][name]) for name in SPLITS}
-            return DatasetInfo(folder=Path(folder), **plain)
+        content = json.loads(text)
+        format_name = content.pop("format")
+        if format_name == FORMAT and compute_fingerprint(content | {"format": format_name}) == content["fingerprint"]:
+            content["sources"] = tuple(SourceFile(**source) for source in content["sources"])
+            content["parts"] = tuple(MixtureSource(**part) for part in content.get("parts", ()))
+            content["splits"] = {name: _parse_split(content["splits"][name]) for name in SPLITS}
+            return DatasetInfo(folder=Path(folder), **content)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        found = None
+        format_name = None
     raise DataError(
         "dataset.json is not what was written: its fingerprint does not fit its content"
-        if found == FORMAT
+        if format_name == FORMAT
         else "dataset.json is damaged or of another format",
-        values={"file": str(path), "format": found, "expected": FORMAT},
+        values={"file": str(path), "format": format_name, "expected": FORMAT},
         fix="prepare the dataset again, into a new folder",
     )
 
 
-def _split(plain: Mapping[str, Any]) -> Split:
-    return Split(tuple(Shard(**shard) for shard in plain["shards"]), plain["tokens"])
+def _parse_split(content: Mapping[str, Any]) -> Split:
+    return Split(tuple(Shard(**shard) for shard in content["shards"]), content["tokens"])
 
 
-def changed_sources(info: DatasetInfo) -> list[str]:
+def list_changed_sources(info: DatasetInfo) -> list[str]:
     """Paths of source files that vanished, or whose size or time is not what it was when read."""
-    changed = []
+    changed_paths = []
     for source in info.sources:
         try:
-            now = os.stat(source.path)
+            file_stat = os.stat(source.path)
         except OSError:
-            changed.append(source.path)
+            changed_paths.append(source.path)
             continue
-        if (now.st_size, now.st_mtime_ns) != (source.bytes, source.mtime_ns):
-            changed.append(source.path)
-    return changed
+        if (file_stat.st_size, file_stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
+            changed_paths.append(source.path)
+    return changed_paths

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from cordee.data.permutation import invert, permute, stream_seed
 from cordee.errors import DataError
 
-BLOCK = 4096
-MOST_WEIGHT = 1 << 20
+BLOCK_POSITIONS = 4096
+MAX_WEIGHT_SUM = 1 << 20
 """The largest sum of weights, in lowest terms: a smaller share than a millionth is never drawn."""
 
 _I64 = NDArray[np.int64]
 
 
-def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
+def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
     """The smallest whole numbers in these proportions. DataError: not positive, or too fine."""
     if any(weight <= 0 for weight in weights):
         raise DataError(
@@ -43,7 +43,7 @@ def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
     denominator = 1
     for share in shares:
         denominator *= share.denominator // np.gcd(denominator, share.denominator).item()
-        if denominator > MOST_WEIGHT:
+        if denominator > MAX_WEIGHT_SUM:
             raise DataError(
                 "the weights are too fine: in lowest terms their sum is at most 2^20",
                 values={"weights": ", ".join(map(str, weights))},
@@ -53,7 +53,7 @@ def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOrder:
     """`rows[s]` rows of source s, drawn with weight `weights[s]` (whole, see `whole_weights`).
 
     A row's id is its number when sources stand one after another. The smallest mixture has one
@@ -77,111 +77,111 @@ class Mixture:
         """The id of each source's first row, and one more: the number of rows in all."""
         return tuple(accumulate(self.rows, initial=0))
 
-    def ids_at(self, positions: _I64) -> _I64:
+    def row_ids_at(self, positions: _I64) -> _I64:
         """The row id of each position, int64 (n,)."""
-        block, place = np.divmod(positions, BLOCK)
-        draws = block * BLOCK + permute(place, BLOCK, stream_seed(self.seed, 0), block)
-        return self._deal(draws, shuffled=True)
+        block, offset = np.divmod(positions, BLOCK_POSITIONS)
+        draws = block * BLOCK_POSITIONS + permute(offset, BLOCK_POSITIONS, stream_seed(self.seed, 0), block)
+        return self._ids_of_draws(draws, shuffled=True)
 
-    def ids_in_turn(self, start: int, stop: int) -> _I64:
+    def unshuffled_row_ids(self, start: int, stop: int) -> _I64:
         """Row ids of draws [start, stop) without any shuffling: sources by weight, rows in their
         own order. Below `once` no row comes twice."""
-        return self._deal(np.arange(start, stop, dtype=np.int64), shuffled=False)
+        return self._ids_of_draws(np.arange(start, stop, dtype=np.int64), shuffled=False)
 
     @property
-    def once(self) -> int:
+    def max_draws_without_repeat(self) -> int:
         """The most draws after which no source has been drawn more often than it has rows."""
-        least, most = 0, sum(self.rows)
-        while least < most:
-            middle = (least + most + 1) // 2
-            fits = all(n <= rows for n, rows in zip(self.counts(middle), self.rows, strict=True))
-            least, most = (middle, most) if fits else (least, middle - 1)
-        return least
+        low, high = 0, sum(self.rows)
+        while low < high:
+            midpoint = (low + high + 1) // 2
+            fits = all(n <= rows for n, rows in zip(self.draw_counts(midpoint), self.rows, strict=True))
+            low, high = (midpoint, high) if fits else (low, midpoint - 1)
+        return low
 
-    def counts(self, draws: int) -> tuple[int, ...]:
+    def draw_counts(self, draws: int) -> tuple[int, ...]:
         """How often each source is drawn in the first `draws` draws of the tree."""
-        found = [0] * len(self.rows)
+        source_counts = [0] * len(self.rows)
 
-        def share(first: int, last: int, n: int) -> None:
+        def distribute(first: int, last: int, n: int) -> None:
             if last - first == 1:
-                found[first] = n
+                source_counts[first] = n
                 return
-            middle, left, whole = self._split(first, last)
-            share(first, middle, n * left // whole)
-            share(middle, last, n - n * left // whole)
+            midpoint, left_weight, total_weight = self._split_range(first, last)
+            distribute(first, midpoint, n * left_weight // total_weight)
+            distribute(midpoint, last, n - n * left_weight // total_weight)
 
-        share(0, len(self.rows), draws)
-        return tuple(found)
+        distribute(0, len(self.rows), draws)
+        return tuple(source_counts)
 
-    def drawn(self, positions: int) -> tuple[int, ...]:
+    def counts_below(self, positions: int) -> tuple[int, ...]:
         """How often each source was drawn at the positions below `positions`."""
-        blocks = positions // BLOCK * BLOCK
-        rest = self.ids_at(np.arange(blocks, positions, dtype=np.int64))
-        sources = np.searchsorted(self.starts, rest, side="right") - 1
-        more = np.bincount(sources, minlength=len(self.rows))
-        return tuple(n + int(m) for n, m in zip(self.counts(blocks), more, strict=True))
+        block_start = positions // BLOCK_POSITIONS * BLOCK_POSITIONS
+        row_ids = self.row_ids_at(np.arange(block_start, positions, dtype=np.int64))
+        sources = np.searchsorted(self.starts, row_ids, side="right") - 1
+        tail_counts = np.bincount(sources, minlength=len(self.rows))
+        return tuple(n + int(m) for n, m in zip(self.draw_counts(block_start), tail_counts, strict=True))
 
-    def source_of(self, row: int) -> int:
+    def source_index(self, row: int) -> int:
         """The number of the source that an id belongs to."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def uses_of(self, row: int, stop: int) -> Iterator[tuple[int, int]]:
+    def find_uses(self, row: int, stop: int) -> Iterator[tuple[int, int]]:
         """(position, epoch) of every use of an id at positions below `stop`, by epoch."""
-        source = self.source_of(row)
+        source = self.source_index(row)
         rows, seed = self.rows[source], stream_seed(self.seed, source + 1)
-        ends = -(-stop // BLOCK) * BLOCK
-        local = np.array([row - self.starts[source]], np.int64)
-        for epoch in range(-(-self.counts(ends)[source] // rows)):
-            draw = epoch * rows + int(invert(local, rows, seed, epoch)[0])
-            block, place = divmod(self._draw_of(source, draw), BLOCK)
-            back = invert(np.array([place], np.int64), BLOCK, stream_seed(self.seed, 0), block)
-            if (position := block * BLOCK + int(back[0])) < stop:
+        block_end = -(-stop // BLOCK_POSITIONS) * BLOCK_POSITIONS
+        local_rows = np.array([row - self.starts[source]], np.int64)
+        for epoch in range(-(-self.draw_counts(block_end)[source] // rows)):
+            draw = epoch * rows + int(invert(local_rows, rows, seed, epoch)[0])
+            block, offset = divmod(self._root_draw(source, draw), BLOCK_POSITIONS)
+            position_offset = invert(np.array([offset], np.int64), BLOCK_POSITIONS, stream_seed(self.seed, 0), block)
+            if (position := block * BLOCK_POSITIONS + int(position_offset[0])) < stop:
                 yield position, epoch
 
-    def _split(self, first: int, last: int) -> tuple[int, int, int]:
+    def _split_range(self, first: int, last: int) -> tuple[int, int, int]:
         """Of the sources [first, last): where they part, the weight left of it, and all of it."""
-        middle = (first + last) // 2
-        return middle, sum(self.weights[first:middle]), sum(self.weights[first:last])
+        midpoint = (first + last) // 2
+        return midpoint, sum(self.weights[first:midpoint]), sum(self.weights[first:last])
 
-    def _deal(self, draws: _I64, shuffled: bool) -> _I64:
+    def _ids_of_draws(self, draws: _I64, shuffled: bool) -> _I64:
         """Ids of draws at the tree's root."""
         out = np.empty(draws.size, np.int64)
         starts = self.starts
 
-        def deal(first: int, last: int, where: _I64, n: _I64) -> None:
+        def descend(first: int, last: int, indices: _I64, n: _I64) -> None:
             if not n.size:
                 return
             if last - first == 1:
                 rows = self.rows[first]
-                epoch, place = np.divmod(n, rows)
+                epoch, offset = np.divmod(n, rows)
                 if shuffled:
-                    place = permute(place, rows, stream_seed(self.seed, first + 1), epoch)
-                out[where] = starts[first] + place
+                    offset = permute(offset, rows, stream_seed(self.seed, first + 1), epoch)
+                out[indices] = starts[first] + offset
                 return
-            middle, left, whole = self._split(first, last)
-            before = _share(n, left, whole)
-            goes_left = _share(n + 1, left, whole) > before
-            deal(first, middle, where[goes_left], before[goes_left])
-            deal(middle, last, where[~goes_left], (n - before)[~goes_left])
+            midpoint, left_weight, total_weight = self._split_range(first, last)
+            left_counts = _floor_share(n, left_weight, total_weight)
+            goes_left = _floor_share(n + 1, left_weight, total_weight) > left_counts
+            descend(first, midpoint, indices[goes_left], left_counts[goes_left])
+            descend(midpoint, last, indices[~goes_left], (n - left_counts)[~goes_left])
 
-        deal(0, len(self.rows), np.arange(draws.size), draws)
+        descend(0, len(self.rows), np.arange(draws.size), draws)
         return out
 
-    def _draw_of(self, source: int, draw: int) -> int:
+    def _root_draw(self, source: int, draw: int) -> int:
         """Which draw at the root is a source's draw number `draw`: up the tree again."""
         path, first, last = [], 0, len(self.rows)
         while last - first > 1:
-            middle, left, whole = self._split(first, last)
-            path.append((source < middle, left, whole))
-            first, last = (first, middle) if source < middle else (middle, last)
-        for is_left, left, whole in reversed(path):
+            midpoint, left_weight, total_weight = self._split_range(first, last)
+            path.append((source < midpoint, left_weight, total_weight))
+            first, last = (first, midpoint) if source < midpoint else (midpoint, last)
+        for is_left, left_weight, total_weight in reversed(path):
             # The first n with floor((n + 1) * left / whole) = draw + 1; of the others alike.
-            draw = -(-(draw + 1) * whole // left) - 1 if is_left else draw * whole // (whole - left)
+            draw = -(-(draw + 1) * total_weight // left_weight) - 1 if is_left else draw * total_weight // (total_weight - left_weight)
         return draw
 
 
-def _share(n: _I64, left: int, whole: int) -> _I64:
+def _floor_share(n: _I64, left_weight: int, total_weight: int) -> _I64:
     """floor(n * left / whole), in numbers that stay below 2^63."""
-    times, rest = np.divmod(n, whole)
-    share: _I64 = times * left + rest * left // whole
+    quotient, remainder = np.divmod(n, total_weight)
+    share: _I64 = quotient * left_weight + remainder * left_weight // total_weight
     return share

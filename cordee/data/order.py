@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cordee.data.mixture import Mixture
+from cordee.data.mixture import MixtureOrder
 from cordee.data.permutation import invert, permute
 from cordee.errors import DataError
 
@@ -21,11 +21,11 @@ MAX_ROWS = 1 << 40
 
 _I64 = NDArray[np.int64]
 # Work is done in pieces that stay in the second-level cache.
-_PIECE = 8192
+_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """Which rows step `s`, microbatch `m` takes: the whole state is the step number.
 
     Step s (from 0) takes the positions [s*B, (s+1)*B), B = microbatches * microbatch_rows, and
@@ -38,7 +38,7 @@ class Order:
     rows: int
     microbatch_rows: int
     microbatches: int
-    mixture: Mixture | None = None
+    mixture: MixtureOrder | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MAX_ROWS:
@@ -77,42 +77,42 @@ class Order:
         first = step * self.step_rows + microbatch * self.microbatch_rows
         return range(first, first + self.microbatch_rows)
 
-    def rows_of(self, step: int, microbatch: int) -> _I64:
+    def microbatch_row_ids(self, step: int, microbatch: int) -> _I64:
         """The row ids of one microbatch, int64 (microbatch_rows,)."""
-        taken = self.positions(step, microbatch)
-        return self.rows_between(taken.start, taken.stop)
+        position_range = self.positions(step, microbatch)
+        return self.row_ids_between(position_range.start, position_range.stop)
 
-    def rows_between(self, start: int, stop: int) -> _I64:
+    def row_ids_between(self, start: int, stop: int) -> _I64:
         """The row ids of the positions [start, stop), int64 (stop - start,); epochs may change."""
-        return self.rows_at(np.arange(start, stop, dtype=np.int64))
+        return self.row_ids_at(np.arange(start, stop, dtype=np.int64))
 
-    def rows_at(self, positions: _I64) -> _I64:
+    def row_ids_at(self, positions: _I64) -> _I64:
         """The row ids of any non-negative positions, int64, in the shape given."""
-        flat = positions.reshape(-1)
-        out = np.empty(flat.size, dtype=np.int64)
-        for begin in range(0, flat.size, _PIECE):
+        flat_positions = positions.reshape(-1)
+        out = np.empty(flat_positions.size, dtype=np.int64)
+        for begin in range(0, flat_positions.size, _BLOCK_ROWS):
             if self.mixture is not None:
-                out[begin : begin + _PIECE] = self.mixture.ids_at(flat[begin : begin + _PIECE])
+                out[begin : begin + _BLOCK_ROWS] = self.mixture.row_ids_at(flat_positions[begin : begin + _BLOCK_ROWS])
                 continue
-            epoch, place = np.divmod(flat[begin : begin + _PIECE], self.rows)
+            epoch, offset = np.divmod(flat_positions[begin : begin + _BLOCK_ROWS], self.rows)
             if epoch[0] == epoch[-1] and (epoch == epoch[0]).all():
                 epoch = epoch[:1]
-            out[begin : begin + _PIECE] = permute(place, self.rows, self.seed, epoch)
+            out[begin : begin + _BLOCK_ROWS] = permute(offset, self.rows, self.seed, epoch)
         return out.reshape(positions.shape)
 
-    def uses_of(self, row: int, stop: int) -> Iterator[tuple[int, int]]:
+    def find_uses(self, row: int, stop: int) -> Iterator[tuple[int, int]]:
         """(position, epoch) of every use of a row at positions below `stop`, by epoch."""
         if self.mixture is not None:
-            yield from self.mixture.uses_of(row, stop)
+            yield from self.mixture.find_uses(row, stop)
             return
         for epoch in range(-(-stop // self.rows)):
-            place = int(invert(np.array([row], np.int64), self.rows, self.seed, epoch)[0])
-            if epoch * self.rows + place < stop:
-                yield epoch * self.rows + place, epoch
+            offset = int(invert(np.array([row], np.int64), self.rows, self.seed, epoch)[0])
+            if epoch * self.rows + offset < stop:
+                yield epoch * self.rows + offset, epoch
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixingStats:
     """How well an order mixes: `distinct` of 256 equal parts of the data met by 32 consecutive
     rows (on average), what pure `chance` gives, and the correlation of neighbours `lag_one`."""
 
@@ -121,19 +121,19 @@ class Mixing:
     lag_one: float
 
 
-def mixing(order: Order, batches: int = 512) -> Mixing:
+def measure_mixing(order: SampleOrder, batches: int = 512) -> MixingStats:
     """The mixing figures of the order's first `batches` * 32 positions (at most one epoch)."""
     width = min(32, order.rows)
     batches = max(1, min(batches, order.rows // width))
-    rows = order.rows_between(0, batches * width)
+    rows = order.row_ids_between(0, batches * width)
     parts = min(256, order.rows)
     part = np.sort((rows * parts // order.rows).reshape(batches, width), axis=1)
-    distinct = 1 + (np.diff(part, axis=1) != 0).sum(axis=1)
+    distinct_counts = 1 + (np.diff(part, axis=1) != 0).sum(axis=1)
     # Drawing without replacement from parts of rows/parts each; exact for equal parts.
     miss = 1.0
-    for drawn in range(width):
-        left = order.rows - drawn
-        miss *= max(0.0, left - order.rows / parts) / left
+    for draws in range(width):
+        rows_left = order.rows - draws
+        miss *= max(0.0, rows_left - order.rows / parts) / rows_left
     # Every row once is no random draw: with few rows the correlation means nothing.
-    straight = np.corrcoef(rows[:-1], rows[1:])[0, 1] if rows.size > 2 else 0.0
-    return Mixing(float(distinct.mean()), parts * (1.0 - miss), float(straight))
+    correlation = np.corrcoef(rows[:-1], rows[1:])[0, 1] if rows.size > 2 else 0.0
+    return MixingStats(float(distinct_counts.mean()), parts * (1.0 - miss), float(correlation))

@@ -22,11 +22,11 @@ from cordee.data.builtin import (
     SHAPES,
     find_corpus,
     markov_tokens,
-    probe_corpus,
+    check_corpus,
 )
-from cordee.data.manifest import SPLITS, DatasetInfo, Shard, changed_sources, is_dataset, read_info
-from cordee.data.mixed import is_mixture, prepare_mixture, probe_mixture
-from cordee.data.order import mixing
+from cordee.data.manifest import SPLITS, DatasetInfo, Shard, list_changed_sources, is_dataset, read_info
+from cordee.data.mixed import is_mixture, prepare_mixture, check_mixture
+from cordee.data.order import measure_mixing
 from cordee.data.records import (
     check_images,
     find_records,
@@ -36,8 +36,8 @@ from cordee.data.records import (
     write_shapes,
 )
 from cordee.data.shapes import SHAPES_IMAGES
-from cordee.data.shards import SHARD_BYTES, ShardWriter, making, write_manifest
-from cordee.data.source import SUM_BLOCK_BYTES, check_shard, map_shard, open_dataset
+from cordee.data.shards import SHARD_BYTES, ShardWriter, atomic_folder, write_manifest
+from cordee.data.source import CHECKSUM_BLOCK_BYTES, check_shard, map_shard, open_dataset
 from cordee.data.text import write_text
 from cordee.errors import DataError
 
@@ -61,7 +61,7 @@ def prepare(
     `tokens` is the length of a synthetic train split, and of no other source; `image` is the form
     of images. DataError for whatever cannot be read or done.
     """
-    _check_asked(path_spec, held_out, tokens, weights)
+    _check_arguments(path_spec, held_out, tokens, weights)
     if is_dataset(Path(path_spec)):
         return read_info(Path(path_spec))
     folder = Path(folder)
@@ -73,32 +73,32 @@ def prepare(
         )
     if is_mixture(path_spec):
         return prepare_mixture(path_spec, weights, folder, held_out, seed, shard_bytes)
-    split = {"held_out": held_out, "seed": seed}
+    split_fields = {"held_out": held_out, "seed": seed}
     if path_spec == MARKOV:
         train_tokens = MARKOV_TOKENS if tokens is None else tokens
-        kept_tokens = round(train_tokens * held_out / (1.0 - held_out))
-        chain, entropy_bits = markov_tokens(seed, train_tokens + kept_tokens)
-        with making(folder) as place:
-            content = _write_chain(place, (chain[:train_tokens], chain[train_tokens:]), shard_bytes)
-            write_manifest(place, {**content, **split, "entropy_bits": entropy_bits})
+        held_out_tokens = round(train_tokens * held_out / (1.0 - held_out))
+        chain, entropy_bits = markov_tokens(seed, train_tokens + held_out_tokens)
+        with atomic_folder(folder) as staging_folder:
+            content = _write_markov(staging_folder, (chain[:train_tokens], chain[train_tokens:]), shard_bytes)
+            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": entropy_bits})
     elif is_images(path_spec):
-        with making(folder) as place:
+        with atomic_folder(folder) as staging_folder:
             if path_spec == SHAPES:
-                train = SHAPES_IMAGES if tokens is None else max(1, tokens // image.record)
-                content = write_shapes(place, train, held_out, seed, image, shard_bytes)
+                train_images = SHAPES_IMAGES if tokens is None else max(1, tokens // image.record_bytes)
+                content = write_shapes(staging_folder, train_images, held_out, seed, image, shard_bytes)
             else:
-                content = write_records(place, path_spec, held_out, seed, image, shard_bytes)
-            write_manifest(place, {**content, **split, "entropy_bits": None})
+                content = write_records(staging_folder, path_spec, held_out, seed, image, shard_bytes)
+            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
     else:
         corpus = find_corpus(path_spec)
-        with making(folder) as place:
-            content = write_text(place, corpus, held_out, seed, shard_bytes)
-            write_manifest(place, {**content, **split, "entropy_bits": None})
+        with atomic_folder(folder) as staging_folder:
+            content = write_text(staging_folder, corpus, held_out, seed, shard_bytes)
+            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
     return read_info(folder)
 
 
-def _check_asked(path_spec: str, held_out: float, tokens: int | None, weights: str) -> None:
-    _check_weighed(path_spec, weights)
+def _check_arguments(path_spec: str, held_out: float, tokens: int | None, weights: str) -> None:
+    _check_weights(path_spec, weights)
     if not 0.0 <= held_out < 1.0:
         raise DataError(
             "the held-out fraction is not in [0, 1)",
@@ -113,14 +113,14 @@ def _check_asked(path_spec: str, held_out: float, tokens: int | None, weights: s
         )
 
 
-def _write_chain(
-    place: Path, parts: tuple[NDArray[np.uint8], ...], shard_bytes: int
+def _write_markov(
+    folder: Path, split_tokens: tuple[NDArray[np.uint8], ...], shard_bytes: int
 ) -> dict[str, Any]:
     splits = {}
-    for split, part in zip(SPLITS, parts, strict=True):
-        writer = ShardWriter(place, split, shard_bytes)
-        if part.size:
-            writer.add(part)
+    for split, tokens in zip(SPLITS, split_tokens, strict=True):
+        writer = ShardWriter(folder, split, shard_bytes)
+        if tokens.size:
+            writer.add(tokens)
             writer.end_document()
         splits[split] = asdict(writer.close())
     return {
@@ -134,7 +134,7 @@ def _write_chain(
     }
 
 
-def _check_weighed(path_spec: str, weights: str) -> None:
+def _check_weights(path_spec: str, weights: str) -> None:
     if weights and not is_mixture(path_spec):
         raise DataError(
             "weights are for a mixture: sources with semicolons between",
@@ -143,43 +143,43 @@ def _check_weighed(path_spec: str, weights: str) -> None:
         )
 
 
-def resolve(
+def check_sources(
     path_spec: str,
     model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
     weights: str = "",
 ) -> None:
     """Raise what `prepare` would raise about its sources, without reading them all through, and
     what `model` cannot learn from."""
-    _check_weighed(path_spec, weights)
+    _check_weights(path_spec, weights)
     if is_dataset(Path(path_spec)):
         check_images(read_info(Path(path_spec)), model)
     elif is_mixture(path_spec):
-        if model.classifies:
+        if model.is_classifier:
             raise text_refused(model, path_spec)
-        probe_mixture(path_spec, weights)
+        check_mixture(path_spec, weights)
     elif is_images(path_spec):
         if path_spec != SHAPES:
             find_records(path_spec, model.image)
-    elif model.classifies:
+    elif model.is_classifier:
         raise text_refused(model, path_spec)
     elif path_spec != MARKOV:
-        probe_corpus(path_spec)
+        check_corpus(path_spec)
 
 
-def check_length(info: DatasetInfo, sequence: int) -> None:
+def check_split_lengths(info: DatasetInfo, sequence: int) -> None:
     """DataError unless every split that was asked for holds one row of `sequence` tokens, and in a
     mixture each source's part of it."""
     names = [part.name for part in info.parts] or [info.name]
-    asked = {
+    split_tokens = {
         (split, name): sum(shard.tokens for shard in shards)
         for split in SPLITS
         if split == "train" or info.held_out > 0
-        for name, shards in zip(names, info.shards_of(split), strict=True)
+        for name, shards in zip(names, info.shards_by_source(split), strict=True)
     }
-    fits = min(asked.values()) - 1
-    for (split, name), tokens in asked.items():
+    max_sequence = min(split_tokens.values()) - 1
+    for (split, name), tokens in split_tokens.items():
         if tokens < sequence + 1:
-            more = "more text" if split == "train" else "more text, or data.held_out=0"
+            fix_text = "more text" if split == "train" else "more text, or data.held_out=0"
             raise DataError(
                 f"the {split} split is shorter than one row of data.sequence + 1 tokens",
                 values={
@@ -188,11 +188,11 @@ def check_length(info: DatasetInfo, sequence: int) -> None:
                     "data.held_out": info.held_out,
                     **({"source": name} if info.parts else {}),
                 },
-                fix=f"data.sequence={fits}" if fits >= 1 else more,
+                fix=f"data.sequence={max_sequence}" if max_sequence >= 1 else fix_text,
             )
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_dataset(folder: Path) -> dict[str, Any]:
     """Read all of a dataset against its checksums and its own rules; counts of what was read.
 
     DataError for the first fault, with the number of shards that have one.
@@ -208,10 +208,10 @@ def verify(folder: Path) -> dict[str, Any]:
             faults.append(fault)
     if faults:
         values = {**faults[0].values, "damaged_shards": len(faults), "shards": len(shards)}
-        raise DataError(faults[0].what, values=values, fix=faults[0].fix)
+        raise DataError(faults[0].message, values=values, fix=faults[0].fix)
     return {
         "shards": len(shards),
-        "blocks": sum(-(-shard.bytes // SUM_BLOCK_BYTES) for shard in shards),
+        "blocks": sum(-(-shard.bytes // CHECKSUM_BLOCK_BYTES) for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),
@@ -221,34 +221,34 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def _check_content(info: DatasetInfo, shard: Shard) -> None:
     """What checksums cannot see: a shard that was wrong when it was written."""
-    mapped = map_shard(info.folder / shard.file)
-    tokens, ends = mapped["tokens"], mapped["doc_ends"].astype(np.int64)
+    arrays = map_shard(info.folder / shard.file)
+    tokens, ends = arrays["tokens"], arrays["doc_ends"].astype(np.int64)
     if ends.size != shard.documents or (np.diff(ends) <= 0).any():
-        wrong = "its document ends are not in order or not as many as its documents"
+        problem = "its document ends are not in order or not as many as its documents"
     elif ends.size and not 0 < ends[0] <= ends[-1] <= tokens.size:
-        wrong = "its document ends lie outside its tokens"
+        problem = "its document ends lie outside its tokens"
     elif tokens.size != shard.tokens or (tokens.size and tokens.max() >= info.vocabulary):
-        wrong = "its tokens are not as many, or not in the vocabulary"
+        problem = "its tokens are not as many, or not in the vocabulary"
     elif info.end_of_document is not None and (tokens[ends - 1] != info.end_of_document).any():
-        wrong = "a document does not end with the token that ends documents"
+        problem = "a document does not end with the token that ends documents"
     else:
         return
     raise DataError(
-        f"a shard breaks the rules of its format: {wrong}",
+        f"a shard breaks the rules of its format: {problem}",
         values={"file": str(info.folder / shard.file)},
         fix="prepare the dataset again, into a new folder",
     )
 
 
-def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
+def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
     """What a person wants to know of a dataset: counts, its first document, how the order mixes."""
     info = read_info(folder)
-    source = open_dataset(folder, "train", verify=False)
-    start = source.slice(0, min(source.tokens, 200))
-    first = start.tobytes().split(b"\0")[0].decode("utf-8", "replace")
-    sequence = ImageSettings(**info.images).record if info.images else sequence
-    rows = source.rows(sequence)
-    order = source.order(info.seed, sequence, 1, 1) if rows else None
+    dataset = open_dataset(folder, "train", verify=False)
+    head_tokens = dataset.read_tokens(0, min(dataset.tokens, 200))
+    first_document = head_tokens.tobytes().split(b"\0")[0].decode("utf-8", "replace")
+    sequence = ImageSettings(**info.images).record_bytes if info.images else sequence
+    rows = dataset.rows(sequence)
+    order = dataset.sample_order(info.seed, sequence, 1, 1) if rows else None
     return {
         "name": info.name,
         "fingerprint": info.fingerprint,
@@ -269,23 +269,23 @@ def inspect(folder: Path, sequence: int = 256) -> dict[str, Any]:
             }
             for name, split in info.splits.items()
         },
-        **({"parts": _parts(info, sequence)} if info.parts else {}),
+        **({"parts": _describe_sources(info, sequence)} if info.parts else {}),
         "sequence": sequence,
         "sources": len(info.sources),
-        "changed_sources": changed_sources(info),
+        "changed_sources": list_changed_sources(info),
         "skipped": dict(info.skipped),
-        "first_document": first if info.tokenizer == "bytes" else start[:32].tolist(),
-        "mixing": asdict(mixing(order)) if order and not info.parts else None,
+        "first_document": first_document if info.tokenizer == "bytes" else head_tokens[:32].tolist(),
+        "mixing": asdict(measure_mixing(order)) if order and not info.parts else None,
     }
 
 
-def _parts(info: DatasetInfo, sequence: int) -> list[dict[str, Any]]:
+def _describe_sources(info: DatasetInfo, sequence: int) -> list[dict[str, Any]]:
     """Of each source of a mixture: its name, weight, share of what is drawn, and rows."""
-    whole, sizes = sum(part.weight for part in info.parts), info.rows_of_parts("train", sequence)
+    total_weight, row_counts = sum(part.weight for part in info.parts), info.rows_by_source("train", sequence)
     return [
         {
-            "name": part.name, "weight": part.weight, "share": round(part.weight / whole, 6),
+            "name": part.name, "weight": part.weight, "share": round(part.weight / total_weight, 6),
             "rows": rows,
         }
-        for part, rows in zip(info.parts, sizes, strict=True)
+        for part, rows in zip(info.parts, row_counts, strict=True)
     ]  # fmt: skip

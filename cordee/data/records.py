@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings, ModelSettings
-from cordee.data.builtin import SHAPES, raw_words
+from cordee.data.builtin import SHAPES, philox_words
 from cordee.data.manifest import SPLITS, DatasetInfo
 from cordee.data.shapes import shape_records
 from cordee.data.shards import ShardWriter
@@ -65,11 +65,11 @@ def find_records(path_spec: str, image: ImageSettings) -> list[RecordFile]:
                 values={"data.path": name},
                 fix=f"data.path={SHAPES}, or a file that is there",
             ) from error
-        count, left = divmod(status.st_size, image.record)
+        count, left = divmod(status.st_size, image.record_bytes)
         if left or not count or not stat.S_ISREG(status.st_mode):
             raise DataError(
                 "the file does not hold whole records of a label and its pixels",
-                values={"file": name, "bytes": status.st_size, "bytes of a record": image.record,
+                values={"file": name, "bytes": status.st_size, "bytes of a record": image.record_bytes,
                         "left over": left},
                 fix="model.image.side and model.image.channels as the file has them",
             )  # fmt: skip
@@ -110,7 +110,7 @@ def write_records(
             fix="data.held_out=0, or more records",
         )
     held = np.zeros(count, dtype=np.bool_)
-    held[np.argsort(raw_words(seed, 0, count), kind="stable")[:aside]] = True
+    held[np.argsort(philox_words(seed, 0, count), kind="stable")[:aside]] = True
     sources = [
         {"path": str(f.path.absolute()), "bytes": f.bytes, "mtime_ns": f.mtime_ns} for f in files
     ]
@@ -122,7 +122,7 @@ def write_records(
 def check_images(info: DatasetInfo, model: ModelSettings) -> None:
     """DataError when `model` is a classifier and `info` does not hold the images that it reads."""
     wanted = asdict(model.image)
-    if not model.classifies or info.images == wanted:
+    if not model.is_classifier or info.images == wanted:
         return
     if info.images is None:
         raise text_refused(model, str(info.folder))
@@ -130,7 +130,7 @@ def check_images(info: DatasetInfo, model: ModelSettings) -> None:
     raise DataError(
         "the dataset holds other images than the classifier reads",
         values={"data": dict(info.images), "model.image": wanted},
-        fix=f"{given} data.sequence={ImageSettings(**info.images).record}",
+        fix=f"{given} data.sequence={ImageSettings(**info.images).record_bytes}",
     )
 
 
@@ -146,7 +146,7 @@ def text_refused(model: ModelSettings, path_spec: str) -> DataError:
 def _read(
     files: list[RecordFile], held: NDArray[np.bool_], image: ImageSettings
 ) -> Iterator[Piece]:
-    size = image.record
+    size = image.record_bytes
     at_once = max(1, _READ_BYTES // size)
     before = 0
     for file in files:

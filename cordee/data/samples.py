@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cordee.data.manifest import DatasetInfo
-from cordee.data.order import Order
+from cordee.data.order import SampleOrder
 from cordee.errors import DataError
-from cordee.model.initial import seeded
+from cordee.model.initial import seeded_rng
 
 Batch = tuple[Tensor, ...]
 
 
-class Samples(Protocol):
+class MapDataset(Protocol):
     """What a caller may bring as data (torch.utils.data.Dataset is one)."""
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Samples(Protocol):
 class SampleLoader:
     """Gives the engine its microbatches."""
 
-    def __init__(self, samples: Samples, order: Order) -> None:
+    def __init__(self, samples: MapDataset, order: SampleOrder) -> None:
         self._samples = samples
         self._order = order
 
@@ -53,32 +53,32 @@ class SampleLoader:
 
     def microbatch(self, step: int, index: int) -> Batch:
         """The samples of a microbatch, each field stacked [rows, ...]."""
-        with drawing("train", self._order.seed, step, index):
-            return stack(self._samples, self.ids(step, index).tolist())
+        with fixed_random_state("train", self._order.seed, step, index):
+            return stack_samples(self._samples, self.ids(step, index).tolist())
 
     def ids(self, step: int, index: int) -> NDArray[np.int64]:
         """Ids of the samples of a microbatch."""
-        return self._order.rows_of(step, index)
+        return self._order.microbatch_row_ids(step, index)
 
 
 @contextmanager
-def drawing(*key: object) -> Iterator[None]:
+def fixed_random_state(*key: object) -> Iterator[None]:
     """Inside, the generators of torch (on the CPU), numpy and random are a function of `key`, so
     that samples that draw are the same on any rank and after a restart; outside, they go on."""
     text = " ".join(map(str, ("samples", *key))).encode()
-    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    plain, legacy = random.getstate(), np.random.get_state()
-    random.seed(number)
-    np.random.seed(number % 2**32)
+    seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
-        with seeded(number >> 1, torch.device("cpu")):
+        with seeded_rng(seed >> 1, torch.device("cpu")):
             yield
     finally:
-        random.setstate(plain)
-        np.random.set_state(legacy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
-def stack(samples: Samples, ids: Sequence[int]) -> Batch:
+def stack_samples(samples: MapDataset, ids: Sequence[int]) -> Batch:
     """Samples `ids`, each field stacked; DataError when they do not fit together."""
     items = [samples[i] for i in ids]
     rows = [item if isinstance(item, tuple | list) else (item,) for item in items]
@@ -95,16 +95,16 @@ def stack(samples: Samples, ids: Sequence[int]) -> Batch:
         ) from error
 
 
-def batches(samples: Samples, rows: int, count: int) -> Iterator[Batch]:
+def sample_batches(samples: MapDataset, rows: int, count: int) -> Iterator[Batch]:
     """At most `count` batches of `rows` samples in their own order; the last may be shorter."""
     stop = min(len(samples), rows * count)
     for first in range(0, stop, rows):
-        with drawing("held out", first):
-            batch = stack(samples, range(first, min(first + rows, stop)))
+        with fixed_random_state("held out", first):
+            batch = stack_samples(samples, range(first, min(first + rows, stop)))
         yield batch
 
 
-def describe_samples(samples: Samples, seed: int) -> DatasetInfo:
+def describe_samples(samples: MapDataset, seed: int) -> DatasetInfo:
     """What a run keeps of a data set that it cannot copy: its length, and some samples' bits.
 
     DataError when there are no samples, or one is another when it is read again: the run could
@@ -113,16 +113,16 @@ def describe_samples(samples: Samples, seed: int) -> DatasetInfo:
     if not len(samples):
         raise DataError("the data has no samples", values={"data": type(samples).__name__})
     digest = xxhash.xxh3_128(str(len(samples)).encode())
-    for place in sorted({0, len(samples) // 2, len(samples) - 1}):
-        bits, again = _bits(samples, place, seed), _bits(samples, place, seed)
-        if bits != again:
+    for index in sorted({0, len(samples) // 2, len(samples) - 1}):
+        first_read, second_read = _sample_bytes(samples, index, seed), _sample_bytes(samples, index, seed)
+        if first_read != second_read:
             raise DataError(
                 "a sample is another one when it is read again: what does it draw from?",
-                values={"data": type(samples).__name__, "sample": place},
+                values={"data": type(samples).__name__, "sample": index},
                 fix="torch.rand, numpy.random or random.random without a generator of your own:"
                 " these follow from the seed, the step and the microbatch",
             )
-        digest.update(bits)
+        digest.update(first_read)
     return DatasetInfo(
         folder=Path(), name=type(samples).__name__, vocabulary=2, dtype="", tokenizer="none",
         bytes_per_token=1.0, entropy_bits=None, end_of_document=None, held_out=0.0, seed=seed,
@@ -130,12 +130,12 @@ def describe_samples(samples: Samples, seed: int) -> DatasetInfo:
     )  # fmt: skip
 
 
-def _bits(samples: Samples, place: int, seed: int) -> bytes:
+def _sample_bytes(samples: MapDataset, index: int, seed: int) -> bytes:
     """A sample as bytes: shapes, types and elements."""
-    with drawing("described", seed, place):
-        fields = stack(samples, [place])
-    found = []
+    with fixed_random_state("described", seed, index):
+        fields = stack_samples(samples, [index])
+    chunks = []
     for field in fields:
-        plain = field.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        found += [f"{tuple(field.shape)} {field.dtype}".encode(), plain.numpy().tobytes()]
-    return b"".join(found)
+        raw_bytes = field.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        chunks += [f"{tuple(field.shape)} {field.dtype}".encode(), raw_bytes.numpy().tobytes()]
+    return b"".join(chunks)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings
-from cordee.data.builtin import SHAPES, raw_words
+from cordee.data.builtin import SHAPES, philox_words
 from cordee.errors import DataError
 
 SHAPES_IMAGES = 20_000
@@ -72,10 +72,10 @@ def shape_records(seed: int, count: int, image: ImageSettings) -> NDArray[np.uin
             f" model.image.side={max(image.side, LEAST_SIDE)}",
         )
     # Three counters far apart: what is drawn, in which colours, and the noise over it.
-    drawn = raw_words(seed, 0, 5 * count).reshape(5, count)
-    colours = raw_words(seed, 1, 2 * count * image.channels).reshape(2, count, image.channels)
-    noise = raw_words(seed, 2, -(-count * image.pixels // 8)).view(np.uint8)
-    out = np.empty((count, image.record), dtype=np.uint8)
+    drawn = philox_words(seed, 0, 5 * count).reshape(5, count)
+    colours = philox_words(seed, 1, 2 * count * image.channels).reshape(2, count, image.channels)
+    noise = philox_words(seed, 2, -(-count * image.pixel_bytes // 8)).view(np.uint8)
+    out = np.empty((count, image.record_bytes), dtype=np.uint8)
     out[:, 0] = _below(drawn[0], image.classes)
     area = image.side**2
     for start in range(0, count, _PIECE):
@@ -84,9 +84,9 @@ def shape_records(seed: int, count: int, image: ImageSettings) -> NDArray[np.uin
         ground = 30 + _below(colours[0, part], 196)[:, :, None]
         contrast = 70 + _below(colours[1, part], 58)[:, :, None]
         pixels = ground + np.where(ground < 128, contrast, -contrast) * covered // 4
-        grain = noise[part.start * image.pixels : part.stop * image.pixels] >> 3
+        grain = noise[part.start * image.pixel_bytes : part.stop * image.pixel_bytes] >> 3
         pixels += grain.reshape(-1, image.channels, area).astype(np.int64) - 16
-        out[part, 1:] = pixels.clip(0, 255).reshape(-1, image.pixels)
+        out[part, 1:] = pixels.clip(0, 255).reshape(-1, image.pixel_bytes)
     return out
 
 

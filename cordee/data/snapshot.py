@@ -18,25 +18,25 @@ from typing import Any, Literal
 import xxhash
 
 from cordee.config.run import Run
-from cordee.data.builtin import BUILTINS, listed_files
+from cordee.data.builtin import BUILTINS, list_files
 from cordee.data.manifest import FORMAT, MANIFEST, DatasetInfo, is_dataset, read_info
-from cordee.data.mixed import is_mixture, sources_of
-from cordee.data.prepare import check_length, prepare
+from cordee.data.mixed import is_mixture, split_sources
+from cordee.data.prepare import check_split_lengths, prepare
 from cordee.data.records import RECORDS, check_images, is_images
-from cordee.data.shards import making
-from cordee.data.source import sync
+from cordee.data.shards import atomic_folder
+from cordee.data.source import fsync_path
 
-MARKER = "snapshot.json"
+MARKER_FILE = "snapshot.json"
 MARKER_FORMAT = "cordee-snapshot-1"
-_LIMIT_BYTES = 64 << 20
+_MAX_MARKER_BYTES = 64 << 20
 
-State = Literal["free", "same", "own", "other"]
+SnapshotState = Literal["free", "same", "own", "other"]
 """Of the place of a snapshot: nothing is there; what is asked for; another snapshot that was made
 there, untouched; or something else, which is nobody's to remove."""
 
 
 @dataclass(frozen=True)
-class Marker:
+class SnapshotMarker:
     """What `snapshot.json` says: the `request`, a digest of the `sources` as they were then, the
     `files` with their bytes, and the folder itself: its `path` and its `inode`."""
 
@@ -47,12 +47,12 @@ class Marker:
     inode: int
 
 
-def request_of(run: Run) -> dict[str, Any]:
+def make_request(run: Run) -> dict[str, Any]:
     """What of a run decides its snapshot, with absolute paths."""
     data, path = run.data, run.data.path
     return {
         "format": FORMAT,
-        "path": [os.path.abspath(p) if p not in BUILTINS else p for p in _paths(path)],
+        "path": [os.path.abspath(p) if p not in BUILTINS else p for p in _split_paths(path)],
         "kind": "mixture" if is_mixture(path) else "images" if is_images(path) else "text",
         "weights": data.weights,
         "tokens": data.tokens,
@@ -62,138 +62,138 @@ def request_of(run: Run) -> dict[str, Any]:
     }
 
 
-def state_of(place: Path, run: Run) -> State:
+def classify_snapshot(snapshot_folder: Path, run: Run) -> SnapshotState:
     """What lies in the place of the run's snapshot."""
-    if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
+    if not os.path.lexists(snapshot_folder) or (snapshot_folder.is_dir() and not any(snapshot_folder.iterdir())):
         return "free"
-    marker = read_marker(place)
-    if marker is None or not _is_own(place, marker):
+    marker = read_marker(snapshot_folder)
+    if marker is None or not _is_unmodified(snapshot_folder, marker):
         return "other"
-    same = marker.request == request_of(run) and marker.sources == _stamp(run.data.path)
-    return "same" if same and is_dataset(place) else "own"
+    is_same = marker.request == make_request(run) and marker.sources == _digest_sources(run.data.path)
+    return "same" if is_same and is_dataset(snapshot_folder) else "own"
 
 
-def is_of(place: Path, run: Run) -> bool:
+def matches_request(snapshot_folder: Path, run: Run) -> bool:
     """Whether a snapshot of what the run asks for lies in `place`, be its sources as they may."""
-    marker = read_marker(place)
-    return marker is not None and is_dataset(place) and marker.request == request_of(run)
+    marker = read_marker(snapshot_folder)
+    return marker is not None and is_dataset(snapshot_folder) and marker.request == make_request(run)
 
 
-def make(run: Run, place: Path) -> DatasetInfo:
+def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
     """Makes the run's snapshot in `place`, or nothing; a former one of its own there is replaced
     once the new one is whole. DataError as `prepare`, and when the run cannot use it."""
     data, image = run.data, run.model.image
-    tokens, stamp = data.tokens or None, _stamp(data.path)
-    with making(place) as folder:
-        inner = folder / "dataset"
+    tokens, source_digest = data.tokens or None, _digest_sources(data.path)
+    with atomic_folder(snapshot_folder) as staging_folder:
+        dataset_folder = staging_folder / "dataset"
         prepare(
-            data.path, inner, data.held_out, run.run.seed, tokens, image=image, weights=data.weights
+            data.path, dataset_folder, data.held_out, run.run.seed, tokens, image=image, weights=data.weights
         )
-        info = read_info(inner)
+        info = read_info(dataset_folder)
         check_images(info, run.model)
-        check_length(info, data.sequence)
-        for entry in list(inner.iterdir()):
-            os.rename(entry, folder / entry.name)
-        inner.rmdir()
-        files = {name: (folder / name).stat().st_size for name in _files(folder)}
-        inode = os.stat(folder).st_ino
-        marker = Marker(request_of(run), stamp, files, _path_of(place), inode)
-        _write_marker(folder, marker)
-        remove(place)
-    return read_info(place)
+        check_split_lengths(info, data.sequence)
+        for entry in list(dataset_folder.iterdir()):
+            os.rename(entry, staging_folder / entry.name)
+        dataset_folder.rmdir()
+        files = {name: (staging_folder / name).stat().st_size for name in _list_files(staging_folder)}
+        inode = os.stat(staging_folder).st_ino
+        marker = SnapshotMarker(make_request(run), source_digest, files, _real_path(snapshot_folder), inode)
+        _write_marker(staging_folder, marker)
+        remove_snapshot(snapshot_folder)
+    return read_info(snapshot_folder)
 
 
-def remove(place: Path) -> None:
+def remove_snapshot(snapshot_folder: Path) -> None:
     """Removes the snapshot in `place`, file by file as its marker lists them; nothing when it is
     not one that was made there and left as it was. OSError: the disk refuses."""
-    marker = read_marker(place)
-    if marker is None or not _is_own(place, marker):
+    marker = read_marker(snapshot_folder)
+    if marker is None or not _is_unmodified(snapshot_folder, marker):
         return
-    place = Path(os.path.realpath(place))
+    snapshot_folder = Path(os.path.realpath(snapshot_folder))
     # The manifest first: half a dataset is none. The marker last: the rest is still known by it.
     for name in sorted(marker.files, key=lambda name: name != MANIFEST):
-        (place / name).unlink(missing_ok=True)
+        (snapshot_folder / name).unlink(missing_ok=True)
     for folder in {Path(name).parent for name in marker.files} - {Path()}:
         with suppress(FileNotFoundError):
-            (place / folder).rmdir()
-    (place / MARKER).unlink()
-    place.rmdir()
+            (snapshot_folder / folder).rmdir()
+    (snapshot_folder / MARKER_FILE).unlink()
+    snapshot_folder.rmdir()
 
 
-def read_marker(place: Path) -> Marker | None:
+def read_marker(snapshot_folder: Path) -> SnapshotMarker | None:
     """The marker in a folder; None when there is none, or it is not as it was written."""
-    path = place / MARKER
+    path = snapshot_folder / MARKER_FILE
     try:
-        if not path.is_file() or path.stat().st_size > _LIMIT_BYTES:
+        if not path.is_file() or path.stat().st_size > _MAX_MARKER_BYTES:
             return None
-        plain = json.loads(path.read_bytes())
-        digest = plain.pop("digest")
-        if plain.pop("format") == MARKER_FORMAT and digest == _digest(plain):
-            return Marker(**plain)
+        content = json.loads(path.read_bytes())
+        digest = content.pop("digest")
+        if content.pop("format") == MARKER_FORMAT and digest == _marker_digest(content):
+            return SnapshotMarker(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return None
 
 
-def _write_marker(folder: Path, marker: Marker) -> None:
-    plain = asdict(marker)
-    content = {"format": MARKER_FORMAT, "digest": _digest(plain), **plain}
-    (folder / MARKER).write_text(json.dumps(content, indent=1), encoding="ascii")
-    sync(folder / MARKER)
+def _write_marker(folder: Path, marker: SnapshotMarker) -> None:
+    fields = asdict(marker)
+    content = {"format": MARKER_FORMAT, "digest": _marker_digest(fields), **fields}
+    (folder / MARKER_FILE).write_text(json.dumps(content, indent=1), encoding="ascii")
+    fsync_path(folder / MARKER_FILE)
 
 
-def _digest(plain: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
+def _marker_digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _is_own(place: Path, marker: Marker) -> bool:
+def _is_unmodified(snapshot_folder: Path, marker: SnapshotMarker) -> bool:
     """Whether the folder is the very one that the marker was written in (not a copy, not one that
     was moved to where it does not belong), with no file but those, each of its size."""
     try:
-        here = (_path_of(place), os.stat(place).st_ino)
+        identity = (_real_path(snapshot_folder), os.stat(snapshot_folder).st_ino)
         # A removal that was cut short leaves folders without files.
-        names = set(_files(place)) - {MARKER, *(str(Path(name).parent) for name in marker.files)}
+        names = set(_list_files(snapshot_folder)) - {MARKER_FILE, *(str(Path(name).parent) for name in marker.files)}
         return (
-            here == (marker.path, marker.inode)
+            identity == (marker.path, marker.inode)
             and names <= marker.files.keys()
-            and all((place / name).lstat().st_size == marker.files[name] for name in names)
+            and all((snapshot_folder / name).lstat().st_size == marker.files[name] for name in names)
         )
     except OSError:
         return False
 
 
-def _path_of(place: Path) -> str:
+def _real_path(snapshot_folder: Path) -> str:
     """Where a place is, whatever links lead to it. One that is a link itself is where that lies:
     another run's snapshot is not this run's for being linked."""
-    return os.path.join(os.path.realpath(place.parent), place.name)
+    return os.path.join(os.path.realpath(snapshot_folder.parent), snapshot_folder.name)
 
 
-def _files(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     """Everything below a folder that is no folder of its own, and empty folders' names; relative.
     Links are not followed."""
     names = []
-    for here, folders, files in os.walk(folder):
-        linked = [name for name in folders if os.path.islink(os.path.join(here, name))]
-        empty = ["."] if not folders and not files and Path(here) != folder else []
-        names += [os.path.relpath(os.path.join(here, n), folder) for n in [*files, *linked, *empty]]
+    for parent, folders, files in os.walk(folder):
+        link_names = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        empty_names = ["."] if not folders and not files and Path(parent) != folder else []
+        names += [os.path.relpath(os.path.join(parent, n), folder) for n in [*files, *link_names, *empty_names]]
     return names
 
 
-def _stamp(path_spec: str) -> str:
+def _digest_sources(path_spec: str) -> str:
     """A digest of the sources as they are now: names, sizes and times of all files."""
     rows: list[list[Any]] = []
-    for path in _paths(path_spec) if is_mixture(path_spec) else [path_spec]:
+    for path in _split_paths(path_spec) if is_mixture(path_spec) else [path_spec]:
         if is_dataset(Path(path)):
             files = [Path(path) / MANIFEST]
         elif is_images(path_spec):
-            files = [Path(name) for name in _paths(path_spec) if name not in BUILTINS]
+            files = [Path(name) for name in _split_paths(path_spec) if name not in BUILTINS]
         else:
-            files = listed_files(path)
-        rows += map(_status_of, files)
+            files = list_files(path)
+        rows += map(_file_status, files)
     return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
 
 
-def _status_of(file: Path) -> list[Any]:
+def _file_status(file: Path) -> list[Any]:
     try:
         status = file.stat()
     except OSError:
@@ -201,10 +201,10 @@ def _status_of(file: Path) -> list[Any]:
     return [str(file.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _paths(path_spec: str) -> list[str]:
+def _split_paths(path_spec: str) -> list[str]:
     """The paths in a data.path, in order."""
     if is_mixture(path_spec):
-        return sources_of(path_spec)
+        return split_sources(path_spec)
     if os.path.exists(path_spec):
         return [path_spec]
     return [word.strip() for word in path_spec.removeprefix(RECORDS).split(",") if word.strip()]

@@ -19,49 +19,49 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cordee.data.manifest import SPLITS, Shard, read_info, rows_in
-from cordee.data.mixture import Mixture
-from cordee.data.order import Order
+from cordee.data.manifest import SPLITS, Shard, read_info, count_rows
+from cordee.data.mixture import MixtureOrder
+from cordee.data.order import SampleOrder
 from cordee.errors import DataError
 
-SUM_BLOCK_BYTES = 4 << 20
+CHECKSUM_BLOCK_BYTES = 4 << 20
 _DTYPES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
-_Tokens = NDArray[Any]
+_TokenArray = NDArray[Any]
 
 
-def write_sums(path: Path) -> str:
+def write_checksums(path: Path) -> str:
     """Sync and hash a finished shard: write `<shard>.sums` (xxh3-64 a block), return xxh3-128."""
-    blocks, whole = _hash_blocks(path)
-    sums = {"block_bytes": SUM_BLOCK_BYTES, "xxh3_64": blocks}
-    _sums_path(path).write_text(json.dumps(sums), encoding="ascii")
-    sync(_sums_path(path))
-    sync(path)
-    return whole
+    block_digests, file_digest = _hash_blocks(path)
+    sums = {"block_bytes": CHECKSUM_BLOCK_BYTES, "xxh3_64": block_digests}
+    _checksum_path(path).write_text(json.dumps(sums), encoding="ascii")
+    fsync_path(_checksum_path(path))
+    fsync_path(path)
+    return file_digest
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def damaged_blocks(path: Path, shard: Shard) -> list[int]:
+def find_damaged_blocks(path: Path, shard: Shard) -> list[int]:
     """Numbers of the 4 MiB blocks of a shard that are not what was written; [] when all are well.
 
     The blocks are held against `.sums`, the whole file against `dataset.json`. DataError names the
     file when it is missing, cut or lengthened, or when `.sums` itself is what was damaged.
     """
     try:
-        sums = json.loads(_sums_path(path).read_bytes())
-        recorded = list(sums["xxh3_64"])
-        if sums["block_bytes"] != SUM_BLOCK_BYTES:
+        sums = json.loads(_checksum_path(path).read_bytes())
+        expected_digests = list(sums["xxh3_64"])
+        if sums["block_bytes"] != CHECKSUM_BLOCK_BYTES:
             raise ValueError("another block size")
         size = os.stat(path).st_size
-        blocks, whole = _hash_blocks(path)
+        block_digests, file_digest = _hash_blocks(path)
     except OSError as error:
         raise DataError(
             f"a shard cannot be read: {error.strerror}",
@@ -69,67 +69,67 @@ def damaged_blocks(path: Path, shard: Shard) -> list[int]:
             fix="prepare the dataset again, or copy the file from a good one",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise _bad_sums(path) from error
+        raise _checksum_error(path) from error
     if size != shard.bytes:
         raise DataError(
             "a shard has another length than when it was written",
             values={
                 "file": str(path),
-                "block": min(size, shard.bytes) // SUM_BLOCK_BYTES,
+                "block": min(size, shard.bytes) // CHECKSUM_BLOCK_BYTES,
                 "bytes": size,
                 "written_bytes": shard.bytes,
             },
             fix="prepare the dataset again, or copy the file from a good one",
         )
-    if whole == shard.xxh3_128 and recorded != blocks:
-        raise _bad_sums(path)
-    bad = [
-        number for number, digest in enumerate(blocks) if recorded[number : number + 1] != [digest]
+    if file_digest == shard.xxh3_128 and expected_digests != block_digests:
+        raise _checksum_error(path)
+    bad_blocks = [
+        number for number, digest in enumerate(block_digests) if expected_digests[number : number + 1] != [digest]
     ]
     # Both damaged, such that every block fits its sum: the file is at fault, the place unknown.
-    return bad if bad or whole == shard.xxh3_128 else list(range(len(blocks)))
+    return bad_blocks if bad_blocks or file_digest == shard.xxh3_128 else list(range(len(block_digests)))
 
 
 def check_shard(path: Path, shard: Shard) -> None:
     """DataError that names file and block unless every byte of the shard is what was written."""
-    bad = damaged_blocks(path, shard)
-    if bad:
-        first = bad[0] * SUM_BLOCK_BYTES
+    bad_blocks = find_damaged_blocks(path, shard)
+    if bad_blocks:
+        first_byte = bad_blocks[0] * CHECKSUM_BLOCK_BYTES
         raise DataError(
             "a shard is damaged: a block does not match its checksum",
             values={
                 "file": str(path),
-                "block": bad[0],
-                "bytes": f"{first}..{min(first + SUM_BLOCK_BYTES, shard.bytes)}",
-                "damaged_blocks": len(bad),
+                "block": bad_blocks[0],
+                "bytes": f"{first_byte}..{min(first_byte + CHECKSUM_BLOCK_BYTES, shard.bytes)}",
+                "damaged_blocks": len(bad_blocks),
             },
             fix="prepare the dataset again, or copy the file from a good one",
         )
 
 
-def _bad_sums(path: Path) -> DataError:
+def _checksum_error(path: Path) -> DataError:
     return DataError(
         "the list of checksums of a shard is damaged",
-        values={"file": str(_sums_path(path))},
+        values={"file": str(_checksum_path(path))},
         fix="prepare the dataset again, or copy the file from a good one",
     )
 
 
-def _sums_path(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sums")
 
 
 def _hash_blocks(path: Path) -> tuple[list[str], str]:
-    whole = xxhash.xxh3_128()
-    blocks = []
+    file_hash = xxhash.xxh3_128()
+    block_digests = []
     with open(path, "rb") as file:
-        while block := file.read(SUM_BLOCK_BYTES):
-            blocks.append(xxhash.xxh3_64_hexdigest(block))
-            whole.update(block)
-    return blocks, whole.hexdigest()
+        while block := file.read(CHECKSUM_BLOCK_BYTES):
+            block_digests.append(xxhash.xxh3_64_hexdigest(block))
+            file_hash.update(block)
+    return block_digests, file_hash.hexdigest()
 
 
-def map_shard(path: Path) -> dict[str, _Tokens]:
+def map_shard(path: Path) -> dict[str, _TokenArray]:
     """The tensors of a shard as read-only memory maps, by name.
 
     The header is read here because the library's reader copies what it returns, and a dataset
@@ -137,19 +137,19 @@ def map_shard(path: Path) -> dict[str, _Tokens]:
     """
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, SUM_BLOCK_BYTES)))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(header_bytes, CHECKSUM_BLOCK_BYTES)))
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             dtype = np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")
             shape = tuple(entry["shape"])
-            start = 8 + length + entry["data_offsets"][0]
+            start = 8 + header_bytes + entry["data_offsets"][0]
             if math.prod(shape):
                 # A plain array over the map: the memmap class costs time on every index.
-                mapped = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
-                tensors[name] = np.asarray(mapped)
+                memory_map = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+                tensors[name] = np.asarray(memory_map)
             else:
                 tensors[name] = np.empty(shape, dtype=dtype)
         if not {"tokens", "doc_ends"} <= tensors.keys():
@@ -163,7 +163,7 @@ def map_shard(path: Path) -> dict[str, _Tokens]:
     return tensors
 
 
-class TokenSource:
+class TokenDataset:
     """The tokens of one split over any number of shards, as windows of `sequence` + 1 tokens.
 
     Open it with `open_dataset`. Row i of length L is tokens [i*L, i*L + L + 1) of the split's
@@ -173,79 +173,79 @@ class TokenSource:
     """
 
     def __init__(
-        self, parts: list[_Tokens], dtype: str, mixed: Sequence[tuple[int, int]] = ()
+        self, shard_tokens: list[_TokenArray], dtype: str, mixture_sources: Sequence[tuple[int, int]] = ()
     ) -> None:
         """`mixed`: the weight and the tokens of each source of a mixture, in the stream's order."""
         self.dtype = np.dtype(dtype)
-        self._mixed = tuple(mixed)
-        self._parts = parts
+        self._mixture_sources = tuple(mixture_sources)
+        self._shard_tokens = shard_tokens
         # starts[k] is the first token of part k; one more entry closes the last part.
-        self._starts = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
-        self.tokens = int(self._starts[-1])
-        self._windows = lru_cache(maxsize=64)(self._windows_of)
+        self._shard_starts = np.cumsum([0, *(part.size for part in shard_tokens)], dtype=np.int64)
+        self.tokens = int(self._shard_starts[-1])
+        self._windows = lru_cache(maxsize=64)(self._make_windows)
 
     def rows(self, sequence: int) -> int:
         """How many rows of `sequence` tokens (and one target more) there are; 0 if too short."""
-        return sum(rows_in(tokens, sequence) for tokens in self._sources)
+        return sum(count_rows(tokens, sequence) for tokens in self._source_tokens)
 
-    def order(self, seed: int, sequence: int, microbatch_rows: int, microbatches: int) -> Order:
+    def sample_order(self, seed: int, sequence: int, microbatch_rows: int, microbatches: int) -> SampleOrder:
         """The global order of its rows. DataError: a source of a mixture has none."""
-        mixture = self.mixture(seed, sequence)
-        return Order(seed, self.rows(sequence), microbatch_rows, microbatches, mixture)
+        mixture = self.mixture_order(seed, sequence)
+        return SampleOrder(seed, self.rows(sequence), microbatch_rows, microbatches, mixture)
 
-    def mixture(self, seed: int, sequence: int) -> Mixture | None:
+    def mixture_order(self, seed: int, sequence: int) -> MixtureOrder | None:
         """How sources take turns, if there are several. DataError: one has no row."""
-        rows = tuple(rows_in(tokens, sequence) for tokens in self._sources)
-        weights = tuple(weight for weight, _ in self._mixed)
-        return Mixture(seed, rows, weights) if weights else None
+        rows = tuple(count_rows(tokens, sequence) for tokens in self._source_tokens)
+        weights = tuple(weight for weight, _ in self._mixture_sources)
+        return MixtureOrder(seed, rows, weights) if weights else None
 
     @property
-    def _sources(self) -> list[int]:
+    def _source_tokens(self) -> list[int]:
         """Tokens of each source."""
-        return [tokens for _, tokens in self._mixed] or [self.tokens]
+        return [tokens for _, tokens in self._mixture_sources] or [self.tokens]
 
-    def gather(self, row_ids: NDArray[np.int64], sequence: int) -> _Tokens:
+    def gather(self, row_ids: NDArray[np.int64], sequence: int) -> _TokenArray:
         """Rows by id, (n, sequence + 1) in the native dtype. IndexError for ids too large."""
-        begins = row_ids * sequence
-        if self._mixed:
-            sources = np.array(self._sources)
-            first_rows = np.cumsum([0, *(rows_in(tokens, sequence) for tokens in sources)])
-            source = np.searchsorted(first_rows[1:], row_ids, side="right")
-            first_tokens = np.cumsum([0, *sources])
-            begins += first_tokens[source] - first_rows[source] * sequence
-        if len(self._parts) == 1 and sequence < self.tokens:
-            return self._windows(0, sequence + 1)[begins]
-        return self._gather_parts(begins, sequence + 1)
+        starts = row_ids * sequence
+        if self._mixture_sources:
+            source_tokens = np.array(self._source_tokens)
+            first_rows = np.cumsum([0, *(count_rows(tokens, sequence) for tokens in source_tokens)])
+            source_index = np.searchsorted(first_rows[1:], row_ids, side="right")
+            first_tokens = np.cumsum([0, *source_tokens])
+            starts += first_tokens[source_index] - first_rows[source_index] * sequence
+        if len(self._shard_tokens) == 1 and sequence < self.tokens:
+            return self._windows(0, sequence + 1)[starts]
+        return self._gather_shards(starts, sequence + 1)
 
-    def _windows_of(self, part: int, width: int) -> _Tokens:
+    def _make_windows(self, shard_index: int, width: int) -> _TokenArray:
         """All windows of a part at stride one, a view. One indexed copy then gathers n of them."""
-        return np.lib.stride_tricks.sliding_window_view(self._parts[part], width)
+        return np.lib.stride_tricks.sliding_window_view(self._shard_tokens[shard_index], width)
 
-    def _gather_parts(self, begins: NDArray[np.int64], width: int) -> _Tokens:
-        if begins.size and not 0 <= begins.min() <= begins.max() <= self.tokens - width:
-            raise IndexError(f"a row out of range: {begins.max() // max(1, width - 1)}")
-        out = np.empty((begins.size, width), dtype=self.dtype)
-        first = np.searchsorted(self._starts, begins, side="right") - 1
-        last = np.searchsorted(self._starts, begins + width - 1, side="right") - 1
-        whole = first == last
-        for part in np.unique(first[whole]).tolist():
-            here = whole & (first == part)
-            out[here] = self._windows(part, width)[begins[here] - self._starts[part]]
-        for row in np.flatnonzero(~whole).tolist():
-            out[row] = self.slice(int(begins[row]), int(begins[row]) + width)
+    def _gather_shards(self, starts: NDArray[np.int64], width: int) -> _TokenArray:
+        if starts.size and not 0 <= starts.min() <= starts.max() <= self.tokens - width:
+            raise IndexError(f"a row out of range: {starts.max() // max(1, width - 1)}")
+        out = np.empty((starts.size, width), dtype=self.dtype)
+        first_shard = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        last_shard = np.searchsorted(self._shard_starts, starts + width - 1, side="right") - 1
+        in_one_shard = first_shard == last_shard
+        for shard_index in np.unique(first_shard[in_one_shard]).tolist():
+            mask = in_one_shard & (first_shard == shard_index)
+            out[mask] = self._windows(shard_index, width)[starts[mask] - self._shard_starts[shard_index]]
+        for row in np.flatnonzero(~in_one_shard).tolist():
+            out[row] = self.read_tokens(int(starts[row]), int(starts[row]) + width)
         return out
 
-    def slice(self, start: int, stop: int) -> _Tokens:
+    def read_tokens(self, start: int, stop: int) -> _TokenArray:
         """Tokens [start, stop) of the stream, across shards; the obvious version of `gather`."""
-        pieces = [np.empty(0, dtype=self.dtype)]
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while part < len(self._parts) and (begin := int(self._starts[part])) < stop:
-            pieces.append(self._parts[part][max(0, start - begin) : stop - begin])
-            part += 1
-        return np.concatenate(pieces)
+        arrays = [np.empty(0, dtype=self.dtype)]
+        shard_index = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        while shard_index < len(self._shard_tokens) and (shard_start := int(self._shard_starts[shard_index])) < stop:
+            arrays.append(self._shard_tokens[shard_index][max(0, start - shard_start) : stop - shard_start])
+            shard_index += 1
+        return np.concatenate(arrays)
 
 
-def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenSource:
+def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenDataset:
     """Map a split of a dataset folder. With `verify`, every block is held against its checksum.
 
     DataError names the file and block that is damaged, or a split that does not exist.
@@ -253,7 +253,7 @@ def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenSource:
     info = read_info(folder)
     if split not in SPLITS:
         raise DataError("no such split", values={"split": split}, fix=f"one of {SPLITS}")
-    parts = []
+    shard_tokens = []
     for shard in info.splits[split].shards:
         path = info.folder / shard.file
         if verify:
@@ -265,7 +265,7 @@ def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenSource:
                 values={"file": str(path), "tokens": tokens.size, "expected": shard.tokens},
                 fix="prepare the dataset again, into a new folder",
             )
-        parts.append(tokens)
-    sizes = [sum(shard.tokens for shard in shards) for shards in info.shards_of(split)]
-    mixed = [(part.weight, size) for part, size in zip(info.parts, sizes, strict=False)]
-    return TokenSource(parts, info.dtype, mixed)
+        shard_tokens.append(tokens)
+    source_tokens = [sum(shard.tokens for shard in shards) for shards in info.shards_by_source(split)]
+    mixture_sources = [(part.weight, size) for part, size in zip(info.parts, source_tokens, strict=False)]
+    return TokenDataset(shard_tokens, info.dtype, mixture_sources)

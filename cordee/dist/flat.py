@@ -17,50 +17,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.devices import HOST_ONLY
+from cordee.devices import HOST_GLOO
 
-DIRECT_BYTES = 1 << 19
+MAX_DIRECT_BYTES = 1 << 19
 """Largest part that is gathered by direct messages on a CPU."""
 
 # torch renamed both; old and new names are the same collectives.
-_gather: Callable[..., Any] = (
+_all_gather: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )  # fmt: skip
-_scatter: Callable[..., Any] = (
+_reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
 
 
-def outward(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def to_transport_device(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """What to hand to a collective of `group` for `tensor`: itself, or its copy in host memory
     where the group is HOST_ONLY (then what came goes back by `.to(tensor.device)`). All that
     crosses islands passes here, and so has one device on all ranks of the group."""
-    if dist.get_backend_config(group) != HOST_ONLY:
+    if dist.get_backend_config(group) != HOST_GLOO:
         return tensor
     return tensor.to("cpu", copy=True)
 
 
-def gather_flat(
-    whole: Tensor, part: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+def all_gather_flat(
+    output: Tensor, local_part: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> Any:
     """Everybody's `part` (n elements), one after another in rank order, into `whole` (W n), of
     which `part` may be a view. Returns what may be waited for when `async_op`, else None."""
-    if part.device.type != "cpu" or not 0 < part.nbytes <= DIRECT_BYTES or async_op:
-        return _gather(whole, part, group=group, async_op=async_op)
-    sent = part.repeat(whole.numel() // part.numel())
-    dist.all_to_all_single(whole, sent, group=group)
+    if local_part.device.type != "cpu" or not 0 < local_part.nbytes <= MAX_DIRECT_BYTES or async_op:
+        return _all_gather(output, local_part, group=group, async_op=async_op)
+    send_buffer = local_part.repeat(output.numel() // local_part.numel())
+    dist.all_to_all_single(output, send_buffer, group=group)
     return None
 
 
-def scatter_flat(
-    mine: Tensor, parts: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM,
+def reduce_scatter_flat(
+    output: Tensor, input_parts: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM,
     async_op: bool = False,
 ) -> Any:  # fmt: skip
     """The sum over ranks of this rank's part (n elements) of everybody's `parts` (W n), added in
     rank order, into `mine`. Returns what may be waited for when `async_op`, else None."""
-    if parts.device.type != "cpu" or op != dist.ReduceOp.SUM or async_op or not mine.numel():
-        return _scatter(mine, parts, op=op, group=group, async_op=async_op)
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
-    torch.sum(received.view(-1, mine.numel()), 0, out=mine)
+    if input_parts.device.type != "cpu" or op != dist.ReduceOp.SUM or async_op or not output.numel():
+        return _reduce_scatter(output, input_parts, op=op, group=group, async_op=async_op)
+    received_parts = torch.empty_like(input_parts)
+    dist.all_to_all_single(received_parts, input_parts, group=group)
+    torch.sum(received_parts.view(-1, output.numel()), 0, out=output)
     return None

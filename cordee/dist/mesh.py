@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cordee.devices import BACKENDS, HOST_ONLY
-from cordee.layout.axes import AXES, INSIDE, Layout
+from cordee.devices import BACKENDS, HOST_GLOO
+from cordee.layout.axes import AXES, MODEL_AXES, Layout
 
-WORKERS = ("island", "expert", "shard")
+DATA_AXES = ("island", "expert", "shard")
 """Axes whose ranks compute different microbatches."""
 
-SETS = (
+GROUP_AXES = (
     *((axis,) for axis in AXES),
-    WORKERS,
+    DATA_AXES,
     AXES,
-    INSIDE,
+    MODEL_AXES,
     ("context", "expert"),
     ("context", "tensor"),
     ("context", "expert", "tensor"),
@@ -46,82 +46,82 @@ class Mesh:
 
     layout: Layout
     rank: int
-    at: Mapping[str, int]
+    coords: Mapping[str, int]
     groups: Mapping[tuple[str, ...], dist.ProcessGroup]
     shard_mesh: DeviceMesh | None
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """Ranks that differ from this one only in `axes`; None stands for this rank alone."""
-        named = tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
-        return self.groups[named] if named else None
+        active_axes = tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
+        return self.groups[active_axes] if active_axes else None
 
     def size(self, *axes: str) -> int:
         """How many ranks that group has."""
-        found = 1
+        rank_count = 1
         for axis in axes:
-            found *= getattr(self.layout, axis)
-        return found
+            rank_count *= getattr(self.layout, axis)
+        return rank_count
 
     def index(self, *axes: str) -> int:
         """This rank's place in that group."""
-        place = 0
+        position = 0
         for axis in AXES:
             if axis in axes:
-                place = place * getattr(self.layout, axis) + self.at[axis]
-        return place
+                position = position * getattr(self.layout, axis) + self.coords[axis]
+        return position
 
     @property
-    def worker(self) -> int:
+    def worker_index(self) -> int:
         """Which share of the microbatches this rank computes."""
-        return self.index(*WORKERS)
+        return self.index(*DATA_AXES)
 
 
-def make_mesh(layout: Layout, rank: int, device: str, shard_always: bool = False) -> Mesh:
+def make_mesh(layout: Layout, rank: int, device: str, force_shard_mesh: bool = False) -> Mesh:
     """Builds the groups; every rank must call it at the same point (torch's rule).
 
     `shard_always`: make the shard mesh also of one rank (FSDP2 is then used for what else it does).
     """
-    at, kind = layout.coordinates(rank), device.split(":")[0]
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    coords, device_type = layout.coordinates(rank), device.split(":")[0]
+    group_by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-    for axes in SETS:
-        named = tuple(axis for axis in AXES if axis in axes and getattr(layout, axis) > 1)
-        if not named or named in groups:
+    for axes in GROUP_AXES:
+        active_axes = tuple(axis for axis in AXES if axis in axes and getattr(layout, axis) > 1)
+        if not active_axes or active_axes in groups:
             continue
-        ranks = members(layout, at, named)
-        if ranks not in made:
-            made[ranks] = _group(ranks, layout.size, None if "island" in named else kind)
-        groups[named] = made[ranks]
-    mesh = None
-    if layout.shard > 1 or shard_always:
-        shards = members(layout, at, ("shard",))
-        group = groups[("shard",)] if layout.shard > 1 else _group(shards, layout.size, kind)
-        mesh = DeviceMesh.from_group(group, kind, list(shards), mesh_dim_names=("shard",))
-    return Mesh(layout, rank, at, groups, mesh)
+        ranks = ranks_along(layout, coords, active_axes)
+        if ranks not in group_by_ranks:
+            group_by_ranks[ranks] = _make_group(ranks, layout.size, None if "island" in active_axes else device_type)
+        groups[active_axes] = group_by_ranks[ranks]
+    shard_mesh = None
+    if layout.shard > 1 or force_shard_mesh:
+        shard_ranks = ranks_along(layout, coords, ("shard",))
+        group = groups[("shard",)] if layout.shard > 1 else _make_group(shard_ranks, layout.size, device_type)
+        shard_mesh = DeviceMesh.from_group(group, device_type, list(shard_ranks), mesh_dim_names=("shard",))
+    return Mesh(layout, rank, coords, groups, shard_mesh)
 
 
-def members(layout: Layout, at: Mapping[str, int], axes: Sequence[str]) -> tuple[int, ...]:
+def ranks_along(layout: Layout, coords: Mapping[str, int], axes: Sequence[str]) -> tuple[int, ...]:
     """Ranks that share the coordinates `at` but for `axes`, in rank order."""
-    return tuple(layout.rank({**at, **place}) for place in places(layout, axes))
+    return tuple(layout.rank({**coords, **position}) for position in axis_coordinates(layout, axes))
 
 
-def places(layout: Layout, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+def axis_coordinates(layout: Layout, axes: Sequence[str]) -> Iterator[dict[str, int]]:
     """All coordinates along `axes`, in rank order."""
-    named = [axis for axis in AXES if axis in axes]
-    spans = (range(getattr(layout, axis)) for axis in named)
-    for place in itertools.product(*spans):
-        yield dict(zip(named, place, strict=True))
+    ordered_axes = [axis for axis in AXES if axis in axes]
+    index_ranges = (range(getattr(layout, axis)) for axis in ordered_axes)
+    for indices in itertools.product(*index_ranges):
+        yield dict(zip(ordered_axes, indices, strict=True))
 
 
-def _group(ranks: tuple[int, ...], world: int, kind: str | None) -> dist.ProcessGroup:
+def _make_group(ranks: tuple[int, ...], world_size: int, device_type: str | None) -> dist.ProcessGroup:
     """`kind`: the device of all these ranks; None where they are on several islands."""
-    if len(ranks) == world:
-        whole = dist.group.WORLD
-        assert whole is not None
-        return whole
-    alike = kind is not None and dist.get_backend_config() == HOST_ONLY
-    backend = BACKENDS[kind] if alike and kind else None  # None: as all ranks' group
-    made: dist.ProcessGroup = dist.new_group(
+    if len(ranks) == world_size:
+        world_group = dist.group.WORLD
+        assert world_group is not None
+        return world_group
+    needs_own_backend = device_type is not None and dist.get_backend_config() == HOST_GLOO
+    backend = BACKENDS[device_type] if needs_own_backend and device_type else None  # None: as all ranks' group
+    group: dist.ProcessGroup = dist.new_group(
         list(ranks), backend=backend, use_local_synchronization=True
     )
-    return made
+    return group

@@ -20,7 +20,7 @@ STREAMS = ("stdin", "stdout", "stderr")
 """Names in `sys` of descriptors 0, 1 and 2."""
 
 
-def outlive_readers() -> None:
+def tolerate_broken_pipes() -> None:
     """Makes standard output and error of this process such streams; for a process of our own.
 
     A descriptor that was closed becomes /dev/null: else the next file that is opened would get its
@@ -31,14 +31,14 @@ def outlive_readers() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-        before: Any = getattr(sys, name)
+        old_stream: Any = getattr(sys, name)
         if descriptor > 0:
-            setattr(sys, name, _stream(descriptor, before))
-        elif before is None:
+            setattr(sys, name, _wrap_stream(descriptor, old_stream))
+        elif old_stream is None:
             sys.stdin = open(descriptor, closefd=False)
 
 
-def say(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """A line for the person, on standard error, so that --json has standard output alone; nothing
     when it cannot be written."""
     if sys.stderr is not None:
@@ -46,32 +46,32 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-class _Outlet(io.FileIO):
+class _LenientStream(io.FileIO):
     """A descriptor that takes what is written to it and drops what nobody reads. An error of
     standard output that is no reader's (a full disk) is raised once: a result was lost."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
-        self._quiet = descriptor == 2
+        self._ignores_errors = descriptor == 2
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
             # None: a terminal that would have to be waited for.
             return super().write(data) or 0
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO) and not self._quiet:
-                self._quiet = True
+            if error.errno not in (errno.EPIPE, errno.EIO) and not self._ignores_errors:
+                self._ignores_errors = True
                 raise
             return memoryview(data).nbytes
 
 
-def _stream(descriptor: int, before: TextIO | None) -> TextIO:
-    if before is not None:
+def _wrap_stream(descriptor: int, old_stream: TextIO | None) -> TextIO:
+    if old_stream is not None:
         with suppress(OSError):
-            before.flush()
+            old_stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Outlet(descriptor)),
-        encoding=before.encoding if before else None,
-        errors=before.errors if before else "backslashreplace",
+        io.BufferedWriter(_LenientStream(descriptor)),
+        encoding=old_stream.encoding if old_stream else None,
+        errors=old_stream.errors if old_stream else "backslashreplace",
         line_buffering=descriptor == 2 or os.isatty(descriptor),
     )

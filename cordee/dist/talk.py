@@ -18,90 +18,90 @@ from typing import Any
 
 from cordee.system import packet_pair
 
-PACKET_BYTES = 1 << 20
+MAX_PACKET_BYTES = 1 << 20
 """Largest packet that is read."""
 
-LENGTH = struct.Struct("<I")
+LENGTH_PREFIX = struct.Struct("<I")
 """What stands before a message on a stream: its bytes."""
 
-MARK = struct.Struct("<q32s")
+PROGRESS_RECORD = struct.Struct("<q32s")
 """What a worker notes in shared memory of where it is: step, phase."""
 
 
-class Talk:
+class MessageSocket:
     """One end. Never blocks: what the other end does not take waits here, in order."""
 
-    def __init__(self, end: socket.socket) -> None:
-        end.setblocking(False)
-        self._end = end
-        self._stream = end.type == socket.SOCK_STREAM
-        self._come = bytearray()
+    def __init__(self, endpoint: socket.socket) -> None:
+        endpoint.setblocking(False)
+        self._socket = endpoint
+        self._is_stream = endpoint.type == socket.SOCK_STREAM
+        self._buffer = bytearray()
         """Of a stream: what came and is no whole message yet."""
-        self._waiting: deque[bytes] = deque()
-        self.closed = False
+        self._outbox: deque[bytes] = deque()
+        self.is_closed = False
 
     def fileno(self) -> int:
         """Readable when `hear` has something."""
-        return self._end.fileno()
+        return self._socket.fileno()
 
-    def say(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Sends a message, or keeps it until `flush`; nothing when the other end is gone."""
         packet = json.dumps(message).encode()
-        self._waiting.append(LENGTH.pack(len(packet)) + packet if self._stream else packet)
+        self._outbox.append(LENGTH_PREFIX.pack(len(packet)) + packet if self._is_stream else packet)
         self.flush()
 
     def flush(self) -> None:
         """Sends what waits, as far as the other end takes it."""
         try:
-            while self._waiting and not self.closed:
-                sent = self._end.send(self._waiting[0])
-                packet = self._waiting.popleft()
-                if sent < len(packet):  # a stream takes what it has room for
-                    self._waiting.appendleft(packet[sent:])
+            while self._outbox and not self.is_closed:
+                sent_bytes = self._socket.send(self._outbox[0])
+                packet = self._outbox.popleft()
+                if sent_bytes < len(packet):  # a stream takes what it has room for
+                    self._outbox.appendleft(packet[sent_bytes:])
         except BlockingIOError:
             return
         except OSError:
-            self.closed = True
+            self.is_closed = True
 
-    def hear(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[dict[str, Any]]:
         """All messages that have come; `closed` is set when there will be no more."""
-        found = []
-        while not self.closed:
+        messages = []
+        while not self.is_closed:
             try:
-                packet = self._end.recv(PACKET_BYTES)
+                packet = self._socket.recv(MAX_PACKET_BYTES)
             except BlockingIOError:
                 break
             except OSError:
                 packet = b""
             if not packet:
-                self.closed = True
-            elif self._stream:
-                self._come += packet
-                found += self._whole()
+                self.is_closed = True
+            elif self._is_stream:
+                self._buffer += packet
+                messages += self._complete_messages()
             else:
-                found.append(json.loads(packet))
-        return found
+                messages.append(json.loads(packet))
+        return messages
 
-    def _whole(self) -> list[dict[str, Any]]:
+    def _complete_messages(self) -> list[dict[str, Any]]:
         """The messages of a stream that have come whole."""
-        found, at = [], 0
-        while len(self._come) >= at + LENGTH.size:
-            start = at + LENGTH.size
-            stop = start + LENGTH.unpack_from(self._come, at)[0]
-            if len(self._come) < stop:
+        messages, offset = [], 0
+        while len(self._buffer) >= offset + LENGTH_PREFIX.size:
+            start = offset + LENGTH_PREFIX.size
+            stop = start + LENGTH_PREFIX.unpack_from(self._buffer, offset)[0]
+            if len(self._buffer) < stop:
                 break
-            found.append(json.loads(self._come[start:stop]))
-            at = stop
-        del self._come[:at]
-        return found
+            messages.append(json.loads(self._buffer[start:stop]))
+            offset = stop
+        del self._buffer[:offset]
+        return messages
 
     def close(self) -> None:
         """Ends the talk; the other end hears of it."""
-        self.closed = True
-        self._end.close()
+        self.is_closed = True
+        self._socket.close()
 
 
-def pair() -> tuple[Talk, socket.socket]:
+def make_socket_pair() -> tuple[MessageSocket, socket.socket]:
     """The supervisor's end, and the socket that a worker inherits."""
-    ours, theirs = packet_pair()
-    return Talk(ours), theirs
+    supervisor_end, worker_end = packet_pair()
+    return MessageSocket(supervisor_end), worker_end

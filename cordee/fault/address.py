@@ -14,41 +14,41 @@ from typing import Any
 
 from cordee.errors import ConfigError
 
-Place = tuple[socket.AddressFamily, Any]
+SocketAddress = tuple[socket.AddressFamily, Any]
 """An address family and what `connect` takes."""
 
 _PORT = re.compile("[0-9]{1,5}")
 
 
-def split(address: str) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT" or "[IPV6]:PORT"; ConfigError for anything else."""
     host, colon, port = address.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    right = colon and bare and _PORT.fullmatch(port) and int(port) < 65536
-    if not right or (":" in bare) != (bare != host) or not bare.isprintable() or " " in bare:
-        fix = f"[{address}]:29500" if address.count(":") > 1 else f"{bare or '127.0.0.1'}:29500"
+    bare_host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_valid = colon and bare_host and _PORT.fullmatch(port) and int(port) < 65536
+    if not is_valid or (":" in bare_host) != (bare_host != host) or not bare_host.isprintable() or " " in bare_host:
+        fix = f"[{address}]:29500" if address.count(":") > 1 else f"{bare_host or '127.0.0.1'}:29500"
         raise ConfigError("this is not HOST:PORT", values={"address": address}, fix=fix)
-    return bare, int(port)
+    return bare_host, int(port)
 
 
-def joined(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """The text of a host and a port."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def resolve(address: str) -> list[Place]:
+def resolve(address: str) -> list[SocketAddress]:
     """Where HOST:PORT may be dialled, best first; OSError when the name is known to nobody. A name
     may take seconds; a number never does."""
-    host, port = split(address)
-    numeric = socket.AI_NUMERICHOST if is_number(host) else 0
+    host, port = parse_address(address)
+    lookup_flags = socket.AI_NUMERICHOST if is_ip_literal(host) else 0
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=numeric)
+        address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=lookup_flags)
     except UnicodeError as cause:  # a label that is too long for a name
         raise OSError(errno.EINVAL, "not a name") from cause
-    return [(row[0], row[4]) for row in found]
+    return [(info[0], info[4]) for info in address_infos]
 
 
-def is_number(host: str) -> bool:
+def is_ip_literal(host: str) -> bool:
     """Whether a host is written as a number, not as a name."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
@@ -57,61 +57,61 @@ def is_number(host: str) -> bool:
     return True
 
 
-def listen(bind: str) -> socket.socket:
+def open_listener(bind_address: str) -> socket.socket:
     """A listening socket; ConfigError when the host is not of this machine or the port is taken."""
-    host, port = split(bind)
-    values = {"bind": bind}
+    host, port = parse_address(bind_address)
+    values = {"bind": bind_address}
     try:
-        family, place = resolve(bind)[0]
+        family, sockaddr = resolve(bind_address)[0]
     except OSError as cause:
-        what = f"the name {host} does not resolve"
-        raise ConfigError(what, values=values, fix=joined(own_ip(), port)) from cause
+        problem = f"the name {host} does not resolve"
+        raise ConfigError(problem, values=values, fix=format_address(outbound_ip(), port)) from cause
     try:
-        return _listening(family, place)
+        return _bind_listener(family, sockaddr)
     except OSError as cause:
         if cause.errno == errno.EADDRINUSE:
-            free = _free_port(family, place)
-            what = "the port is taken by another process"
-            raise ConfigError(what, values=values, fix=joined(host, free)) from cause
+            free_port = _next_free_port(family, sockaddr)
+            problem = "the port is taken by another process"
+            raise ConfigError(problem, values=values, fix=format_address(host, free_port)) from cause
         if cause.errno == errno.EACCES:
-            what = "ports below 1024 need special rights"
-            raise ConfigError(what, values=values, fix=joined(host, 29500)) from cause
-        what = f"{host} is not an address of this machine"
-        raise ConfigError(what, values=values, fix=joined(own_ip(), port)) from cause
+            problem = "ports below 1024 need special rights"
+            raise ConfigError(problem, values=values, fix=format_address(host, 29500)) from cause
+        problem = f"{host} is not an address of this machine"
+        raise ConfigError(problem, values=values, fix=format_address(outbound_ip(), port)) from cause
 
 
-def own_ip() -> str:
+def outbound_ip() -> str:
     """The address of this machine towards the world; the loopback's when there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
         try:
-            asked.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent
+            probe_socket.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent
         except OSError:
             return "127.0.0.1"
-        return str(asked.getsockname()[0])
+        return str(probe_socket.getsockname()[0])
 
 
-def ip_of(place: Any) -> str:
+def sockaddr_ip(sockaddr: Any) -> str:
     """The address in what `getsockname` and `accept` return."""
-    return str(place[0]).removeprefix("::ffff:")
+    return str(sockaddr[0]).removeprefix("::ffff:")
 
 
-def _listening(family: socket.AddressFamily, place: Any) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+def _bind_listener(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(place)
-        made.listen(256)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(sockaddr)
+        listener.listen(256)
     except OSError:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener
 
 
-def _free_port(family: socket.AddressFamily, place: Any) -> int:
+def _next_free_port(family: socket.AddressFamily, sockaddr: Any) -> int:
     """The next port above that is free; 0, any, when none of twenty is."""
-    for port in range(place[1] + 1, min(place[1] + 21, 65536)):
+    for port in range(sockaddr[1] + 1, min(sockaddr[1] + 21, 65536)):
         try:
-            _listening(family, (place[0], port, *place[2:])).close()
+            _bind_listener(family, (sockaddr[0], port, *sockaddr[2:])).close()
         except OSError:
             continue
         return port

@@ -9,114 +9,114 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from cordee.fault.pace import Ears
+from cordee.fault.pace import FailureDetector
 from cordee.fault.views import View
 
-Beat = Mapping[str, Any]
+Heartbeat = Mapping[str, Any]
 
 
-class Circle:
+class HeartbeatTable:
     """The latest heartbeat of each host, and the hosts that ask to join (kept by a leader)."""
 
-    def __init__(self, me: str, ears: Ears) -> None:
-        self.me, self.ears = me, ears
+    def __init__(self, own_id: str, detector: FailureDetector) -> None:
+        self.own_id, self.detector = own_id, detector
         self.joiners: list[str] = []
-        self._beats: dict[str, Beat] = {}
-        self._mute: dict[str, float] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
+        self._muted_until_s: dict[str, float] = {}
 
-    def note(self, sender: str, beat: Beat) -> Beat | None:
+    def record(self, sender: str, heartbeat: Heartbeat) -> Heartbeat | None:
         """Keeps `beat`; gives the one before ({}: the first), or None when this one is not news."""
-        before = self._beats.get(sender, {})
-        if before and beat["beat"] <= before["beat"]:
+        previous = self._heartbeats.get(sender, {})
+        if previous and heartbeat["beat"] <= previous["beat"]:
             return None
-        self.ears.hear(sender, beat=True)
-        self._beats[sender] = beat
-        return before
+        self.detector.on_message(sender, is_heartbeat=True)
+        self._heartbeats[sender] = heartbeat
+        return previous
 
-    def peers(self, known: Sequence[str], view: View | None, through: str) -> list[str]:
+    def peers(self, known_hosts: Sequence[str], view: View | None, join_address: str) -> list[str]:
         """Whom to send heartbeats: all known, those to be met, and while joining all who answer."""
-        found = dict.fromkeys([*known, *self.joiners])
-        if through:
-            near = [host for host in self._beats if self.ears.knows(host)]
-            found |= dict.fromkeys(near)
-            if not any(host.startswith(through) for host in near):
-                found[through] = None
-        elif view and view.leader in self._beats:
-            found |= dict.fromkeys(self._beats[view.leader]["meet"])
-        found.pop(self.me, None)
-        return list(found)
+        targets = dict.fromkeys([*known_hosts, *self.joiners])
+        if join_address:
+            responders = [host for host in self._heartbeats if self.detector.is_alive(host)]
+            targets |= dict.fromkeys(responders)
+            if not any(host.startswith(join_address) for host in responders):
+                targets[join_address] = None
+        elif view and view.leader in self._heartbeats:
+            targets |= dict.fromkeys(self._heartbeats[view.leader]["meet"])
+        targets.pop(self.own_id, None)
+        return list(targets)
 
     def mute(self, hosts: Collection[str], for_s: float) -> None:
         """Counts `hosts` as gone for some time: they send heartbeats but do not answer."""
-        self._mute |= dict.fromkeys(hosts, self.ears.clock + for_s)
+        self._muted_until_s |= dict.fromkeys(hosts, self.detector.clock_s + for_s)
 
-    def leaves(self, host: str) -> bool:
+    def is_leaving(self, host: str) -> bool:
         """Whether another host wants out."""
-        return host != self.me and host in self._beats and bool(self._beats[host]["leaving"])
+        return host != self.own_id and host in self._heartbeats and bool(self._heartbeats[host]["leaving"])
 
-    def hears(self, listener: str, host: str, view: View | None) -> bool:
+    def can_hear(self, listener: str, host: str, view: View | None) -> bool:
         """Whether `listener` said (in `view`, if there is one) that it hears `host`."""
-        beat = self._beats.get(listener)
-        if beat is None or (view and beat["view"] != view.number):
+        heartbeat = self._heartbeats.get(listener)
+        if heartbeat is None or (view and heartbeat["view"] != view.number):
             return True
-        return host in beat["hears"]
+        return host in heartbeat["hears"]
 
-    def gone(self, known: Sequence[str], view: View | None) -> list[str]:
+    def unreachable_hosts(self, known_hosts: Sequence[str], view: View | None) -> list[str]:
         """Known hosts that this one cannot work with; a leader also parts pairs cut apart."""
-        others = [host for host in known if host != self.me]
-        gone = [
+        other_hosts = [host for host in known_hosts if host != self.own_id]
+        lost_hosts = [
             host
-            for host in others
-            if self.ears.silent(host)
-            or self._mute.get(host, 0.0) > self.ears.clock
-            or not self.hears(host, self.me, view)
+            for host in other_hosts
+            if self.detector.is_silent(host)
+            or self._muted_until_s.get(host, 0.0) > self.detector.clock_s
+            or not self.can_hear(host, self.own_id, view)
         ]
-        here = [host for host in others if host not in gone]
-        while view and view.leader == self.me and here:
-            cuts = {host: self._cuts(host, here, view) for host in here}
-            worst = max(reversed(here), key=lambda host: cuts[host])
-            if not cuts[worst]:
+        remaining_hosts = [host for host in other_hosts if host not in lost_hosts]
+        while view and view.leader == self.own_id and remaining_hosts:
+            cut_counts = {host: self._count_cut_links(host, remaining_hosts, view) for host in remaining_hosts}
+            worst_host = max(reversed(remaining_hosts), key=lambda host: cut_counts[host])
+            if not cut_counts[worst_host]:
                 break
-            here.remove(worst)
-            gone.append(worst)
-        return gone
+            remaining_hosts.remove(worst_host)
+            lost_hosts.append(worst_host)
+        return lost_hosts
 
-    def _cuts(self, host: str, here: Sequence[str], view: View) -> int:
+    def _count_cut_links(self, host: str, remaining_hosts: Sequence[str], view: View) -> int:
         """With how many of `here` the way is not free in both directions."""
         return sum(
-            not (self.hears(host, other, view) and self.hears(other, host, view))
-            for other in here
+            not (self.can_hear(host, other, view) and self.can_hear(other, host, view))
+            for other in remaining_hosts
             if other != host
         )
 
-    def met(self, stays: Sequence[str]) -> list[str]:
+    def admissible_joiners(self, staying_hosts: Sequence[str]) -> list[str]:
         """Joiners that have heard all who stay and were heard by them: they can do no harm."""
-        self.joiners = [host for host in self.joiners if not self.ears.silent(host)]
-        return [joiner for joiner in self.joiners if all(self._met(joiner, h) for h in stays)]
+        self.joiners = [host for host in self.joiners if not self.detector.is_silent(host)]
+        return [joiner for joiner in self.joiners if all(self._is_admissible(joiner, h) for h in staying_hosts)]
 
-    def _met(self, joiner: str, host: str) -> bool:
-        if joiner not in self._beats or host not in self._beats[joiner]["hears"]:
+    def _is_admissible(self, joiner: str, host: str) -> bool:
+        if joiner not in self._heartbeats or host not in self._heartbeats[joiner]["hears"]:
             return False
-        if host == self.me:
-            return self.ears.knows(joiner)
-        return host in self._beats and joiner in self._beats[host]["hears"]
+        if host == self.own_id:
+            return self.detector.is_alive(joiner)
+        return host in self._heartbeats and joiner in self._heartbeats[host]["hears"]
 
-    def wants(self, hosts: Sequence[str], number: int) -> bool:
+    def needs_new_view(self, hosts: Sequence[str], number: int) -> bool:
         """Whether one of `hosts` wants a view after `number`, or promised past it and is stuck."""
-        beats = [self._beats[host] for host in hosts if host in self._beats]
-        return any((b["wants"] and b["view"] == number) or b["promised"] > number for b in beats)
+        heartbeats = [self._heartbeats[host] for host in hosts if host in self._heartbeats]
+        return any((heartbeat["wants"] and heartbeat["view"] == number) or heartbeat["promised"] > number for heartbeat in heartbeats)
 
-    def is_well(self, view: View) -> bool:
+    def is_leader_healthy(self, view: View) -> bool:
         """Whether the leader of `view` is heard, works in it and stays."""
-        beat = self._beats.get(view.leader)
-        well = beat is not None and beat["view"] == view.number and not beat["leaving"]
-        return well and not self.ears.silent(view.leader)
+        heartbeat = self._heartbeats.get(view.leader)
+        is_healthy = heartbeat is not None and heartbeat["view"] == view.number and not heartbeat["leaving"]
+        return is_healthy and not self.detector.is_silent(view.leader)
 
-    def enter(self, view: View) -> None:
+    def install_view(self, view: View) -> None:
         """A new view: everybody in it is listened for from now on, all others are forgotten."""
         self.joiners = [host for host in self.joiners if host not in view.hosts]
-        self._mute.clear()
-        kept = {*view.hosts, *self.joiners}
-        self.ears.keep(kept)
-        self.ears.expect(view.hosts)
-        self._beats = {host: beat for host, beat in self._beats.items() if host in kept}
+        self._muted_until_s.clear()
+        host_set = {*view.hosts, *self.joiners}
+        self.detector.retain_only(host_set)
+        self.detector.expect(view.hosts)
+        self._heartbeats = {host: heartbeat for host, heartbeat in self._heartbeats.items() if host in host_set}

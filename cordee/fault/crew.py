@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.dist.start import python_command, worker_environment
-from cordee.dist.talk import MARK, Talk, pair
-from cordee.fault.orders import Ready
+from cordee.dist.talk import PROGRESS_RECORD, MessageSocket, make_socket_pair
+from cordee.fault.orders import AvailableWorker
 from cordee.system import ChildWatch, memory_file
 
-WORDS_BYTES = 1 << 16
+STDERR_TAIL_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
 
 
@@ -36,29 +36,29 @@ class Worker:
 
     number: int
     process: subprocess.Popen[bytes]
-    talk: Talk
-    words: int
-    mark: int
-    watch: ChildWatch
-    ready: bool = False
+    channel: MessageSocket
+    stderr_descriptor: int
+    progress_descriptor: int
+    exit_watch: ChildWatch
+    is_ready: bool = False
     rank: int | None = None
     last_rank: int | None = None
-    generation: int = 0
+    last_generation: int = 0
     slot: int | None = None
-    leaving: int | None = None
-    done: int | None = None
-    verdict: str = ""
+    leave_signal: int | None = None
+    announced_exit_code: int | None = None
+    final_message: str = ""
     step: int = -1
     phase: str = "import"
     phase_s: float = 0.0
-    since_s: float = 0.0
-    inside: int = 0
-    stepped: int = 0
-    halted: int = 0
-    halted_s: float = 0.0
-    judged: str = ""
-    heard_s: float = field(default_factory=time.monotonic)
-    tried_s: float = field(default_factory=time.monotonic)
+    phase_start_s: float = 0.0
+    current_generation: int = 0
+    stepped_generation: int = 0
+    ended_generation: int = 0
+    overdue_since_s: float = 0.0
+    kill_reason: str = ""
+    last_heard_s: float = field(default_factory=time.monotonic)
+    assigned_s: float = field(default_factory=time.monotonic)
     """When it was started, or was given its last seat."""
 
     @property
@@ -66,104 +66,104 @@ class Worker:
         """Its process id."""
         return self.process.pid
 
-    def look(self) -> None:
+    def read_progress(self) -> None:
         """Reads from its memory where it stands, also when it is dead."""
-        step, phase = MARK.unpack(os.pread(self.mark, MARK.size, 0))
+        step, phase = PROGRESS_RECORD.unpack(os.pread(self.progress_descriptor, PROGRESS_RECORD.size, 0))
         if phase.strip(b"\0"):
             self.step, self.phase = step, phase.rstrip(b"\0").decode()
 
-    def last_words(self) -> str:
+    def read_stderr_tail(self) -> str:
         """The end of what it said on standard error while it was not the first rank."""
-        size = os.fstat(self.words).st_size
-        start = max(0, size - WORDS_BYTES)
-        return os.pread(self.words, size - start, start).decode(errors="replace").strip()
+        size = os.fstat(self.stderr_descriptor).st_size
+        start = max(0, size - STDERR_TAIL_BYTES)
+        return os.pread(self.stderr_descriptor, size - start, start).decode(errors="replace").strip()
 
 
-class Crew:
+class WorkerPool:
     """The workers of this host, by number in the order of their start."""
 
     def __init__(self, command: Sequence[str], threads: int, plan: str, interface: str) -> None:
         """`command`: the words after `cordee`; `plan`: JSON, what workers check with."""
         self.command, self.threads, self.interface = list(command), threads, interface
         self.workers: dict[int, Worker] = {}
-        self._plan = memory_file("cordee-plan")
-        os.write(self._plan, plan.encode())
-        self._terminal = (os.dup(1), os.dup(2))
-        self._lifeline, self._alive = os.pipe()  # its other end ends with this process
-        self._started = 0
+        self._plan_descriptor = memory_file("cordee-plan")
+        os.write(self._plan_descriptor, plan.encode())
+        self._terminal_descriptors = (os.dup(1), os.dup(2))
+        self._lifeline, self._lifeline_write_end = os.pipe()  # its other end ends with this process
+        self._start_count = 0
 
     def start(self) -> Worker:
         """Starts a worker, which will say that it is ready. OSError: the system has no room."""
-        talk, theirs = pair()
-        words, mark = memory_file("cordee-words"), memory_file("cordee-mark")
-        os.ftruncate(mark, MARK.size)
-        descriptors = (theirs.fileno(), self._plan, mark, *self._terminal)
+        channel, worker_socket = make_socket_pair()
+        stderr_descriptor, progress_descriptor = memory_file("cordee-words"), memory_file("cordee-mark")
+        os.ftruncate(progress_descriptor, PROGRESS_RECORD.size)
+        descriptors = (worker_socket.fileno(), self._plan_descriptor, progress_descriptor, *self._terminal_descriptors)
         try:
             process = subprocess.Popen(
                 [*python_command(), *self.command],
                 env=worker_environment(descriptors, self._lifeline, self.threads, self.interface),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=words,
+                stderr=stderr_descriptor,
                 pass_fds=(*descriptors, self._lifeline),
                 # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
                 process_group=0,
             )
         except OSError:
-            talk.close()
-            os.close(words)
-            os.close(mark)
+            channel.close()
+            os.close(stderr_descriptor)
+            os.close(progress_descriptor)
             raise
         finally:
-            theirs.close()
-        self._started += 1
-        worker = Worker(self._started, process, talk, words, mark, ChildWatch(process))
+            worker_socket.close()
+        self._start_count += 1
+        worker = Worker(self._start_count, process, channel, stderr_descriptor, progress_descriptor, ChildWatch(process))
         self.workers[worker.number] = worker
         return worker
 
-    def seated(self) -> list[Worker]:
+    def ranked_workers(self) -> list[Worker]:
         """Workers that have a rank now, in its order."""
-        found = [w for w in self.workers.values() if w.rank is not None]
-        return sorted(found, key=lambda w: w.rank or 0)
+        workers = [w for w in self.workers.values() if w.rank is not None]
+        return sorted(workers, key=lambda w: w.rank or 0)
 
     def free_slot(self) -> int:
         """The lowest local device that no living worker holds."""
-        taken = {w.slot for w in self.workers.values()}
-        return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        used_slots = {w.slot for w in self.workers.values()}
+        return next(slot for slot in range(len(used_slots) + 1) if slot not in used_slots)
 
-    def bury(self, worker: Worker) -> int:
+    def reap(self, worker: Worker) -> int:
         """Takes a dead worker from the crew; its exit code, negative for a signal."""
-        code = worker.process.wait()
-        worker.talk.close()
-        worker.watch.close()
-        os.close(worker.words)
-        os.close(worker.mark)
+        exit_code = worker.process.wait()
+        worker.channel.close()
+        worker.exit_watch.close()
+        os.close(worker.stderr_descriptor)
+        os.close(worker.progress_descriptor)
         self.workers.pop(worker.number, None)
-        return code
+        return exit_code
 
-    def ready(self, host: str) -> list[list[Any]]:
+    def available_workers(self, host: str) -> list[list[Any]]:
         """Who may be given a seat, for this host's report (`orders.assign`)."""
         return [
-            Ready(host, w.number, w.pid, w.last_rank, w.generation).to_list()
+            AvailableWorker(host, w.number, w.pid, w.last_rank, w.last_generation).to_list()
             for w in self.workers.values()
-            if w.ready and w.leaving is None and w.done is None
+            if w.is_ready and w.leave_signal is None and w.announced_exit_code is None
         ]
 
-    def stranded(self, inside: int) -> str:
+    def no_island_message(self, island_size: int) -> str:
         """What a host says whose ranks wait because no island is whole."""
-        ready = sum(w.ready for w in self.workers.values())
+        ready_count = sum(w.is_ready for w in self.workers.values())
         return (
-            f"no island is whole: {ready} of {inside} ranks are ready here; the run waits for"
+            f"no island is whole: {ready_count} of {island_size} ranks are ready here; the run waits for"
             " others, and those keep their state"
         )
 
-    def kill(self, worker: Worker, judged: str = "") -> None:
+    def kill(self, worker: Worker, reason: str = "") -> None:
         """Ends a worker that does not answer; a stopped process hears no other signal. Its death,
         `judged` its cause, is dealt with like any."""
-        worker.judged, worker.heard_s = judged, time.monotonic()
-        worker.watch.kill()
+        worker.kill_reason, worker.last_heard_s = reason, time.monotonic()
+        worker.exit_watch.kill()
 
-    def end(self, grace_s: float) -> None:
+    def shutdown(self, grace_s: float) -> None:
         """Lets workers go for up to `grace_s`, then kills what is left."""
         deadline = time.monotonic() + grace_s
         for worker in list(self.workers.values()):
@@ -172,25 +172,25 @@ class Crew:
         for worker in list(self.workers.values()):
             if worker.process.poll() is None:
                 self.kill(worker)
-            self.bury(worker)
+            self.reap(worker)
 
 
-def how_it_died(code: int) -> str:
+def describe_exit_code(exit_code: int) -> str:
     """An exit code in words: 'was killed by signal 9 (SIGKILL)', 'left with exit code 1'."""
-    if code >= 0:
-        return f"left with exit code {code}"
+    if exit_code >= 0:
+        return f"left with exit code {exit_code}"
     with suppress(ValueError):
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"was killed by signal {-code}"
+        return f"was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})"
+    return f"was killed by signal {-exit_code}"
 
 
-def verdict(worker: Worker, event: str, host: str, what: str, done: str) -> dict[str, Any]:
+def worker_event(worker: Worker, event: str, host: str, cause: str, action: str) -> dict[str, Any]:
     """What was found of a worker and done about it: who, where, which phase, and one sentence."""
     rank = worker.rank if worker.rank is not None else worker.last_rank
-    who = host if rank is None else f"rank {rank} (pid {worker.pid} on {host})"
-    stood = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
+    worker_name = host if rank is None else f"rank {rank} (pid {worker.pid} on {host})"
+    position = f" in {worker.phase} of step {worker.step}" if worker.step >= 0 else ""
     return {
         "pid": worker.pid, "rank": rank, "phase": worker.phase, "step": worker.step,
-        "event": event, "host": host, "cause": what, "done": done,
-        "says": f"{who}: {what}{stood}; {done}",
+        "event": event, "host": host, "cause": cause, "done": action,
+        "says": f"{worker_name}: {cause}{position}; {action}",
     }  # fmt: skip

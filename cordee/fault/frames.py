@@ -15,14 +15,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-MOST_BYTES = 8 << 20
-EARLY_BYTES = 64 << 10
+MAX_BODY_BYTES = 8 << 20
+MAX_HANDSHAKE_BYTES = 64 << 10
 """Most bytes of a body after, and before, the other side is known and welcome."""
 
-_LENGTH, _CHECK, _CODE = 4, 4, 16
+_LENGTH_BYTES, _LENGTH_MAC_BYTES, _FRAME_MAC_BYTES = 4, 4, 16
 
 
-class BrokenFrame(Exception):
+class FrameError(Exception):
     """Bytes that are no frame of the other side; its text says in what way. Ends a connection."""
 
 
@@ -30,114 +30,114 @@ def pack(message: Mapping[str, Any]) -> bytes:
     """A message as JSON; ValueError for what is too long or not a number, TypeError for what has
     no JSON."""
     body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
-    if len(body) > MOST_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes; at most {MOST_BYTES} are sent at once")
+    if len(body) > MAX_BODY_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes; at most {MAX_BODY_BYTES} are sent at once")
     return body
 
 
 def unpack(body: bytes) -> dict[str, Any]:
     """The message in a body; BrokenFrame for anything but one JSON object."""
     try:
-        message = json.loads(body.decode(), parse_constant=_no_number)
+        message = json.loads(body.decode(), parse_constant=_reject_constant)
     except (ValueError, RecursionError) as cause:
-        raise BrokenFrame("a frame that is not JSON") from cause
+        raise FrameError("a frame that is not JSON") from cause
     if not isinstance(message, dict):
-        raise BrokenFrame("a frame that is not a JSON object")
+        raise FrameError("a frame that is not a JSON object")
     return message
 
 
-def _no_number(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-class _Codes:
+class _FrameMacs:
     """The codes of one direction; counts frames."""
 
     def __init__(self, key: bytes) -> None:
-        self._length = hmac.new(key, b"length", hashlib.sha256)
-        self._body = hmac.new(key, b"body", hashlib.sha256)
-        self._number = 0
+        self._length_hmac = hmac.new(key, b"length", hashlib.sha256)
+        self._body_hmac = hmac.new(key, b"body", hashlib.sha256)
+        self._frame_number = 0
 
-    def check(self, length: bytes) -> bytes:
+    def length_mac(self, length: bytes) -> bytes:
         """The code of this frame's length."""
-        code = self._length.copy()
-        code.update(self._number.to_bytes(8, "big") + length)
-        return code.digest()[:_CHECK]
+        mac = self._length_hmac.copy()
+        mac.update(self._frame_number.to_bytes(8, "big") + length)
+        return mac.digest()[:_LENGTH_MAC_BYTES]
 
-    def code(self, length: bytes, body: bytes) -> bytes:
+    def frame_mac(self, length: bytes, body: bytes) -> bytes:
         """The code of this frame; the next call is about the next frame."""
-        code = self._body.copy()
-        code.update(self._number.to_bytes(8, "big") + length)
-        code.update(body)
-        self._number += 1
-        return code.digest()[:_CODE]
+        mac = self._body_hmac.copy()
+        mac.update(self._frame_number.to_bytes(8, "big") + length)
+        mac.update(body)
+        self._frame_number += 1
+        return mac.digest()[:_FRAME_MAC_BYTES]
 
 
-class Sealer:
+class FrameEncoder:
     """Writes frames; plain ones until it has a key."""
 
     def __init__(self) -> None:
-        self._codes: _Codes | None = None
+        self._macs: _FrameMacs | None = None
 
-    def use(self, key: bytes) -> None:
+    def set_key(self, key: bytes) -> None:
         """Seals every frame from here on."""
-        self._codes = _Codes(key)
+        self._macs = _FrameMacs(key)
 
-    def seal(self, body: bytes) -> bytes:
+    def encode(self, body: bytes) -> bytes:
         """The bytes of one frame."""
-        length = len(body).to_bytes(_LENGTH, "big")
-        if self._codes is None:
+        length = len(body).to_bytes(_LENGTH_BYTES, "big")
+        if self._macs is None:
             return length + body
-        check = self._codes.check(length)
-        return b"".join((length, check, body, self._codes.code(length, body)))
+        length_mac = self._macs.length_mac(length)
+        return b"".join((length, length_mac, body, self._macs.frame_mac(length, body)))
 
 
-class Opener:
+class FrameDecoder:
     """Reads frames; plain ones until it has a key. After a BrokenFrame it is of no more use."""
 
     def __init__(self) -> None:
-        self.most_bytes = EARLY_BYTES
-        self.opened = 0
-        self._codes: _Codes | None = None
-        self._bytes = bytearray()
-        self._checked = False
+        self.max_body_bytes = MAX_HANDSHAKE_BYTES
+        self.frame_count = 0
+        self._macs: _FrameMacs | None = None
+        self._buffer = bytearray()
+        self._is_length_verified = False
 
     @property
-    def partial(self) -> bool:
+    def has_partial_frame(self) -> bool:
         """Whether the beginning of a frame waits for the rest of it."""
-        return bool(self._bytes)
+        return bool(self._buffer)
 
-    def use(self, key: bytes) -> None:
+    def set_key(self, key: bytes) -> None:
         """Expects sealed frames from here on."""
-        self._codes = _Codes(key)
+        self._macs = _FrameMacs(key)
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they came."""
-        self._bytes += data
+        self._buffer += data
 
-    def next(self) -> bytes | None:
+    def next_body(self) -> bytes | None:
         """The next body, or None until more bytes have come; BrokenFrame when it can be none."""
-        sealed = self._codes is not None
-        head = _LENGTH + _CHECK * sealed
-        if len(self._bytes) < head:
+        has_macs = self._macs is not None
+        header_bytes = _LENGTH_BYTES + _LENGTH_MAC_BYTES * has_macs
+        if len(self._buffer) < header_bytes:
             return None
-        length = bytes(self._bytes[:_LENGTH])
-        size = int.from_bytes(length, "big")
-        if self._codes is not None and not self._checked:
-            if not hmac.compare_digest(self._codes.check(length), self._bytes[_LENGTH:head]):
-                raise BrokenFrame("a frame that was changed, repeated or left out on the way")
-            self._checked = True
-        if size > self.most_bytes:
-            raise BrokenFrame(f"a frame that is too long (over {self.most_bytes} bytes)")
-        end = head + size + _CODE * sealed
-        if len(self._bytes) < end:
+        length = bytes(self._buffer[:_LENGTH_BYTES])
+        body_bytes = int.from_bytes(length, "big")
+        if self._macs is not None and not self._is_length_verified:
+            if not hmac.compare_digest(self._macs.length_mac(length), self._buffer[_LENGTH_BYTES:header_bytes]):
+                raise FrameError("a frame that was changed, repeated or left out on the way")
+            self._is_length_verified = True
+        if body_bytes > self.max_body_bytes:
+            raise FrameError(f"a frame that is too long (over {self.max_body_bytes} bytes)")
+        frame_bytes = header_bytes + body_bytes + _FRAME_MAC_BYTES * has_macs
+        if len(self._buffer) < frame_bytes:
             return None
-        body = bytes(self._bytes[head : head + size])
-        if self._codes is not None:
-            code = bytes(self._bytes[head + size : end])
-            if not hmac.compare_digest(self._codes.code(length, body), code):
-                raise BrokenFrame("a frame that was changed, repeated or left out on the way")
-        del self._bytes[:end]
-        self._checked = False
-        self.opened += 1
+        body = bytes(self._buffer[header_bytes : header_bytes + body_bytes])
+        if self._macs is not None:
+            mac = bytes(self._buffer[header_bytes + body_bytes : frame_bytes])
+            if not hmac.compare_digest(self._macs.frame_mac(length, body), mac):
+                raise FrameError("a frame that was changed, repeated or left out on the way")
+        del self._buffer[:frame_bytes]
+        self._is_length_verified = False
+        self.frame_count += 1
         return body

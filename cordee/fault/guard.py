@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class Say(enum.Enum):
+class Decision(enum.Enum):
     """What is done with a step."""
 
     COMMIT = "commit"
@@ -27,73 +27,73 @@ class Say(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """What the guard says, and why in one clause (empty when all is well)."""
 
-    say: Say
+    decision: Decision
     cause: str = ""
 
 
-class Guard:
+class StepGuard:
     """Judges steps; `in_a_row` counts dropped ones and is part of what survives a restart."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.in_a_row = 0
+        self.consecutive_skips = 0
 
-    def judge(
-        self, losses: Iterable[float], grad_norm: float, excuse: str = "", odd: Sequence[int] = ()
-    ) -> Verdict:
+    def decide(
+        self, losses: Iterable[float], grad_norm: float, known_cause: str = "", divergent_ranks: Sequence[int] = ()
+    ) -> StepVerdict:
         """`losses` are the mean losses of all microbatches in order, `grad_norm` the global one;
         `odd` are ranks that hold another norm (`odd_ranks`).
 
         A gradient that is not finite for a known reason, the `excuse`, is dropped and not counted.
         """
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad:
-            cause = f"the loss of microbatch {_some(bad)} is not finite"
-        elif odd:
-            cause = f"ranks hold different gradients: {_some(list(odd))}"
-        elif excuse:
-            return Verdict(Say.SKIP, excuse)
+        nonfinite_indices = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if nonfinite_indices:
+            cause = f"the loss of microbatch {_abbreviate(nonfinite_indices)} is not finite"
+        elif divergent_ranks:
+            cause = f"ranks hold different gradients: {_abbreviate(list(divergent_ranks))}"
+        elif known_cause:
+            return StepVerdict(Decision.SKIP, known_cause)
         elif not math.isfinite(grad_norm):
             cause = "the gradient is not finite"
         else:
-            self.in_a_row = 0
-            return Verdict(Say.COMMIT)
-        self.in_a_row += 1
-        return Verdict(Say.STOP if self.in_a_row >= self.limit else Say.SKIP, cause)
+            self.consecutive_skips = 0
+            return StepVerdict(Decision.COMMIT)
+        self.consecutive_skips += 1
+        return StepVerdict(Decision.STOP if self.consecutive_skips >= self.limit else Decision.SKIP, cause)
 
 
-def odd_ranks(norms: Sequence[float], tolerance: float) -> list[int]:
+def find_divergent_ranks(norms: Sequence[float], tolerance: float) -> list[int]:
     """Ranks whose norm of the agreed gradient is not that of the others: lies further apart than
     `tolerance` times its size, or is not finite where the others' is. All that differ from each
     other, where no more than half of them agree: who is wrong cannot be said then."""
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    if not finite:
+    finite_norms = [norm for norm in norms if math.isfinite(norm)]
+    if not finite_norms:
         return []
 
-    def near(norm: float) -> list[int]:
+    def ranks_near(norm: float) -> list[int]:
         limit = tolerance * abs(norm)
         return [rank for rank, other in enumerate(norms) if abs(other - norm) <= limit]
 
-    alike = max((near(norm) for norm in finite), key=len)
-    if len(alike) < len(finite) and 2 * len(alike) <= len(norms):
+    largest_group = max((ranks_near(norm) for norm in finite_norms), key=len)
+    if len(largest_group) < len(finite_norms) and 2 * len(largest_group) <= len(norms):
         return list(range(len(norms)))
-    return [rank for rank in range(len(norms)) if rank not in alike]
+    return [rank for rank in range(len(norms)) if rank not in largest_group]
 
 
-def name_culprits(named: Iterable[tuple[str, Tensor]], most: int = 3) -> list[str]:
+def nonfinite_names(named_gradients: Iterable[tuple[str, Tensor]], max_count: int = 3) -> list[str]:
     """Names of gradients that hold a non-finite element, the first `most` of them."""
-    found = []
-    for name, gradient in named:
+    names = []
+    for name, gradient in named_gradients:
         if not bool(torch.isfinite(gradient).all()):
-            found.append(name)
-            if len(found) == most:
+            names.append(name)
+            if len(names) == max_count:
                 break
-    return found
+    return names
 
 
-def _some(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:3]))
-    return shown if len(numbers) <= 3 else f"{shown} and {len(numbers) - 3} more"
+def _abbreviate(numbers: list[int]) -> str:
+    text = ", ".join(map(str, numbers[:3]))
+    return text if len(numbers) <= 3 else f"{text} and {len(numbers) - 3} more"

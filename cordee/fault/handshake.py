@@ -22,16 +22,16 @@ from typing import Any
 
 from cordee.errors import ConfigError
 from cordee.fault import address
-from cordee.fault.frames import MOST_BYTES, BrokenFrame, Opener, Sealer, pack, unpack
+from cordee.fault.frames import MAX_BODY_BYTES, FrameError, FrameDecoder, FrameEncoder, pack, unpack
 
 VERSION = 1
-TOLD = "about."
+INFO_PREFIX = "about."
 """Keys of a hello that begin so are told, not compared."""
 
-_ID = re.compile(r"[!-~]{3,200}#[0-9a-f]{8}")
-_HEX = re.compile(r"[0-9a-f]{64}")
-_SECRET = "the secret differs: it does not know ours"
-_REASONS = {
+_ID_PATTERN = re.compile(r"[!-~]{3,200}#[0-9a-f]{8}")
+_HEX_PATTERN = re.compile(r"[0-9a-f]{64}")
+_SECRET_DIFFERS = "the secret differs: it does not know ours"
+_REFUSAL_REASONS = {
     "secret": "it refused us, the secret differs: give this host the same secret file",
     "version": "it refused us, it speaks another version of this protocol: install the same cordee",
     "itself": "it is this process itself",
@@ -45,160 +45,160 @@ class Refusal:
     """A peer that we refused or that refused us: who (id or address), a sentence, and what differs
     as (key, here, there)."""
 
-    who: str
-    why: str
+    peer: str
+    reason: str
     differences: tuple[Difference, ...] = ()
 
     @property
     def table(self) -> str:
         """What differs, as aligned text; "" when it is not about differences."""
-        return table(self.differences)
+        return format_differences(self.differences)
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """Ends a handshake: why, what differs, and the `last` bytes that tell the other side."""
 
     def __init__(
-        self, why: str, last: bytes = b"", differences: tuple[Difference, ...] = ()
+        self, reason: str, final_bytes: bytes = b"", differences: tuple[Difference, ...] = ()
     ) -> None:
-        super().__init__(why)
-        self.why, self.last, self.differences = why, last, differences
+        super().__init__(reason)
+        self.reason, self.final_bytes, self.differences = reason, final_bytes, differences
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
+def differences(own_hello: Mapping[str, Any], peer_hello: Mapping[str, Any]) -> list[Difference]:
     """(key, here, there) for each key whose value differs as JSON; None is the same as no value."""
-    keys = sorted(key for key in {*ours, *theirs} if not key.startswith(TOLD))
-    pairs = [(key, ours.get(key), theirs.get(key)) for key in keys]
-    return [row for row in pairs if _json(row[1]) != _json(row[2])]
+    keys = sorted(key for key in {*own_hello, *peer_hello} if not key.startswith(INFO_PREFIX))
+    rows = [(key, own_hello.get(key), peer_hello.get(key)) for key in keys]
+    return [row for row in rows if _to_json(row[1]) != _to_json(row[2])]
 
 
-def table(diffs: Iterable[Difference]) -> str:
+def format_differences(diffs: Iterable[Difference]) -> str:
     """Aligned text: a row for each difference, what it is, here, there."""
-    rows = [(_shown(key), _shown(here), _shown(there)) for key, here, there in diffs]
+    rows = [(_display_text(key), _display_text(own_value), _display_text(peer_value)) for key, own_value, peer_value in diffs]
     if not rows:
         return ""
     rows.insert(0, ("", "here", "there"))
-    wide = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"  {k:<{wide[0]}}  {h:<{wide[1]}}  {t}" for k, h, t in rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {k:<{widths[0]}}  {h:<{widths[1]}}  {t}" for k, h, t in rows)
 
 
 def _is_id(text: str) -> bool:
     """Whether this is HOST:PORT#nonce, which can be dialled."""
-    if not _ID.fullmatch(text):
+    if not _ID_PATTERN.fullmatch(text):
         return False
     try:
-        address.split(text.rpartition("#")[0])
+        address.parse_address(text.rpartition("#")[0])
     except ConfigError:
         return False
     return True
 
 
-def _json(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _shown(value: Any) -> str:
+def _display_text(value: Any) -> str:
     """A value for a table; nothing in it can steer a terminal."""
     if value is None:
         return "-"
-    text = value if isinstance(value, str) and value.isprintable() and value else _json(value)
+    text = value if isinstance(value, str) and value.isprintable() and value else _to_json(value)
     return text if len(text) <= 100 else text[:99] + "…"
 
 
 class Handshake:
     """One side of a new connection, and its frames afterwards. Bytes in, bytes out."""
 
-    def __init__(self, secret: bytes, own_id: str, hello: Mapping[str, Any], dials: bool) -> None:
-        self.peer = ""
-        self.theirs: dict[str, Any] = {}
-        self.proven = False
-        self.done = False
-        self.opener, self.sealer = Opener(), Sealer()
-        self._secret, self._own_id, self._hello, self._dials = secret, own_id, hello, dials
+    def __init__(self, secret: bytes, own_id: str, hello: Mapping[str, Any], is_dialler: bool) -> None:
+        self.peer_id = ""
+        self.peer_hello: dict[str, Any] = {}
+        self.is_authenticated = False
+        self.is_complete = False
+        self.decoder, self.encoder = FrameDecoder(), FrameEncoder()
+        self._secret, self._own_id, self._hello, self._is_dialler = secret, own_id, hello, is_dialler
         self._nonce = secrets.token_hex(32)
-        self._other_nonce = ""
+        self._peer_nonce = ""
 
-    def first(self) -> bytes:
+    def first_bytes(self) -> bytes:
         """What to send as soon as there is a connection."""
-        return b"" if self._dials else self._plain(self._card())
+        return b"" if self._is_dialler else self._encode(self._identity_message())
 
-    def take(self, body: bytes) -> bytes:
+    def receive(self, body: bytes) -> bytes:
         """Takes the next frame's body and returns the answer; Refused, or BrokenFrame."""
         message = unpack(body)
-        if self.proven:
-            return self._take_hello(message)
+        if self.is_authenticated:
+            return self._receive_hello(message)
         self._check_refusal(message)
-        if self._dials and self.peer:
-            return self._take_answer(message)
-        self._take_card(message)
-        if self._dials:
-            return self._plain({**self._card(), "proof": self._proof("dialler")})
-        if not self._proves(message, "dialler"):
-            raise Refused(_SECRET, self._plain({"refused": "secret"}))
-        answer = self._plain({"proof": self._proof("acceptor")})
-        self._agree()
-        return answer + self.sealer.seal(pack(self._hello))
+        if self._is_dialler and self.peer_id:
+            return self._receive_proof(message)
+        self._receive_identity(message)
+        if self._is_dialler:
+            return self._encode({**self._identity_message(), "proof": self._proof("dialler")})
+        if not self._is_proof_valid(message, "dialler"):
+            raise RefusalError(_SECRET_DIFFERS, self._encode({"refused": "secret"}))
+        answer = self._encode({"proof": self._proof("acceptor")})
+        self._derive_keys()
+        return answer + self.encoder.encode(pack(self._hello))
 
-    def _take_card(self, message: dict[str, Any]) -> None:
+    def _receive_identity(self, message: dict[str, Any]) -> None:
         if message.get("link") != VERSION:
-            why = f"it speaks version {_shown(message.get('link'))} of this protocol, not {VERSION}"
-            raise Refused(why, self._plain({"refused": "version"}))
-        peer, nonce = message.get("id"), message.get("nonce")
-        if not (isinstance(peer, str) and _is_id(peer)):
-            raise BrokenFrame("a first frame without an id")
-        if not (isinstance(nonce, str) and _HEX.fullmatch(nonce)):
-            raise BrokenFrame("a first frame without a nonce")
-        if peer == self._own_id:
-            raise Refused(_REASONS["itself"], self._plain({"refused": "itself"}))
-        self.peer, self._other_nonce = peer, nonce
+            reason = f"it speaks version {_display_text(message.get('link'))} of this protocol, not {VERSION}"
+            raise RefusalError(reason, self._encode({"refused": "version"}))
+        peer_id, nonce = message.get("id"), message.get("nonce")
+        if not (isinstance(peer_id, str) and _is_id(peer_id)):
+            raise FrameError("a first frame without an id")
+        if not (isinstance(nonce, str) and _HEX_PATTERN.fullmatch(nonce)):
+            raise FrameError("a first frame without a nonce")
+        if peer_id == self._own_id:
+            raise RefusalError(_REFUSAL_REASONS["itself"], self._encode({"refused": "itself"}))
+        self.peer_id, self._peer_nonce = peer_id, nonce
 
-    def _take_answer(self, message: dict[str, Any]) -> bytes:
-        if not self._proves(message, "acceptor"):
-            raise Refused(_SECRET, self._plain({"refused": "secret"}))
-        self._agree()
-        return self.sealer.seal(pack(self._hello))
+    def _receive_proof(self, message: dict[str, Any]) -> bytes:
+        if not self._is_proof_valid(message, "acceptor"):
+            raise RefusalError(_SECRET_DIFFERS, self._encode({"refused": "secret"}))
+        self._derive_keys()
+        return self.encoder.encode(pack(self._hello))
 
-    def _take_hello(self, message: dict[str, Any]) -> bytes:
-        self.theirs = message
-        different = tuple(differences(self._hello, message))
-        if different:
-            raise Refused("it is not the same run", b"", different)
-        self.done = True
-        self.opener.most_bytes = MOST_BYTES
+    def _receive_hello(self, message: dict[str, Any]) -> bytes:
+        self.peer_hello = message
+        mismatches = tuple(differences(self._hello, message))
+        if mismatches:
+            raise RefusalError("it is not the same run", b"", mismatches)
+        self.is_complete = True
+        self.decoder.max_body_bytes = MAX_BODY_BYTES
         return b""
 
     def _check_refusal(self, message: dict[str, Any]) -> None:
         reason = message.get("refused")
-        if isinstance(reason, str) and reason in _REASONS:
-            raise Refused(_REASONS[reason])
+        if isinstance(reason, str) and reason in _REFUSAL_REASONS:
+            raise RefusalError(_REFUSAL_REASONS[reason])
 
-    def _card(self) -> dict[str, Any]:
+    def _identity_message(self) -> dict[str, Any]:
         return {"link": VERSION, "id": self._own_id, "nonce": self._nonce}
 
-    def _plain(self, message: Mapping[str, Any]) -> bytes:
-        return self.sealer.seal(pack(message))
+    def _encode(self, message: Mapping[str, Any]) -> bytes:
+        return self.encoder.encode(pack(message))
 
-    def _mac(self, key: bytes, word: str) -> bytes:
+    def _mac(self, key: bytes, label: str) -> bytes:
         """HMAC over a word, both nonces and both ids, the dialler's first."""
-        sides = [(self._nonce, self._own_id), (self._other_nonce, self.peer)]
-        dialler, acceptor = sides if self._dials else sides[::-1]
-        text = json.dumps(["cordee link", VERSION, word, *dialler, *acceptor])
-        return hmac.digest(key, text.encode(), "sha256")
+        sides = [(self._nonce, self._own_id), (self._peer_nonce, self.peer_id)]
+        dialler, acceptor = sides if self._is_dialler else sides[::-1]
+        transcript = json.dumps(["cordee link", VERSION, label, *dialler, *acceptor])
+        return hmac.digest(key, transcript.encode(), "sha256")
 
     def _proof(self, role: str) -> str:
         return self._mac(self._secret, role).hex()
 
-    def _proves(self, message: dict[str, Any], role: str) -> bool:
+    def _is_proof_valid(self, message: dict[str, Any], role: str) -> bool:
         proof = message.get("proof")
-        if not (isinstance(proof, str) and _HEX.fullmatch(proof)):
+        if not (isinstance(proof, str) and _HEX_PATTERN.fullmatch(proof)):
             return False
         return hmac.compare_digest(proof, self._proof(role))
 
-    def _agree(self) -> None:
+    def _derive_keys(self) -> None:
         """Keys for both directions; every frame is sealed from here on."""
-        root = self._mac(self._secret, "keys")
-        to_acceptor, to_dialler = self._mac(root, "to acceptor"), self._mac(root, "to dialler")
-        ours, theirs = (to_acceptor, to_dialler) if self._dials else (to_dialler, to_acceptor)
-        self.sealer.use(ours)
-        self.opener.use(theirs)
-        self.proven = True
+        root_key = self._mac(self._secret, "keys")
+        acceptor_key, dialler_key = self._mac(root_key, "to acceptor"), self._mac(root_key, "to dialler")
+        send_key, receive_key = (acceptor_key, dialler_key) if self._is_dialler else (dialler_key, acceptor_key)
+        self.encoder.set_key(send_key)
+        self.decoder.set_key(receive_key)
+        self.is_authenticated = True

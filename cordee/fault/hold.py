@@ -14,59 +14,59 @@ import socket
 from pathlib import Path
 
 
-class Hold:
+class RunLock:
     """One process's hold on a lock file. OSError: the file cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stream = open(path, "a+", errors="replace")  # noqa: SIM115 - closed by `close`
-        self._held = False
+        self._file = open(path, "a+", errors="replace")  # noqa: SIM115 - closed by `close`
+        self._is_locked = False
 
-    def is_lock(self) -> bool:
+    def is_lock_file(self) -> bool:
         """Whether the file holds what `take` writes, or nothing: else it is somebody's own."""
-        self._stream.seek(0)
-        return re.fullmatch(r"([0-9]+ on [^\n]*)?", self._stream.read(400)) is not None
+        self._file.seek(0)
+        return re.fullmatch(r"([0-9]+ on [^\n]*)?", self._file.read(400)) is not None
 
-    def take(self) -> bool:
+    def acquire_exclusive(self) -> bool:
         """Alone; False while another process holds or shares the folder, or when the file is no
         longer the one in the folder: a start that was refused took it along."""
-        if not self._lock(fcntl.LOCK_EX) or not self._is_current():
+        if not self._try_lock(fcntl.LOCK_EX) or not self._is_same_file():
             return False
-        self._stream.truncate(0)
-        self._stream.write(f"{os.getpid()} on {socket.gethostname()}")
-        self._stream.flush()
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
         return True
 
-    def share(self, anew: bool = False) -> bool:
+    def acquire_shared(self, from_exclusive: bool = False) -> bool:
         """With other hosts, from now on; `anew`: also when it is held alone."""
-        return (self._held and not anew) or self._lock(fcntl.LOCK_SH)
+        return (self._is_locked and not from_exclusive) or self._try_lock(fcntl.LOCK_SH)
 
-    def is_alone(self) -> bool:
+    def is_only_holder(self) -> bool:
         """Whether no other process holds or shares the folder now."""
-        alone = self._lock(fcntl.LOCK_EX)
-        self._lock(fcntl.LOCK_SH)
-        return alone
+        is_exclusive = self._try_lock(fcntl.LOCK_EX)
+        self._try_lock(fcntl.LOCK_SH)
+        return is_exclusive
 
     def holder(self) -> str:
         """Who took it last: a process id and a host."""
-        self._stream.seek(0)
-        return self._stream.read().strip() or "unknown"
+        self._file.seek(0)
+        return self._file.read().strip() or "unknown"
 
     def close(self) -> None:
         """Gives it back."""
-        self._stream.close()
+        self._file.close()
 
-    def _is_current(self) -> bool:
+    def _is_same_file(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self._path))
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except OSError:
             return False
 
-    def _lock(self, kind: int) -> bool:
+    def _try_lock(self, operation: int) -> bool:
         try:
-            fcntl.flock(self._stream, kind | fcntl.LOCK_NB)
+            fcntl.flock(self._file, operation | fcntl.LOCK_NB)
         except OSError:
-            self._held = False  # a lock is given back before it is changed
+            self._is_locked = False  # a lock is given back before it is changed
             return False
-        self._held = True
+        self._is_locked = True
         return True

@@ -14,216 +14,216 @@ from dataclasses import dataclass
 from typing import Any
 
 from cordee.errors import ConfigError, RunError
-from cordee.fault.keys import Answer, Keys
-from cordee.fault.link import Link, Refusal
+from cordee.fault.keys import ValueCallback, KeyValueStore
+from cordee.fault.link import Transport, Refusal
 from cordee.fault.members import Member
-from cordee.fault.rounds import named
+from cordee.fault.rounds import host_label
 
-PATIENCE_S = 10.0
+JOIN_TIMEOUT_S = 10.0
 """How long a host that wants in hears nothing before it tries elsewhere, or gives up."""
 
-AGAIN_S = 0.5
+HELLO_INTERVAL_S = 0.5
 """Between two greetings of a host that has not answered yet."""
 
 
 @dataclass(frozen=True)
-class Meeting:
+class RendezvousConfig:
     """How this host meets others: a new `link()` whenever it needs one (with a fresh id), the
     member that speaks over it, whether the run's folder says that it is `finished()`, the kind of
     this host's devices, and whom it asks to be let in ("": it founds the run)."""
 
-    link: Callable[[], Link] | None
-    member: Callable[..., Member]
-    finished: Callable[[], bool]
-    device: str
-    through: str = ""
+    open_transport: Callable[[], Transport] | None
+    make_member: Callable[..., Member]
+    is_finished: Callable[[], bool]
+    device_kind: str
+    join_address: str = ""
 
 
-class Hosts:
+class HostLink:
     """This host's link and member, renewed when it was fenced; and the generation's keys."""
 
-    def __init__(self, meeting: Meeting, assign: Any, report: Any) -> None:
-        self._meeting, self._assign, self._report = meeting, assign, report
-        self.keys = Keys()
-        self._asked: dict[int, Answer] = {}
-        self._numbers = itertools.count()
-        self.over: int | None = None
+    def __init__(self, config: RendezvousConfig, assign: Any, report: Any) -> None:
+        self._config, self._assign, self._report = config, assign, report
+        self.store = KeyValueStore()
+        self._pending_gets: dict[int, ValueCallback] = {}
+        self._request_numbers = itertools.count()
+        self.remote_exit_code: int | None = None
         """The exit code with which another host has ended the run."""
-        self.link: Link | None = None
-        self._known: tuple[str, ...] = ()
-        self._met: dict[str, None] = {}
-        self._tried: list[str] = []
-        self._own = {""}
-        self._refused: list[Refusal] = []
-        self._joining = False
-        self._first = ""
-        self._meet(meeting.through)
+        self.transport: Transport | None = None
+        self._known_hosts: tuple[str, ...] = ()
+        self._heard_hosts: dict[str, None] = {}
+        self._tried_addresses: list[str] = []
+        self._own_addresses = {""}
+        self._refusals: list[Refusal] = []
+        self._is_joining = False
+        self._first_rank_host = ""
+        self._connect(config.join_address)
 
-    def _meet(self, through: str) -> None:
-        self.link = self._meeting.link() if self._meeting.link else None
-        me = self.link.id if self.link else "here"
-        self._own.add(place_of(me))
-        self.member = self._meeting.member(me, assign=self._assign, report=self._tell)
-        self._through = through
-        self._heard_s = time.monotonic()
-        self._greet_s = 0.0
-        if through:
-            self._tried.append(through)
+    def _connect(self, join_address: str) -> None:
+        self.transport = self._config.open_transport() if self._config.open_transport else None
+        own_id = self.transport.id if self.transport else "here"
+        self._own_addresses.add(address_of(own_id))
+        self.member = self._config.make_member(own_id, assign=self._assign, report=self._make_report)
+        self._join_address = join_address
+        self._last_heard_s = time.monotonic()
+        self._next_hello_s = 0.0
+        if join_address:
+            self._tried_addresses.append(join_address)
         else:
-            self.member.found(self._heard_s)
+            self.member.bootstrap(self._last_heard_s)
 
-    def _tell(self) -> dict[str, Any]:
+    def _make_report(self) -> dict[str, Any]:
         """This host's report, as `orders.assign` reads it."""
-        return {**self._report(), "device": self._meeting.device}
+        return {**self._report(), "device": self._config.device_kind}
 
     def join(self) -> None:
         """Asks to be let in, now that this host has ranks to bring."""
-        self._joining = True
-        self.member.join(self._through, time.monotonic())
+        self._is_joining = True
+        self.member.join(self._join_address, time.monotonic())
 
-    def again(self) -> None:
+    def rejoin(self) -> None:
         """Back under a new name, through another host that was in the run or was met."""
-        others = [place_of(host) for host in [*self._known, *self._met]]
-        others = list(dict.fromkeys([*others, self._meeting.through]))
-        places = [place for place in others if place not in self._own]
-        fresh = [place for place in places if place not in self._tried]
-        if not fresh:
-            self._tried.clear()
+        known_addresses = [address_of(host) for host in [*self._known_hosts, *self._heard_hosts]]
+        known_addresses = list(dict.fromkeys([*known_addresses, self._config.join_address]))
+        addresses = [address for address in known_addresses if address not in self._own_addresses]
+        untried_addresses = [address for address in addresses if address not in self._tried_addresses]
+        if not untried_addresses:
+            self._tried_addresses.clear()
         self.close()
-        self._meet(next(iter(fresh or places), place_of(self.member.me)))
-        if self._joining or self._known:
+        self._connect(next(iter(untried_addresses or addresses), address_of(self.member.own_id)))
+        if self._is_joining or self._known_hosts:
             self.join()
 
     @property
-    def unheard(self) -> str:
+    def unanswered_address(self) -> str:
         """Where this host has asked in vain to be let in; "" while there is hope."""
-        waits = self._through and self.member.view is None and self.link is not None
-        lost = waits and time.monotonic() - self._heard_s > PATIENCE_S
-        return self._through if lost else ""
+        is_waiting = self._join_address and self.member.view is None and self.transport is not None
+        has_timed_out = is_waiting and time.monotonic() - self._last_heard_s > JOIN_TIMEOUT_S
+        return self._join_address if has_timed_out else ""
 
-    def shut_out(self, is_alone: Callable[[], bool]) -> tuple[int, str] | None:
+    def join_failure(self, is_only_host: Callable[[], bool]) -> tuple[int, str] | None:
         """(exit code, words) when this host will not be let in; None while it may be."""
-        if ours := [r for r in self._refused if self._is_about_us(r)]:
-            told = "\n".join(f"{r.why}\n{r.table}".rstrip() for r in ours)
-            return 2, f"error: the run did not let this host in: {told}"
-        if not self.unheard:
+        if refusals := [r for r in self._refusals if self._is_refusal_of_us(r)]:
+            text = "\n".join(f"{r.reason}\n{r.table}".rstrip() for r in refusals)
+            return 2, f"error: the run did not let this host in: {text}"
+        if not self.unanswered_address:
             return None
-        if self._meeting.finished():
+        if self._config.is_finished():
             return 0, "the run is finished"
-        if not self._known:
+        if not self._known_hosts:
             fix = "the address that a living host of the run was given as --listen"
-            what = f"nobody has answered for {PATIENCE_S:g} s where this host wants to join"
-            error = ConfigError(what, values={"launch.join": self._through}, fix=fix)
+            problem = f"nobody has answered for {JOIN_TIMEOUT_S:g} s where this host wants to join"
+            error = ConfigError(problem, values={"launch.join": self._join_address}, fix=fix)
             return 2, f"error: {error}"
-        if is_alone():
+        if is_only_host():
             return 1, "no other host is left; the same command goes on from the last checkpoint"
         return None
 
-    def carry(self) -> None:
+    def pump(self) -> None:
         """Takes in what has come, and sends what the member wants said."""
-        link, now = self.link, time.monotonic()
-        if link is not None:
-            for sender, message in link.receive():
-                self._heard_s, self._met[sender] = now, None
-                self._take(sender, message, now)
-            for host in link.lost():
-                if self.over is None:  # else it has merely come to the end before this one
-                    self.member.lost(host, now)
-            for to, message in self.member.take_outbox():
-                self._send(to, {"view": message})
-            if self._through and self.member.view is None and now > self._greet_s:
-                self._greet_s = now + AGAIN_S
-                link.send(self._through, {"hello": link.id})  # who refuses us says so at once
+        transport, now = self.transport, time.monotonic()
+        if transport is not None:
+            for sender, message in transport.receive():
+                self._last_heard_s, self._heard_hosts[sender] = now, None
+                self._dispatch(sender, message, now)
+            for host in transport.take_lost_peers():
+                if self.remote_exit_code is None:  # else it has merely come to the end before this one
+                    self.member.on_connection_lost(host, now)
+            for target, message in self.member.take_outbox():
+                self._send(target, {"view": message})
+            if self._join_address and self.member.view is None and now > self._next_hello_s:
+                self._next_hello_s = now + HELLO_INTERVAL_S
+                transport.send(self._join_address, {"hello": transport.id})  # who refuses us says so at once
         if self.member.view is not None:
-            self._known, self._through = self.member.view.hosts, ""
-            self._tried.clear()
+            self._known_hosts, self._join_address = self.member.view.hosts, ""
+            self._tried_addresses.clear()
 
-    def refused_others(self) -> str:
+    def refused_peers_text(self) -> str:
         """Which hosts were refused here, and why, with the tables of differences; "": none."""
-        self._refused = self.link.refused() if self.link is not None else []
-        others = [r for r in self._refused if not self._is_about_us(r)]
-        return "\n".join(f"{place_of(r.who)}: {r.why}\n{r.table}".rstrip() for r in others)
+        self._refusals = self.transport.take_refusals() if self.transport is not None else []
+        refusals = [r for r in self._refusals if not self._is_refusal_of_us(r)]
+        return "\n".join(f"{address_of(r.peer)}: {r.reason}\n{r.table}".rstrip() for r in refusals)
 
-    def _is_about_us(self, refusal: Refusal) -> bool:
+    def _is_refusal_of_us(self, refusal: Refusal) -> bool:
         """Whether it means that this host is not let in; anybody may knock here meanwhile."""
-        asks = self._through and not self._known
-        return bool(asks) and ("#" in refusal.who or refusal.who == self._through)
+        is_joining = self._join_address and not self._known_hosts
+        return bool(is_joining) and ("#" in refusal.peer or refusal.peer == self._join_address)
 
-    def shown(self, orders: Mapping[str, Any]) -> str:
+    def progress_notice(self, assignment: Mapping[str, Any]) -> str:
         """Where the progress is shown, once each time that it is another host; else ""."""
-        ranks, before = orders["ranks"], self._first
-        self._first = ranks[0][0]
-        if self._first in (before, self.member.me):
+        ranks, previous_host = assignment["ranks"], self._first_rank_host
+        self._first_rank_host = ranks[0][0]
+        if self._first_rank_host in (previous_host, self.member.own_id):
             return ""
-        place = named(self._first, orders["names"])
-        return f"{len(ranks)} ranks compute; progress is shown on {place}"
+        host_name = host_label(self._first_rank_host, assignment["names"])
+        return f"{len(ranks)} ranks compute; progress is shown on {host_name}"
 
     # ---- store ----
 
     def set(self, generation: int, key: str, value: str) -> None:
         """Writes a key where the leader keeps it."""
-        if leader := self._leader():
+        if leader := self._remote_leader():
             self._send(leader, {"set": [generation, key, value]})
         else:
-            self.keys.set(generation, key, value)
+            self.store.set(generation, key, value)
 
-    def get(self, generation: int, key: str, answer: Answer) -> None:
+    def get(self, generation: int, key: str, callback: ValueCallback) -> None:
         """Answers when the leader has the key."""
-        if leader := self._leader():
-            number = next(self._numbers)
-            self._asked[number] = answer
-            self._send(leader, {"get": [generation, key, number]})
+        if leader := self._remote_leader():
+            request_number = next(self._request_numbers)
+            self._pending_gets[request_number] = callback
+            self._send(leader, {"get": [generation, key, request_number]})
         else:
-            self.keys.get(generation, key, answer)
+            self.store.get(generation, key, callback)
 
-    def tell_over(self, code: int) -> None:
+    def announce_exit(self, exit_code: int) -> None:
         """Tells all hosts that the run has ended."""
-        for host in dict.fromkeys([*self._known, *self._met]):  # also who was about to join
-            if host != self.member.me:
-                self._send(host, {"over": code})
+        for host in dict.fromkeys([*self._known_hosts, *self._heard_hosts]):  # also who was about to join
+            if host != self.member.own_id:
+                self._send(host, {"over": exit_code})
 
     def close(self) -> None:
         """Sends the last words and closes the link."""
-        if self.link is not None:
-            self.link.close()
+        if self.transport is not None:
+            self.transport.close()
 
     # ---- inside ----
 
-    def _leader(self) -> str:
+    def _remote_leader(self) -> str:
         """The leader, if it is another host."""
         view = self.member.view
-        return "" if view is None or view.leader == self.member.me else view.leader
+        return "" if view is None or view.leader == self.member.own_id else view.leader
 
-    def _send(self, to: str, message: Mapping[str, Any]) -> None:
-        if self.link is not None:
+    def _send(self, target: str, message: Mapping[str, Any]) -> None:
+        if self.transport is not None:
             # A host that somebody made up, or a message of no size: nobody misses it.
             with suppress(ConfigError, ValueError):
-                self.link.send(to, message)
+                self.transport.send(target, message)
 
-    def _take(self, sender: str, message: Mapping[str, Any], now: float) -> None:
+    def _dispatch(self, sender: str, message: Mapping[str, Any], now: float) -> None:
         match message:
-            case {"view": said}:
+            case {"view": view_message}:
                 try:
-                    self.member.hear(sender, said, now)
+                    self.member.receive(sender, view_message, now)
                 except RunError as error:
-                    if self.link is not None:
-                        self.link.dismiss(sender, f"it sent what makes no sense: {error.what}")
+                    if self.transport is not None:
+                        self.transport.disconnect(sender, f"it sent what makes no sense: {error.message}")
             # Who keeps keys has promised the number of their generation, which it leads.
-            case {"set": [generation, key, value]} if generation <= self.member.promised:
-                self.keys.set(generation, key, value)
-            case {"get": [generation, key, number]} if generation <= self.member.promised:
-                self.keys.get(
-                    generation, key, lambda value: self._send(sender, {"answer": [number, value]})
+            case {"set": [generation, key, value]} if generation <= self.member.promised_number:
+                self.store.set(generation, key, value)
+            case {"get": [generation, key, request_number]} if generation <= self.member.promised_number:
+                self.store.get(
+                    generation, key, lambda value: self._send(sender, {"answer": [request_number, value]})
                 )
-            case {"answer": [number, value]}:
-                if answer := self._asked.pop(number, None):
-                    answer(value)
+            case {"answer": [request_number, value]}:
+                if callback := self._pending_gets.pop(request_number, None):
+                    callback(value)
             case {"hello": _} if self.member.view is not None:
-                self._send(sender, {"welcome": self.member.me})
-            case {"over": code} if sender in self._known or self._through:
-                self.over = int(code)
+                self._send(sender, {"welcome": self.member.own_id})
+            case {"over": exit_code} if sender in self._known_hosts or self._join_address:
+                self.remote_exit_code = int(exit_code)
 
 
-def place_of(host: str) -> str:
+def address_of(host: str) -> str:
     """A host's id without what only machines need."""
     return host.partition("#")[0]

@@ -16,54 +16,54 @@ from torch import Tensor
 
 from cordee.config.run import FaultSettings
 
-HANG = "!"
+HANG_PREFIX = "!"
 """Before a point's name: the rank hangs there instead of dying."""
 
 
 @dataclass(frozen=True)
-class Drill:
+class FaultInjector:
     """What to provoke on this rank. Steps are numbered from 1, as in metrics.jsonl. `mark` is told
     of every point, for whoever watches this rank."""
 
     rank: int
-    kill: tuple[str, int, int] | None
-    crash: tuple[str, int, int] | None
-    poison: tuple[range, int] | None
-    mark: Callable[[str, int], None] | None = None
+    kill_point: tuple[str, int, int] | None
+    crash_point: tuple[str, int, int] | None
+    poison_steps: tuple[range, int] | None
+    on_point: Callable[[str, int], None] | None = None
 
-    def point(self, name: str, step: int) -> None:
+    def fault_point(self, name: str, step: int) -> None:
         """A fault point: kills this process, or raises RuntimeError, when the drill names it."""
-        if self.mark is not None:
-            self.mark(name, step)
-        if self.kill is not None and self.kill == (name, step, self.rank):
+        if self.on_point is not None:
+            self.on_point(name, step)
+        if self.kill_point is not None and self.kill_point == (name, step, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.kill is not None and self.kill == (HANG + name, step, self.rank):
+        if self.kill_point is not None and self.kill_point == (HANG_PREFIX + name, step, self.rank):
             while True:  # its heart goes on beating
                 time.sleep(1.0)
-        if self.crash is not None and self.crash == (name, step, self.rank):
+        if self.crash_point is not None and self.crash_point == (name, step, self.rank):
             raise RuntimeError(f"the drill fault.crash at {name} of step {step}")
 
-    def spoil(self, gradients: Sequence[Tensor], step: int) -> None:
+    def corrupt_gradient(self, gradients: Sequence[Tensor], step: int) -> None:
         """Makes one element of the first gradient not a number when the drill says so."""
-        if self.poison is not None and step in self.poison[0] and self.rank == self.poison[1]:
+        if self.poison_steps is not None and step in self.poison_steps[0] and self.rank == self.poison_steps[1]:
             gradients[0].view(-1)[0] = float("nan")
 
 
-def make_drill(
-    armed: str, fault: FaultSettings, rank: int, mark: Callable[[str, int], None] | None = None
-) -> Drill:
+def make_fault_injector(
+    drill_text: str, fault: FaultSettings, rank: int, on_point: Callable[[str, int], None] | None = None
+) -> FaultInjector:
     """Reads `armed`, an entry of `fault.kill`, and the drills of every generation (checked before,
     config/check.py)."""
-    poison = None
+    poison_steps = None
     if fault.poison:
-        steps, who = fault.poison.rsplit(":", 1)
-        first, _, last = steps.partition("-")
-        poison = (range(int(first), int(last or first) + 1), int(who))
-    return Drill(rank, _parse(armed), _parse(fault.crash), poison, mark)
+        range_text, rank_text = fault.poison.rsplit(":", 1)
+        first_step, _, last_step = range_text.partition("-")
+        poison_steps = (range(int(first_step), int(last_step or first_step) + 1), int(rank_text))
+    return FaultInjector(rank, _parse_point(drill_text), _parse_point(fault.crash), poison_steps, on_point)
 
 
-def _parse(armed: str) -> tuple[str, int, int] | None:
-    if not armed:
+def _parse_point(drill_text: str) -> tuple[str, int, int] | None:
+    if not drill_text:
         return None
-    name, step, who = armed.rsplit(":", 2)
-    return name, int(step), int(who)
+    name, step, rank_text = drill_text.rsplit(":", 2)
+    return name, int(step), int(rank_text)

@@ -9,41 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-Answer = Callable[[str], None]
+ValueCallback = Callable[[str], None]
 """Takes a key's value to whoever asked for it."""
 
 
 @dataclass
-class Keys:
+class KeyValueStore:
     """Keys of one generation at a time, and who waits for which."""
 
     generation: int = 0
     values: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, list[Answer]] = field(default_factory=dict)
+    waiters: dict[str, list[ValueCallback]] = field(default_factory=dict)
 
-    def begin(self, generation: int) -> None:
+    def start_generation(self, generation: int) -> None:
         """A new generation: nothing of the former one is kept."""
         if generation > self.generation:
             self.generation = generation
             self.values.clear()
-            self.waiting.clear()
+            self.waiters.clear()
 
     def set(self, generation: int, key: str, value: str) -> None:
         """Writes a key, and answers who waits for it."""
         if generation > self.generation:
-            self.begin(generation)
+            self.start_generation(generation)
         if generation == self.generation:
             self.values[key] = value
-            for answer in self.waiting.pop(key, []):
-                answer(value)
+            for callback in self.waiters.pop(key, []):
+                callback(value)
 
-    def get(self, generation: int, key: str, answer: Answer) -> None:
+    def get(self, generation: int, key: str, callback: ValueCallback) -> None:
         """Answers now or once the key is written; never for a generation that has ended."""
         if generation > self.generation:
-            self.begin(generation)
+            self.start_generation(generation)
         if generation != self.generation:
             return
         if key in self.values:
-            answer(self.values[key])
+            callback(self.values[key])
         else:
-            self.waiting.setdefault(key, []).append(answer)
+            self.waiters.setdefault(key, []).append(callback)

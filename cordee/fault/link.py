@@ -15,123 +15,123 @@ from typing import Any
 
 from cordee.errors import ConfigError
 from cordee.fault import address
-from cordee.fault.frames import EARLY_BYTES, pack
-from cordee.fault.handshake import Refusal, differences, table
+from cordee.fault.frames import MAX_HANDSHAKE_BYTES, pack
+from cordee.fault.handshake import Refusal, differences, format_differences
 from cordee.fault.secret import SECRET_BYTES
-from cordee.fault.switchboard import Switchboard
+from cordee.fault.switchboard import ConnectionThread
 
-__all__ = ["Link", "Refusal", "differences", "table"]
+__all__ = ["Transport", "Refusal", "differences", "format_differences"]
 
-_LAST_WORDS_S = 0.5
+_FLUSH_TIMEOUT_S = 0.5
 
 
-class Link:
+class Transport:
     """This process's end of the traffic with all other supervisors. Made by `open`; used by one
     thread. `id` is how the others call this process."""
 
-    def __init__(self, own_id: str, switchboard: Switchboard) -> None:
+    def __init__(self, own_id: str, connections: ConnectionThread) -> None:
         self.id = own_id
-        self._board = switchboard
-        self._post = switchboard.post
+        self._connections = connections
+        self._queues = connections.queues
 
     @classmethod
     def open(
         cls,
-        bind: str,
+        bind_address: str,
         secret: bytes,
         hello: Mapping[str, Any],
-        advertise: str = "",
-        fault_of: Callable[[Any], str] = lambda message: "",
-    ) -> Link:
+        advertise_address: str = "",
+        message_error: Callable[[Any], str] = lambda message: "",
+    ) -> Transport:
         """Listens on `bind` (HOST:PORT, port 0: any free one) and lets in who knows the secret and
         has the same `hello` (keys that begin with "about." are told, not compared). Others dial
         `advertise` (default, and for its port 0: what is bound). Who sends a message that
         `fault_of` finds wrong loses that connection. ConfigError when that cannot be.
         """
         if len(secret) < SECRET_BYTES[0]:
-            what = "the secret is too short"
+            problem = "the secret is too short"
             fix = f"at least {SECRET_BYTES[0]} random bytes"
-            raise ConfigError(what, values={"bytes": len(secret)}, fix=fix)
-        if len(pack(hello)) > EARLY_BYTES:
-            raise ConfigError("the hello is too long", fix=f"at most {EARLY_BYTES} bytes of JSON")
-        if advertise:
-            address.split(advertise)
-        listener = _listen(bind, bool(advertise))
+            raise ConfigError(problem, values={"bytes": len(secret)}, fix=fix)
+        if len(pack(hello)) > MAX_HANDSHAKE_BYTES:
+            raise ConfigError("the hello is too long", fix=f"at most {MAX_HANDSHAKE_BYTES} bytes of JSON")
+        if advertise_address:
+            address.parse_address(advertise_address)
+        listener = _open_listener(bind_address, bool(advertise_address))
         host, port = listener.getsockname()[:2]
-        if advertise:
-            named, given = address.split(advertise)
-            shown = address.joined(named, given or port)
+        if advertise_address:
+            advertised_host, advertised_port = address.parse_address(advertise_address)
+            own_address = address.format_address(advertised_host, advertised_port or port)
         else:
-            shown = address.joined(host, port)
-        own_id = f"{shown}#{secrets.token_hex(4)}"
-        board = Switchboard(listener, own_id, secret, hello, fault_of)
-        board.start()
-        return cls(own_id, board)
+            own_address = address.format_address(host, port)
+        own_id = f"{own_address}#{secrets.token_hex(4)}"
+        connections = ConnectionThread(listener, own_id, secret, hello, message_error)
+        connections.start()
+        return cls(own_id, connections)
 
     @staticmethod
-    def check(bind: str) -> None:
+    def check_bind(bind_address: str) -> None:
         """ConfigError when `open` could not listen on `bind`; nothing listens there afterwards."""
-        _listen(bind).close()
+        _open_listener(bind_address).close()
 
     def fileno(self) -> int:
         """Readable when `receive`, `lost` or `refused` has something."""
-        return self._post.outward.read_end
+        return self._queues.supervisor_wakeup.read_end
 
     def receive(self) -> list[tuple[str, dict[str, Any]]]:
         """(sender's id, message) of all that has come, without waiting; RunError when the thread
         of the connections has failed."""
-        return self._post.take_messages()
+        return self._queues.take_messages()
 
-    def lost(self) -> list[str]:
+    def take_lost_peers(self) -> list[str]:
         """Ids (or dialled addresses) where, since the last call, nobody listens any more: their
         process is gone. Silence is not in here."""
-        return self._post.take_lost()
+        return self._queues.take_lost_peers()
 
-    def refused(self) -> list[Refusal]:
+    def take_refusals(self) -> list[Refusal]:
         """Peers that we refused or that refused us since the last call; each kind is told once."""
-        return self._post.take_refused()
+        return self._queues.take_refusals()
 
-    def send(self, to: str, message: Mapping[str, Any]) -> None:
+    def send(self, target: str, message: Mapping[str, Any]) -> None:
         """Sends to an id or a HOST:PORT, dialling when needed. Never waits; the oldest messages go
         when 64 MiB or 65,536 of them wait. ConfigError for what is no address, ValueError for
         what is too long (8 MiB), TypeError for what is no JSON."""
-        address.split(to.rpartition("#")[0] or to)
-        self._post.put(to, pack(message))
+        address.parse_address(target.rpartition("#")[0] or target)
+        self._queues.enqueue(target, pack(message))
 
-    def dismiss(self, peer: str, why: str) -> None:
+    def disconnect(self, peer: str, reason: str) -> None:
         """Ends the connections with a peer, and tells of it (`refused`); it may dial again."""
-        self._post.dismiss(peer, why)
+        self._queues.disconnect(peer, reason)
 
-    def local_ip(self, to: str) -> str | None:
+    def local_ip(self, target: str) -> str | None:
         """Our IP address on the connection to a peer, None while there is none."""
-        known = self._board.known.get(self._board.alias.get(to, to))
-        return known[0] if known else None
+        peer_info = self._connections.peer_info.get(self._connections.aliases.get(target, target))
+        return peer_info[0] if peer_info else None
 
-    def hello(self, to: str) -> Mapping[str, Any] | None:
+    def peer_hello(self, target: str) -> Mapping[str, Any] | None:
         """What a peer told of itself, None while there is no connection."""
-        known = self._board.known.get(self._board.alias.get(to, to))
-        return known[1] if known else None
+        peer_info = self._connections.peer_info.get(self._connections.aliases.get(target, target))
+        return peer_info[1] if peer_info else None
 
-    def counted(self) -> dict[str, int]:
+    def error_counts(self) -> dict[str, int]:
         """How often something went wrong: refused, broken (frames), crowded out (connections),
         dropped (messages to send), unread (messages that were not received in time)."""
-        return {name: number for name, number in self._post.counted.items() if number}
+        return {name: count for name, count in self._queues.counters.items() if count}
 
     def close(self) -> None:
         """Sends what can be sent within half a second, closes all connections."""
-        if self._board.is_alive():
-            self._board.stop(_LAST_WORDS_S)
-            self._board.join()
-        self._post.close()
+        if self._connections.is_alive():
+            self._connections.stop(_FLUSH_TIMEOUT_S)
+            self._connections.join()
+        self._queues.close()
 
 
-def _listen(bind: str, advertised: bool = False) -> socket.socket:
+def _open_listener(bind_address: str, is_advertised: bool = False) -> socket.socket:
     """A listening socket at an address that others can dial. ConfigError."""
-    listener = address.listen(bind)
+    listener = address.open_listener(bind_address)
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::") and not advertised:
+    if host in ("0.0.0.0", "::") and not is_advertised:
         listener.close()
-        what = "others cannot dial this address"
-        fix = f"bind or advertise {address.joined(address.own_ip(), port)}"
-        raise ConfigError(what, values={"bind": bind}, fix=fix)
+        problem = "others cannot dial this address"
+        fix = f"bind or advertise {address.format_address(address.outbound_ip(), port)}"
+        raise ConfigError(problem, values={"bind": bind_address}, fix=fix)
     return listener

@@ -15,37 +15,37 @@ from itertools import count
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-class Loop:
+class EventLoop:
     """Belongs to one thread; closes the sockets that it watches when it is closed."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = count()
+        self._sequence = count()
 
-    def watch(self, file: socket.socket | int, mask: int, call: Callable[[int], None]) -> None:
+    def register(self, file: socket.socket | int, mask: int, callback: Callable[[int], None]) -> None:
         """Calls with the events that have come, from now on, for these events."""
-        self._selector.register(file, mask, call)
+        self._selector.register(file, mask, callback)
 
-    def change(self, file: socket.socket | int, mask: int, call: Callable[[int], None]) -> None:
+    def modify(self, file: socket.socket | int, mask: int, callback: Callable[[int], None]) -> None:
         """Other events than before."""
-        self._selector.modify(file, mask, call)
+        self._selector.modify(file, mask, callback)
 
-    def leave(self, file: socket.socket | int) -> None:
+    def unregister(self, file: socket.socket | int) -> None:
         """Watches this no more; nothing happens when it was not watched."""
         if file in self._selector.get_map():
             self._selector.unregister(file)
 
-    def after(self, delay_s: float, call: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Calls once, not before that time has passed."""
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._numbers), call))
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._sequence), callback))
 
-    def turn(self, most_s: float | None) -> None:
+    def run_once(self, timeout_s: float | None) -> None:
         """Waits for the next events or the next moment, and calls."""
         if self._timers:
-            left_s = max(0.0, self._timers[0][0] - time.monotonic())
-            most_s = left_s if most_s is None else min(most_s, left_s)
-        for key, mask in self._selector.select(most_s):
+            timer_delay_s = max(0.0, self._timers[0][0] - time.monotonic())
+            timeout_s = timer_delay_s if timeout_s is None else min(timeout_s, timer_delay_s)
+        for key, mask in self._selector.select(timeout_s):
             key.data(mask)
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()

@@ -23,14 +23,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cordee.errors import RunError
-from cordee.fault.pace import Rules
-from cordee.fault.rounds import Round, waiting_for
+from cordee.fault.pace import Timeouts
+from cordee.fault.rounds import Proposal, quorum_wait_reason
 from cordee.fault.views import Left, Promise, View
-from cordee.fault.voter import Message, Voter
+from cordee.fault.voter import Message, AcceptorRole
 from cordee.fault.witness import Witness
 
 
-class Member(Voter):
+class Member(AcceptorRole):
     """One host's part in the run's membership. `now` is this host's own monotonic seconds.
 
     `assign(reports by host)` gives the orders of a new view, on its candidate, when all its hosts
@@ -40,29 +40,29 @@ class Member(Voter):
 
     def __init__(
         self,
-        me: str,
-        rules: Rules,
+        own_id: str,
+        timeouts: Timeouts,
         *,
         assign: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         report: Callable[[], Any],
         witness: Witness | None = None,
-        last: int = 0,
+        last_generation: int = 0,
     ) -> None:
-        super().__init__(me, rules, report, last)
-        self._rules, self._assign, self._witness = rules, assign, witness
-        self._last = last
-        self._beat_number, self._beat_due = 0, 0.0
+        super().__init__(own_id, timeouts, report, last_generation)
+        self._timeouts, self._assign, self._witness = timeouts, assign, witness
+        self._last_generation = last_generation
+        self._heartbeat_number, self._next_heartbeat_s = 0, 0.0
 
     # What the supervisor calls.
 
     @property
-    def says(self) -> str:
+    def status(self) -> str:
         """One sentence for a person: what this host is in, or waits for."""
-        if self._over:
+        if self._is_out:
             return self._trouble
-        if self._round:
-            names = ", ".join(self._round.missing)
-            return f"forming generation {self._round.number}: waiting for {names}"
+        if self._proposal:
+            names = ", ".join(self._proposal.pending_voters)
+            return f"forming generation {self._proposal.number}: waiting for {names}"
         if self._through:
             return self._trouble or f"asking {self._through} to be let in"
         if self.view:
@@ -71,304 +71,304 @@ class Member(Voter):
             )
         return self._trouble or "waiting for a new generation"
 
-    def found(self, now: float) -> None:
+    def bootstrap(self, now: float) -> None:
         """The first host: a view of itself alone."""
-        self._ears.advance(now)
-        self._votes.learn(View(self._top, self.me, (self.me,)))
-        self._begin(Round(0, (self.me,), (), 0.0))
-        self._pump()
+        self._detector.advance(now)
+        self._acceptor.learn(View(self._top, self.own_id, (self.own_id,)))
+        self._start_proposal(Proposal(0, (self.own_id,), (), 0.0))
+        self._deliver_local()
 
-    def join(self, through: str, now: float) -> None:
+    def join(self, join_address: str, now: float) -> None:
         """Asks the host at `through` to be let in, again and again until it is."""
-        self._ears.advance(now)
-        self._through = through
-        self._beat()
+        self._detector.advance(now)
+        self._through = join_address
+        self._send_heartbeats()
 
     def leave(self, now: float) -> None:
         """This host wants out; Left follows when the others go on without it, or at once alone."""
-        self._ears.advance(now)
+        self._detector.advance(now)
         self._leaving = True
         if self._through:
-            self._end(Left(), "left before it was let in")
-        self._beat()
-        self._act()
-        self._pump()
+            self._leave_run(Left(), "left before it was let in")
+        self._send_heartbeats()
+        self._propose_if_due()
+        self._deliver_local()
 
-    def call(self, why: Message, now: float) -> None:
+    def request_view(self, event: Message, now: float) -> None:
         """Something changed here: a new view is wanted, with the verdict `why` (JSON) in it."""
-        self._ears.advance(now)
-        self._calls.append(json.loads(json.dumps(why)))
-        self._beat()
-        self._act()
-        self._pump()
+        self._detector.advance(now)
+        self._pending_events.append(json.loads(json.dumps(event)))
+        self._send_heartbeats()
+        self._propose_if_due()
+        self._deliver_local()
 
-    def lost(self, host: str, now: float) -> None:
+    def on_connection_lost(self, host: str, now: float) -> None:
         """The transport's connection to `host` broke: it is asked once more, then it is gone."""
-        self._ears.advance(now)
-        if host in self._known() and not self._over:
-            if self._ears.lose(host):
-                self._send(host, self._beat_message())
-            self._act()
-            self._pump()
+        self._detector.advance(now)
+        if host in self._known_hosts() and not self._is_out:
+            if self._detector.on_connection_lost(host):
+                self._send(host, self._heartbeat_message())
+            self._propose_if_due()
+            self._deliver_local()
 
-    def hear(self, sender: str, message: Message, now: float) -> None:
+    def receive(self, sender: str, message: Message, now: float) -> None:
         """A message from `sender`. RunError: it cannot be read; the connection is worth nothing."""
-        self._ears.advance(now)
-        if self._over or sender == self.me:
+        self._detector.advance(now)
+        if self._is_out or sender == self.own_id:
             return
         try:
-            self._take(sender, message)
+            self._dispatch(sender, message)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             kind = message.get("kind") if isinstance(message, Mapping) else None
             values = {"sender": sender, "kind": kind}
             raise RunError("a message between hosts cannot be read", values=values) from error
-        self._pump()
+        self._deliver_local()
 
     def tick(self, now: float) -> None:
         """Heartbeats, deadlines and retries; to be called every beat_s / 2 or more often."""
-        self._ears.advance(now)
-        if self._over:
+        self._detector.advance(now)
+        if self._is_out:
             return
-        if self._ears.clock >= self._beat_due:
-            self._beat()
-            if self._round:
-                self._ask(self._round)
-        self._act()
-        self._pump()
+        if self._detector.clock_s >= self._next_heartbeat_s:
+            self._send_heartbeats()
+            if self._proposal:
+                self._send_proposal(self._proposal)
+        self._propose_if_due()
+        self._deliver_local()
 
     # Heartbeats.
 
-    def _known(self) -> list[str]:
-        return self._votes.known_hosts()
+    def _known_hosts(self) -> list[str]:
+        return self._acceptor.known_hosts()
 
-    def _peers(self) -> list[str]:
-        return self._circle.peers(self._known(), self.view, self._through)
+    def _heartbeat_peers(self) -> list[str]:
+        return self._heartbeats.peers(self._known_hosts(), self.view, self._through)
 
-    def _beat_message(self) -> dict[str, Any]:
-        self._beat_number += 1
+    def _heartbeat_message(self) -> dict[str, Any]:
+        self._heartbeat_number += 1
         return {
             "kind": "beat",
-            "beat": self._beat_number,
+            "beat": self._heartbeat_number,
             "view": self.view.number if self.view else 0,
-            "formed": self._votes.formed_number,
-            "promised": self._votes.promised,
-            "hears": [host for host in self._peers() if self._ears.knows(host)],
-            "meet": list(self._circle.joiners),
+            "formed": self._acceptor.installed_number,
+            "promised": self._acceptor.promised_number,
+            "hears": [host for host in self._heartbeat_peers() if self._detector.is_alive(host)],
+            "meet": list(self._heartbeats.joiners),
             "joining": bool(self._through),
             "leaving": self._leaving,
-            "wants": bool(self._calls),
+            "wants": bool(self._pending_events),
             "witnessed": self._witness is not None,
         }
 
-    def _beat(self) -> None:
-        self._beat_due = self._ears.clock + self._rules.beat_s
-        if not self._over:
-            message = self._beat_message()
-            for host in self._peers():
+    def _send_heartbeats(self) -> None:
+        self._next_heartbeat_s = self._detector.clock_s + self._timeouts.heartbeat_interval_s
+        if not self._is_out:
+            message = self._heartbeat_message()
+            for host in self._heartbeat_peers():
                 self._send(host, message)
 
-    def _on_beat(self, sender: str, m: Message) -> None:
-        news = self._circle.note(sender, m)
-        if news is None:
+    def _on_heartbeat(self, sender: str, message: Message) -> None:
+        previous = self._heartbeats.record(sender, message)
+        if previous is None:
             return
-        self._top = max(self._top, m["promised"], m["formed"])
-        self._guide(sender, m)
-        if m["meet"] != news.get("meet", []) or (not news and self._through):
-            self._beat()
-        votes, wanted = self._votes, m["wants"] or m["leaving"] or self._circle.joiners
-        if self._handed_over(sender, m):
-            self._end(Left(), f"left: generation {votes.formed_number} goes on")
-        elif wanted or m["promised"] > (self.view.number if self.view else self._top):
-            self._act()
+        self._top = max(self._top, message["promised"], message["formed"])
+        self._help_laggard(sender, message)
+        if message["meet"] != previous.get("meet", []) or (not previous and self._through):
+            self._send_heartbeats()
+        acceptor, needs_view = self._acceptor, message["wants"] or message["leaving"] or self._heartbeats.joiners
+        if self._is_leave_complete(sender, message):
+            self._leave_run(Left(), f"left: generation {acceptor.installed_number} goes on")
+        elif needs_view or message["promised"] > (self.view.number if self.view else self._top):
+            self._propose_if_due()
 
-    def _guide(self, sender: str, m: Message) -> None:
+    def _help_laggard(self, sender: str, message: Message) -> None:
         """Tells a host that is behind where the others are: in with it, out of it, or let in."""
-        formed = self._votes.formed
-        if formed is None:
+        installed_view = self._acceptor.installed_view
+        if installed_view is None:
             return
-        if m["joining"] and sender not in formed.hosts:
-            self._on_join(sender, {"host": sender, "witnessed": m["witnessed"]})
-        elif m["formed"] < formed.number:
-            self._send(sender, {"kind": "enter", "view": formed.to_json()})
+        if message["joining"] and sender not in installed_view.hosts:
+            self._on_join(sender, {"host": sender, "witnessed": message["witnessed"]})
+        elif message["formed"] < installed_view.number:
+            self._send(sender, {"kind": "enter", "view": installed_view.to_json()})
 
-    def _handed_over(self, sender: str, m: Message) -> bool:
-        formed = self._votes.formed
-        if not self._leaving or formed is None or self.me in formed.hosts:
+    def _is_leave_complete(self, sender: str, message: Message) -> bool:
+        installed_view = self._acceptor.installed_view
+        if not self._leaving or installed_view is None or self.own_id in installed_view.hosts:
             return False
-        return sender in formed.hosts and m["formed"] >= formed.number
+        return sender in installed_view.hosts and message["formed"] >= installed_view.number
 
-    def _on_join(self, sender: str, m: Message) -> None:
-        host = m["host"]
+    def _on_join(self, sender: str, message: Message) -> None:
+        host = message["host"]
         if self.view is None or host in self.view.hosts:
             return
-        if m["witnessed"] != (self._witness is not None):
-            says = "refused: one side has a witness (the run's shared folder), the other has not"
-            self._send(host, {"kind": "refused", "says": says})
-        elif self.view.leader != self.me:
-            self._send(self.view.leader, {**m, "kind": "join"})
-        elif host not in self._circle.joiners:
-            self._circle.joiners.append(host)
-            self._beat()
+        if message["witnessed"] != (self._witness is not None):
+            sentence = "refused: one side has a witness (the run's shared folder), the other has not"
+            self._send(host, {"kind": "refused", "says": sentence})
+        elif self.view.leader != self.own_id:
+            self._send(self.view.leader, {**message, "kind": "join"})
+        elif host not in self._heartbeats.joiners:
+            self._heartbeats.joiners.append(host)
+            self._send_heartbeats()
 
-    def _on_refused(self, sender: str, m: Message) -> None:
-        self._trouble = str(m["says"]) if self._through else self._trouble
+    def _on_join_refused(self, sender: str, message: Message) -> None:
+        self._trouble = str(message["says"]) if self._through else self._trouble
 
     # When to stand for a new view, and with whom.
 
-    def _choose(self) -> tuple[Round, bool]:
+    def _choose_proposal(self) -> tuple[Proposal, bool]:
         """A round to come, and whether this host as a leader has a reason for it."""
-        circle, known = self._circle, self._known()
-        gone = circle.gone(known, self.view)
-        stays = [host for host in known if host not in gone]
-        leavers = [host for host in stays if circle.leaves(host)]
-        leavers += [self.me] if self._leaving else []
-        fresh = [host for host in circle.met(stays) if host not in stays]
-        hosts = tuple(host for host in [*stays, *fresh] if host not in leavers)
+        heartbeats, known_hosts = self._heartbeats, self._known_hosts()
+        lost_hosts = heartbeats.unreachable_hosts(known_hosts, self.view)
+        staying_hosts = [host for host in known_hosts if host not in lost_hosts]
+        leavers = [host for host in staying_hosts if heartbeats.is_leaving(host)]
+        leavers += [self.own_id] if self._leaving else []
+        joiners = [host for host in heartbeats.admissible_joiners(staying_hosts) if host not in staying_hosts]
+        hosts = tuple(host for host in [*staying_hosts, *joiners] if host not in leavers)
         if not hosts:  # all leave: this one goes last, with what they hold
-            hosts, leavers = (self.me,), [host for host in leavers if host != self.me]
-        chosen = Round(0, hosts, tuple(leavers), self._ears.clock)
-        chosen.verdicts = {host: self._ears.verdict(host) for host in gone}
-        number = self.view.number if self.view else self._top
-        reason = gone or leavers or fresh or self._calls or circle.wants(stays, number)
-        return chosen, bool(reason)
+            hosts, leavers = (self.own_id,), [host for host in leavers if host != self.own_id]
+        proposal = Proposal(0, hosts, tuple(leavers), self._detector.clock_s)
+        proposal.silence_reasons = {host: self._detector.silence_reason(host) for host in lost_hosts}
+        current_number = self.view.number if self.view else self._top
+        reason = lost_hosts or leavers or joiners or self._pending_events or heartbeats.needs_new_view(staying_hosts, current_number)
+        return proposal, bool(reason)
 
-    def _act(self) -> None:
+    def _propose_if_due(self) -> None:
         """Begins a round when one is due here; nurses the one under way."""
-        formed, votes = self._votes.formed, self._votes
-        if self._through and votes.attempts and self._ears.silent(votes.promised_to):
+        installed_view, acceptor = self._acceptor.installed_view, self._acceptor
+        if self._through and acceptor.accepted_views and self._detector.is_silent(acceptor.promised_candidate):
             self._through = ""  # its vote may have let a view begin: it answers for it now
-        if self._over or self._through or formed is None:
+        if self._is_out or self._through or installed_view is None:
             return
-        if self.me not in self._known():  # a leaver that waits until the others are in
-            if all(self._ears.silent(host) for host in formed.hosts):
-                self._end(Left(), "left: the others have not been heard since")
+        if self.own_id not in self._known_hosts():  # a leaver that waits until the others are in
+            if all(self._detector.is_silent(host) for host in installed_view.hosts):
+                self._leave_run(Left(), "left: the others have not been heard since")
             return
-        clock = self._ears.clock
-        if self._round and not self._nurse(self._round):
+        clock_s = self._detector.clock_s
+        if self._proposal and not self._abandon_if_stalled(self._proposal):
             return
-        chosen, reason = self._choose()
-        if self._leaving and chosen.hosts == (self.me,):
-            stuck = self._witness is None and not formed.has_quorum(chosen.asked)
-            if self._known() == [self.me] or stuck:
-                self._end(Left(), "left: no host stays in the run")
+        proposal, reason = self._choose_proposal()
+        if self._leaving and proposal.hosts == (self.own_id,):
+            lacks_quorum = self._witness is None and not installed_view.has_quorum(proposal.voters)
+            if self._known_hosts() == [self.own_id] or lacks_quorum:
+                self._leave_run(Left(), "left: no host stays in the run")
                 return
-        leads = self.view is not None and self.view.leader == self.me
-        if self.view and not leads and not self._ears.silent(self.view.leader):
-            reason, self._since = False, clock
-        elif not leads:
-            reason = clock - self._since >= self._wait(chosen)
-        if self._witness is None and not formed.has_quorum(chosen.asked):
-            self._trouble = waiting_for(formed, chosen.asked)
+        is_leader = self.view is not None and self.view.leader == self.own_id
+        if self.view and not is_leader and not self._detector.is_silent(self.view.leader):
+            reason, self._since = False, clock_s
+        elif not is_leader:
+            reason = clock_s - self._since >= self._election_delay_s(proposal)
+        if self._witness is None and not installed_view.has_quorum(proposal.voters):
+            self._trouble = quorum_wait_reason(installed_view, proposal.voters)
         elif reason:
-            self._begin(chosen)
+            self._start_proposal(proposal)
         elif self.view:
             self._trouble = ""
 
-    def _wait(self, chosen: Round) -> float:
+    def _election_delay_s(self, proposal: Proposal) -> float:
         """Seconds before this host stands: by seniority, after who else is at it."""
-        rank = chosen.asked.index(self.me)
-        formed, candidate = self._votes.formed, self._votes.promised_to
+        seniority = proposal.voters.index(self.own_id)
+        installed_view, candidate = self._acceptor.installed_view, self._acceptor.promised_candidate
         if self.view is None:
-            if candidate == self.me:
-                rank += 1
-            elif not self._ears.silent(candidate):
-                return self._rules.least_s + rank * self._rules.stagger_s
-        if formed is not None and not formed.has_quorum(chosen.asked):
-            rank += 1
-        return rank * self._rules.stagger_s
+            if candidate == self.own_id:
+                seniority += 1
+            elif not self._detector.is_silent(candidate):
+                return self._timeouts.min_silence_s + seniority * self._timeouts.election_stagger_s
+        if installed_view is not None and not installed_view.has_quorum(proposal.voters):
+            seniority += 1
+        return seniority * self._timeouts.election_stagger_s
 
-    def _nurse(self, current: Round) -> bool:
+    def _abandon_if_stalled(self, proposal: Proposal) -> bool:
         """Gives a round up when one of the asked is silent or slow; whether another may begin."""
-        slow = self._ears.clock - current.began > 2 * self._rules.least_s
-        others = [host for host in current.missing if host != self.me]
-        bad = [host for host in others if slow or self._ears.silent(host)]
-        self._circle.mute(bad, 2 * self._rules.least_s)
-        if bad:
-            self._round, self._since = None, float("-inf")
-        return bool(bad)
+        is_slow = self._detector.clock_s - proposal.started_s > 2 * self._timeouts.min_silence_s
+        pending_voters = [host for host in proposal.pending_voters if host != self.own_id]
+        stalled_voters = [host for host in pending_voters if is_slow or self._detector.is_silent(host)]
+        self._heartbeats.mute(stalled_voters, 2 * self._timeouts.min_silence_s)
+        if stalled_voters:
+            self._proposal, self._since = None, float("-inf")
+        return bool(stalled_voters)
 
     # A candidate's side of a round.
 
-    def _begin(self, chosen: Round) -> None:
-        self._top = max(self._top, self._votes.promised) + 1
-        chosen.number, chosen.began = self._top, self._ears.clock
-        self._round, self._since = chosen, self._ears.clock
-        self._ask(chosen)
+    def _start_proposal(self, proposal: Proposal) -> None:
+        self._top = max(self._top, self._acceptor.promised_number) + 1
+        proposal.number, proposal.started_s = self._top, self._detector.clock_s
+        self._proposal, self._since = proposal, self._detector.clock_s
+        self._send_proposal(proposal)
 
-    def _ask(self, current: Round) -> None:
-        formed = self._votes.formed_number
-        message = current.accept() if current.view else current.propose(formed)
-        for host in current.missing:
+    def _send_proposal(self, proposal: Proposal) -> None:
+        installed_number = self._acceptor.installed_number
+        message = proposal.accept_message() if proposal.view else proposal.propose_message(installed_number)
+        for host in proposal.pending_voters:
             self._send(host, message)
 
-    def _give_up(self, trouble: str) -> None:
-        self._round, self._since, self._trouble = None, self._ears.clock, trouble
+    def _abandon_proposal(self, reason: str) -> None:
+        self._proposal, self._since, self._trouble = None, self._detector.clock_s, reason
 
-    def _on_promise(self, sender: str, m: Message) -> None:
-        current = self._round
-        if current is None or current.number != m["number"] or current.view:
+    def _on_promise(self, sender: str, message: Message) -> None:
+        proposal = self._proposal
+        if proposal is None or proposal.number != message["number"] or proposal.view:
             return
-        if sender in current.missing:
-            current.promises[sender] = Promise.from_json(m)
-        if current.missing:
+        if sender in proposal.pending_voters:
+            proposal.promises[sender] = Promise.from_json(message)
+        if proposal.pending_voters:
             return
-        blocked, vow = current.blocked(self.me, self._witness)
-        if vow:
-            self._top = max(self._top, vow.number)
-        if blocked:
-            self._give_up(blocked)
-            if vow and vow.view and self._votes.formed_number > self._last:
-                self._on_enter(self.me, {"view": vow.view.to_json()})
+        reason, witness_reply = proposal.blocking_reason(self.own_id, self._witness)
+        if witness_reply:
+            self._top = max(self._top, witness_reply.number)
+        if reason:
+            self._abandon_proposal(reason)
+            if witness_reply and witness_reply.view and self._acceptor.installed_number > self._last_generation:
+                self._on_install(self.own_id, {"view": witness_reply.view.to_json()})
             return
-        current.decide(self.me, self._assign)
-        current.began = self._ears.clock
-        self._ask(current)
+        proposal.decide(self.own_id, self._assign)
+        proposal.started_s = self._detector.clock_s
+        self._send_proposal(proposal)
 
-    def _on_refuse(self, sender: str, m: Message) -> None:
-        self._top = max(self._top, m["promised"])
-        if self._round and self._round.number == m["number"]:
-            self._give_up(f"waiting: {sender} follows another leader or candidate")
-            if m["promised"] < m["number"]:  # its leader still seems well to it: ask again soon
-                self._since -= self._rules.stagger_s - self._rules.beat_s
+    def _on_refuse(self, sender: str, message: Message) -> None:
+        self._top = max(self._top, message["promised"])
+        if self._proposal and self._proposal.number == message["number"]:
+            self._abandon_proposal(f"waiting: {sender} follows another leader or candidate")
+            if message["promised"] < message["number"]:  # its leader still seems well to it: ask again soon
+                self._since -= self._timeouts.election_stagger_s - self._timeouts.heartbeat_interval_s
 
-    def _on_accepted(self, sender: str, m: Message) -> None:
-        current = self._round
-        if current is None or current.view is None or current.number != m["number"]:
+    def _on_accepted(self, sender: str, message: Message) -> None:
+        proposal = self._proposal
+        if proposal is None or proposal.view is None or proposal.number != message["number"]:
             return
-        current.accepted.add(sender)
-        if current.missing:
+        proposal.accepted_by.add(sender)
+        if proposal.pending_voters:
             return
-        if self._witness and not self._witness.accept(current.view):
-            self._give_up("waiting for the witness: it did not accept")
+        if self._witness and not self._witness.accept(proposal.view):
+            self._abandon_proposal("waiting for the witness: it did not accept")
             return
-        self._round = None
-        self._votes.learn(current.view)
-        for host in current.asked:
-            self._send(host, {"kind": "enter", "view": current.view.to_json()})
+        self._proposal = None
+        self._acceptor.learn(proposal.view)
+        for host in proposal.voters:
+            self._send(host, {"kind": "enter", "view": proposal.view.to_json()})
 
     # Plumbing.
 
-    def _pump(self) -> None:
-        while self._local and not self._over:
-            self._take(self.me, self._local.popleft())
+    def _deliver_local(self) -> None:
+        while self._local_messages and not self._is_out:
+            self._dispatch(self.own_id, self._local_messages.popleft())
 
-    def _take(self, sender: str, message: Message) -> None:
+    def _dispatch(self, sender: str, message: Message) -> None:
         if message["kind"] == "beat":
-            self._on_beat(sender, message)
+            self._on_heartbeat(sender, message)
             return
-        if sender != self.me:
-            self._ears.hear(sender, beat=False)
-        takers = {
+        if sender != self.own_id:
+            self._detector.on_message(sender, is_heartbeat=False)
+        handlers = {
             "join": self._on_join,
-            "refused": self._on_refused,
+            "refused": self._on_join_refused,
             "propose": self._on_propose,
             "promise": self._on_promise,
             "refuse": self._on_refuse,
             "accept": self._on_accept,
             "accepted": self._on_accepted,
-            "enter": self._on_enter,
+            "enter": self._on_install,
         }
-        view = self.view
-        takers[message["kind"]](sender, message)
-        if self.view is not view and self.view:
-            self._beat()
+        previous_view = self.view
+        handlers[message["kind"]](sender, message)
+        if self.view is not previous_view and self.view:
+            self._send_heartbeats()

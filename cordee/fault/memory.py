@@ -10,25 +10,25 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
-OWN = Path("/proc/self/cgroup")
-MACHINE = Path("/proc/vmstat")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROCESS_CGROUP = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
 
-_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+_OOM_KILL_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
-def oom_kills(groups: Path = GROUPS, own: Path = OWN, machine: Path = MACHINE) -> int:
+def oom_kills(cgroup_root: Path = CGROUP_ROOT, process_cgroup: Path = PROCESS_CGROUP, vmstat: Path = VMSTAT) -> int:
     """How often so far; 0 where the system does not say."""
-    places = []
+    count_files = []
     with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if not kinds:
-                places.append(groups / path.lstrip("/") / "memory.events")
-            elif "memory" in kinds.split(","):
-                places.append(groups / "memory" / path.lstrip("/") / "memory.oom_control")
-    for place in [*places, machine]:
+        for line in process_cgroup.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                count_files.append(cgroup_root / path.lstrip("/") / "memory.events")
+            elif "memory" in controllers.split(","):
+                count_files.append(cgroup_root / "memory" / path.lstrip("/") / "memory.oom_control")
+    for count_file in [*count_files, vmstat]:
         with suppress(OSError):
-            if found := _COUNT.search(place.read_text()):
-                return int(found[1])
+            if count_match := _OOM_KILL_COUNT.search(count_file.read_text()):
+                return int(count_match[1])
     return 0

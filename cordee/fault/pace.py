@@ -12,28 +12,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-SPREAD = 1.4826
+MAD_TO_STD = 1.4826
 """From a median absolute deviation to a standard deviation, for normal noise."""
-KEPT, ENOUGH = 64, 5
-TIMES_LONGEST = 2.0
+WINDOW_SIZE, MIN_SAMPLES = 64, 5
+LONGEST_GAP_FACTOR = 2.0
 """A host that was unheard for so long, and lived, may be unheard for that many times as long."""
 
 
 @dataclass(frozen=True)
-class Rules:
+class Timeouts:
     """Seconds by which hosts judge each other. A heartbeat deadline lies in [least_s, silence_s].
 
     `beat_s` is the time between heartbeats and between retries; `stagger_s` is how much later the
     next host by seniority stands for election.
     """
 
-    silence_s: float = 5.0
-    least_s: float = 1.0
-    beat_s: float = 0.2
-    stagger_s: float = 0.4
+    max_silence_s: float = 5.0
+    min_silence_s: float = 1.0
+    heartbeat_interval_s: float = 0.2
+    election_stagger_s: float = 0.4
 
 
-class Pace:
+class AdaptiveTimeout:
     """A deadline in seconds for something that recurs: median + `k` deviations of the last 64.
 
     The deviation is the median absolute one, so that a few outliers (a freeze, a pause) move
@@ -41,74 +41,74 @@ class Pace:
     """
 
     def __init__(
-        self, least_s: float, most_s: float = float("inf"), k: float = 10.0, longest: float = 0.0
+        self, min_s: float, max_s: float = float("inf"), k: float = 10.0, longest_factor: float = 0.0
     ) -> None:
-        self._least_s, self._most_s, self._k, self._longest = least_s, most_s, k, longest
-        self._seen: deque[float] = deque(maxlen=KEPT)
+        self._min_s, self._max_s, self._k, self._longest_factor = min_s, max_s, k, longest_factor
+        self._samples: deque[float] = deque(maxlen=WINDOW_SIZE)
         self._deadline_s: float | None = None
 
-    def feed(self, duration_s: float) -> None:
+    def add_sample(self, duration_s: float) -> None:
         """One more observation: a gap between two heartbeats, or how long a phase took."""
-        self._seen.append(duration_s)
+        self._samples.append(duration_s)
         self._deadline_s = None
 
     @property
     def deadline_s(self) -> float | None:
         """None before 5 observations."""
-        if self._deadline_s is None and len(self._seen) >= ENOUGH:
-            middle = median(self._seen)
-            spread = SPREAD * median(abs(seen - middle) for seen in self._seen)
-            usual_s = max(middle + self._k * spread, self._longest * max(self._seen))
-            self._deadline_s = min(max(usual_s, self._least_s), self._most_s)
+        if self._deadline_s is None and len(self._samples) >= MIN_SAMPLES:
+            median_s = median(self._samples)
+            deviation_s = MAD_TO_STD * median(abs(sample - median_s) for sample in self._samples)
+            estimate_s = max(median_s + self._k * deviation_s, self._longest_factor * max(self._samples))
+            self._deadline_s = min(max(estimate_s, self._min_s), self._max_s)
         return self._deadline_s
 
 
-class Ears:
+class FailureDetector:
     """When each host was last heard, on a clock that stands still while this host sleeps."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.clock = 0.0
-        self._rules = rules
-        self._now: float | None = None
-        self._heard: dict[str, float] = {}
-        self._beats: dict[str, float] = {}
-        self._paces: dict[str, Pace] = {}
-        self._lost: dict[str, float] = {}
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.clock_s = 0.0
+        self._timeouts = timeouts
+        self._last_now_s: float | None = None
+        self._last_heard_s: dict[str, float] = {}
+        self._last_heartbeat_s: dict[str, float] = {}
+        self._gap_timeouts: dict[str, AdaptiveTimeout] = {}
+        self._connection_lost_s: dict[str, float] = {}
 
     def advance(self, now: float) -> None:
         """Moves the clock to `now`; a jump counts for no more than half the shortest deadline."""
-        if self._now is not None:
-            self.clock += min(max(now - self._now, 0.0), self._rules.least_s / 2)
-        self._now = now
+        if self._last_now_s is not None:
+            self.clock_s += min(max(now - self._last_now_s, 0.0), self._timeouts.min_silence_s / 2)
+        self._last_now_s = now
 
-    def hear(self, host: str, beat: bool) -> None:
+    def on_message(self, host: str, is_heartbeat: bool) -> None:
         """Something came from `host`; heartbeats also teach how far apart they come."""
-        self._heard[host] = self.clock
-        self._lost.pop(host, None)
-        if beat:
-            before = self._beats.get(host)
-            self._beats[host] = self.clock
-            if before is not None:
-                rules, longest = self._rules, TIMES_LONGEST
-                fresh = Pace(rules.least_s, rules.silence_s, longest=longest)
-                pace = self._paces.setdefault(host, fresh)
-                pace.feed(self.clock - before)
+        self._last_heard_s[host] = self.clock_s
+        self._connection_lost_s.pop(host, None)
+        if is_heartbeat:
+            previous_s = self._last_heartbeat_s.get(host)
+            self._last_heartbeat_s[host] = self.clock_s
+            if previous_s is not None:
+                timeouts, longest_factor = self._timeouts, LONGEST_GAP_FACTOR
+                new_timeout = AdaptiveTimeout(timeouts.min_silence_s, timeouts.max_silence_s, longest_factor=longest_factor)
+                gap_timeout = self._gap_timeouts.setdefault(host, new_timeout)
+                gap_timeout.add_sample(self.clock_s - previous_s)
 
     def expect(self, hosts: Iterable[str]) -> None:
         """From now on `hosts` are listened for: their silence counts from here."""
-        self._heard |= dict.fromkeys(hosts, self.clock)
+        self._last_heard_s |= dict.fromkeys(hosts, self.clock_s)
 
-    def lose(self, host: str) -> bool:
+    def on_connection_lost(self, host: str) -> bool:
         """The transport lost `host`; True: ask again (the second time it is gone)."""
-        if host in self._lost:
-            self._heard[host] = self._lost[host] = float("-inf")
+        if host in self._connection_lost_s:
+            self._last_heard_s[host] = self._connection_lost_s[host] = float("-inf")
             return False
-        self._lost[host] = self.clock
+        self._connection_lost_s[host] = self.clock_s
         return True
 
-    def knows(self, host: str) -> bool:
+    def is_alive(self, host: str) -> bool:
         """Whether `host` was heard (or is expected) and not too long ago."""
-        return host in self._heard and not self.silent(host)
+        return host in self._last_heard_s and not self.is_silent(host)
 
     def deadline_s(self, host: str) -> float:
         """How long `host` may be silent: two beats once its connection is lost.
@@ -116,33 +116,33 @@ class Ears:
         Before its own gaps say, twice the least: beats are sent every `beat_s`, and a host that
         was given up too early comes back.
         """
-        if host in self._lost:
-            return 2 * self._rules.beat_s
-        pace = self._paces.get(host)
-        observed_s = pace.deadline_s if pace else None
-        return observed_s or min(2 * self._rules.least_s, self._rules.silence_s)
+        if host in self._connection_lost_s:
+            return 2 * self._timeouts.heartbeat_interval_s
+        gap_timeout = self._gap_timeouts.get(host)
+        observed_deadline_s = gap_timeout.deadline_s if gap_timeout else None
+        return observed_deadline_s or min(2 * self._timeouts.min_silence_s, self._timeouts.max_silence_s)
 
     def silence_s(self, host: str) -> float:
         """For how long nothing came from `host` (since its connection was lost, if it was)."""
-        return self.clock - max(self._heard.get(host, 0.0), self._lost.get(host, 0.0))
+        return self.clock_s - max(self._last_heard_s.get(host, 0.0), self._connection_lost_s.get(host, 0.0))
 
-    def silent(self, host: str) -> bool:
+    def is_silent(self, host: str) -> bool:
         """Whether `host` has been silent beyond its deadline."""
         return self.silence_s(host) > self.deadline_s(host)
 
-    def verdict(self, host: str) -> str:
+    def silence_reason(self, host: str) -> str:
         """The end of a sentence about `host`'s silence."""
-        if host in self._lost:
+        if host in self._connection_lost_s:
             return "connection lost and not taken up again"
-        if self.silent(host):
+        if self.is_silent(host):
             return (
                 f"silent for {self.silence_s(host):.1f} s, deadline {self.deadline_s(host):.1f} s"
             )
         return f"no answer or no way back within {self.deadline_s(host):.1f} s"
 
-    def keep(self, hosts: Iterable[str]) -> None:
+    def retain_only(self, hosts: Iterable[str]) -> None:
         """Forgets all but `hosts`."""
-        kept = set(hosts)
-        for table in (self._heard, self._beats, self._paces, self._lost):
-            for host in [host for host in table if host not in kept]:
+        host_set = set(hosts)
+        for table in (self._last_heard_s, self._last_heartbeat_s, self._gap_timeouts, self._connection_lost_s):
+            for host in [host for host in table if host not in host_set]:
                 del table[host]

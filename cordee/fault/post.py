@@ -14,45 +14,45 @@ from typing import Any
 
 from cordee.errors import RunError
 from cordee.fault.handshake import Refusal
-from cordee.system import quiet_pipe
+from cordee.system import nonblocking_pipe
 
-QUEUE_ITEMS, QUEUE_BYTES = 1 << 16, 64 << 20
+MAX_QUEUE_ITEMS, MAX_QUEUE_BYTES = 1 << 16, 64 << 20
 """Most messages, and bytes, that wait for one peer, or for the supervisor."""
-SAID_ONCE = 256
+MAX_REFUSALS = 256
 """Most different refusals that are told; later ones are only counted."""
 
 
-class Bell:
+class WakeupPipe:
     """A file descriptor that is readable from `ring` to `clear`; both are cheap to repeat."""
 
     def __init__(self) -> None:
-        self.read_end, self._write_end = quiet_pipe()
-        self._rung = False
+        self.read_end, self._write_end = nonblocking_pipe()
+        self._is_set = False
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Makes the descriptor readable; the caller holds the lock that `clear` is called under."""
-        if not self._rung:
-            self._rung = True
+        if not self._is_set:
+            self._is_set = True
             os.write(self._write_end, b"!")
 
     def clear(self) -> None:
         """Makes the descriptor quiet again."""
-        if self._rung:
+        if self._is_set:
             os.read(self.read_end, 1)
-            self._rung = False
+            self._is_set = False
 
     def close(self) -> None:
         """Gives both descriptors back."""
-        for number in (self.read_end, self._write_end):
+        for descriptor in (self.read_end, self._write_end):
             with suppress(OSError):
-                os.close(number)
+                os.close(descriptor)
 
 
-class Queue:
+class BoundedQueue:
     """Things in order, at most so many and so many bytes; the oldest are dropped."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.total_bytes = 0
         self._items: deque[tuple[Any, int]] = deque()
 
     def __len__(self) -> int:
@@ -61,36 +61,36 @@ class Queue:
     def push(self, item: Any, size: int) -> int:
         """Appends; returns how many were dropped for it."""
         self._items.append((item, size))
-        self.bytes += size
-        dropped = 0
-        while len(self._items) > QUEUE_ITEMS or (self.bytes > QUEUE_BYTES and dropped < len(self)):
+        self.total_bytes += size
+        dropped_count = 0
+        while len(self._items) > MAX_QUEUE_ITEMS or (self.total_bytes > MAX_QUEUE_BYTES and dropped_count < len(self)):
             self.pop()
-            dropped += 1
-        return dropped
+            dropped_count += 1
+        return dropped_count
 
     def pop(self) -> Any:
         """Takes the oldest."""
         item, size = self._items.popleft()
-        self.bytes -= size
+        self.total_bytes -= size
         return item
 
 
-class Post:
+class PeerQueues:
     """Both directions between the two threads; every method may be called from either."""
 
     def __init__(self) -> None:
-        self.counted: Counter[str] = Counter()
-        self.inward, self.outward = Bell(), Bell()
+        self.counters: Counter[str] = Counter()
+        self.network_wakeup, self.supervisor_wakeup = WakeupPipe(), WakeupPipe()
         self._lock = threading.Lock()
-        self._inbox = Queue()
-        self._lost: dict[str, None] = {}
-        self._refused: list[Refusal] = []
-        self._said: set[tuple[str, str]] = set()
-        self._waiting: dict[str, Queue] = {}
-        self._touched: dict[str, None] = {}
-        self._dismissed: dict[str, str] = {}
-        self._closed = False
-        self._cause: BaseException | None = None
+        self._inbox = BoundedQueue()
+        self._lost_peers: dict[str, None] = {}
+        self._refusals: list[Refusal] = []
+        self._reported_kinds: set[tuple[str, str]] = set()
+        self._outgoing: dict[str, BoundedQueue] = {}
+        self._new_targets: dict[str, None] = {}
+        self._disconnects: dict[str, str] = {}
+        self._is_closed = False
+        self._failure: BaseException | None = None
 
     # ---- to the supervisor ----
 
@@ -98,127 +98,127 @@ class Post:
         """Messages (with their bytes) that have come."""
         with self._lock:
             for message, size in messages:
-                self.counted["unread"] += self._inbox.push((sender, message), size)
-            self._tell()
+                self.counters["unread"] += self._inbox.push((sender, message), size)
+            self._notify_supervisor()
 
-    def lose(self, peer: str) -> None:
+    def report_lost(self, peer: str) -> None:
         """A peer whose process is gone."""
         with self._lock:
-            self._lost[peer] = None
-            self._tell()
+            self._lost_peers[peer] = None
+            self._notify_supervisor()
 
-    def refuse(self, refusal: Refusal) -> None:
+    def report_refusal(self, refusal: Refusal) -> None:
         """Counts a refusal; the first of its kind from there is told."""
         with self._lock:
-            self.counted["refused"] += 1
-            kind = (refusal.who, refusal.why)
-            if kind not in self._said and len(self._said) < SAID_ONCE:
-                self._said.add(kind)
-                self._refused.append(refusal)
-                self._tell()
+            self.counters["refused"] += 1
+            kind = (refusal.peer, refusal.reason)
+            if kind not in self._reported_kinds and len(self._reported_kinds) < MAX_REFUSALS:
+                self._reported_kinds.add(kind)
+                self._refusals.append(refusal)
+                self._notify_supervisor()
 
-    def fail(self, cause: BaseException) -> None:
+    def report_failure(self, cause: BaseException) -> None:
         """The thread of the connections has ended by itself: every later call raises."""
         with self._lock:
-            self._cause = cause
-            self._tell()
+            self._failure = cause
+            self._notify_supervisor()
 
     def take_messages(self) -> list[tuple[str, dict[str, Any]]]:
         """All messages that wait; RunError when the thread of the connections has failed."""
         with self._lock:
-            if self._cause is not None:
-                raise RunError("the link to the other hosts broke") from self._cause
-            taken = [self._inbox.pop() for _ in range(len(self._inbox))]
-            self._quiet()
-        return taken
+            if self._failure is not None:
+                raise RunError("the link to the other hosts broke") from self._failure
+            messages = [self._inbox.pop() for _ in range(len(self._inbox))]
+            self._clear_if_empty()
+        return messages
 
-    def take_lost(self) -> list[str]:
+    def take_lost_peers(self) -> list[str]:
         """All peers lost since the last call."""
         with self._lock:
-            taken = list(self._lost)
-            self._lost.clear()
-            self._quiet()
-        return taken
+            peers = list(self._lost_peers)
+            self._lost_peers.clear()
+            self._clear_if_empty()
+        return peers
 
-    def take_refused(self) -> list[Refusal]:
+    def take_refusals(self) -> list[Refusal]:
         """All refusals since the last call."""
         with self._lock:
-            taken, self._refused = self._refused, []
-            self._quiet()
-        return taken
+            refusals, self._refusals = self._refusals, []
+            self._clear_if_empty()
+        return refusals
 
-    def _tell(self) -> None:
-        if not self._closed and (self._inbox or self._lost or self._refused or self._cause):
-            self.outward.ring()
+    def _notify_supervisor(self) -> None:
+        if not self._is_closed and (self._inbox or self._lost_peers or self._refusals or self._failure):
+            self.supervisor_wakeup.notify()
 
-    def _quiet(self) -> None:
-        if not (self._closed or self._inbox or self._lost or self._refused or self._cause):
-            self.outward.clear()
+    def _clear_if_empty(self) -> None:
+        if not (self._is_closed or self._inbox or self._lost_peers or self._refusals or self._failure):
+            self.supervisor_wakeup.clear()
 
     # ---- to the thread of the connections ----
 
-    def put(self, to: str, body: bytes) -> None:
+    def enqueue(self, target: str, body: bytes) -> None:
         """A message's body for a peer."""
         with self._lock:
-            queue = self._waiting.setdefault(to, Queue())
-            self.counted["dropped"] += queue.push(body, len(body))
-            self._touched[to] = None
-            self._wake()
+            queue = self._outgoing.setdefault(target, BoundedQueue())
+            self.counters["dropped"] += queue.push(body, len(body))
+            self._new_targets[target] = None
+            self._notify_network()
 
-    def dismiss(self, peer: str, why: str) -> None:
+    def disconnect(self, peer: str, reason: str) -> None:
         """Asks for the end of a peer's connections."""
         with self._lock:
-            self._dismissed[peer] = why
-            self._wake()
+            self._disconnects[peer] = reason
+            self._notify_network()
 
-    def take_dismissed(self) -> list[tuple[str, str]]:
+    def take_disconnects(self) -> list[tuple[str, str]]:
         """(peer, reason) of all whose connections are to end."""
         with self._lock:
-            taken, self._dismissed = list(self._dismissed.items()), {}
-        return taken
+            disconnects, self._disconnects = list(self._disconnects.items()), {}
+        return disconnects
 
-    def wake(self) -> None:
+    def wake_network(self) -> None:
         """Lets the thread of the connections look around."""
         with self._lock:
-            self._wake()
+            self._notify_network()
 
-    def _wake(self) -> None:
-        if not self._closed:
-            self.inward.ring()
+    def _notify_network(self) -> None:
+        if not self._is_closed:
+            self.network_wakeup.notify()
 
-    def take_touched(self) -> list[str]:
+    def take_new_targets(self) -> list[str]:
         """For whom something was put since the last call."""
         with self._lock:
-            taken, self._touched = list(self._touched), {}
-            self.inward.clear()
-        return taken
+            targets, self._new_targets = list(self._new_targets), {}
+            self.network_wakeup.clear()
+        return targets
 
-    def take_bodies(self, to: str, most_bytes: int) -> list[bytes]:
+    def take_bodies(self, target: str, max_bytes: int) -> list[bytes]:
         """Bodies that wait for a peer, in order, up to so many bytes (at least one, if any)."""
         with self._lock:
-            queue = self._waiting.get(to)
-            taken: list[bytes] = []
+            queue = self._outgoing.get(target)
+            bodies: list[bytes] = []
             size = 0
-            while queue and size < most_bytes:
-                taken.append(queue.pop())
-                size += len(taken[-1])
+            while queue and size < max_bytes:
+                bodies.append(queue.pop())
+                size += len(bodies[-1])
             if queue is not None and not queue:
-                del self._waiting[to]
-        return taken
+                del self._outgoing[target]
+        return bodies
 
-    def forget(self, to: str) -> None:
+    def drop_outgoing(self, target: str) -> None:
         """Drops what waits for a peer that cannot be reached."""
         with self._lock:
-            queue = self._waiting.pop(to, None)
-            self.counted["dropped"] += len(queue or ())
+            queue = self._outgoing.pop(target, None)
+            self.counters["dropped"] += len(queue or ())
 
-    def waits(self, to: str) -> bool:
+    def has_outgoing(self, target: str) -> bool:
         """Whether something waits for this peer."""
-        return to in self._waiting
+        return target in self._outgoing
 
     def close(self) -> None:
         """Gives the signals' descriptors back; both threads have ended or are about to."""
         with self._lock:
-            self._closed = True
-            self.inward.close()
-            self.outward.close()
+            self._is_closed = True
+            self.network_wakeup.close()
+            self.supervisor_wakeup.close()

@@ -10,26 +10,26 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Check = Callable[[Any], bool]
+Predicate = Callable[[Any], bool]
 
-MOST = 10**12
+MAX_NUMBER = 10**12
 """No generation, process or worker has a larger number."""
 
 _BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
-def fault_of(message: Any) -> str:
+def message_error(message: Any) -> str:
     """Why a message is none of ours, in words; "" for a good one."""
     if type(message) is not dict or len(message) != 1:
         return "a message that is not one thing"
     ((kind, body),) = message.items()
-    if kind not in _KINDS:
+    if kind not in _MESSAGE_KINDS:
         return f"a message of an unknown kind, {str(kind)[:40]!r}"
     if kind != "view":
-        return "" if _KINDS[kind](body) else f"a message {kind!r} that is not as such messages are"
+        return "" if _MESSAGE_KINDS[kind](body) else f"a message {kind!r} that is not as such messages are"
     if type(body) is not dict or type(body.get("kind")) is not str:
         return "a message about views that is not one thing"
-    fields = _VIEWS.get(body["kind"])
+    fields = _VIEW_MESSAGES.get(body["kind"])
     if fields is None:
         return f"a message about views of an unknown kind, {body['kind'][:40]!r}"
     for name, check in fields.items():
@@ -38,108 +38,108 @@ def fault_of(message: Any) -> str:
     return ""
 
 
-def _number(value: Any) -> bool:
-    return type(value) is int and -1 <= value <= MOST
+def _is_number(value: Any) -> bool:
+    return type(value) is int and -1 <= value <= MAX_NUMBER
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return type(value) is str
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return type(value) is bool
 
 
-def _word(value: Any) -> bool:
+def _is_base64(value: Any) -> bool:
     return type(value) is str and _BASE64.fullmatch(value) is not None
 
 
-def _any(value: Any) -> bool:
+def _is_anything(value: Any) -> bool:
     return True
 
 
-def _maybe(check: Check) -> Check:
+def _optional(check: Predicate) -> Predicate:
     return lambda value: value is None or check(value)
 
 
-def _list(check: Check) -> Check:
+def _list_of(check: Predicate) -> Predicate:
     return lambda value: type(value) is list and all(map(check, value))
 
 
-def _row(*checks: Check) -> Check:
-    def right(value: Any) -> bool:
+def _tuple_of(*checks: Predicate) -> Predicate:
+    def is_match(value: Any) -> bool:
         if type(value) is not list or len(value) != len(checks):
             return False
-        return all(check(part) for check, part in zip(checks, value, strict=True))
+        return all(check(item) for check, item in zip(checks, value, strict=True))
 
-    return right
+    return is_match
 
 
-def _table(fields: Mapping[str, Check]) -> Check:
+def _dict_of(fields: Mapping[str, Predicate]) -> Predicate:
     return lambda value: (
         type(value) is dict
         and all(name in value and check(value[name]) for name, check in fields.items())
     )
 
 
-def _names(value: Any) -> bool:
-    return type(value) is dict and all(map(_text, value)) and all(map(_text, value.values()))
+def _is_name_table(value: Any) -> bool:
+    return type(value) is dict and all(map(_is_text, value)) and all(map(_is_text, value.values()))
 
 
-def _distinct(value: Any) -> bool:
-    return _list(_text)(value) and len(set(value)) == len(value)
+def _is_distinct_list(value: Any) -> bool:
+    return _list_of(_is_text)(value) and len(set(value)) == len(value)
 
 
-_VERDICT = _table({"event": _text, "says": _text})
-_ORDERS = _table(
+_EVENT = _dict_of({"event": _is_text, "says": _is_text})
+_ASSIGNMENT = _dict_of(
     {
-        "ranks": _list(_row(_text, _number, _number)), "plan": _text, "names": _names,
-        "rescue": _flag,
+        "ranks": _list_of(_tuple_of(_is_text, _is_number, _is_number)), "plan": _is_text, "names": _is_name_table,
+        "rescue": _is_flag,
     }
 )  # fmt: skip
-_REPORT = _table(
+_REPORT = _dict_of(
     {
-        "name": _text, "wants": _number, "begun": _flag, "stranded": _flag, "device": _text,
-        "ready": _list(_row(_number, _number, _maybe(_number), _number)),
+        "name": _is_text, "wants": _is_number, "begun": _is_flag, "stranded": _is_flag, "device": _is_text,
+        "ready": _list_of(_tuple_of(_is_number, _is_number, _optional(_is_number), _is_number)),
     }
 )  # fmt: skip
-_VIEW_FIELDS = _table(
+_VIEW_FIELDS = _dict_of(
     {
-        "number": _number, "leader": _text, "hosts": _distinct, "why": _list(_VERDICT),
-        "orders": lambda value: value == {} or _ORDERS(value),
+        "number": _is_number, "leader": _is_text, "hosts": _is_distinct_list, "why": _list_of(_EVENT),
+        "orders": lambda value: value == {} or _ASSIGNMENT(value),
     }
 )  # fmt: skip
 
 
-def _view(value: Any) -> bool:
+def _is_view(value: Any) -> bool:
     return _VIEW_FIELDS(value) and len(value) == 5 and value["leader"] in value["hosts"]
 
 
-_KINDS: Mapping[str, Check] = {
-    "view": _any,
-    "set": _row(_number, _text, _word),
-    "get": _row(_number, _text, _number),
-    "answer": _row(_number, _word),
-    "hello": _text,
-    "welcome": _text,
+_MESSAGE_KINDS: Mapping[str, Predicate] = {
+    "view": _is_anything,
+    "set": _tuple_of(_is_number, _is_text, _is_base64),
+    "get": _tuple_of(_is_number, _is_text, _is_number),
+    "answer": _tuple_of(_is_number, _is_base64),
+    "hello": _is_text,
+    "welcome": _is_text,
     "over": lambda value: type(value) is int and 0 <= value <= 255,
 }
-_HOSTS = _list(_text)
-_VIEWS: Mapping[str, Mapping[str, Check]] = {
+_HOST_LIST = _list_of(_is_text)
+_VIEW_MESSAGES: Mapping[str, Mapping[str, Predicate]] = {
     "beat": {
-        **dict.fromkeys(("beat", "view", "formed", "promised"), _number),
-        "hears": _HOSTS, "meet": _HOSTS,
-        **dict.fromkeys(("joining", "leaving", "wants", "witnessed"), _flag),
+        **dict.fromkeys(("beat", "view", "formed", "promised"), _is_number),
+        "hears": _HOST_LIST, "meet": _HOST_LIST,
+        **dict.fromkeys(("joining", "leaving", "wants", "witnessed"), _is_flag),
     },
-    "join": {"host": _text, "witnessed": _flag},
-    "refused": {"says": _text},
-    "propose": {"number": _number, "formed": _number, "hosts": _HOSTS, "leavers": _HOSTS},
+    "join": {"host": _is_text, "witnessed": _is_flag},
+    "refused": {"says": _is_text},
+    "propose": {"number": _is_number, "formed": _is_number, "hosts": _HOST_LIST, "leavers": _HOST_LIST},
     "promise": {
-        "number": _number, "formed": _maybe(_view), "attempts": _list(_view),
-        "report": _REPORT, "calls": _list(_VERDICT),
+        "number": _is_number, "formed": _optional(_is_view), "attempts": _list_of(_is_view),
+        "report": _REPORT, "calls": _list_of(_EVENT),
     },
-    "refuse": {"number": _number, "promised": _number},
-    "accept": {"view": _view, "base": _maybe(_view)},
-    "accepted": {"number": _number},
-    "enter": {"view": _view},
+    "refuse": {"number": _is_number, "promised": _is_number},
+    "accept": {"view": _is_view, "base": _optional(_is_view)},
+    "accepted": {"number": _is_number},
+    "enter": {"view": _is_view},
 }  # fmt: skip

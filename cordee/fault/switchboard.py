@@ -18,28 +18,28 @@ from functools import partial
 from typing import Any
 
 from cordee.fault import address
-from cordee.fault.frames import BrokenFrame, unpack
-from cordee.fault.handshake import Handshake, Refusal, Refused
-from cordee.fault.loop import READ, WRITE, Loop
-from cordee.fault.post import Post
+from cordee.fault.frames import FrameError, unpack
+from cordee.fault.handshake import Handshake, Refusal, RefusalError
+from cordee.fault.loop import READ, WRITE, EventLoop
+from cordee.fault.post import PeerQueues
 from cordee.fault.wires import (
-    AGAIN_S,
+    DIAL_INTERVAL_S,
     CHUNK_BYTES,
-    EARLY_S,
-    FRAME_S,
-    GONE,
-    HANDSHAKE_S,
-    MOST_EARLY,
-    MOST_WIRES,
-    UNANSWERED_MS,
-    Dial,
-    Wire,
-    look_up,
+    AUTH_TIMEOUT_S,
+    FRAME_TIMEOUT_S,
+    DISCONNECT_ERRORS,
+    HANDSHAKE_TIMEOUT_S,
+    MAX_HANDSHAKES,
+    MAX_PEER_CONNECTIONS,
+    UNACKED_TIMEOUT_MS,
+    DialAttempt,
+    Connection,
+    resolve_or_reason,
 )
-from cordee.system import limit_unanswered
+from cordee.system import set_tcp_user_timeout
 
 
-class Switchboard(threading.Thread):
+class ConnectionThread(threading.Thread):
     """See the file's header. Owns its sockets; what it shares with others is `post`, and `known`:
     id -> our IP address on the connection to it, and its hello."""
 
@@ -49,361 +49,361 @@ class Switchboard(threading.Thread):
         own_id: str,
         secret: bytes,
         hello: Mapping[str, Any],
-        fault_of: Callable[[Any], str],
+        message_error: Callable[[Any], str],
     ) -> None:
         """`fault_of(message)`: why its sender's connection is closed; "" for a good one."""
         super().__init__(name="cordee-link", daemon=True)
-        self._fault_of = fault_of
-        self.post = Post()
-        self.known: dict[str, tuple[str, Mapping[str, Any]]] = {}
-        self.alias: dict[str, str] = {}
+        self._message_error = message_error
+        self.queues = PeerQueues()
+        self.peer_info: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        self.aliases: dict[str, str] = {}
         self._listener, self._own_id = listener, own_id
         self._secret, self._hello = secret, dict(hello)
-        self._loop = Loop()
-        self._wires: dict[str, list[Wire]] = {}
-        self._early: dict[Wire, None] = {}
-        self._dials: dict[str, Dial] = {}
-        self._not_before: dict[str, float] = {}
-        self._answers: deque[tuple[Dial, list[address.Place], str]] = deque()
-        self._stop_s: float | None = None
+        self._event_loop = EventLoop()
+        self._connections: dict[str, list[Connection]] = {}
+        self._handshaking: dict[Connection, None] = {}
+        self._dials: dict[str, DialAttempt] = {}
+        self._next_dial_s: dict[str, float] = {}
+        self._resolutions: deque[tuple[DialAttempt, list[address.SocketAddress], str]] = deque()
+        self._stop_deadline_s: float | None = None
 
     def run(self) -> None:
         """Carries traffic until `stop`."""
         try:
-            self._loop.watch(self._listener, READ, self._accept)
-            self._loop.watch(self.post.inward.read_end, READ, self._woken)
-            while not self._may_end():
-                self._loop.turn(None if self._stop_s is None else 0.01)
+            self._event_loop.register(self._listener, READ, self._accept)
+            self._event_loop.register(self.queues.network_wakeup.read_end, READ, self._on_wakeup)
+            while not self._is_drained():
+                self._event_loop.run_once(None if self._stop_deadline_s is None else 0.01)
         except Exception as cause:  # a fault of ours: the supervisor must hear of it
-            self.post.fail(cause)
+            self.queues.report_failure(cause)
         finally:
             self._listener.close()
-            self._loop.close()
+            self._event_loop.close()
 
-    def stop(self, within_s: float) -> None:
+    def stop(self, timeout_s: float) -> None:
         """Ends the thread as soon as all is sent, or after that time."""
-        self._stop_s = time.monotonic() + within_s
-        self.post.wake()
+        self._stop_deadline_s = time.monotonic() + timeout_s
+        self.queues.wake_network()
 
-    def _may_end(self) -> bool:
-        if self._stop_s is None:
+    def _is_drained(self) -> bool:
+        if self._stop_deadline_s is None:
             return False
-        self._woken()
-        unsent = any(wire.out for wires in self._wires.values() for wire in wires)
-        return not unsent or time.monotonic() > self._stop_s
+        self._on_wakeup()
+        has_unsent = any(connection.send_buffer for connections in self._connections.values() for connection in connections)
+        return not has_unsent or time.monotonic() > self._stop_deadline_s
 
     # ---- what was put for others ----
 
-    def _woken(self, _: int = 0) -> None:
-        while self._answers:
-            self._resolved(*self._answers.popleft())
-        for peer, why in self.post.take_dismissed():
-            for wire in list(self._wires.get(peer, ())):
-                self._refuse(wire, Refused(why))
-        for to in self.post.take_touched():
-            self._serve(to)
+    def _on_wakeup(self, _: int = 0) -> None:
+        while self._resolutions:
+            self._on_resolved(*self._resolutions.popleft())
+        for peer, reason in self.queues.take_disconnects():
+            for connection in list(self._connections.get(peer, ())):
+                self._refuse(connection, RefusalError(reason))
+        for target in self.queues.take_new_targets():
+            self._send_pending(target)
 
-    def _serve(self, to: str) -> None:
+    def _send_pending(self, target: str) -> None:
         """Sends what waits for a peer, or sees to it that there is a connection."""
-        if not self.post.waits(to):
+        if not self.queues.has_outgoing(target):
             return
-        if to in (self._own_id, self._own_id.rpartition("#")[0]):
-            self.post.forget(to)
+        if target in (self._own_id, self._own_id.rpartition("#")[0]):
+            self.queues.drop_outgoing(target)
             return
-        wire = self._current(to)
-        if wire is None:
-            self._dial(to)
-        elif self._fill(wire, to):
-            self._flush(wire)
+        connection = self._connection_to(target)
+        if connection is None:
+            self._dial(target)
+        elif self._fill_buffer(connection, target):
+            self._flush(connection)
 
-    def _current(self, to: str) -> Wire | None:
+    def _connection_to(self, target: str) -> Connection | None:
         """The connection on which messages for an id or address go."""
-        wires = self._wires.get(self.alias.get(to, to))
-        return wires[0] if wires else None
+        connections = self._connections.get(self.aliases.get(target, target))
+        return connections[0] if connections else None
 
-    def _fill(self, wire: Wire, to: str) -> bool:
-        room = CHUNK_BYTES - len(wire.out)
-        if room <= 0:
+    def _fill_buffer(self, connection: Connection, target: str) -> bool:
+        free_bytes = CHUNK_BYTES - len(connection.send_buffer)
+        if free_bytes <= 0:
             return False
-        for body in self.post.take_bodies(to, room):
-            wire.out += wire.talk.sealer.seal(body)
+        for body in self.queues.take_bodies(target, free_bytes):
+            connection.send_buffer += connection.handshake.encoder.encode(body)
         return True
 
-    def _refill(self, wire: Wire) -> bool:
-        peer = wire.talk.peer
-        if not wire.talk.done or wire.ending or self._current(peer) is not wire:
+    def _refill_buffer(self, connection: Connection) -> bool:
+        peer_id = connection.handshake.peer_id
+        if not connection.handshake.is_complete or connection.is_ending or self._connection_to(peer_id) is not connection:
             return False
-        for to in (peer, *(name for name, of in self.alias.items() if of == peer)):
-            self._fill(wire, to)
-        return bool(wire.out)
+        for target in (peer_id, *(name for name, owner in self.aliases.items() if owner == peer_id)):
+            self._fill_buffer(connection, target)
+        return bool(connection.send_buffer)
 
-    def _flush(self, wire: Wire) -> None:
+    def _flush(self, connection: Connection) -> None:
         """Writes what the socket takes, and refills as long as it takes all."""
-        while not wire.closed and wire.connected and (wire.out or self._refill(wire)):
+        while not connection.is_closed and connection.is_connected and (connection.send_buffer or self._refill_buffer(connection)):
             try:
-                sent = wire.socket.send(memoryview(wire.out)[:CHUNK_BYTES])
+                sent_bytes = connection.socket.send(memoryview(connection.send_buffer)[:CHUNK_BYTES])
             except BlockingIOError:
                 break
             except OSError as cause:
-                self._broke(wire, cause)
+                self._on_connection_end(connection, cause)
                 return
-            del wire.out[:sent]
-        if wire.ending and not wire.out:
-            self._close(wire)
-        mask = READ | (WRITE if wire.out or not wire.connected else 0)
-        if not wire.closed and wire.mask != mask:
-            wire.mask = mask
-            self._loop.change(wire.socket, mask, partial(self._ready, wire))
+            del connection.send_buffer[:sent_bytes]
+        if connection.is_ending and not connection.send_buffer:
+            self._close(connection)
+        mask = READ | (WRITE if connection.send_buffer or not connection.is_connected else 0)
+        if not connection.is_closed and connection.event_mask != mask:
+            connection.event_mask = mask
+            self._event_loop.modify(connection.socket, mask, partial(self._on_socket_event, connection))
 
     # ---- a connection's life ----
 
     def _accept(self, _: int = 0) -> None:
         try:
-            made, place = self._listener.accept()
-            wire = self._adopt(made, address.ip_of(place), None)
+            new_socket, sockaddr = self._listener.accept()
+            connection = self._add_connection(new_socket, address.sockaddr_ip(sockaddr), None)
         except OSError as cause:
             if cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 # Nothing to accept with: look again a little later instead of spinning.
-                self._loop.leave(self._listener)
-                again = partial(self._loop.watch, self._listener, READ, self._accept)
-                self._loop.after(0.1, again)
+                self._event_loop.unregister(self._listener)
+                resume_accepting = partial(self._event_loop.register, self._listener, READ, self._accept)
+                self._event_loop.call_later(0.1, resume_accepting)
             return
-        while len(self._early) > MOST_EARLY:  # the oldest has had more time than it needs
-            self.post.counted["crowded out"] += 1
-            self._close(next(iter(self._early)))
-        wire.out += wire.talk.first()
-        self._flush(wire)
+        while len(self._handshaking) > MAX_HANDSHAKES:  # the oldest has had more time than it needs
+            self.queues.counters["crowded out"] += 1
+            self._close(next(iter(self._handshaking)))
+        connection.send_buffer += connection.handshake.first_bytes()
+        self._flush(connection)
 
-    def _adopt(self, made: socket.socket, there: str, dial: Dial | None) -> Wire:
-        made.setblocking(False)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit_unanswered(made, UNANSWERED_MS)
-        talk = Handshake(self._secret, self._own_id, self._hello, dials=dial is not None)
-        wire = Wire(made, talk, there, dial, connected=dial is None)
-        wire.mask = READ if wire.connected else READ | WRITE
-        self._loop.watch(made, wire.mask, partial(self._ready, wire))
+    def _add_connection(self, new_socket: socket.socket, peer_ip: str, dial: DialAttempt | None) -> Connection:
+        new_socket.setblocking(False)
+        new_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_tcp_user_timeout(new_socket, UNACKED_TIMEOUT_MS)
+        handshake = Handshake(self._secret, self._own_id, self._hello, is_dialler=dial is not None)
+        connection = Connection(new_socket, handshake, peer_ip, dial, is_connected=dial is None)
+        connection.event_mask = READ if connection.is_connected else READ | WRITE
+        self._event_loop.register(new_socket, connection.event_mask, partial(self._on_socket_event, connection))
         if dial is None:
-            self._early[wire] = None
-        self._loop.after(EARLY_S, partial(self._expire, wire, False))
-        self._loop.after(HANDSHAKE_S, partial(self._expire, wire, True))
-        return wire
+            self._handshaking[connection] = None
+        self._event_loop.call_later(AUTH_TIMEOUT_S, partial(self._on_handshake_timeout, connection, False))
+        self._event_loop.call_later(HANDSHAKE_TIMEOUT_S, partial(self._on_handshake_timeout, connection, True))
+        return connection
 
-    def _expire(self, wire: Wire, at_all: bool) -> None:
+    def _on_handshake_timeout(self, connection: Connection, is_final: bool) -> None:
         """Ends a handshake that takes too long: `at_all`, or in its first part."""
-        talk = wire.talk
-        late = not talk.done if at_all or wire.ending else not (talk.proven or wire.dial)
-        if wire.closed or not (late or not wire.connected):
+        handshake = connection.handshake
+        is_late = not handshake.is_complete if is_final or connection.is_ending else not (handshake.is_authenticated or connection.dial)
+        if connection.is_closed or not (is_late or not connection.is_connected):
             return
-        if wire.dial is not None and not wire.ending:
-            self._broke(wire, TimeoutError(errno.ETIMEDOUT, "no answer"))
-        elif wire.ending:
-            self._close(wire)
+        if connection.dial is not None and not connection.is_ending:
+            self._on_connection_end(connection, TimeoutError(errno.ETIMEDOUT, "no answer"))
+        elif connection.is_ending:
+            self._close(connection)
         else:
-            self._refuse(wire, Refused(f"it did not prove who it is within {EARLY_S:g} s"))
+            self._refuse(connection, RefusalError(f"it did not prove who it is within {AUTH_TIMEOUT_S:g} s"))
 
-    def _ready(self, wire: Wire, mask: int) -> None:
-        if wire.closed:  # by an event of the same round
+    def _on_socket_event(self, connection: Connection, mask: int) -> None:
+        if connection.is_closed:  # by an event of the same round
             return
         try:
-            if not wire.connected:
-                wire.check_connected()
+            if not connection.is_connected:
+                connection.check_connected()
             if mask & READ:
-                self._read(wire)
-            if mask & WRITE and not wire.closed:
-                self._flush(wire)
+                self._read(connection)
+            if mask & WRITE and not connection.is_closed:
+                self._flush(connection)
         except BlockingIOError:
             return
-        except (BrokenFrame, RecursionError) as cause:
-            self.post.counted["broken"] += 1
-            self._refuse(wire, Refused(str(cause)))
-        except Refused as cause:
-            self._refuse(wire, cause)
+        except (FrameError, RecursionError) as cause:
+            self.queues.counters["broken"] += 1
+            self._refuse(connection, RefusalError(str(cause)))
+        except RefusalError as cause:
+            self._refuse(connection, cause)
         except OSError as cause:
-            self._broke(wire, cause)
+            self._on_connection_end(connection, cause)
 
-    def _read(self, wire: Wire) -> None:
-        data = wire.socket.recv(CHUNK_BYTES)
+    def _read(self, connection: Connection) -> None:
+        data = connection.socket.recv(CHUNK_BYTES)
         if not data:
-            self._broke(wire, None)
-        if not data or wire.ending:
+            self._on_connection_end(connection, None)
+        if not data or connection.is_ending:
             return
-        talk, come = wire.talk, list[tuple[dict[str, Any], int]]()
-        talk.opener.feed(data)
+        handshake, messages = connection.handshake, list[tuple[dict[str, Any], int]]()
+        handshake.decoder.feed(data)
         try:
-            while not wire.closed and (body := talk.opener.next()) is not None:
-                if talk.done:
+            while not connection.is_closed and (body := handshake.decoder.next_body()) is not None:
+                if handshake.is_complete:
                     message = unpack(body)
-                    if fault := self._fault_of(message):
-                        raise Refused(f"it sent {fault}")
-                    come.append((message, len(body)))
+                    if problem := self._message_error(message):
+                        raise RefusalError(f"it sent {problem}")
+                    messages.append((message, len(body)))
                     continue
-                wire.out += talk.take(body)
-                if talk.proven:
-                    self._early.pop(wire, None)
-                if talk.done:
-                    self._open(wire)
+                connection.send_buffer += handshake.receive(body)
+                if handshake.is_authenticated:
+                    self._handshaking.pop(connection, None)
+                if handshake.is_complete:
+                    self._on_handshake_done(connection)
         finally:
-            if come:
-                self.post.deliver(talk.peer, come)
-        if talk.opener.partial and not wire.timed:
-            wire.timed = True
-            self._loop.after(FRAME_S, partial(self._stalled, wire, talk.opener.opened))
-        if wire.out:
-            self._flush(wire)
+            if messages:
+                self.queues.deliver(handshake.peer_id, messages)
+        if handshake.decoder.has_partial_frame and not connection.has_frame_timer:
+            connection.has_frame_timer = True
+            self._event_loop.call_later(FRAME_TIMEOUT_S, partial(self._on_frame_timeout, connection, handshake.decoder.frame_count))
+        if connection.send_buffer:
+            self._flush(connection)
 
-    def _stalled(self, wire: Wire, opened: int) -> None:
-        wire.timed = False
-        opener = wire.talk.opener
-        if wire.closed or not opener.partial:
+    def _on_frame_timeout(self, connection: Connection, frame_count: int) -> None:
+        connection.has_frame_timer = False
+        decoder = connection.handshake.decoder
+        if connection.is_closed or not decoder.has_partial_frame:
             return
-        if opener.opened == opened:
-            self.post.counted["broken"] += 1
-            self._refuse(wire, Refused("a frame whose end never came"))
+        if decoder.frame_count == frame_count:
+            self.queues.counters["broken"] += 1
+            self._refuse(connection, RefusalError("a frame whose end never came"))
         else:
-            wire.timed = True
-            self._loop.after(FRAME_S, partial(self._stalled, wire, opener.opened))
+            connection.has_frame_timer = True
+            self._event_loop.call_later(FRAME_TIMEOUT_S, partial(self._on_frame_timeout, connection, decoder.frame_count))
 
-    def _open(self, wire: Wire) -> None:
+    def _on_handshake_done(self, connection: Connection) -> None:
         """The handshake is over; closes the wire when it is not the process that was dialled."""
-        peer, dial = wire.talk.peer, wire.dial
-        wire.since_s = time.monotonic()
+        peer_id, dial = connection.handshake.peer_id, connection.dial
+        connection.open_since_s = time.monotonic()
         if dial is not None:
-            self._dials.pop(dial.to, None)
-            if "#" not in dial.to:
-                self.alias[dial.to] = peer
-            elif dial.to != peer:  # another process has taken its address: the old one is gone
-                self._close(wire)
-                self._lose(dial.to)
+            self._dials.pop(dial.target, None)
+            if "#" not in dial.target:
+                self.aliases[dial.target] = peer_id
+            elif dial.target != peer_id:  # another process has taken its address: the old one is gone
+                self._close(connection)
+                self._report_lost(dial.target)
                 return
-        wires = self._wires.setdefault(peer, [])
+        connections = self._connections.setdefault(peer_id, [])
         # Who dials though there is a connection has given that one up, unless both dialled at once.
-        at_once = wires and wire.since_s - wires[0].since_s < EARLY_S
-        wires.insert(1 if at_once else 0, wire)
-        self.known[peer] = (address.ip_of(wire.socket.getsockname()), wire.talk.theirs)
-        for old in wires[MOST_WIRES:]:
-            self._close(old)
-        self._refill(wire)
+        is_simultaneous = connections and connection.open_since_s - connections[0].open_since_s < AUTH_TIMEOUT_S
+        connections.insert(1 if is_simultaneous else 0, connection)
+        self.peer_info[peer_id] = (address.sockaddr_ip(connection.socket.getsockname()), connection.handshake.peer_hello)
+        for surplus_connection in connections[MAX_PEER_CONNECTIONS:]:
+            self._close(surplus_connection)
+        self._refill_buffer(connection)
 
-    def _refuse(self, wire: Wire, cause: Refused) -> None:
+    def _refuse(self, connection: Connection, refusal: RefusalError) -> None:
         """Notes why a connection ends, tells the other side if there is something to tell."""
-        self.post.refuse(Refusal(wire.who, cause.why, cause.differences))
-        dial = wire.dial
-        if wire.talk.done:
-            wire.out.clear()
-        elif dial is not None and self._dials.get(dial.to) is dial:
-            del self._dials[dial.to]
-            self._not_before[dial.to] = time.monotonic() + 10 * AGAIN_S
-            self.post.forget(dial.to)
-        wire.out += cause.last
-        wire.ending = True
-        self._loop.after(EARLY_S, partial(self._close, wire))
-        self._flush(wire)
+        self.queues.report_refusal(Refusal(connection.peer_name, refusal.reason, refusal.differences))
+        dial = connection.dial
+        if connection.handshake.is_complete:
+            connection.send_buffer.clear()
+        elif dial is not None and self._dials.get(dial.target) is dial:
+            del self._dials[dial.target]
+            self._next_dial_s[dial.target] = time.monotonic() + 10 * DIAL_INTERVAL_S
+            self.queues.drop_outgoing(dial.target)
+        connection.send_buffer += refusal.final_bytes
+        connection.is_ending = True
+        self._event_loop.call_later(AUTH_TIMEOUT_S, partial(self._close, connection))
+        self._flush(connection)
 
-    def _broke(self, wire: Wire, cause: OSError | None) -> None:
+    def _on_connection_end(self, connection: Connection, cause: OSError | None) -> None:
         """A connection ended by itself; `cause` None is an orderly end by the other side."""
-        self._close(wire)
-        said = cause is None or cause.errno in GONE
-        dial = wire.dial
-        if wire.talk.done:
+        self._close(connection)
+        is_explicit = cause is None or cause.errno in DISCONNECT_ERRORS
+        dial = connection.dial
+        if connection.handshake.is_complete:
             # Is the process gone? A new dial will tell.
-            if said and not wire.ending and self._current(wire.talk.peer) is None:
-                self._dial(wire.talk.peer)
-        elif dial is None or self._dials.get(dial.to) is not dial:
+            if is_explicit and not connection.is_ending and self._connection_to(connection.handshake.peer_id) is None:
+                self._dial(connection.handshake.peer_id)
+        elif dial is None or self._dials.get(dial.target) is not dial:
             return
-        elif wire.connected and said:
-            self._retry(dial)
+        elif connection.is_connected and is_explicit:
+            self._retry_dial(dial)
         else:
-            dial.all_refused &= cause is not None and cause.errno == errno.ECONNREFUSED
-            self._try(dial)
+            dial.are_all_refused &= cause is not None and cause.errno == errno.ECONNREFUSED
+            self._try_next_address(dial)
 
-    def _close(self, wire: Wire) -> None:
-        if wire.closed:
+    def _close(self, connection: Connection) -> None:
+        if connection.is_closed:
             return
-        wire.closed = True
-        self._early.pop(wire, None)
-        self._loop.leave(wire.socket)
-        wire.socket.close()
-        peer = wire.talk.peer
-        wires = self._wires.get(peer, [])
-        if wire not in wires:
+        connection.is_closed = True
+        self._handshaking.pop(connection, None)
+        self._event_loop.unregister(connection.socket)
+        connection.socket.close()
+        peer_id = connection.handshake.peer_id
+        connections = self._connections.get(peer_id, [])
+        if connection not in connections:
             return
-        wires.remove(wire)
-        if wires:
-            self._flush(wires[0])
+        connections.remove(connection)
+        if connections:
+            self._flush(connections[0])
             return
-        del self._wires[peer]
-        self.known.pop(peer, None)
-        for name in [name for name, of in self.alias.items() if of == peer]:
-            del self.alias[name]
+        del self._connections[peer_id]
+        self.peer_info.pop(peer_id, None)
+        for name in [name for name, owner in self.aliases.items() if owner == peer_id]:
+            del self.aliases[name]
 
     # ---- dialling ----
 
-    def _dial(self, to: str) -> None:
-        if to in self._dials:
+    def _dial(self, target: str) -> None:
+        if target in self._dials:
             return
-        self._dials[to] = dial = Dial(to)
+        self._dials[target] = dial = DialAttempt(target)
         now = time.monotonic()
-        at = max(now, self._not_before.get(to, now))
-        if len(self._not_before) > 4096:
-            self._not_before = {k: v for k, v in self._not_before.items() if v > now}
-        self._not_before[to] = at + AGAIN_S
-        if at > now:
-            self._loop.after(at - now, partial(self._begin, dial))
+        dial_time_s = max(now, self._next_dial_s.get(target, now))
+        if len(self._next_dial_s) > 4096:
+            self._next_dial_s = {k: v for k, v in self._next_dial_s.items() if v > now}
+        self._next_dial_s[target] = dial_time_s + DIAL_INTERVAL_S
+        if dial_time_s > now:
+            self._event_loop.call_later(dial_time_s - now, partial(self._start_dial, dial))
         else:
-            self._begin(dial)
+            self._start_dial(dial)
 
-    def _begin(self, dial: Dial) -> None:
-        if self._dials.get(dial.to) is not dial:
+    def _start_dial(self, dial: DialAttempt) -> None:
+        if self._dials.get(dial.target) is not dial:
             return
-        if address.is_number(address.split(dial.address)[0]):
-            self._resolved(dial, *look_up(dial.address))
+        if address.is_ip_literal(address.parse_address(dial.address)[0]):
+            self._on_resolved(dial, *resolve_or_reason(dial.address))
         else:  # a name server may take its time
-            asking = threading.Thread(target=self._ask, args=(dial,), daemon=True)
-            asking.start()
+            thread = threading.Thread(target=self._resolve_in_thread, args=(dial,), daemon=True)
+            thread.start()
 
-    def _ask(self, dial: Dial) -> None:
+    def _resolve_in_thread(self, dial: DialAttempt) -> None:
         """In a thread of its own."""
-        self._answers.append((dial, *look_up(dial.address)))
-        self.post.wake()
+        self._resolutions.append((dial, *resolve_or_reason(dial.address)))
+        self.queues.wake_network()
 
-    def _resolved(self, dial: Dial, places: list[address.Place], why: str) -> None:
-        if why:
-            self.post.refuse(Refusal(dial.to, why))
-        dial.places, dial.all_refused = places, bool(places)
-        self._try(dial)
+    def _on_resolved(self, dial: DialAttempt, addresses: list[address.SocketAddress], reason: str) -> None:
+        if reason:
+            self.queues.report_refusal(Refusal(dial.target, reason))
+        dial.addresses, dial.are_all_refused = addresses, bool(addresses)
+        self._try_next_address(dial)
 
-    def _try(self, dial: Dial) -> None:
+    def _try_next_address(self, dial: DialAttempt) -> None:
         """Dials the next place; when there is none left the peer is lost, or merely silent."""
-        if not dial.places:
-            self._dials.pop(dial.to, None)
-            if dial.all_refused:
-                self._lose(dial.to)
+        if not dial.addresses:
+            self._dials.pop(dial.target, None)
+            if dial.are_all_refused:
+                self._report_lost(dial.target)
             else:
-                self.post.forget(dial.to)
+                self.queues.drop_outgoing(dial.target)
             return
-        family, place = dial.places.pop(0)
+        family, sockaddr = dial.addresses.pop(0)
         try:
-            made = socket.socket(family, socket.SOCK_STREAM)
+            new_socket = socket.socket(family, socket.SOCK_STREAM)
         except OSError as cause:  # no descriptors left, or no IPv6 here
-            self.post.refuse(Refusal(dial.to, f"cannot be dialled: {cause.strerror}"))
-            dial.all_refused = False
-            self._try(dial)
+            self.queues.report_refusal(Refusal(dial.target, f"cannot be dialled: {cause.strerror}"))
+            dial.are_all_refused = False
+            self._try_next_address(dial)
             return
-        wire = self._adopt(made, address.ip_of(place), dial)
-        number = wire.socket.connect_ex(place)
-        if number not in (0, errno.EINPROGRESS):
-            self._broke(wire, OSError(number, "no connection"))
+        connection = self._add_connection(new_socket, address.sockaddr_ip(sockaddr), dial)
+        error_number = connection.socket.connect_ex(sockaddr)
+        if error_number not in (0, errno.EINPROGRESS):
+            self._on_connection_end(connection, OSError(error_number, "no connection"))
 
-    def _retry(self, dial: Dial) -> None:
+    def _retry_dial(self, dial: DialAttempt) -> None:
         """A listener that hangs up at once is closing down, or crowded: see a little later."""
-        dial.resets += 1
-        if dial.resets > 3:
-            self._dials.pop(dial.to, None)
-            self.post.forget(dial.to)
+        dial.reset_count += 1
+        if dial.reset_count > 3:
+            self._dials.pop(dial.target, None)
+            self.queues.drop_outgoing(dial.target)
             return
-        self._loop.after(0.02 * dial.resets, partial(self._begin, dial))
+        self._event_loop.call_later(0.02 * dial.reset_count, partial(self._start_dial, dial))
 
-    def _lose(self, to: str) -> None:
-        if self._current(to) is None:
-            self.post.forget(to)
-            self.post.lose(to)
+    def _report_lost(self, target: str) -> None:
+        if self._connection_to(target) is None:
+            self.queues.drop_outgoing(target)
+            self.queues.report_lost(target)

@@ -25,18 +25,18 @@ class View:
     number: int
     leader: str
     hosts: tuple[str, ...]
-    orders: Mapping[str, Any] = field(default_factory=dict)
-    why: tuple[Mapping[str, Any], ...] = ()
+    assignment: Mapping[str, Any] = field(default_factory=dict)
+    events: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def key(self) -> tuple[int, tuple[str, ...]]:
         """Tells two candidates' views of one number apart: no host is asked by both."""
         return self.number, self.hosts
 
-    def has_quorum(self, among: Collection[str]) -> bool:
+    def has_quorum(self, voters: Collection[str]) -> bool:
         """Whether `among` holds more than half of the hosts, or exactly half with the leader."""
-        count = 2 * sum(host in among for host in self.hosts)
-        return count > len(self.hosts) or (count == len(self.hosts) and self.leader in among)
+        count = 2 * sum(host in voters for host in self.hosts)
+        return count > len(self.hosts) or (count == len(self.hosts) and self.leader in voters)
 
     def to_json(self) -> dict[str, Any]:
         """The view as plain JSON."""
@@ -44,14 +44,14 @@ class View:
             "number": self.number,
             "leader": self.leader,
             "hosts": list(self.hosts),
-            "orders": dict(self.orders),
-            "why": [dict(verdict) for verdict in self.why],
+            "orders": dict(self.assignment),
+            "why": [dict(event) for event in self.events],
         }
 
     @classmethod
     def from_json(cls, data: Any) -> View:
         """Reads `to_json`'s output. RunError: anything else."""
-        right = (
+        is_valid = (
             isinstance(data, dict)
             and set(data) == {"number", "leader", "hosts", "orders", "why"}
             and type(data["number"]) is int
@@ -61,33 +61,33 @@ class View:
             and data["leader"] in data["hosts"]
             and isinstance(data["orders"], dict)
             and isinstance(data["why"], list)
-            and all(isinstance(verdict, dict) for verdict in data["why"])
+            and all(isinstance(event, dict) for event in data["why"])
         )
-        if not right:
+        if not is_valid:
             raise RunError("a message holds no readable view", values={"view": data})
-        hosts, why = tuple(data["hosts"]), tuple(data["why"])
-        return cls(data["number"], data["leader"], hosts, data["orders"], why)
+        hosts, events = tuple(data["hosts"]), tuple(data["why"])
+        return cls(data["number"], data["leader"], hosts, data["orders"], events)
 
 
 @dataclass(frozen=True)
-class Halted:
+class ViewHalted:
     """The generation ended here: its workers must stop."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Entered:
+class ViewInstalled:
     """A new active view."""
 
     view: View
 
 
 @dataclass(frozen=True)
-class Fenced:
+class Evicted:
     """The others went on without this host; it may come back under a new id."""
 
-    sentence: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,33 @@ class Left:
     """Out, as wanted."""
 
 
-Change = Halted | Entered | Fenced | Left
+MembershipChange = ViewHalted | ViewInstalled | Evicted | Left
 
 
 @dataclass(frozen=True)
 class Promise:
     """A host's vote for a number: what it remembers, its report and its verdicts."""
 
-    formed: View | None
-    attempts: tuple[View, ...]
+    installed_view: View | None
+    accepted_views: tuple[View, ...]
     report: Any
-    calls: tuple[Mapping[str, Any], ...]
+    events: tuple[Mapping[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
         """The promise as plain JSON."""
         return {
-            "formed": self.formed and self.formed.to_json(),
-            "attempts": [view.to_json() for view in self.attempts],
+            "formed": self.installed_view and self.installed_view.to_json(),
+            "attempts": [view.to_json() for view in self.accepted_views],
             "report": self.report,
-            "calls": [dict(call) for call in self.calls],
+            "calls": [dict(event) for event in self.events],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Promise:
         """Reads `to_json`'s output. RunError: a view in it is not one."""
-        formed = None if data["formed"] is None else View.from_json(data["formed"])
-        attempts = tuple(View.from_json(view) for view in data["attempts"])
-        return cls(formed, attempts, data["report"], tuple(data["calls"]))
+        installed_view = None if data["formed"] is None else View.from_json(data["formed"])
+        accepted_views = tuple(View.from_json(view) for view in data["attempts"])
+        return cls(installed_view, accepted_views, data["report"], tuple(data["calls"]))
 
 
 class Acceptor:
@@ -129,76 +129,76 @@ class Acceptor:
     (`formed`), and the views accepted since, which may or may not have become active (`attempts`).
     """
 
-    def __init__(self, last: int) -> None:
-        self.promised, self.promised_to = last, ""
-        self.formed: View | None = None
-        self.attempts: dict[tuple[int, tuple[str, ...]], View] = {}
+    def __init__(self, last_generation: int) -> None:
+        self.promised_number, self.promised_candidate = last_generation, ""
+        self.installed_view: View | None = None
+        self.accepted_views: dict[tuple[int, tuple[str, ...]], View] = {}
 
     @property
-    def formed_number(self) -> int:
+    def installed_number(self) -> int:
         """The number of the newest view known to have been active; -1: none."""
-        return self.formed.number if self.formed else -1
+        return self.installed_view.number if self.installed_view else -1
 
     def may_promise(self, number: int, candidate: str) -> bool:
         """Whether `number` is higher than any promised, or promised to this candidate already."""
-        return number > self.promised or (number, candidate) == (self.promised, self.promised_to)
+        return number > self.promised_number or (number, candidate) == (self.promised_number, self.promised_candidate)
 
     def promise(self, number: int, candidate: str) -> None:
         """From now on nothing lower is promised or accepted."""
-        self.promised, self.promised_to = number, candidate
+        self.promised_number, self.promised_candidate = number, candidate
 
-    def accept(self, view: View, base: View | None, candidate: str) -> bool:
+    def accept(self, view: View, base_view: View | None, candidate: str) -> bool:
         """Accepts `view` unless something higher was promised; `base` is what it stands on."""
-        if (view.number, candidate) != (self.promised, self.promised_to):
+        if (view.number, candidate) != (self.promised_number, self.promised_candidate):
             return False
-        if base is not None:
-            self.learn(base)
-        if view.number > self.formed_number:
-            self.attempts[view.key] = view
+        if base_view is not None:
+            self.learn(base_view)
+        if view.number > self.installed_number:
+            self.accepted_views[view.key] = view
         return True
 
     def learn(self, view: View) -> None:
         """`view` is known to have been active."""
-        if view.number > self.formed_number:
-            self.formed = view
-            self.attempts = {k: v for k, v in self.attempts.items() if v.number > view.number}
+        if view.number > self.installed_number:
+            self.installed_view = view
+            self.accepted_views = {k: v for k, v in self.accepted_views.items() if v.number > view.number}
 
     def known_hosts(self) -> list[str]:
         """Hosts of the newest active view by seniority, then those of attempts since."""
-        views = ([self.formed] if self.formed else []) + list(self.attempts.values())
+        views = ([self.installed_view] if self.installed_view else []) + list(self.accepted_views.values())
         return list(dict.fromkeys(host for view in views for host in view.hosts))
 
 
-def base_of(promises: Iterable[Promise]) -> View | None:
+def newest_installed_view(promises: Iterable[Promise]) -> View | None:
     """The newest view that any promise knows to have been active."""
-    formed = [promise.formed for promise in promises if promise.formed]
-    return max(formed, key=lambda view: view.number, default=None)
+    installed_views = [promise.installed_view for promise in promises if promise.installed_view]
+    return max(installed_views, key=lambda view: view.number, default=None)
 
 
-def open_attempts(promises: Mapping[str, Promise]) -> list[View]:
+def open_views(promises: Mapping[str, Promise]) -> list[View]:
     """Attempts newer than the base that may have become active.
 
     A view becomes active only when all its hosts have accepted it. A promiser that is one of them
     and has not accepted will not do so any more, so that such an attempt is void.
     """
-    base = base_of(promises.values())
-    floor = base.number if base else -1
-    held = {host: {view.key for view in p.attempts} for host, p in promises.items()}
-    found = {v.key: v for p in promises.values() for v in p.attempts if v.number > floor}
+    base_view = newest_installed_view(promises.values())
+    base_number = base_view.number if base_view else -1
+    keys_by_host = {host: {view.key for view in p.accepted_views} for host, p in promises.items()}
+    views_by_key = {v.key: v for p in promises.values() for v in p.accepted_views if v.number > base_number}
     return [
         view
-        for key, view in sorted(found.items())
-        if all(key in held[host] for host in view.hosts if host in held)
+        for key, view in sorted(views_by_key.items())
+        if all(key in keys_by_host[host] for host in view.hosts if host in keys_by_host)
     ]
 
 
-def obstacle(promises: Mapping[str, Promise]) -> View | None:
+def blocking_view(promises: Mapping[str, Promise]) -> View | None:
     """A view of which these promises lack a quorum although it may be working; None: go on.
 
     RunError: no promise knows of any view (a candidate always knows of one).
     """
-    base = base_of(promises.values())
-    if base is None:
+    base_view = newest_installed_view(promises.values())
+    if base_view is None:
         raise RunError("no host here has been in the run", values={"hosts": list(promises)})
-    views = [base, *open_attempts(promises)]
+    views = [base_view, *open_views(promises)]
     return next((view for view in views if not view.has_quorum(promises)), None)

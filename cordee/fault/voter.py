@@ -10,128 +10,128 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cordee.fault.circle import Circle
-from cordee.fault.pace import Ears, Rules
-from cordee.fault.rounds import Round
-from cordee.fault.views import Acceptor, Change, Entered, Fenced, Halted, Left, Promise, View
+from cordee.fault.circle import HeartbeatTable
+from cordee.fault.pace import FailureDetector, Timeouts
+from cordee.fault.rounds import Proposal
+from cordee.fault.views import Acceptor, MembershipChange, ViewInstalled, Evicted, ViewHalted, Left, Promise, View
 
 Message = Mapping[str, Any]
 
 
-class Voter:
+class AcceptorRole:
     """One host as an acceptor. `view` is the view that is active here; None: none is."""
 
-    def __init__(self, me: str, rules: Rules, report: Callable[[], Any], last: int) -> None:
-        self.me = me
+    def __init__(self, own_id: str, timeouts: Timeouts, report: Callable[[], Any], last_generation: int) -> None:
+        self.own_id = own_id
         self.view: View | None = None
         self._report = report
-        self._ears = Ears(rules)
-        self._circle = Circle(me, self._ears)
-        self._votes = Acceptor(last)
-        self._top = last
-        self._round: Round | None = None
-        self._calls: list[Message] = []
-        self._offered = 0
-        self._promise: Message = {}
-        self._through = ""
-        self._leaving = self._over = False
-        self._since = 0.0
-        self._trouble = ""
-        self._local: deque[Message] = deque()
+        self._detector = FailureDetector(timeouts)
+        self._heartbeats = HeartbeatTable(own_id, self._detector)
+        self._acceptor = Acceptor(last_generation)
+        self._highest_number = last_generation
+        self._proposal: Proposal | None = None
+        self._pending_events: list[Message] = []
+        self._offered_event_count = 0
+        self._last_promise: Message = {}
+        self._join_address = ""
+        self._is_leaving = self._is_out = False
+        self._last_progress_s = 0.0
+        self._wait_reason = ""
+        self._local_messages: deque[Message] = deque()
         self._outbox: list[tuple[str, dict[str, Any]]] = []
-        self._changes: list[Change] = []
+        self._changes: list[MembershipChange] = []
 
     @property
-    def promised(self) -> int:
+    def promised_number(self) -> int:
         """The highest number that this host has promised: no later generation can be there yet."""
-        return self._votes.promised
+        return self._acceptor.promised_number
 
     def take_outbox(self) -> list[tuple[str, dict[str, Any]]]:
         """(destination, message) to be sent, in order; each is given once."""
-        out, self._outbox = self._outbox, []
-        return out
+        messages, self._outbox = self._outbox, []
+        return messages
 
-    def take_changes(self) -> list[Change]:
+    def take_changes(self) -> list[MembershipChange]:
         """What changed here, in order; each is given once."""
-        out, self._changes = self._changes, []
-        return out
+        changes, self._changes = self._changes, []
+        return changes
 
-    def _on_propose(self, sender: str, m: Message) -> None:
-        number, votes = m["number"], self._votes
-        self._top = max(self._top, number)
-        outsider = votes.formed is not None and sender not in votes.formed.hosts
-        if outsider and m["formed"] < votes.formed_number:
-            assert votes.formed is not None
-            self._send(sender, {"kind": "enter", "view": votes.formed.to_json()})
-        elif self.me not in m["hosts"] and self.me not in m["leavers"]:
+    def _on_propose(self, sender: str, message: Message) -> None:
+        number, acceptor = message["number"], self._acceptor
+        self._highest_number = max(self._highest_number, number)
+        is_outsider = acceptor.installed_view is not None and sender not in acceptor.installed_view.hosts
+        if is_outsider and message["formed"] < acceptor.installed_number:
+            assert acceptor.installed_view is not None
+            self._send(sender, {"kind": "enter", "view": acceptor.installed_view.to_json()})
+        elif self.own_id not in message["hosts"] and self.own_id not in message["leavers"]:
             return
-        elif not votes.may_promise(number, sender) or self._is_led(sender):
-            answer = {"kind": "refuse", "number": number, "promised": votes.promised}
-            self._send(sender, answer)
+        elif not acceptor.may_promise(number, sender) or self._follows_healthy_leader(sender):
+            reply = {"kind": "refuse", "number": number, "promised": acceptor.promised_number}
+            self._send(sender, reply)
         else:
-            if number > votes.promised:
-                self._halt()
-                if self._round and self._round.number < number:
-                    self._round = None
-                votes.promise(number, sender)
-                self._offered, self._since = len(self._calls), self._ears.clock
-                attempts = tuple(votes.attempts.values())
-                told = Promise(votes.formed, attempts, self._report(), tuple(self._calls))
-                self._promise = {"kind": "promise", "number": number, **told.to_json()}
-            self._send(sender, self._promise)
+            if number > acceptor.promised_number:
+                self._halt_view()
+                if self._proposal and self._proposal.number < number:
+                    self._proposal = None
+                acceptor.promise(number, sender)
+                self._offered_event_count, self._last_progress_s = len(self._pending_events), self._detector.clock_s
+                accepted_views = tuple(acceptor.accepted_views.values())
+                promise = Promise(acceptor.installed_view, accepted_views, self._report(), tuple(self._pending_events))
+                self._last_promise = {"kind": "promise", "number": number, **promise.to_json()}
+            self._send(sender, self._last_promise)
 
-    def _is_led(self, sender: str) -> bool:
+    def _follows_healthy_leader(self, sender: str) -> bool:
         """Whether this host follows a leader that is well: then others may not have its vote."""
         view = self.view
-        led = view is not None and self.me != view.leader and sender not in (view.leader, self.me)
-        return led and view is not None and self._circle.is_well(view)
+        is_follower = view is not None and self.own_id != view.leader and sender not in (view.leader, self.own_id)
+        return is_follower and view is not None and self._heartbeats.is_leader_healthy(view)
 
-    def _halt(self) -> None:
+    def _halt_view(self) -> None:
         if self.view:
-            self._changes.append(Halted(self.view.number))
+            self._changes.append(ViewHalted(self.view.number))
             self.view = None
 
-    def _on_accept(self, sender: str, m: Message) -> None:
-        view = View.from_json(m["view"])
-        base = None if m["base"] is None else View.from_json(m["base"])
-        answer = {"kind": "accepted", "number": view.number}
-        if self._votes.accept(view, base, sender):
-            self._since = self._ears.clock
+    def _on_accept(self, sender: str, message: Message) -> None:
+        view = View.from_json(message["view"])
+        base_view = None if message["base"] is None else View.from_json(message["base"])
+        reply = {"kind": "accepted", "number": view.number}
+        if self._acceptor.accept(view, base_view, sender):
+            self._last_progress_s = self._detector.clock_s
         else:
-            answer |= {"kind": "refuse", "promised": self._votes.promised}
-        self._send(sender, answer)
+            reply |= {"kind": "refuse", "promised": self._acceptor.promised_number}
+        self._send(sender, reply)
 
-    def _on_enter(self, sender: str, m: Message) -> None:
-        view, votes = View.from_json(m["view"]), self._votes
-        held = view.key in votes.attempts or (votes.formed and votes.formed.key == view.key)
-        newer = view.number > votes.formed_number
-        if self.me not in view.hosts:
-            if newer and not self._through:
-                says = f"generation {view.number} goes on without this host"
-                self._end(Left() if self._leaving else Fenced(f"fenced: {says}"), says)
+    def _on_install(self, sender: str, message: Message) -> None:
+        view, acceptor = View.from_json(message["view"]), self._acceptor
+        has_accepted = view.key in acceptor.accepted_views or (acceptor.installed_view and acceptor.installed_view.key == view.key)
+        is_newer = view.number > acceptor.installed_number
+        if self.own_id not in view.hosts:
+            if is_newer and not self._join_address:
+                reason = f"generation {view.number} goes on without this host"
+                self._leave_run(Left() if self._is_leaving else Evicted(f"fenced: {reason}"), reason)
             return
-        if newer:
-            votes.learn(view)
-        if held and votes.promised == view.number and (self.view is None or newer):
-            self._enter(view)
+        if is_newer:
+            acceptor.learn(view)
+        if has_accepted and acceptor.promised_number == view.number and (self.view is None or is_newer):
+            self._install_view(view)
 
-    def _enter(self, view: View) -> None:
-        self.view, self._round, self._through, self._trouble = view, None, "", ""
-        if view.hosts == (self.me,):  # the last one saves before it leaves
-            self._leaving = False
-        self._changes.append(Entered(view))
-        del self._calls[: self._offered]
-        self._offered = 0
-        self._circle.enter(view)
-        self._since = self._ears.clock
+    def _install_view(self, view: View) -> None:
+        self.view, self._proposal, self._join_address, self._wait_reason = view, None, "", ""
+        if view.hosts == (self.own_id,):  # the last one saves before it leaves
+            self._is_leaving = False
+        self._changes.append(ViewInstalled(view))
+        del self._pending_events[: self._offered_event_count]
+        self._offered_event_count = 0
+        self._heartbeats.install_view(view)
+        self._last_progress_s = self._detector.clock_s
 
-    def _end(self, change: Change, says: str) -> None:
-        self._halt()
+    def _leave_run(self, change: MembershipChange, reason: str) -> None:
+        self._halt_view()
         self._changes.append(change)
-        self._over, self._round, self._trouble = True, None, says
+        self._is_out, self._proposal, self._wait_reason = True, None, reason
 
     def _send(self, host: str, message: Message) -> None:
-        if host == self.me:
-            self._local.append(message)
+        if host == self.own_id:
+            self._local_messages.append(message)
         else:
             self._outbox.append((host, dict(message)))

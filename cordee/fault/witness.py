@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cordee.config.paths import free_name
+from cordee.config.paths import make_temporary_path
 from cordee.errors import RunError
 from cordee.fault.views import View
 
-PATIENCE_S = 1.0
-POLL_S = 0.01
+LOCK_TIMEOUT_S = 1.0
+LOCK_POLL_S = 0.01
 
 
 @dataclass(frozen=True)
-class Vow:
+class WitnessReply:
     """The witness's answer: whether it promised, its highest number, and the view it holds."""
 
-    granted: bool
+    is_granted: bool
     number: int
     view: View | None
 
@@ -37,27 +37,27 @@ class Vow:
 class Witness(Protocol):
     """What `Member` asks of a witness."""
 
-    def promise(self, number: int, by: str, among: Collection[str]) -> Vow | None:
+    def promise(self, number: int, candidate: str, voters: Collection[str]) -> WitnessReply | None:
         """Promises `number` to `by`, whose promisers are `among`; None: cannot be reached."""
 
     def accept(self, view: View) -> bool:
         """Makes `view` the newest active one; False: promised higher, or cannot be reached."""
 
 
-class Slate:
+class WitnessState:
     """The witness's memory and rules, without a place to keep them."""
 
     def __init__(self) -> None:
-        self.number, self.by = 0, ""
+        self.number, self.candidate = 0, ""
         self.view: View | None = None
 
-    def promise(self, number: int, by: str, among: Collection[str]) -> Vow | None:
+    def promise(self, number: int, candidate: str, voters: Collection[str]) -> WitnessReply | None:
         """As `Witness.promise`. A candidate without a host of the view held changes nothing."""
-        newer = number > self.number or (number, by) == (self.number, self.by)
-        halts = self.view is None or any(host in among for host in self.view.hosts)
-        if newer and halts:
-            self.number, self.by = number, by
-        return Vow(newer and halts, self.number, self.view)
+        is_newer = number > self.number or (number, candidate) == (self.number, self.candidate)
+        includes_host = self.view is None or any(host in voters for host in self.view.hosts)
+        if is_newer and includes_host:
+            self.number, self.candidate = number, candidate
+        return WitnessReply(is_newer and includes_host, self.number, self.view)
 
     def accept(self, view: View) -> bool:
         """As `Witness.accept`."""
@@ -69,17 +69,17 @@ class Slate:
     def to_json(self) -> dict[str, Any]:
         """The memory as plain JSON."""
         view = self.view.to_json() if self.view else None
-        return {"number": self.number, "by": self.by, "view": view}
+        return {"number": self.number, "by": self.candidate, "view": view}
 
     @classmethod
-    def from_json(cls, data: Any) -> Slate:
+    def from_json(cls, data: Any) -> WitnessState:
         """Reads `to_json`'s output. RunError: anything else."""
         if not isinstance(data, dict) or set(data) != {"number", "by", "view"}:
             raise RunError("the witness's file is not readable", values={"holds": data})
-        slate = cls()
-        slate.number, slate.by = int(data["number"]), str(data["by"])
-        slate.view = View.from_json(data["view"]) if data["view"] else None
-        return slate
+        state = cls()
+        state.number, state.candidate = int(data["number"]), str(data["by"])
+        state.view = View.from_json(data["view"]) if data["view"] else None
+        return state
 
 
 class FileWitness:
@@ -89,77 +89,77 @@ class FileWitness:
         self.path = path
         self.failure = ""
 
-    def promise(self, number: int, by: str, among: Collection[str]) -> Vow | None:
+    def promise(self, number: int, candidate: str, voters: Collection[str]) -> WitnessReply | None:
         """As `Witness.promise`; `failure` says why it could not be reached."""
-        vow = None
-        with self._slate() as slate:
-            vow = slate.promise(number, by, among) if slate else None
-        return None if self.failure else vow
+        reply = None
+        with self._locked_state() as state:
+            reply = state.promise(number, candidate, voters) if state else None
+        return None if self.failure else reply
 
     def accept(self, view: View) -> bool:
         """As `Witness.accept`. False after a failed write: nobody may act on the view then."""
-        with self._slate() as slate:
-            done = slate is not None and slate.accept(view)
-        return done and not self.failure
+        with self._locked_state() as state:
+            is_accepted = state is not None and state.accept(view)
+        return is_accepted and not self.failure
 
-    def forget(self) -> None:
+    def clear_view(self) -> None:
         """For the one who knows that all hosts of the view held are gone: a new run may begin."""
-        with self._slate() as slate:
-            if slate is not None:
-                slate.view = None
+        with self._locked_state() as state:
+            if state is not None:
+                state.view = None
 
     @contextmanager
-    def _slate(self) -> Iterator[Slate | None]:
+    def _locked_state(self) -> Iterator[WitnessState | None]:
         """The memory, locked, written back at the end; None when the folder or lock refuses."""
         self.failure = ""
         try:
-            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock_descriptor = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
             yield None
             return
         try:
-            slate = self._read(lock)
-            before = slate and slate.to_json()
-            yield slate
-            if slate is not None and slate.to_json() != before:
-                self._write(slate)
+            state = self._read(lock_descriptor)
+            previous_json = state and state.to_json()
+            yield state
+            if state is not None and state.to_json() != previous_json:
+                self._write(state)
         finally:
-            os.close(lock)
+            os.close(lock_descriptor)
 
-    def _read(self, lock: int) -> Slate | None:
-        until = time.monotonic() + PATIENCE_S
+    def _read(self, lock_descriptor: int) -> WitnessState | None:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
         try:
             while True:
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > until:
-                        self.failure = f"{self.path.name}: locked for {PATIENCE_S} s"
+                    if time.monotonic() > deadline:
+                        self.failure = f"{self.path.name}: locked for {LOCK_TIMEOUT_S} s"
                         return None
-                    time.sleep(POLL_S)
+                    time.sleep(LOCK_POLL_S)
             if not self.path.exists():
-                return Slate()
-            return Slate.from_json(json.loads(self.path.read_text()))
+                return WitnessState()
+            return WitnessState.from_json(json.loads(self.path.read_text()))
         except (OSError, ValueError, RunError) as error:
             self.failure = f"{self.path.name}: {error}"
             return None
 
-    def _write(self, slate: Slate) -> None:
-        fresh = free_name(self.path)
+    def _write(self, state: WitnessState) -> None:
+        temporary_path = make_temporary_path(self.path)
         try:
-            with open(fresh, "x") as stream:
-                stream.write(json.dumps(slate.to_json()))
+            with open(temporary_path, "x") as stream:
+                stream.write(json.dumps(state.to_json()))
                 stream.flush()
                 os.fsync(stream.fileno())
-            fresh.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
+            temporary_path.replace(self.path)
+            folder_descriptor = os.open(self.path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)
+                os.fsync(folder_descriptor)
             finally:
-                os.close(folder)
+                os.close(folder_descriptor)
         except OSError as error:
             self.failure = f"{self.path.name}: {error.strerror}"
             with suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                temporary_path.unlink(missing_ok=True)

@@ -18,10 +18,10 @@ from cordee.errors import LayoutError
 AXES = ("island", "pipeline", "context", "expert", "shard", "tensor")
 """Mesh axes, outermost first: ranks that differ in the last axis are next to each other."""
 
-INSIDE = AXES[1:]
+MODEL_AXES = AXES[1:]
 """Axes inside an island."""
 
-DEALT = ("island", "expert", "shard")
+DATA_AXES = ("island", "expert", "shard")
 """Axes whose ranks compute different microbatches, in the order in which those are dealt."""
 
 
@@ -47,16 +47,16 @@ class Layout:
         return math.prod(self.degrees)
 
     @property
-    def workers(self) -> int:
+    def dp_size(self) -> int:
         """Groups of ranks that compute different microbatches: island x expert x shard."""
-        return math.prod(getattr(self, axis) for axis in DEALT)
+        return math.prod(getattr(self, axis) for axis in DATA_AXES)
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of `rank` on each axis."""
         if not 0 <= rank < self.size:
-            near = min(max(rank, 0), self.size - 1)
+            nearest_rank = min(max(rank, 0), self.size - 1)
             raise LayoutError(
-                "no such rank", values={"rank": rank, "ranks": self.size}, fix=f"rank {near}"
+                "no such rank", values={"rank": rank, "ranks": self.size}, fix=f"rank {nearest_rank}"
             )
         position = {}
         for axis in reversed(AXES):
@@ -70,12 +70,12 @@ class Layout:
             rank = rank * getattr(self, axis) + coordinates.get(axis, 0)
         return rank
 
-    def worker(self, rank: int) -> int:
+    def dp_rank(self, rank: int) -> int:
         """Which share of the microbatches `rank` computes: by island, then expert, then shard."""
-        at, worker = self.coordinates(rank), 0
-        for axis in DEALT:
-            worker = worker * getattr(self, axis) + at[axis]
-        return worker
+        coords, dp_rank = self.coordinates(rank), 0
+        for axis in DATA_AXES:
+            dp_rank = dp_rank * getattr(self, axis) + coords[axis]
+        return dp_rank
 
     def stride(self, axis: str) -> int:
         """Ranks from one to its next neighbour on `axis`."""
@@ -85,50 +85,50 @@ class Layout:
         """The groups of ranks that differ only in `axis`, each in order of that axis."""
         degree = getattr(self, axis)
         for rank in range(self.size):
-            at = self.coordinates(rank)
-            if at[axis] == 0:
-                yield tuple(self.rank({**at, axis: i}) for i in range(degree))
+            coords = self.coordinates(rank)
+            if coords[axis] == 0:
+                yield tuple(self.rank({**coords, axis: index}) for index in range(degree))
 
     def describe(self) -> str:
         """As a person writes it: `2 islands x shard 2`, `one process`."""
-        inside = [f"{axis} {getattr(self, axis)}" for axis in INSIDE if getattr(self, axis) > 1]
+        axis_texts = [f"{axis} {getattr(self, axis)}" for axis in MODEL_AXES if getattr(self, axis) > 1]
         if self.size == 1:
             return "one process"
         noun = "island" if self.island == 1 else "islands"
-        return " x ".join([f"{self.island} {noun}", *inside])
+        return " x ".join([f"{self.island} {noun}", *axis_texts])
 
 
-def settle(wanted: LayoutSettings, processes: Auto) -> Layout:
+def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
     """Fills every "auto": axes are 1, islands = processes / product of the axes.
 
     `processes` may be "auto" when islands are given or everything is 1. Raises LayoutError when the
     degrees do not divide the processes, naming the nearest that do.
     """
-    inside = {axis: _degree(getattr(wanted, axis), f"layout.{axis}") for axis in INSIDE}
-    product = math.prod(inside.values())
-    if wanted.islands == "auto":
-        total = product if processes == "auto" else int(processes)
-        if total % product:
-            near = max(1, round(total / product)) * product
+    degrees = {axis: _degree(getattr(settings, axis), f"layout.{axis}") for axis in MODEL_AXES}
+    product = math.prod(degrees.values())
+    if settings.islands == "auto":
+        process_count = product if processes == "auto" else int(processes)
+        if process_count % product:
+            nearest_count = max(1, round(process_count / product)) * product
             raise LayoutError(
                 "the axes do not divide the processes",
-                values={"launch.processes": total, **_given(inside), "product": product},
-                fix=f"launch.processes={near}",
+                values={"launch.processes": process_count, **_explicit_degrees(degrees), "product": product},
+                fix=f"launch.processes={nearest_count}",
             )
-        islands = total // product
+        islands = process_count // product
     else:
-        islands = _degree(wanted.islands, "layout.islands")
+        islands = _degree(settings.islands, "layout.islands")
         if processes != "auto" and islands * product != processes:
             raise LayoutError(
                 "the layout does not fill the processes",
                 values={
                     "launch.processes": processes,
                     "layout.islands": islands,
-                    **_given(inside),
+                    **_explicit_degrees(degrees),
                 },
                 fix=f"launch.processes={islands * product}, or leave layout.islands out",
             )
-    return Layout(island=islands, **inside)
+    return Layout(island=islands, **degrees)
 
 
 def _degree(value: Auto, key: str) -> int:
@@ -139,5 +139,5 @@ def _degree(value: Auto, key: str) -> int:
     return int(value)
 
 
-def _given(inside: Mapping[str, int]) -> dict[str, int]:
-    return {f"layout.{axis}": degree for axis, degree in inside.items() if degree > 1}
+def _explicit_degrees(degrees: Mapping[str, int]) -> dict[str, int]:
+    return {f"layout.{axis}": degree for axis, degree in degrees.items() if degree > 1}

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class LocalSlice:
     """Where a rank's local tensor lies in the whole tensor of `shape`, and who else holds it.
 
     `shared` names the axes along which ranks hold the very same box: `copies` ranks in all, of
@@ -29,48 +29,48 @@ class Place:
 
     box: Box
     shape: Shape
-    shared: tuple[str, ...] = ()
-    copy: int = 0
-    copies: int = 1
+    replicated_axes: tuple[str, ...] = ()
+    replica_index: int = 0
+    replica_count: int = 1
 
 
-def whole(shape: Shape) -> Box:
+def full_box(shape: Shape) -> Box:
     """The box that is all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
-def shape_of(box: Box) -> Shape:
+def box_shape(box: Box) -> Shape:
     """The size of every dim."""
     return tuple(stop - start for start, stop in box)
 
 
 def volume(box: Box) -> int:
     """How many elements a box holds; a scalar is one."""
-    return math.prod(shape_of(box))
+    return math.prod(box_shape(box))
 
 
 def intersection(a: Box, b: Box) -> Box | None:
     """What two boxes of one tensor have in common; None if that is no element."""
-    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
+    overlap = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return overlap if all(start < stop for start, stop in overlap) else None
 
 
-def without(box: Box, hole: Box) -> list[Box]:
+def subtract_box(box: Box, hole: Box) -> list[Box]:
     """What is left of a box when `hole`, which lies in it, is cut out: boxes that tile the rest."""
-    left = []
-    for dim, ((start, stop), (first, last)) in enumerate(zip(box, hole, strict=True)):
-        spans = ((start, first), (last, stop))
-        left += [(*hole[:dim], span, *box[dim + 1 :]) for span in spans if span[0] < span[1]]
-    return left
+    pieces = []
+    for dim, ((start, stop), (hole_start, hole_stop)) in enumerate(zip(box, hole, strict=True)):
+        spans = ((start, hole_start), (hole_stop, stop))
+        pieces += [(*hole[:dim], span, *box[dim + 1 :]) for span in spans if span[0] < span[1]]
+    return pieces
 
 
-def moved(box: Box, into: Box) -> Box:
+def relative_box(box: Box, outer: Box) -> Box:
     """`box`, which lies in `into`, as it is counted from the first element of `into`."""
-    pairs = zip(box, into, strict=True)
+    pairs = zip(box, outer, strict=True)
     return tuple((start - origin, stop - origin) for (start, stop), (origin, _) in pairs)
 
 
-def first_fault(boxes: Iterable[Box], shape: Shape) -> tuple[tuple[int, ...], int] | None:
+def first_coverage_error(boxes: Iterable[Box], shape: Shape) -> tuple[tuple[int, ...], int] | None:
     """The first element, in C order, that not exactly one box holds, and how many hold it.
 
     None if the boxes, all inside `shape`, tile it. Linear in the boxes, whatever they look like: a
@@ -90,6 +90,6 @@ def first_fault(boxes: Iterable[Box], shape: Shape) -> tuple[tuple[int, ...], in
             for (start, stop), size in zip(box, shape, strict=True)
         ]
         for corner in itertools.product(*ends):
-            steps[tuple(at for at, _ in corner)] += math.prod(sign for _, sign in corner)
-    wrong = [at for at, step in steps.items() if step]
-    return (min(wrong), steps[min(wrong)] + 1) if wrong else None
+            steps[tuple(coords for coords, _ in corner)] += math.prod(sign for _, sign in corner)
+    errors = [coords for coords, step in steps.items() if step]
+    return (min(errors), steps[min(errors)] + 1) if errors else None

@@ -13,30 +13,30 @@ from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import AXES, Layout
-from cordee.layout.stages import Part
-from cordee.layout.tensors import TensorSpec, tensors
+from cordee.layout.stages import LayerRange
+from cordee.layout.tensors import TensorSpec, tensor_specs
 
 ORIGIN: Mapping[str, int] = dict.fromkeys(AXES, 0)
 """Coordinates of the rank that holds most along every axis that cuts tensors."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class RepeatedTensor:
     """Tensors that differ in name and layer only: one of them, and the layers of all, sorted."""
 
     spec: TensorSpec
     layers: tuple[int, ...]
 
-    def count(self, parts: Sequence[Part] | None) -> int:
+    def count_in(self, layer_ranges: Sequence[LayerRange] | None) -> int:
         """How many of them lie in `parts`; None: in the whole model."""
-        if parts is None:
+        if layer_ranges is None:
             return len(self.layers)
         layers = self.layers
-        return sum(bisect_right(layers, p.last) - bisect_left(layers, p.first) for p in parts)
+        return sum(bisect_right(layers, layer_range.last_layer) - bisect_left(layers, layer_range.first_layer) for layer_range in layer_ranges)
 
 
 @dataclass(frozen=True)
-class Held:
+class RankTensors:
     """`count` tensors of one kind, of each of which a rank holds `shape`."""
 
     spec: TensorSpec
@@ -50,65 +50,65 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Census:
+class TensorCounts:
     """All parameters of a model by kind. `vocabulary` are the rows of its first tensor, which in a
     transformer is the embedding."""
 
-    kinds: tuple[Kind, ...]
+    tensors: tuple[RepeatedTensor, ...]
     vocabulary: int
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
-        return sum(kind.spec.elements * len(kind.layers) for kind in self.kinds)
+        return sum(tensor.spec.elements * len(tensor.layers) for tensor in self.tensors)
 
-    def held(
+    def rank_tensors(
         self,
         layout: Layout,
-        at: Mapping[str, int] = ORIGIN,
-        parts: Sequence[Part] | None = None,
-        upto: str = "shard",
-    ) -> Iterator[Held]:
+        coords: Mapping[str, int] = ORIGIN,
+        layer_ranges: Sequence[LayerRange] | None = None,
+        last_axis: str = "shard",
+    ) -> Iterator[RankTensors]:
         """What the rank at coordinates `at` holds of the layers in `parts` (None: of all)."""
-        for kind in self.kinds:
-            if count := kind.count(parts):
-                box = kind.spec.box(layout, at, upto)
-                yield Held(kind.spec, tuple(stop - start for start, stop in box), count)
+        for tensor in self.tensors:
+            if count := tensor.count_in(layer_ranges):
+                box = tensor.spec.box(layout, coords, last_axis)
+                yield RankTensors(tensor.spec, tuple(stop - start for start, stop in box), count)
 
-    def elements(
+    def rank_elements(
         self,
         layout: Layout,
-        at: Mapping[str, int] = ORIGIN,
-        parts: Sequence[Part] | None = None,
-        upto: str = "shard",
+        coords: Mapping[str, int] = ORIGIN,
+        layer_ranges: Sequence[LayerRange] | None = None,
+        last_axis: str = "shard",
     ) -> int:
         """Number of elements that `held` yields."""
-        return sum(held.elements for held in self.held(layout, at, parts, upto))
+        return sum(tensors.elements for tensors in self.rank_tensors(layout, coords, layer_ranges, last_axis))
 
 
-Specs = Census | Sequence[TensorSpec]
+TensorSpecs = TensorCounts | Sequence[TensorSpec]
 """Parameters, counted already or one by one."""
 
 
-def census(specs: Specs) -> Census:
+def count_tensors(specs: TensorSpecs) -> TensorCounts:
     """Counts `specs`; a census stays as it is."""
-    if isinstance(specs, Census):
+    if isinstance(specs, TensorCounts):
         return specs
-    return _counted(specs, specs[0].shape[0])
+    return _count_specs(specs, specs[0].shape[0])
 
 
-def model_census(model: ModelSettings, vocabulary: int) -> Census:
+def count_model_tensors(model: ModelSettings, vocabulary: int) -> TensorCounts:
     """The census of a built-in model."""
-    return census(tuple(tensors(model, vocabulary)))
+    return count_tensors(tuple(tensor_specs(model, vocabulary)))
 
 
-def _counted(specs: Iterable[TensorSpec], vocabulary: int) -> Census:
-    found: dict[tuple[object, ...], tuple[TensorSpec, list[int]]] = {}
+def _count_specs(specs: Iterable[TensorSpec], vocabulary: int) -> TensorCounts:
+    groups: dict[tuple[object, ...], tuple[TensorSpec, list[int]]] = {}
     for spec in specs:
-        looks = (spec.shape, spec.group, spec.tensor, spec.expert, spec.shard, in_block(spec))
-        found.setdefault(looks, (spec, []))[1].append(spec.layer)
-    return Census(
-        tuple(Kind(spec, tuple(sorted(layers))) for spec, layers in found.values()), vocabulary
+        signature = (spec.shape, spec.group, spec.tensor, spec.expert, spec.shard, in_block(spec))
+        groups.setdefault(signature, (spec, []))[1].append(spec.layer)
+    return TensorCounts(
+        tuple(RepeatedTensor(spec, tuple(sorted(layers))) for spec, layers in groups.values()), vocabulary
     )
 
 

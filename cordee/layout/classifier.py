@@ -30,7 +30,7 @@ def classifier_tensors(model: ModelSettings) -> Iterator[Named]:
                 ("second.weight", (width, width, 3, 3), "matrices"),
             ]
         else:
-            inputs = width if layer else image.pixels
+            inputs = width if layer else image.pixel_bytes
             block = [("linear.weight", (width, inputs), "matrices"), *norm]
         for name, shape, group in block:
             yield f"blocks.{layer}.{name}", shape, group

@@ -20,25 +20,25 @@ from cordee.layout.split import split_evenly
 WINDOW = 5
 """Steps whose seconds count."""
 
-HOLD = 3
+CHANGE_INTERVAL_STEPS = 3
 """Steps between two changes, and before the first."""
 
-GAIN = 0.05
+MIN_GAIN = 0.05
 """Part of a step's time that a change must save."""
 
-PATIENCE = 50
+RETRY_STEPS = 50
 """Steps after which an island without work is tried again; twice as many after every trial."""
 
-LEAST_S = 1e-9
+MIN_SECONDS = 1e-9
 """Seconds for a microbatch that a share is reckoned with at least."""
 
 
-def shares(
+def balance_microbatches(
     seconds: Sequence[float],
     total: int,
     unit: int = 1,
-    least: int = 0,
-    most: Sequence[int] | None = None,
+    min_share: int = 0,
+    max_shares: Sequence[int] | None = None,
 ) -> list[int]:
     """Microbatches of each island, `total` in all, such that the slowest island is done earliest.
 
@@ -49,67 +49,67 @@ def shares(
     LayoutError where no such shares are.
     """
     islands = len(seconds)
-    rooms = [total if most is None else most[i] - most[i] % unit for i in range(islands)]
-    low = -(-least // unit) * unit
-    if total % unit or low * islands > total or sum(rooms) < total or min(rooms) < low:
+    capacities = [total if max_shares is None else max_shares[island] - max_shares[island] % unit for island in range(islands)]
+    min_count = -(-min_share // unit) * unit
+    if total % unit or min_count * islands > total or sum(capacities) < total or min(capacities) < min_count:
         raise LayoutError(
             "these microbatches do not go round",
-            values={"microbatches": total, "unit": unit, "least": low, "most": rooms},
-            fix=f"batch.microbatches={max(low * islands, -(-total // unit) * unit)}"
-            if sum(rooms) >= total and min(rooms) >= low
+            values={"microbatches": total, "unit": unit, "least": min_count, "most": capacities},
+            fix=f"batch.microbatches={max(min_count * islands, -(-total // unit) * unit)}"
+            if sum(capacities) >= total and min(capacities) >= min_count
             else "room for more microbatches",
         )
-    cost = [max(s, LEAST_S) for s in seconds]
+    costs = [max(s, MIN_SECONDS) for s in seconds]
     # What everybody can finish in the time of undivided shares is theirs in any case.
-    ideal = (1 - 1e-9) * total / math.fsum(1 / s for s in cost)
-    found = [
-        max(low, min(room, int(ideal / (s * unit)) * unit))
-        for s, room in zip(cost, rooms, strict=True)
+    ideal_time = (1 - 1e-9) * total / math.fsum(1 / s for s in costs)
+    counts = [
+        max(min_count, min(capacity, int(ideal_time / (s * unit)) * unit))
+        for s, capacity in zip(costs, capacities, strict=True)
     ]
-    if sum(found) > total:
-        found = [low] * islands
-    free = [i for i in range(islands) if found[i] < rooms[i]]
-    heap = [((found[i] + unit) * cost[i], i) for i in free]
+    if sum(counts) > total:
+        counts = [min_count] * islands
+    open_islands = [island for island in range(islands) if counts[island] < capacities[island]]
+    heap = [((counts[island] + unit) * costs[island], island) for island in open_islands]
     heapq.heapify(heap)
-    for _ in range((total - sum(found)) // unit):
-        _, i = heapq.heappop(heap)
-        found[i] += unit
-        if found[i] < rooms[i]:
-            heapq.heappush(heap, ((found[i] + unit) * cost[i], i))
-    return found
+    for _ in range((total - sum(counts)) // unit):
+        _, island = heapq.heappop(heap)
+        counts[island] += unit
+        if counts[island] < capacities[island]:
+            heapq.heappush(heap, ((counts[island] + unit) * costs[island], island))
+    return counts
 
 
-def slowest(counts: Sequence[int], seconds: Sequence[float]) -> float:
+def slowest_island_s(counts: Sequence[int], seconds: Sequence[float]) -> float:
     """Seconds until all islands have computed their shares."""
     return max(count * s for count, s in zip(counts, seconds, strict=True))
 
 
-def deal(counts: Sequence[int], workers: int) -> tuple[tuple[int, int], ...]:
+def microbatch_ranges(counts: Sequence[int], ranks: int) -> tuple[tuple[int, int], ...]:
     """[start, stop) of each worker's microbatches: islands' shares one after another, each cut
     evenly over the `workers` of an island (the form of `Plan.splits`)."""
-    found, start = [], 0
+    ranges, start = [], 0
     for count in counts:
-        for part in split_evenly(count, workers):
-            found.append((start + part.start, start + part.stop))
+        for microbatches in split_evenly(count, ranks):
+            ranges.append((start + microbatches.start, start + microbatches.stop))
         start += count
-    return tuple(found)
+    return tuple(ranges)
 
 
-def explain(counts: Sequence[int], seconds: Sequence[float]) -> str:
+def describe_balance(counts: Sequence[int], seconds: Sequence[float]) -> str:
     """One sentence: who is how much slower, and what all compute."""
-    fast, slow = min(seconds), max(seconds)
-    worst = list(seconds).index(slow)
+    min_s, max_s = min(seconds), max(seconds)
+    slowest_island = list(seconds).index(max_s)
     if len(counts) <= 8:
-        given = " + ".join(map(str, counts))
+        counts_text = " + ".join(map(str, counts))
     else:
-        given = f"{counts[worst]} there, {min(counts)} to {max(counts)} elsewhere,"
-    times = slow / max(fast, LEAST_S)
-    return f"island {worst} takes {times:.1f} times as long for a microbatch;" + (
-        f" {given} of {sum(counts)} microbatches"
+        counts_text = f"{counts[slowest_island]} there, {min(counts)} to {max(counts)} elsewhere,"
+    ratio = max_s / max(min_s, MIN_SECONDS)
+    return f"island {slowest_island} takes {ratio:.1f} times as long for a microbatch;" + (
+        f" {counts_text} of {sum(counts)} microbatches"
     )
 
 
-class Balance:
+class LoadBalancer:
     """Watches the islands of one run and says when their shares should change.
 
     An island's estimate is the median of its last WINDOW steps. A change is proposed when the
@@ -122,65 +122,65 @@ class Balance:
         self,
         counts: Sequence[int],
         unit: int = 1,
-        least: int = 0,
-        most: Sequence[int] | None = None,
+        min_share: int = 0,
+        max_shares: Sequence[int] | None = None,
     ) -> None:
         """`counts` are the islands' shares as they are; the rest is as for `shares`."""
         self.counts = list(counts)
-        self.seconds = [0.0] * len(self.counts)
+        self.microbatch_seconds = [0.0] * len(self.counts)
         """Each island's estimate for one microbatch."""
-        self._given = (unit, least, most)
-        self._seen = [deque[float](maxlen=WINDOW) for _ in self.counts]
-        self._steps = deque[list[float]](maxlen=WINDOW)
-        self._since = 0
-        self._idle = [0] * len(self.counts)
-        self._patience = [PATIENCE] * len(self.counts)
+        self._limits = (unit, min_share, max_shares)
+        self._recent_s = [deque[float](maxlen=WINDOW) for _ in self.counts]
+        self._step_seconds = deque[list[float]](maxlen=WINDOW)
+        self._steps_since_change = 0
+        self._idle_steps = [0] * len(self.counts)
+        self._retry_steps = [RETRY_STEPS] * len(self.counts)
 
-    def feed(self, seconds: Sequence[float]) -> None:
+    def add_step(self, seconds: Sequence[float]) -> None:
         """A step: seconds that each island computed for its whole share (its slowest rank)."""
-        now = []
-        for i, (taken, count) in enumerate(zip(seconds, self.counts, strict=True)):
+        step_seconds = []
+        for island, (elapsed_s, count) in enumerate(zip(seconds, self.counts, strict=True)):
             if count:
-                self._seen[i].append(max(taken / count, LEAST_S))
-                self.seconds[i] = median(self._seen[i])
-            self._idle[i] = 0 if count else self._idle[i] + 1
-            now.append(self._seen[i][-1] if count else self.seconds[i])
-        self._steps.append(now)
-        self._since += 1
+                self._recent_s[island].append(max(elapsed_s / count, MIN_SECONDS))
+                self.microbatch_seconds[island] = median(self._recent_s[island])
+            self._idle_steps[island] = 0 if count else self._idle_steps[island] + 1
+            step_seconds.append(self._recent_s[island][-1] if count else self.microbatch_seconds[island])
+        self._step_seconds.append(step_seconds)
+        self._steps_since_change += 1
 
-    def decide(self) -> list[int] | None:
+    def next_counts(self) -> list[int] | None:
         """New shares, which hold from the next step on, or None: as they are."""
-        if self._since < HOLD:
+        if self._steps_since_change < CHANGE_INTERVAL_STEPS:
             return None
-        unit, least, most = self._given
-        wanted = shares(self.seconds, sum(self.counts), unit, least, most)
-        if not self._pays(wanted):
-            return self._try_again(unit)
-        for i, count in enumerate(wanted):
-            self._patience[i] = PATIENCE if count > unit else self._patience[i]
-        return self._change(wanted)
+        unit, min_share, max_shares = self._limits
+        new_counts = balance_microbatches(self.microbatch_seconds, sum(self.counts), unit, min_share, max_shares)
+        if not self._is_worthwhile(new_counts):
+            return self._retry_idle(unit)
+        for island, count in enumerate(new_counts):
+            self._retry_steps[island] = RETRY_STEPS if count > unit else self._retry_steps[island]
+        return self._set_counts(new_counts)
 
-    def _pays(self, wanted: Sequence[int]) -> bool:
-        return wanted != self.counts and all(
-            slowest(wanted, step) < (1 - GAIN) * slowest(self.counts, step)
-            for step in (self.seconds, *self._steps)
+    def _is_worthwhile(self, new_counts: Sequence[int]) -> bool:
+        return new_counts != self.counts and all(
+            slowest_island_s(new_counts, step) < (1 - MIN_GAIN) * slowest_island_s(self.counts, step)
+            for step in (self.microbatch_seconds, *self._step_seconds)
         )
 
-    def _try_again(self, unit: int) -> list[int] | None:
+    def _retry_idle(self, unit: int) -> list[int] | None:
         """One unit for an island that had no work for long: it may have recovered."""
-        for i, idle in enumerate(self._idle):
-            if idle < self._patience[i]:
+        for island, idle_steps in enumerate(self._idle_steps):
+            if idle_steps < self._retry_steps[island]:
                 continue
-            self._patience[i] *= 2
-            self._seen[i].clear()
-            self._steps.clear()
-            given = list(self.counts)
-            given[given.index(max(given))] -= unit
-            given[i] += unit
-            return self._change(given)
+            self._retry_steps[island] *= 2
+            self._recent_s[island].clear()
+            self._step_seconds.clear()
+            new_counts = list(self.counts)
+            new_counts[new_counts.index(max(new_counts))] -= unit
+            new_counts[island] += unit
+            return self._set_counts(new_counts)
         return None
 
-    def _change(self, counts: list[int]) -> list[int]:
+    def _set_counts(self, counts: list[int]) -> list[int]:
         self.counts = counts
-        self._since = 0
+        self._steps_since_change = 0
         return list(counts)

@@ -20,7 +20,7 @@ Node = tuple[int, int]
 
 def split_evenly(count: int, parts: int) -> list[range]:
     """`count` items as `parts` contiguous ranges whose lengths differ by at most one."""
-    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+    return [range(count * index // parts, count * (index + 1) // parts) for index in range(parts)]
 
 
 def shard_rows(count: int, shards: int, index: int) -> range:
@@ -39,11 +39,11 @@ def context_chunks(length: int, parts: int, index: int) -> tuple[range, range]:
     length. Raises LayoutError when the chunks are not equal.
     """
     if parts > 1 and length % (2 * parts):
-        near = max(1, round(length / (2 * parts))) * 2 * parts
+        nearest = max(1, round(length / (2 * parts))) * 2 * parts
         raise LayoutError(
             "layout.context cuts a sequence in 2 x context equal chunks",
             values={"data.sequence": length, "layout.context": parts},
-            fix=f"data.sequence={near}",
+            fix=f"data.sequence={nearest}",
         )
     chunks = split_evenly(length, 2 * parts)
     return chunks[index], chunks[2 * parts - 1 - index]
@@ -56,23 +56,23 @@ def children(node: Node) -> tuple[Node, Node]:
     return (start, middle), (middle, stop)
 
 
-def canonical_subtrees(part: range, total: int) -> list[Node]:
+def canonical_subtrees(microbatches: range, total: int) -> list[Node]:
     """The fewest subtrees of the tree over [0, total) that make up `part`, in order."""
-    found: list[Node] = []
+    nodes: list[Node] = []
 
     def visit(node: Node) -> None:
         start, stop = node
-        if stop <= part.start or part.stop <= start:
+        if stop <= microbatches.start or microbatches.stop <= start:
             return
-        if part.start <= start and stop <= part.stop:
-            found.append(node)
+        if microbatches.start <= start and stop <= microbatches.stop:
+            nodes.append(node)
             return
         for child in children(node):
             visit(child)
 
     if total > 0:
         visit((0, total))
-    return found
+    return nodes
 
 
 def fold(node: Node, leaves: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
@@ -95,38 +95,38 @@ class TreeSum:
     `add(a, b)` may reuse `a`'s memory. The slow, obvious version is `fold` over all leaves.
     """
 
-    def __init__(self, part: range, total: int) -> None:
-        self._wanted = canonical_subtrees(part, total)
+    def __init__(self, microbatches: range, total: int) -> None:
+        self._subtrees = canonical_subtrees(microbatches, total)
 
     def feed(
         self,
-        partial: list[tuple[Node, T]],
+        partial_sums: list[tuple[Node, T]],
         index: int,
         leaf: T,
         add: Callable[[T, T], T],
     ) -> None:
         """Takes microbatch `index` (in order) into `partial`, merging every finished subtree."""
-        partial.append(((index, index + 1), leaf))
-        top = self._top(index)
-        while len(partial) > 1:
-            (left, a), (right, b) = partial[-2], partial[-1]
-            whole = (left[0], right[1])
-            if not self._is_node(whole, (left, right), top):
+        partial_sums.append(((index, index + 1), leaf))
+        subtree = self._subtree_of(index)
+        while len(partial_sums) > 1:
+            (left, a), (right, b) = partial_sums[-2], partial_sums[-1]
+            parent = (left[0], right[1])
+            if not self._is_node(parent, (left, right), subtree):
                 return
-            partial[-2:] = [(whole, add(a, b))]
+            partial_sums[-2:] = [(parent, add(a, b))]
 
-    def _top(self, index: int) -> Node:
-        return next(node for node in self._wanted if node[0] <= index < node[1])
+    def _subtree_of(self, index: int) -> Node:
+        return next(node for node in self._subtrees if node[0] <= index < node[1])
 
     @staticmethod
-    def _is_node(whole: Node, parts: Sequence[Node], top: Node) -> bool:
+    def _is_node(parent: Node, siblings: Sequence[Node], subtree: Node) -> bool:
         """Whether `whole` is a node under `top` whose children are exactly `parts`."""
-        node = top
+        node = subtree
         while node[1] - node[0] > 1:
-            if node == whole:
-                return children(node) == tuple(parts)
+            if node == parent:
+                return children(node) == tuple(siblings)
             left, right = children(node)
-            node = left if whole[1] <= left[1] else right
-            if whole[0] < node[0]:
+            node = left if parent[1] <= left[1] else right
+            if parent[0] < node[0]:
                 return False
         return False

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import LayoutSettings
-from cordee.layout.tensors import tensors
+from cordee.layout.tensors import tensor_specs
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerRange:
     """The layers of one stage: [start, stop) blocks, and whether embedding or head are with them.
 
     `first` and `last` are the layers as tensors know them: -1 is the embedding's, the number of
@@ -25,32 +25,32 @@ class Part:
 
     start: int
     stop: int
-    embeds: bool
-    heads: bool
+    has_embedding: bool
+    has_head: bool
 
     @property
-    def first(self) -> int:
+    def first_layer(self) -> int:
         """First layer, the embedding's included."""
-        return -1 if self.embeds else self.start
+        return -1 if self.has_embedding else self.start
 
     @property
-    def last(self) -> int:
+    def last_layer(self) -> int:
         """Last layer, the head's included."""
-        return self.stop if self.heads else self.stop - 1
+        return self.stop if self.has_head else self.stop - 1
 
 
 @dataclass(frozen=True)
 class Stages:
     """`parts[s]` are the [start, stop) layers of stage s; `ranks` share them as `schedule` says."""
 
-    parts: tuple[tuple[int, int], ...]
+    block_ranges: tuple[tuple[int, int], ...]
     ranks: int
     schedule: str
 
     @property
-    def last(self) -> int:
+    def last_stage(self) -> int:
         """Number of the last stage."""
-        return len(self.parts) - 1
+        return len(self.block_ranges) - 1
 
     def rank_of(self, stage: int) -> int:
         """The pipeline coordinate that computes `stage`."""
@@ -58,22 +58,22 @@ class Stages:
             return min(stage, 2 * self.ranks - 1 - stage)
         return stage % self.ranks
 
-    def of_rank(self, rank: int) -> list[int]:
+    def rank_stages(self, rank: int) -> list[int]:
         """Stages that the pipeline coordinate `rank` computes, in order."""
-        return [stage for stage in range(len(self.parts)) if self.rank_of(stage) == rank]
+        return [stage for stage in range(len(self.block_ranges)) if self.rank_of(stage) == rank]
 
-    def held(self, rank: int) -> list[Part]:
+    def layer_ranges(self, rank: int) -> list[LayerRange]:
         """What the pipeline coordinate `rank` holds, stage by stage."""
-        return [Part(*self.parts[s], s == 0, s == self.last) for s in self.of_rank(rank)]
+        return [LayerRange(*self.block_ranges[stage], stage == 0, stage == self.last_stage) for stage in self.rank_stages(rank)]
 
     def stage_of(self, layer: int) -> int:
         """The stage that holds block `layer`; -1 and the number of layers are the two ends."""
         if layer < 0:
             return 0
-        inside = (s for s, (start, stop) in enumerate(self.parts) if start <= layer < stop)
-        return next(inside, self.last)
+        stages = (stage for stage, (start, stop) in enumerate(self.block_ranges) if start <= layer < stop)
+        return next(stages, self.last_stage)
 
-    def home(self, layer: int) -> int:
+    def rank_of_layer(self, layer: int) -> int:
         """The pipeline coordinate that holds block `layer`."""
         return self.rank_of(self.stage_of(layer))
 
@@ -82,8 +82,8 @@ def stage_count(settings: LayoutSettings, ranks: int) -> int:
     """Stages of a pipeline over `ranks`: one, `chunks` or two a rank, by the schedule."""
     if ranks == 1:
         return 1
-    each = {"interleaved": settings.chunks, "zero_bubble": 2}.get(settings.schedule, 1)
-    return ranks * each
+    stages_per_rank = {"interleaved": settings.chunks, "zero_bubble": 2}.get(settings.schedule, 1)
+    return ranks * stages_per_rank
 
 
 def make_stages(
@@ -92,9 +92,9 @@ def make_stages(
     """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a layer)."""
     if ranks == 1:
         return Stages(((0, model.layers),), 1, settings.schedule)
-    blocks, head = layer_costs(model, vocabulary)
-    ends = balance([*blocks[:-1], blocks[-1] + head], stage_count(settings, ranks))
-    return Stages(tuple(ends), ranks, settings.schedule)
+    blocks, head_cost = layer_costs(model, vocabulary)
+    block_ranges = partition_costs([*blocks[:-1], blocks[-1] + head_cost], stage_count(settings, ranks))
+    return Stages(tuple(block_ranges), ranks, settings.schedule)
 
 
 def layer_costs(model: ModelSettings, vocabulary: int) -> tuple[list[float], float]:
@@ -103,39 +103,39 @@ def layer_costs(model: ModelSettings, vocabulary: int) -> tuple[list[float], flo
     Attention's own products are the same in every block and left out.
     """
     costs = [0.0] * model.layers
-    for spec in tensors(model, vocabulary):
+    for spec in tensor_specs(model, vocabulary):
         if spec.group == "matrices":
-            met = model.moe.active / model.moe.experts if spec.stacked else 1.0
-            costs[spec.layer] += spec.elements * met
+            active_share = model.moe.active / model.moe.experts if spec.is_stacked else 1.0
+            costs[spec.layer] += spec.elements * active_share
     return costs, float((model.vocabulary or vocabulary) * model.width)
 
 
-def balance(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
+def partition_costs(costs: Sequence[float], count: int) -> list[tuple[int, int]]:
     """Contiguous [start, stop) parts, none empty, whose dearest part is as cheap as can be.
 
     Exact: the least ceiling is among the sums of runs; found by bisection over them, then parts
     are filled greedily. Of equally good cuts the first parts are the longest.
     """
-    low, high = max(costs), sum(costs)
+    low_ceiling, high_ceiling = max(costs), sum(costs)
     for _ in range(60):
-        middle = (low + high) / 2
-        if len(_fill(costs, middle, parts)) <= parts:
-            high = middle
+        middle = (low_ceiling + high_ceiling) / 2
+        if len(_fill_greedily(costs, middle, count)) <= count:
+            high_ceiling = middle
         else:
-            low = middle
-    return _fill(costs, high, parts)
+            low_ceiling = middle
+    return _fill_greedily(costs, high_ceiling, count)
 
 
-def _fill(costs: Sequence[float], ceiling: float, parts: int) -> list[tuple[int, int]]:
+def _fill_greedily(costs: Sequence[float], ceiling: float, count: int) -> list[tuple[int, int]]:
     """Greedy parts of at most `ceiling`, leaving at least one item for each part to come."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     start = 0
     while start < len(costs):
-        most = len(costs) - max(0, parts - len(found) - 1)
-        stop, held = start + 1, costs[start]
-        while stop < most and held + costs[stop] <= ceiling * (1 + 1e-12):
-            held += costs[stop]
+        max_stop = len(costs) - max(0, count - len(ranges) - 1)
+        stop, cost = start + 1, costs[start]
+        while stop < max_stop and cost + costs[stop] <= ceiling * (1 + 1e-12):
+            cost += costs[stop]
             stop += 1
-        found.append((start, stop))
+        ranges.append((start, stop))
         start = stop
-    return found
+    return ranges

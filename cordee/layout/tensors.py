@@ -19,12 +19,12 @@ from cordee.layout.boxes import Box
 from cordee.layout.classifier import classifier_tensors
 from cordee.layout.split import shard_rows
 
-CUTS = ("expert", "tensor", "shard")
+CUT_AXES = ("expert", "tensor", "shard")
 """Axes that cut tensors, in the order in which they do."""
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRule:
     """One kind of parameter. `group` is how optimiser and limits treat it; `tensor`, `expert` and
     `shard` are the dims that those axes cut; `when` is the choice that makes it exist."""
 
@@ -34,45 +34,45 @@ class Row:
     tensor: int | None = None
     expert: int | None = None
     shard: int = 0
-    when: str = ""
+    condition: str = ""
 
 
-TABLE = (
-    Row("embed.weight", ("vocabulary", "width"), "embeddings", tensor=0),
-    Row("blocks.{layer}.attention_norm.weight", ("width",), "vectors"),
-    Row("blocks.{layer}.attention.query.weight", ("queries", "width"), "matrices", tensor=0),
-    Row("blocks.{layer}.attention.key.weight", ("kv", "width"), "matrices", tensor=0),
-    Row("blocks.{layer}.attention.value.weight", ("kv", "width"), "matrices", tensor=0),
-    Row("blocks.{layer}.attention.out.weight", ("width", "queries"), "matrices", tensor=1),
-    Row("blocks.{layer}.attention.query_gain.weight", ("head",), "vectors", when="qk_gain"),
-    Row("blocks.{layer}.attention.key_gain.weight", ("head",), "vectors", when="qk_gain"),
-    Row("blocks.{layer}.mlp_norm.weight", ("width",), "vectors"),
-    Row("blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0, when="dense"),
-    Row("blocks.{layer}.mlp.gate.weight", ("ffn", "width"), "matrices", tensor=0,
-        when="dense gated"),
-    Row("blocks.{layer}.mlp.down.weight", ("width", "ffn"), "matrices", tensor=1, when="dense"),
-    Row("blocks.{layer}.moe.up", ("experts", "expert", "width"), "matrices",
-        expert=0, shard=1, when="moe"),
-    Row("blocks.{layer}.moe.gate", ("experts", "expert", "width"), "matrices",
-        expert=0, shard=1, when="moe gated"),
-    Row("blocks.{layer}.moe.down", ("experts", "width", "expert"), "matrices",
-        expert=0, shard=1, when="moe"),
-    Row("blocks.{layer}.moe.router.weight", ("experts", "width"), "embeddings", when="moe"),
-    Row("blocks.{layer}.moe.shared.up.weight", ("shared", "width"), "matrices", tensor=0,
-        when="moe shared"),
-    Row("blocks.{layer}.moe.shared.gate.weight", ("shared", "width"), "matrices", tensor=0,
-        when="moe shared gated"),
-    Row("blocks.{layer}.moe.shared.down.weight", ("width", "shared"), "matrices", tensor=1,
-        when="moe shared"),
-    Row("norm.weight", ("width",), "vectors"),
-    Row("head.weight", ("vocabulary", "width"), "embeddings", tensor=0, when="untied"),
+TENSOR_TABLE = (
+    TensorRule("embed.weight", ("vocabulary", "width"), "embeddings", tensor=0),
+    TensorRule("blocks.{layer}.attention_norm.weight", ("width",), "vectors"),
+    TensorRule("blocks.{layer}.attention.query.weight", ("queries", "width"), "matrices", tensor=0),
+    TensorRule("blocks.{layer}.attention.key.weight", ("kv", "width"), "matrices", tensor=0),
+    TensorRule("blocks.{layer}.attention.value.weight", ("kv", "width"), "matrices", tensor=0),
+    TensorRule("blocks.{layer}.attention.out.weight", ("width", "queries"), "matrices", tensor=1),
+    TensorRule("blocks.{layer}.attention.query_gain.weight", ("head",), "vectors", condition="qk_gain"),
+    TensorRule("blocks.{layer}.attention.key_gain.weight", ("head",), "vectors", condition="qk_gain"),
+    TensorRule("blocks.{layer}.mlp_norm.weight", ("width",), "vectors"),
+    TensorRule("blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0, condition="dense"),
+    TensorRule("blocks.{layer}.mlp.gate.weight", ("ffn", "width"), "matrices", tensor=0,
+        condition="dense gated"),
+    TensorRule("blocks.{layer}.mlp.down.weight", ("width", "ffn"), "matrices", tensor=1, condition="dense"),
+    TensorRule("blocks.{layer}.moe.up", ("experts", "expert", "width"), "matrices",
+        expert=0, shard=1, condition="moe"),
+    TensorRule("blocks.{layer}.moe.gate", ("experts", "expert", "width"), "matrices",
+        expert=0, shard=1, condition="moe gated"),
+    TensorRule("blocks.{layer}.moe.down", ("experts", "width", "expert"), "matrices",
+        expert=0, shard=1, condition="moe"),
+    TensorRule("blocks.{layer}.moe.router.weight", ("experts", "width"), "embeddings", condition="moe"),
+    TensorRule("blocks.{layer}.moe.shared.up.weight", ("shared", "width"), "matrices", tensor=0,
+        condition="moe shared"),
+    TensorRule("blocks.{layer}.moe.shared.gate.weight", ("shared", "width"), "matrices", tensor=0,
+        condition="moe shared gated"),
+    TensorRule("blocks.{layer}.moe.shared.down.weight", ("width", "shared"), "matrices", tensor=1,
+        condition="moe shared"),
+    TensorRule("norm.weight", ("width",), "vectors"),
+    TensorRule("head.weight", ("vocabulary", "width"), "embeddings", tensor=0, condition="untied"),
 )  # fmt: skip
 
 
-_PATTERNS = [
-    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TABLE
+_GROUP_PATTERNS = [
+    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TENSOR_TABLE
 ]
-_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
+_EMBEDDING_PATTERN = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TensorSpec:
     tensor: int | None = None
     expert: int | None = None
     shard: int | None = 0
-    complete: tuple[str, ...] = ()
+    full_grad_axes: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -96,69 +96,69 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether dim 0 counts matrices of their own (experts)."""
         return self.expert is not None
 
     def cuts(self, layout: Layout) -> list[tuple[str, int]]:
         """(axis, dim) of the axes that cut this tensor, in their order."""
-        dims = {axis: getattr(self, axis) for axis in CUTS}
+        dims = {axis: getattr(self, axis) for axis in CUT_AXES}
         return [
             (axis, d) for axis, d in dims.items() if d is not None and _degree(layout, axis) > 1
         ]
 
-    def box(self, layout: Layout, at: Mapping[str, int], upto: str = "shard") -> Box:
+    def box(self, layout: Layout, coords: Mapping[str, int], last_axis: str = "shard") -> Box:
         """What the rank at coordinates `at` holds of it; `upto`: the last axis that cuts."""
         box = [(0, size) for size in self.shape]
         for axis, dim in self.cuts(layout):
-            if CUTS.index(axis) > CUTS.index(upto):
+            if CUT_AXES.index(axis) > CUT_AXES.index(last_axis):
                 break
             start, stop = box[dim]
-            part = shard_rows(stop - start, _degree(layout, axis), at[axis])
-            box[dim] = (start + part.start, start + part.stop)
+            rows = shard_rows(stop - start, _degree(layout, axis), coords[axis])
+            box[dim] = (start + rows.start, start + rows.stop)
         return tuple(box)
 
-    def shared(self, layout: Layout) -> tuple[str, ...]:
+    def replicated_axes(self, layout: Layout) -> tuple[str, ...]:
         """Axes (degree above 1) along which ranks hold the very same part; not the pipeline."""
-        cutting = {axis for axis, _ in self.cuts(layout)}
+        cut_axes = {axis for axis, _ in self.cuts(layout)}
         axes = ("island", "context", "expert", "shard", "tensor")
-        return tuple(a for a in axes if a not in cutting and _degree(layout, a) > 1)
+        return tuple(axis for axis in axes if axis not in cut_axes and _degree(layout, axis) > 1)
 
-    def summed(self, layout: Layout) -> tuple[str, ...]:
+    def grad_reduce_axes(self, layout: Layout) -> tuple[str, ...]:
         """Axes inside an island over which its gradient must still be summed after FSDP2 did.
 
         Ranks along them saw different samples or positions. Blocks work on split sequences under
         tensor parallelism, so what tensor ranks hold whole is summed over them as well.
         """
-        whole = ("island", "shard", *self.complete)
-        return tuple(a for a in self.shared(layout) if a not in whole)
+        excluded_axes = ("island", "shard", *self.full_grad_axes)
+        return tuple(axis for axis in self.replicated_axes(layout) if axis not in excluded_axes)
 
 
-def tensors(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
+def tensor_specs(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     """Every parameter of a built-in model, in the order of the model's own parameters."""
-    if model.classifies:
-        yield from (TensorSpec(*named) for named in classifier_tensors(model))
+    if model.is_classifier:
+        yield from (TensorSpec(*fields) for fields in classifier_tensors(model))
         return
     sizes = {
         "vocabulary": model.vocabulary or vocabulary, "width": model.width, "kv": model.kv_width,
-        "queries": model.query_width, "head": model.per_head, "ffn": model.hidden_width,
+        "queries": model.query_width, "head": model.width_per_head, "ffn": model.hidden_width,
         "experts": model.moe.experts, "expert": model.expert_width,
         "shared": model.moe.shared * model.expert_width,
     }  # fmt: skip
-    block = [row for row in TABLE if "{layer}" in row.pattern]
-    for row in TABLE[: TABLE.index(block[0])]:
-        yield _spec(row, row.pattern, sizes, -1)
+    block_rules = [rule for rule in TENSOR_TABLE if "{layer}" in rule.pattern]
+    for rule in TENSOR_TABLE[: TENSOR_TABLE.index(block_rules[0])]:
+        yield _spec(rule, rule.pattern, sizes, -1)
     for layer in range(model.layers):
-        there = _choices(model, layer)
-        for row in block:
-            if there.issuperset(row.when.split()):
-                yield _spec(row, row.pattern.format(layer=layer), sizes, layer)
-    for row in TABLE[TABLE.index(block[-1]) + 1 :]:
-        if _choices(model, model.layers).issuperset(row.when.split()):
-            yield _spec(row, row.pattern, sizes, model.layers)
+        conditions = _conditions(model, layer)
+        for rule in block_rules:
+            if conditions.issuperset(rule.condition.split()):
+                yield _spec(rule, rule.pattern.format(layer=layer), sizes, layer)
+    for rule in TENSOR_TABLE[TENSOR_TABLE.index(block_rules[-1]) + 1 :]:
+        if _conditions(model, model.layers).issuperset(rule.condition.split()):
+            yield _spec(rule, rule.pattern, sizes, model.layers)
 
 
-def buffers(model: ModelSettings) -> Iterator[TensorSpec]:
+def router_bias_specs(model: ModelSettings) -> Iterator[TensorSpec]:
     """What is no parameter and yet survives, whole on every rank: biases of routers' choices."""
     if model.moe.balance == "bias":
         for layer in filter(model.is_moe, range(model.layers)):
@@ -166,36 +166,36 @@ def buffers(model: ModelSettings) -> Iterator[TensorSpec]:
             yield TensorSpec(name, shape, "buffers", layer, shard=None)
 
 
-def group_of(name: str, ndim: int) -> str:
+def parameter_group(name: str, ndim: int) -> str:
     """Group of a parameter: the table's for the house's own names; else vectors below 2 dims,
     embeddings by name (embed..., wte, wpe, head), and matrices."""
-    for pattern, group in _PATTERNS:
+    for pattern, group in _GROUP_PATTERNS:
         if pattern.fullmatch(name):
             return group
     if ndim < 2:
         return "vectors"
-    return "embeddings" if _EMBEDDING.search(name) else "matrices"
+    return "embeddings" if _EMBEDDING_PATTERN.search(name) else "matrices"
 
 
-def parameters(model: ModelSettings, vocabulary: int) -> int:
+def count_parameters(model: ModelSettings, vocabulary: int) -> int:
     """Number of parameters of a built-in model."""
-    return sum(spec.elements for spec in tensors(model, vocabulary))
+    return sum(spec.elements for spec in tensor_specs(model, vocabulary))
 
 
-def _choices(model: ModelSettings, layer: int) -> set[str]:
+def _conditions(model: ModelSettings, layer: int) -> set[str]:
     """What a row's `when` may ask for that this model has in `layer`."""
     moe = model.is_moe(layer)
-    found = {
+    flags = {
         "moe": moe, "dense": not moe, "gated": model.mlp == "gated", "qk_gain": model.qk_gain,
         "shared": model.moe.shared > 0, "untied": not model.tied,
     }  # fmt: skip
-    return {name for name, there in found.items() if there}
+    return {name for name, is_set in flags.items() if is_set}
 
 
 def _degree(layout: Layout, axis: str) -> int:
     return int(getattr(layout, axis))
 
 
-def _spec(row: Row, name: str, sizes: Mapping[str, int], layer: int) -> TensorSpec:
-    shape = tuple(sizes[s] for s in row.shape)
-    return TensorSpec(name, shape, row.group, layer, row.tensor, row.expert, row.shard)
+def _spec(rule: TensorRule, name: str, sizes: Mapping[str, int], layer: int) -> TensorSpec:
+    shape = tuple(sizes[s] for s in rule.shape)
+    return TensorSpec(name, shape, rule.group, layer, rule.tensor, rule.expert, rule.shard)

@@ -11,16 +11,16 @@ from typing import Literal
 ContextMethod = Literal["gather", "ring"]
 """How ranks of a context group get each other's keys and values (parallel/context.py)."""
 
-SUM_BYTES = 4
+ACCUMULATOR_BYTES = 4
 """Gradients of keys and values travel round the ring in fp32: every stop adds to them."""
 
 
-def context_bytes(
+def context_layer_bytes(
     method: ContextMethod,
     tokens: int,
     kv_width: int,
     element_bytes: int,
-    parts: int,
+    ranks: int,
     forwards: int = 1,
 ) -> int:
     """Bytes that each of `parts` ranks sends for one attention layer and one microbatch.
@@ -30,13 +30,13 @@ def context_bytes(
     Keys and values go to everybody once a forward. Their gradients come back: summed at once
     (gather: as wide as themselves) or stop by stop together with them (ring: fp32).
     """
-    elements = 2 * tokens // parts * kv_width
-    back = element_bytes if method == "gather" else element_bytes + SUM_BYTES
-    return (parts - 1) * elements * (forwards * element_bytes + back)
+    elements = 2 * tokens // ranks * kv_width
+    gradient_bytes = element_bytes if method == "gather" else element_bytes + ACCUMULATOR_BYTES
+    return (ranks - 1) * elements * (forwards * element_bytes + gradient_bytes)
 
 
-def expert_bytes(
-    tokens: int, active: int, width: int, ranks: int, element_bytes: int, forwards: int = 1
+def expert_layer_bytes(
+    tokens: int, experts_per_token: int, width: int, ranks: int, element_bytes: int, forwards: int = 1
 ) -> float:
     """Bytes that each of `ranks` sends for one mixture of experts and one microbatch of each, when
     all experts are equally busy.
@@ -45,5 +45,5 @@ def expert_bytes(
     every forward and as gradients; (ranks - 1) / ranks of them leave the rank. Left out: the
     counts, 8 bytes an expert and forward.
     """
-    rows = tokens * active * (ranks - 1) / ranks
+    rows = tokens * experts_per_token * (ranks - 1) / ranks
     return (2 * forwards + 2) * rows * width * element_bytes

@@ -21,70 +21,70 @@ from cordee.devices import DEVICES
 from cordee.system import peak_bytes, resident_bytes
 
 
-class Meter:
+class StepMeter:
     """Times phases of a step and remembers what the plan's check needs."""
 
     def __init__(self, device: str, flops_per_step: float, peak_flops: float) -> None:
         self._device = torch.device(device)
-        self._flops = flops_per_step
-        self._peak = peak_flops
-        self._began = resident_bytes()
-        self._phases: dict[str, float] = {}
-        self._step_began = time.perf_counter()
-        self._steps_s: list[float] = []
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
+        self._baseline_bytes = resident_bytes()
+        self._phase_times_s: dict[str, float] = {}
+        self._step_start_s = time.perf_counter()
+        self._step_times_s: list[float] = []
         self.bytes_sent = 0
         self._memory_bytes = math.nan
 
-    def expect(self, flops_per_step: float, peak_flops: float) -> None:
+    def set_flops(self, flops_per_step: float, peak_flops: float) -> None:
         """Another plan: what a step computes, and what its devices could."""
-        self._flops, self._peak = flops_per_step, peak_flops
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
 
-    def begin(self) -> None:
+    def start_step(self) -> None:
         """A step begins."""
-        self._phases = {}
-        self._step_began = time.perf_counter()
+        self._phase_times_s = {}
+        self._step_start_s = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of the block to phase `name` ("data", "comm", ...)."""
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         yield
-        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
+        self._phase_times_s[name] = self._phase_times_s.get(name, 0.0) + time.perf_counter() - start_s
 
-    def add(self, name: str, seconds: float) -> None:
+    def add_phase_time(self, name: str, time_s: float) -> None:
         """Adds time that somebody else took."""
-        self._phases[name] = self._phases.get(name, 0.0) + seconds
+        self._phase_times_s[name] = self._phase_times_s.get(name, 0.0) + time_s
 
-    def row(self, tokens: int, bytes_sent: int) -> dict[str, Any]:
+    def step_metrics(self, tokens: int, bytes_sent: int) -> dict[str, Any]:
         """The step's costs: the part of a metrics row that this file knows."""
-        step_s = time.perf_counter() - self._step_began
-        self._steps_s.append(step_s)
+        step_s = time.perf_counter() - self._step_start_s
+        self._step_times_s.append(step_s)
         self.bytes_sent = bytes_sent
-        self._memory_bytes = memory_bytes = self.memory_bytes()
+        self._memory_bytes = memory_bytes = self.peak_memory_bytes()
         return {
             "tokens_per_s": round(tokens / step_s, 1),
             "step_s": round(step_s, 6),
-            "data_s": round(self._phases.get("data", 0.0), 6),
-            "comm_s": round(self._phases.get("comm", 0.0), 6),
+            "data_s": round(self._phase_times_s.get("data", 0.0), 6),
+            "comm_s": round(self._phase_times_s.get("comm", 0.0), 6),
             "bytes_sent": bytes_sent,
             "memory_bytes": memory_bytes,
             "mfu": self._mfu(step_s),
         }
 
-    def memory_bytes(self) -> int:
+    def peak_memory_bytes(self) -> int:
         """Peak memory of this rank above the start's."""
         if DEVICES[self._device.type].memory_statistics:
             return int(torch.accelerator.max_memory_allocated(self._device))
-        return max(0, peak_bytes() - self._began)
+        return max(0, peak_bytes() - self._baseline_bytes)
 
-    def measured(self) -> dict[str, float]:
+    def measurements(self) -> dict[str, float]:
         """What is held against the plan: median step, bytes of a step, memory of the steps."""
-        steps = self._steps_s[len(self._steps_s) // 10 :] or [math.nan]
+        step_times_s = self._step_times_s[len(self._step_times_s) // 10 :] or [math.nan]
         return {
-            "step_s": median(steps),
+            "step_s": median(step_times_s),
             "bytes_sent": float(self.bytes_sent),
             "memory_bytes": self._memory_bytes,
         }
 
     def _mfu(self, step_s: float) -> float | None:
-        return round(self._flops / step_s / self._peak, 4) if self._peak else None
+        return round(self._flops_per_step / step_s / self._peak_flops, 4) if self._peak_flops else None

@@ -15,139 +15,139 @@ from math import isfinite
 from typing import Any
 
 from cordee.config.load import field_doc, flatten
-from cordee.config.model import USUAL_PRESET
+from cordee.config.model import DEFAULT_PRESET
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
-from cordee.metrics.charts import Chart, Line, extremes, figure, means, number, smooth
-from cordee.metrics.records import Column, Records
-from cordee.metrics.records import number as number_of
-from cordee.metrics.report import Summary, amount, computing, mean_ratio, seconds
+from cordee.metrics.charts import Chart, ChartSeries, downsample_extremes, figure_html, downsample_means, format_number, smooth
+from cordee.metrics.records import Column, RunRecords
+from cordee.metrics.records import finite_number as number_of
+from cordee.metrics.report import RunSummary, format_amount, compute_label, mean_ratio, format_seconds
 from cordee.metrics.style import SCRIPT, STYLE
 
-SENT = {"bytes_sent": "Sent in a step", "bytes_inside": "Sent in a step inside the island"}
+SENT_TITLES = {"bytes_sent": "Sent in a step", "bytes_inside": "Sent in a step inside the island"}
 """Columns of bytes that a rank sends, and what their charts are called."""
 
-TITLE_END = " · cordee report</title>"
+TITLE_SUFFIX = " · cordee report</title>"
 """How the title of every page ends, by which a page is known."""
-POINTS = 800
+MAX_LINE_POINTS = 800
 """Points of a line; a figure is some 500 pixels wide, and each bucket keeps both its extremes."""
-ALL_LAYERS = 24_000
+MAX_LAYER_POINTS = 24_000
 """Points of all layers' lines together."""
-MOST_EVENTS = 200
-MOST_ISLANDS = 64
+MAX_EVENTS = 200
+MAX_ISLANDS = 64
 """Rows of the table of shares."""
-MARKED = ("resumed", "step_skipped", "checkpoint_failed", "data_changed")
+MARKED_EVENTS = ("resumed", "step_skipped", "checkpoint_failed", "data_changed")
 """Events that are marked in the charts of the loss."""
-NAMES = {"seconds": "took", "bytes": "size"}
+KEY_NAMES = {"seconds": "took", "bytes": "size"}
 """Keys of events that read better under another name."""
 BLUE = "var(--c0)"
 LN2 = 0.6931471805599453
 
 
-def page(records: Records, summary: Summary) -> str:
+def report_page(records: RunRecords, summary: RunSummary) -> str:
     """The whole report as one HTML document; at most some hundred kilobytes for any run."""
-    body = _head(records, summary) + _figures(records) + _plan_table(summary)
+    body = _header_html(records, summary) + _figures_html(records) + _plan_table(summary)
     body += _share_table(records)
-    body += _config_table(records.run) + _event_table(records.events) + _sample(records)
+    body += _config_table(records.run) + _event_table(records.events) + _sample_html(records)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(summary.run)}{TITLE_END}<style>{STYLE}</style></head>"
+        f"<title>{escape(summary.run)}{TITLE_SUFFIX}<style>{STYLE}</style></head>"
         f"<body><main>{body}<footer>cordee report {escape(str(records.folder))}"
         + (f" · weights {escape(summary.weights_sha256)}" if summary.weights_sha256 else "")
         + f"</footer></main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _head(records: Records, summary: Summary) -> str:
-    kind = {"finished": "good", "running": "note", "stopped": "bad"}[summary.state]
+def _header_html(records: RunRecords, summary: RunSummary) -> str:
+    state_class = {"finished": "good", "running": "note", "stopped": "bad"}[summary.state]
     remarks = "".join(f'<li class="{r.kind}">{escape(r.text)}</li>' for r in summary.remarks)
-    begin = records.event("started") or {}
-    about = [str(begin.get("time", ""))[:19].replace("T", " ")]
+    start_event = records.last_event("started") or {}
+    facts = [str(start_event.get("time", ""))[:19].replace("T", " ")]
     if records.run:
-        m, d = records.run.model, records.run.data
-        name = str(begin.get("brought") or m.name)
-        house = name == m.preset
-        about.append(f"{name}: {m.layers} layers of width {m.width}" if house else name)
-        row = "images, a label and {} bytes each" if m.classifies else "{} tokens a sequence"
-        about.append(f"{d.path}, {row.format(d.sequence - m.classifies)}")
-        about.append(f"{records.run.optim.name}, {records.run.run.precision}")
-    islands = records.seen("islands")
+        model, data = records.run.model, records.run.data
+        name = str(start_event.get("brought") or model.name)
+        is_preset = name == model.preset
+        facts.append(f"{name}: {model.layers} layers of width {model.width}" if is_preset else name)
+        row_text = "images, a label and {} bytes each" if model.is_classifier else "{} tokens a sequence"
+        facts.append(f"{data.path}, {row_text.format(data.sequence - model.is_classifier)}")
+        facts.append(f"{records.run.optim.name}, {records.run.run.precision}")
+    islands = records.column_values("islands")
     if islands:
-        about.append(f"{islands[-1]:.0f} island" + ("s" if islands[-1] != 1 else ""))
+        facts.append(f"{islands[-1]:.0f} island" + ("s" if islands[-1] != 1 else ""))
     if summary.last_step is not None:
-        about.append(f"last step {summary.last_step:,}")
-    middle = summary.medians
-    widest = max(1, len(records.steps) // 60)
-    _, losses = smooth(records.steps, records.columns["loss"], 2, widest=widest)
+        facts.append(f"last step {summary.last_step:,}")
+    medians = summary.medians
+    max_half_width = max(1, len(records.steps) // 60)
+    _, losses = smooth(records.steps, records.columns["loss"], 2, max_half_width=max_half_width)
     tiles = [
-        ("Training loss", _maybe(losses[-1] if losses else None, number)),
-        ("Held-out bits per byte", _maybe(summary.held_out_bits_per_byte, number)),
-        ("Held-out images right", _maybe(summary.held_out_accuracy, lambda v: f"{v:.2%}")),
-        ("Tokens a second", _maybe(middle["tokens_per_s"], number)),
-        ("A step", _maybe(middle["step_s"], seconds)),
-        ("Memory of a rank", _maybe(middle["memory_bytes"], lambda v: amount(v, "B"))),
-        ("Model FLOP utilisation", _maybe(middle["mfu"], lambda v: f"{v:.1%}")),
+        ("Training loss", _format_optional(losses[-1] if losses else None, format_number)),
+        ("Held-out bits per byte", _format_optional(summary.held_out_bits_per_byte, format_number)),
+        ("Held-out images right", _format_optional(summary.held_out_accuracy, lambda v: f"{v:.2%}")),
+        ("Tokens a second", _format_optional(medians["tokens_per_s"], format_number)),
+        ("A step", _format_optional(medians["step_s"], format_seconds)),
+        ("Memory of a rank", _format_optional(medians["memory_bytes"], lambda v: format_amount(v, "B"))),
+        ("Model FLOP utilisation", _format_optional(medians["mfu"], lambda v: f"{v:.1%}")),
         ("Skipped steps", str(summary.skipped)),
     ]
     cells = "".join(f"<div><dt>{n}</dt><dd>{escape(v)}</dd></div>" for n, v in tiles if v)
     return (
-        f'<header><h1>{escape(summary.run)}</h1><span class="state {kind}">{summary.state}</span>'
-        f'</header><p class="about">{escape(" · ".join(a for a in about if a))}</p>'
+        f'<header><h1>{escape(summary.run)}</h1><span class="state {state_class}">{summary.state}</span>'
+        f'</header><p class="about">{escape(" · ".join(fact for fact in facts if fact))}</p>'
         f'<ul class="verdict">{remarks}</ul><dl class="tiles">{cells}</dl>'
     )
 
 
-def _figures(records: Records) -> str:
+def _figures_html(records: RunRecords) -> str:
     if not records.steps:
         return "<h2>Learning</h2><p>No step has been recorded yet.</p>"
-    learning = [*_losses(records), _rates(records), _norms(records), _layers(records)]
-    speed = [
-        _simple(records, "Tokens a second", "tokens_per_s", smoothed=True),
-        _step_parts(records),
-        _simple(records, "Memory of a rank", "memory_bytes", size=True),
+    learning_charts = [*_loss_charts(records), _lr_chart(records), _grad_norm_chart(records), _layer_gradient_chart(records)]
+    speed_charts = [
+        _column_chart(records, "Tokens a second", "tokens_per_s", with_mean=True),
+        _step_time_chart(records),
+        _column_chart(records, "Memory of a rank", "memory_bytes", is_size=True),
     ]
-    sent = [name for name in SENT if any(records.seen(name))] or [*SENT][:1]
-    speed += [_simple(records, SENT[name], name, size=True) for name in sent]
-    if len(set(records.seen("islands"))) > 1:
-        speed.append(_simple(records, "Islands", "islands"))
-    span = (records.steps[0], records.steps[-1])
-    out = ""
-    for title, charts in (("Learning", learning), ("Speed", speed)):
-        drawn = "".join(figure(replace(chart, span=span)) for chart in charts)
-        out += f'<h2>{title}</h2><div class="grid">{drawn}</div>' if drawn else ""
-    return out
+    sent_columns = [name for name in SENT_TITLES if any(records.column_values(name))] or [*SENT_TITLES][:1]
+    speed_charts += [_column_chart(records, SENT_TITLES[name], name, is_size=True) for name in sent_columns]
+    if len(set(records.column_values("islands"))) > 1:
+        speed_charts.append(_column_chart(records, "Islands", "islands"))
+    x_range = (records.steps[0], records.steps[-1])
+    sections_html = ""
+    for title, charts in (("Learning", learning_charts), ("Speed", speed_charts)):
+        figures_html = "".join(figure_html(replace(chart, x_range=x_range)) for chart in charts)
+        sections_html += f'<h2>{title}</h2><div class="grid">{figures_html}</div>' if figures_html else ""
+    return sections_html
 
 
-def _line(records: Records, label: str, column: Column, **style: Any) -> Line:
-    x, y = extremes(records.steps, column, POINTS)
-    return Line(label=label, x=x, y=y, **style)
+def _column_series(records: RunRecords, label: str, column: Column, **style: Any) -> ChartSeries:
+    x, y = downsample_extremes(records.steps, column, MAX_LINE_POINTS)
+    return ChartSeries(label=label, x=x, y=y, **style)
 
 
-def _pair(records: Records, column: Column, *, log: bool = False, colour: str = BLUE) -> list[Line]:
+def _series_with_mean(records: RunRecords, column: Column, *, log_scale: bool = False, colour: str = BLUE) -> list[ChartSeries]:
     """A column as it is, faint, and smoothed."""
-    widest = max(1, len(records.steps) // 60)
-    x, y = smooth(records.steps, column, POINTS, widest=widest, log=log)
+    max_half_width = max(1, len(records.steps) // 60)
+    x, y = smooth(records.steps, column, MAX_LINE_POINTS, max_half_width=max_half_width, log_scale=log_scale)
     return [
-        _line(records, "each step", column, kind="faint", colour=colour),
-        Line(label="smoothed", x=x, y=y, colour=colour),
+        _column_series(records, "each step", column, kind="faint", colour=colour),
+        ChartSeries(label="smoothed", x=x, y=y, colour=colour),
     ]
 
 
-def _losses(records: Records) -> list[Chart]:
+def _loss_charts(records: RunRecords) -> list[Chart]:
     """Loss in nats, and in bits a byte: training, smoothed, held out, and the floor."""
-    begin = records.event("started") or {}
-    entropy = number_of(begin.get("entropy_bits"))
+    start_event = records.last_event("started") or {}
+    entropy = number_of(start_event.get("entropy_bits"))
     loss, bits = records.columns["loss"], records.columns["bits_per_byte"]
     ratio = mean_ratio(bits, loss)
     floors: dict[str, float] = {}
     if entropy is not None:
         floors["loss"] = entropy * LN2
         floors["bits_per_byte"] = entropy * LN2 * (ratio or 1 / LN2)
-    marks = [
+    step_marks = [
         (f"{e['event'].replace('_', ' ')} at step {e['step']}", float(e["step"]))
         for e in records.events
-        if e["event"] in MARKED and isinstance(e.get("step"), int)
+        if e["event"] in MARKED_EVENTS and isinstance(e.get("step"), int)
     ]
     charts = []
     for name, title, unit in (
@@ -157,7 +157,7 @@ def _losses(records: Records) -> list[Chart]:
         column = records.columns[name]
         if not any(v is not None for v in column):
             continue
-        lines = _pair(records, column)
+        series = _series_with_mean(records, column)
         points = [
             (e.get("step", records.steps[-1]), score)
             for e in records.events
@@ -165,145 +165,145 @@ def _losses(records: Records) -> list[Chart]:
         ]
         if points:
             x, y = zip(*points, strict=True)
-            lines.append(Line(label="held out", x=x, y=y, colour="var(--c1)", kind="dots"))
-        floor = [("entropy of the data", floors[name])] if name in floors else []
-        tall = name == "loss"
+            series.append(ChartSeries(label="held out", x=x, y=y, colour="var(--c1)", kind="dots"))
+        levels = [("entropy of the data", floors[name])] if name in floors else []
+        is_tall = name == "loss"
         charts.append(
-            Chart(title=title, unit=unit, lines=lines, levels=floor, marks=marks, tall=tall)
+            Chart(title=title, unit=unit, series=series, levels=levels, step_marks=step_marks, is_tall=is_tall)
         )
     return charts
 
 
-def _rates(records: Records) -> Chart:
-    line = _line(records, "learning rate", records.columns["lr"], colour="var(--c4)")
-    return Chart(title="Learning rate", lines=[line], from_zero=True)
+def _lr_chart(records: RunRecords) -> Chart:
+    series = _column_series(records, "learning rate", records.columns["lr"], colour="var(--c4)")
+    return Chart(title="Learning rate", series=[series], from_zero=True)
 
 
-def _norms(records: Records) -> Chart:
+def _grad_norm_chart(records: RunRecords) -> Chart:
     clip = records.run.clip if records.run else None
     levels = [("clipped at", clip.limit)] if clip and clip.kind == "norm" else []
-    lines = _pair(records, records.columns["grad_norm"], log=True, colour="var(--c2)")
-    return Chart(title="Gradient norm", lines=lines, levels=levels, scale="log", robust=True)
+    series = _series_with_mean(records, records.columns["grad_norm"], log_scale=True, colour="var(--c2)")
+    return Chart(title="Gradient norm", series=series, levels=levels, scale="log", clips_peaks=True)
 
 
-def _layers(records: Records) -> Chart:
+def _layer_gradient_chart(records: RunRecords) -> Chart:
     """One line a layer; blocks run from blue (first) to amber (last)."""
     blocks = [name for name in records.layers if name.startswith("blocks.")]
-    fixed = {"embed": "var(--soft)", "norm": "var(--c3)", "head": "var(--c5)"}
-    colours = {
+    named_colours = {"embed": "var(--soft)", "norm": "var(--c3)", "head": "var(--c5)"}
+    block_colours = {
         name: f"hsl({215 - 180 * i / max(1, len(blocks) - 1):.0f} 52% 50%)"
         for i, name in enumerate(blocks)
     }
-    each = min(POINTS, ALL_LAYERS // max(1, len(records.layers)))
-    widest = len(records.layer_steps) // 200
-    lines = []
+    points_per_layer = min(MAX_LINE_POINTS, MAX_LAYER_POINTS // max(1, len(records.layers)))
+    max_half_width = len(records.layer_steps) // 200
+    series = []
     for name, column in records.layers.items():
-        x, y = smooth(records.layer_steps, column, each, widest=widest, log=True)
-        colour = colours.get(name) or fixed.get(name, "var(--c1)")
-        lines.append(Line(label=name, x=x, y=y, colour=colour))
-    return Chart(title="Gradient norm of each layer", lines=lines, scale="log")
+        x, y = smooth(records.layer_steps, column, points_per_layer, max_half_width=max_half_width, log_scale=True)
+        colour = block_colours.get(name) or named_colours.get(name, "var(--c1)")
+        series.append(ChartSeries(label=name, x=x, y=y, colour=colour))
+    return Chart(title="Gradient norm of each layer", series=series, scale="log")
 
 
-def _step_parts(records: Records) -> Chart:
+def _step_time_chart(records: RunRecords) -> Chart:
     """Stacked: computing, communicating, waiting for data."""
-    step, data, comm = (records.columns[n] for n in ("step_s", "data_s", "comm_s"))
-    rest: Column = [
+    step_s, data_s, comm_s = (records.columns[n] for n in ("step_s", "data_s", "comm_s"))
+    compute_s: Column = [
         None if s is None else max(0.0, s - (d or 0.0) - (c or 0.0))
-        for s, d, c in zip(step, data, comm, strict=True)
+        for s, d, c in zip(step_s, data_s, comm_s, strict=True)
     ]
-    typical = sorted(records.seen("step_s"))[len(records.seen("step_s")) // 2 :][:1] or [1.0]
-    factor, unit = (1000.0, "ms a step") if typical[0] < 1 else (1.0, "s a step")
-    lines = []
+    median_s = sorted(records.column_values("step_s"))[len(records.column_values("step_s")) // 2 :][:1] or [1.0]
+    factor, unit = (1000.0, "ms a step") if median_s[0] < 1 else (1.0, "s a step")
+    series = []
     for label, column, colour in (
-        (computing(records), rest, "var(--c0)"),
-        ("communication", comm, "var(--c1)"),
-        ("waiting for data", data, "var(--c4)"),
+        (compute_label(records), compute_s, "var(--c0)"),
+        ("communication", comm_s, "var(--c1)"),
+        ("waiting for data", data_s, "var(--c4)"),
     ):
-        scaled: Column = [None if v is None else v * factor for v in column]
-        x, y = means(records.steps, scaled, POINTS // 4)
-        lines.append(Line(label=label, x=x, y=y, colour=colour, kind="area"))
-    planned = records.predicted.get("step_s")
+        scaled_column: Column = [None if v is None else v * factor for v in column]
+        x, y = downsample_means(records.steps, scaled_column, MAX_LINE_POINTS // 4)
+        series.append(ChartSeries(label=label, x=x, y=y, colour=colour, kind="area"))
+    planned_s = records.prediction.get("step_s")
     return Chart(
         title="Where a step goes",
         unit=unit,
-        lines=lines if any(v is not None for v in step) else [],
-        levels=[("planned", planned * factor)] if planned else [],
-        both=False,
+        series=series if any(v is not None for v in step_s) else [],
+        levels=[("planned", planned_s * factor)] if planned_s else [],
+        has_scale_toggle=False,
         from_zero=True,
-        robust=True,
+        clips_peaks=True,
     )
 
 
-def _simple(
-    records: Records, title: str, name: str, *, size: bool = False, smoothed: bool = False
+def _column_chart(
+    records: RunRecords, title: str, name: str, *, is_size: bool = False, with_mean: bool = False
 ) -> Chart:
     """A column from zero upwards, with what the plan said of it; sizes in a fitting unit."""
     column = records.columns[name]
-    planned = records.predicted.get(name)
+    planned_value = records.prediction.get(name)
     factor, unit = 1.0, ""
-    if size:
-        largest = max(records.seen(name), default=0.0)
+    if is_size:
+        largest = max(records.column_values(name), default=0.0)
         powers = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
         power, unit = next((p for p in powers if largest >= p[0]), (1.0, "B"))
         factor = 1 / power
-    scaled: Column = [None if v is None else v * factor for v in column]
-    lines = [_line(records, "each step", scaled)]
-    if smoothed:
-        lines = _pair(records, scaled)
+    scaled_column: Column = [None if v is None else v * factor for v in column]
+    series = [_column_series(records, "each step", scaled_column)]
+    if with_mean:
+        series = _series_with_mean(records, scaled_column)
     return Chart(
         title=title,
         unit=unit,
-        lines=lines if records.seen(name) else [],
-        levels=[("planned", planned * factor)] if planned else [],
-        both=False,
+        series=series if records.column_values(name) else [],
+        levels=[("planned", planned_value * factor)] if planned_value else [],
+        has_scale_toggle=False,
         from_zero=True,
-        robust=True,
+        clips_peaks=True,
     )
 
 
-def _plan_table(summary: Summary) -> str:
+def _plan_table(summary: RunSummary) -> str:
     """What the plan predicted beside the medians of the last steps."""
     if not summary.predicted.get("step_s"):
         return ""
     rows = []
-    for name, label, show in (
-        ("step_s", "Time of a step", seconds),
-        ("bytes_sent", "Sent by a rank in a step", lambda v: amount(v, "B")),
-        ("memory_bytes", "Memory of a rank", lambda v: amount(v, "B")),
+    for name, label, formatter in (
+        ("step_s", "Time of a step", format_seconds),
+        ("bytes_sent", "Sent by a rank in a step", lambda v: format_amount(v, "B")),
+        ("memory_bytes", "Memory of a rank", lambda v: format_amount(v, "B")),
     ):
-        planned, measured = summary.predicted.get(name), summary.medians.get(name)
-        if planned is None or measured is None:
+        planned_value, measured_value = summary.predicted.get(name), summary.medians.get(name)
+        if planned_value is None or measured_value is None:
             continue
-        ratio = f"{measured / planned:.2f}" if planned else ("1.00" if not measured else "-")
+        ratio = f"{measured_value / planned_value:.2f}" if planned_value else ("1.00" if not measured_value else "-")
         rows.append(
-            f'<tr><td>{label}</td><td class="n">{show(planned)}</td>'
-            f'<td class="n">{show(measured)}</td><td class="n">{ratio}</td></tr>'
+            f'<tr><td>{label}</td><td class="n">{formatter(planned_value)}</td>'
+            f'<td class="n">{formatter(measured_value)}</td><td class="n">{ratio}</td></tr>'
         )
     if not rows:
         return ""
-    head = '<th></th><th class="n">planned</th><th class="n">measured</th><th class="n">ratio</th>'
-    return f"<h2>Planned and measured</h2>{_table(head, rows)}"
+    header = '<th></th><th class="n">planned</th><th class="n">measured</th><th class="n">ratio</th>'
+    return f"<h2>Planned and measured</h2>{_table_html(header, rows)}"
 
 
-def _share_table(records: Records) -> str:
+def _share_table(records: RunRecords) -> str:
     """What each island computed at last and why: its time for a microbatch."""
-    event = records.event("rebalanced") or {}
-    given, times = (event.get(name) for name in ("after", "seconds_per_microbatch"))
-    if not (isinstance(given, list) and isinstance(times, list) and given):
+    event = records.last_event("rebalanced") or {}
+    shares, island_times = (event.get(name) for name in ("after", "seconds_per_microbatch"))
+    if not (isinstance(shares, list) and isinstance(island_times, list) and shares):
         return ""
     rows = []
-    for island, (count, each) in enumerate(zip(given, times, strict=False)):
-        took = number_of(each)
-        if island < MOST_ISLANDS and isinstance(count, int) and took:
+    for island, (count, island_time) in enumerate(zip(shares, island_times, strict=False)):
+        time_s = number_of(island_time)
+        if island < MAX_ISLANDS and isinstance(count, int) and time_s:
             rows.append(
                 f'<tr><td class="n">{island}</td><td class="n">{count}</td>'
-                f'<td class="n">{seconds(took)}</td><td class="n">{seconds(count * took)}</td></tr>'
+                f'<td class="n">{format_seconds(time_s)}</td><td class="n">{format_seconds(count * time_s)}</td></tr>'
             )
-    head = "".join(
+    header = "".join(
         f'<th class="n">{name}</th>'
         for name in ("island", "microbatches", "time for one", "for all of them")
     )
-    return f"<h2>Shares of the islands</h2>{_table(head, rows)}"
+    return f"<h2>Shares of the islands</h2>{_table_html(header, rows)}"
 
 
 def _config_table(run: Run | None) -> str:
@@ -311,83 +311,83 @@ def _config_table(run: Run | None) -> str:
     if run is None:
         return ""
     model = model_presets().get(run.model.preset, Run().model)
-    default = flatten(replace(Run(), model=model)) | {"model.preset": USUAL_PRESET}
+    default_values = flatten(replace(Run(), model=model)) | {"model.preset": DEFAULT_PRESET}
     rows = [
         f'<tr title="{escape(field_doc(key))}"><td><code>{key}</code></td>'
         f"<td><code>{escape(str(value))}</code></td>"
-        f'<td class="d"><code>{escape(str(default[key]))}</code></td></tr>'
+        f'<td class="d"><code>{escape(str(default_values[key]))}</code></td></tr>'
         for key, value in flatten(run).items()
-        if value != default[key]
+        if value != default_values[key]
     ]
     if not rows:
         return "<h2>Configuration</h2><p>Every key has its default.</p>"
-    head = "<th>key</th><th>value</th><th>default</th>"
-    return f"<h2>Configuration that differs from the default</h2>{_table(head, rows)}"
+    header = "<th>key</th><th>value</th><th>default</th>"
+    return f"<h2>Configuration that differs from the default</h2>{_table_html(header, rows)}"
 
 
 def _event_table(events: Sequence[dict[str, Any]]) -> str:
     if not events:
         return ""
-    start = _when(events[0])
+    start_time = _event_time(events[0])
     rows = []
     for event in events:
-        at = _when(event)
-        since = seconds((at - start).total_seconds()) if at and start else ""
-        parts = [
-            f"{escape(NAMES.get(k) or k.replace('_', ' '))} <b>{escape(_value(k, v))}</b>"
-            for k, v in event.items()
-            if k not in ("time", "event", "step", "sample") and v is not None
+        time = _event_time(event)
+        elapsed_text = format_seconds((time - start_time).total_seconds()) if time and start_time else ""
+        details = [
+            f"{escape(KEY_NAMES.get(key) or key.replace('_', ' '))} <b>{escape(_format_value(key, value))}</b>"
+            for key, value in event.items()
+            if key not in ("time", "event", "step", "sample") and value is not None
         ]
         if "says" in event:  # the sentence holds all of them
-            parts = [escape(str(event["says"]))]
+            details = [escape(str(event["says"]))]
         rows.append(
-            f'<tr><td class="n" title="{escape(str(event.get("time", "")))}">{since}</td>'
+            f'<tr><td class="n" title="{escape(str(event.get("time", "")))}">{elapsed_text}</td>'
             f"<td>{escape(event['event'].replace('_', ' '))}</td>"
-            f'<td class="n">{escape(_value("step", event.get("step", "")))}</td>'
-            f'<td class="d">{" · ".join(parts)}</td></tr>'
+            f'<td class="n">{escape(_format_value("step", event.get("step", "")))}</td>'
+            f'<td class="d">{" · ".join(details)}</td></tr>'
         )
-    left_out = len(rows) - MOST_EVENTS
-    if left_out > 0:
-        gap = f'<tr><td></td><td></td><td></td><td class="d">{left_out} more events</td></tr>'
-        rows = [*rows[: MOST_EVENTS // 4], gap, *rows[-(MOST_EVENTS * 3 // 4) :]]
-    head = '<th class="n">after</th><th>event</th><th class="n">step</th><th></th>'
-    return f"<h2>Events</h2>{_table(head, rows)}"
+    omitted_count = len(rows) - MAX_EVENTS
+    if omitted_count > 0:
+        gap_row = f'<tr><td></td><td></td><td></td><td class="d">{omitted_count} more events</td></tr>'
+        rows = [*rows[: MAX_EVENTS // 4], gap_row, *rows[-(MAX_EVENTS * 3 // 4) :]]
+    header = '<th class="n">after</th><th>event</th><th class="n">step</th><th></th>'
+    return f"<h2>Events</h2>{_table_html(header, rows)}"
 
 
-def _sample(records: Records) -> str:
-    text = (records.event("finished") or {}).get("sample")
+def _sample_html(records: RunRecords) -> str:
+    text = (records.last_event("finished") or {}).get("sample")
     if not isinstance(text, str) or not text:
         return ""
     return f'<h2>A sample of its text</h2><div class="scroll"><pre>{escape(text)}</pre></div>'
 
 
-def _table(head: str, rows: Sequence[str]) -> str:
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+def _table_html(header: str, rows: Sequence[str]) -> str:
+    return f'<div class="scroll"><table><tr>{header}</tr>{"".join(rows)}</table></div>'
 
 
-def _when(event: dict[str, Any]) -> datetime | None:
+def _event_time(event: dict[str, Any]) -> datetime | None:
     try:
-        when = datetime.fromisoformat(str(event.get("time")))
+        time = datetime.fromisoformat(str(event.get("time")))
     except ValueError:
         return None
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _value(key: str, value: object) -> str:
+def _format_value(key: str, value: object) -> str:
     """A value of an event as a person reads it, by the unit in its name."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         if key.endswith("bytes"):
-            return amount(value, "B")
+            return format_amount(value, "B")
         if key == "seconds" or key.endswith("_s"):
-            return seconds(value)
+            return format_seconds(value)
         if isinstance(value, int):
             return str(value) if key in ("pid", "rank", "generation") else f"{value:,}"
-        return number(value)
+        return format_number(value)
     if key == "members" and isinstance(value, list):
-        named = [member for member in value if isinstance(member, dict)]
-        return ", ".join(f"{member.get('pid')} on {member.get('host')}" for member in named)
+        members = [member for member in value if isinstance(member, dict)]
+        return ", ".join(f"{member.get('pid')} on {member.get('host')}" for member in members)
     return str(value)
 
 
-def _maybe(value: float | None, show: Callable[[float], str]) -> str:
-    return "" if value is None else show(value)
+def _format_optional(value: float | None, formatter: Callable[[float], str]) -> str:
+    return "" if value is None else formatter(value)

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cordee.metrics.charts import log_ticks, number, tick_labels, ticks
+from cordee.metrics.charts import log_ticks, format_number, tick_labels, ticks
 
 Colour = tuple[int, int, int]
 INK, SOFT, RULE, PAPER = (31, 36, 40), (106, 114, 123), (228, 228, 223), (255, 255, 255)
@@ -114,7 +114,7 @@ def draw(plot: Plot) -> bytes:
         canvas.text(left - 14, down(y) - HIGH, label, SOFT, align=1.0)
     for x in log_ticks(low_x, high_x, 8):
         canvas.box(round(across(x)), bottom, round(across(x)) + 1, bottom + 8, SOFT)
-        canvas.text(across(x), bottom + 16, number(x), SOFT, align=0.5)
+        canvas.text(across(x), bottom + 16, format_number(x), SOFT, align=0.5)
     canvas.box(left, bottom, right, bottom + 1, SOFT)
     canvas.text((left + right) / 2, plot.height - 32, plot.x_label, SOFT, align=0.5)
     canvas.text(36, top - 30, plot.y_label, SOFT)

@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from cordee.dist.streams import say
+from cordee.dist.streams import print_to_stderr
 
-LINE_EVERY_S = 5.0
+LINE_INTERVAL_S = 5.0
 
-WIDE = 116
+MIN_WIDE_COLUMNS = 116
 """Columns from which the bar has room beside a whole line."""
 
 
@@ -30,10 +30,10 @@ class Screen:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = 0.0
-        self._began = time.monotonic()
+        self._last_line_s = 0.0
+        self._start_s = time.monotonic()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """One line."""
         if self._silent:
             return
@@ -41,28 +41,28 @@ class Screen:
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
             else:
-                say(text)
+                print_to_stderr(text)
 
-    def step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
+    def show_step(self, row: Mapping[str, Any], fraction_done: float, remaining_s: float) -> None:
         """The state after a step: `done` in [0, 1], `left_s` seconds to go."""
         if not self._silent:
             with suppress(OSError, ValueError):
-                self._step(row, done, left_s)
+                self._show_step(row, fraction_done, remaining_s)
 
-    def _step(self, row: Mapping[str, Any], done: float, left_s: float) -> None:
+    def _show_step(self, row: Mapping[str, Any], fraction_done: float, remaining_s: float) -> None:
         if self._console.is_terminal:
-            narrow = self._console.width < WIDE
-            text = brief(row, left_s) if narrow else describe(row, left_s)
+            is_narrow = self._console.width < MIN_WIDE_COLUMNS
+            text = format_short_row(row, remaining_s) if is_narrow else format_row(row, remaining_s)
             if self._bar is None:
-                self._bar = _make_bar(self._console, 8 if narrow else 24)
+                self._bar = _make_bar(self._console, 8 if is_narrow else 24)
                 self._bar.start()
                 self._task = self._bar.add_task("", total=1.0, text=text)
-            self._bar.update(self._task, completed=done, text=text)
+            self._bar.update(self._task, completed=fraction_done, text=text)
             return
-        now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY_S or row["step"] <= 1 or done >= 1:
-            self._last_line = now
-            say(describe(row, left_s))
+        now_s = time.monotonic()
+        if now_s - self._last_line_s >= LINE_INTERVAL_S or row["step"] <= 1 or fraction_done >= 1:
+            self._last_line_s = now_s
+            print_to_stderr(format_row(row, remaining_s))
 
     def close(self) -> None:
         """Takes the bar away; its last state stays on the screen."""
@@ -72,24 +72,24 @@ class Screen:
                 bar.stop()
 
 
-def describe(row: Mapping[str, Any], left_s: float) -> str:
+def format_row(row: Mapping[str, Any], remaining_s: float) -> str:
     """A metrics row as one line."""
-    mark = "  SKIPPED" if row.get("skipped") else ""
+    skip_suffix = "  SKIPPED" if row.get("skipped") else ""
     return (
-        f"step {row['step']:>5}  loss {_number(row['loss'])}{_bits(row, '  ')}"
-        f"  gnorm {_number(row['grad_norm'])}"
+        f"step {row['step']:>5}  loss {_format_number(row['loss'])}{_format_bits(row, '  ')}"
+        f"  gnorm {_format_number(row['grad_norm'])}"
         f"  lr {row['lr']:.2e}  {row['tokens_per_s'] / 1000:.1f}k tok/s"
-        f"  {_clock(left_s)} left{mark}"
+        f"  {_format_clock(remaining_s)} left{skip_suffix}"
     )
 
 
-def brief(row: Mapping[str, Any], left_s: float) -> str:
+def format_short_row(row: Mapping[str, Any], remaining_s: float) -> str:
     """The same within 63 columns, for a terminal of 80."""
-    mark = " SKIPPED" if row.get("skipped") else ""
+    skip_suffix = " SKIPPED" if row.get("skipped") else ""
     return (
-        f"{row['step']} loss {_number(row['loss'])}{_bits(row, ' ')}"
-        f" gnorm {_number(row['grad_norm'])} lr {row['lr']:.1e}"
-        f" {row['tokens_per_s'] / 1000:.1f}k/s {_clock(left_s)}{mark}"
+        f"{row['step']} loss {_format_number(row['loss'])}{_format_bits(row, ' ')}"
+        f" gnorm {_format_number(row['grad_norm'])} lr {row['lr']:.1e}"
+        f" {row['tokens_per_s'] / 1000:.1f}k/s {_format_clock(remaining_s)}{skip_suffix}"
     )
 
 
@@ -103,16 +103,16 @@ def _make_bar(console: Console, width: int) -> Progress:
     )
 
 
-def _bits(row: Mapping[str, Any], space: str) -> str:
+def _format_bits(row: Mapping[str, Any], separator: str) -> str:
     """Bits per byte; nothing where a finite loss has none (classifiers)."""
     bits = row["bits_per_byte"]
-    return "" if bits is None and row["loss"] is not None else f"{space}bpb {_number(bits)}"
+    return "" if bits is None and row["loss"] is not None else f"{separator}bpb {_format_number(bits)}"
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "  nan" if value is None else f"{value:.3f}"
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"
+def _format_clock(time_s: float) -> str:
+    minutes, seconds = divmod(max(0, round(time_s)), 60)
+    return f"{minutes}:{seconds:02d}"

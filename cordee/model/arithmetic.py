@@ -24,85 +24,85 @@ from torch.optim.adamw import adamw
 
 from cordee.model.precision import autocast_dtype
 
-PRODUCTS = (
+MATMUL_SHAPES = (
     (1, 64, 64), (7, 129, 33), (33, 77, 129), (64, 64, 64), (65, 257, 31), (96, 24, 200),
     (128, 64, 192), (128, 512, 48), (200, 1031, 17), (257, 256, 129),
 )  # fmt: skip
 """[rows, inner] x [inner, columns]: inside and across the blocks of a library's kernels."""
 
-WIDTHS = (1, 31, 64, 257)
+ROW_WIDTHS = (1, 31, 64, 257)
 """Lengths of rows: whole vectors of a processor's registers, and what is left over."""
 
-HEADS = ((6, 33, 16), (2, 130, 24))
+ATTENTION_SHAPES = ((6, 33, 16), (2, 130, 24))
 """[heads, positions, width of a head] of attention."""
 
-PORTABLE = "compatible"
+COMPATIBLE = "compatible"
 """The value of run.arithmetic under which processors of different makers agree."""
 
 
 @cache
-def fingerprint(device: str, precision: str, arithmetic: str) -> str:
+def arithmetic_fingerprint(device: str, precision: str, arithmetic: str) -> str:
     """16 hex digits of what products, element functions, sums, attention, losses and updates give
     on `device` ("cpu", "cuda:0"), forward and backward, in a run of that precision, on one thread.
 
     What a device may add in any order (by atomic operations) is left out: the same device must
     always give the same.
     """
-    threads, found, place = torch.get_num_threads(), hashlib.sha256(), torch.device(device)
-    draws = torch.Generator().manual_seed(1)
+    thread_count, digest, torch_device = torch.get_num_threads(), hashlib.sha256(), torch.device(device)
+    generator = torch.Generator().manual_seed(1)
     dtype = autocast_dtype(precision) or torch.float32
     torch.set_num_threads(1)
     try:
-        with portable_roots(arithmetic == PORTABLE):
-            for result in _results(_Draws(draws, place), dtype):
-                plain = result.detach().cpu().contiguous().flatten()
-                found.update(plain.view(torch.uint8).numpy().tobytes())
+        with portable_sqrt(arithmetic == COMPATIBLE):
+            for result in _all_results(_RandomTensors(generator, torch_device), dtype):
+                flat = result.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(thread_count)
     # Rates and schedules are the interpreter's, by the C library's functions.
     scalars = [f(x / 7) for x in range(1, 50) for f in (math.exp, math.log, math.cos, math.sqrt)]
-    found.update(repr(scalars).encode())
-    return found.hexdigest()[:16]
+    digest.update(repr(scalars).encode())
+    return digest.hexdigest()[:16]
 
 
-class _Draws:
+class _RandomTensors:
     """Numbers in [-1, 1), made from integers alone and so the same everywhere."""
 
-    def __init__(self, generator: torch.Generator, place: torch.device) -> None:
-        self.generator, self.place = generator, place
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self.generator, self.device = generator, device
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        drawn = torch.rand(*shape, generator=self.generator) * 2 - 1
-        return drawn.to(self.place, dtype).requires_grad_()
+        values = torch.rand(*shape, generator=self.generator) * 2 - 1
+        return values.to(self.device, dtype).requires_grad_()
 
 
-def _results(draw: _Draws, dtype: torch.dtype) -> Iterator[Tensor]:
-    for rows, inner, columns in PRODUCTS:
+def _all_results(draw: _RandomTensors, dtype: torch.dtype) -> Iterator[Tensor]:
+    for rows, inner, columns in MATMUL_SHAPES:
         a, b = draw(rows, inner, dtype=dtype), draw(inner, columns, dtype=dtype)
-        yield from _both_ways(a @ b, a, b)
-    for heads, positions, width in HEADS:
-        yield from _attention(*(draw(heads, positions, width, dtype=dtype) for _ in range(3)))
-    for width in WIDTHS:
-        yield from _functions(draw(33, width))
-    yield from _update(draw)
+        yield from _forward_and_grads(a @ b, a, b)
+    for heads, positions, width in ATTENTION_SHAPES:
+        yield from _attention_results(*(draw(heads, positions, width, dtype=dtype) for _ in range(3)))
+    for width in ROW_WIDTHS:
+        yield from _function_results(draw(33, width))
+    yield from _adamw_results(draw)
 
 
-def _both_ways(result: Tensor, *sources: Tensor) -> Iterator[Tensor]:
+def _forward_and_grads(result: Tensor, *inputs: Tensor) -> Iterator[Tensor]:
     """The result, and what a gradient that is not constant gives for each source."""
     yield result
-    along = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).to(result)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).to(result)
     # Of a number: with a gradient given, torch imports sympy to compare shapes.
-    yield from torch.autograd.grad((result * along.view_as(result)).sum(), sources)
+    yield from torch.autograd.grad((result * weights.view_as(result)).sum(), inputs)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+def _attention_results(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
     """Causal attention by its definition."""
-    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu_(1)
+    mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu_(1)
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), alpha=q.shape[2] ** -0.5)
-    yield from _both_ways(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v, q, k, v)
+    yield from _forward_and_grads(scores.masked_fill(mask, -math.inf).softmax(-1) @ v, q, k, v)
 
 
-def _functions(x: Tensor) -> Iterator[Tensor]:
+def _function_results(x: Tensor) -> Iterator[Tensor]:
     """Element functions, sums, norms and a loss, of [rows, width]."""
     width = x.shape[1:]
     for result in (
@@ -113,34 +113,34 @@ def _functions(x: Tensor) -> Iterator[Tensor]:
         x.double().sum(), torch.linalg.vector_norm(x, dim=-1), F.rms_norm(x, width),
         F.layer_norm(x, width), x.lerp(x.flip(0), 0.3), torch.addcmul(x, x, x.flip(0), value=0.7),
     ):  # fmt: skip
-        yield from _both_ways(result, x)
+        yield from _forward_and_grads(result, x)
     targets = torch.arange(len(x), device=x.device) % x.shape[1]
-    yield from _both_ways(F.cross_entropy(x * 5, targets, reduction="sum"), x)
+    yield from _forward_and_grads(F.cross_entropy(x * 5, targets, reduction="sum"), x)
 
 
-def _update(draw: _Draws) -> Iterator[Tensor]:
+def _adamw_results(draw: _RandomTensors) -> Iterator[Tensor]:
     """Two steps of AdamW without fused kernels, as in an exact run."""
     with torch.no_grad():
-        held = [draw(33, 31).detach(), draw(257).detach()]
-        first, second = ([torch.zeros_like(p) for p in held] for _ in range(2))
-        steps = [torch.zeros(()) for _ in held]
+        parameters = [draw(33, 31).detach(), draw(257).detach()]
+        exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        steps = [torch.zeros(()) for _ in parameters]
         for _ in range(2):
-            grads = [draw(*p.shape).detach() for p in held]
-            adamw(held, grads, first, second, [], steps, amsgrad=False, beta1=0.9, beta2=0.95,
+            grads = [draw(*p.shape).detach() for p in parameters]
+            adamw(parameters, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=0.9, beta2=0.95,
                   lr=0.01, weight_decay=0.1, eps=1e-8, maximize=False, foreach=True,
                   fused=False)  # fmt: skip
-    yield from (*held, *first, *second)
+    yield from (*parameters, *exp_avgs, *exp_avg_sqs)
 
 
 @contextmanager
-def portable_roots(on: bool) -> Iterator[None]:
+def portable_sqrt(enabled: bool) -> Iterator[None]:
     """While it is `on`, square roots on CPUs are 1 / (1 / sqrt(x)), of operations that every
     processor rounds alike; the library's begin with an estimate that differs between makers."""
-    if not on:
+    if not enabled:
         yield
         return
-    make: Any = torch.library.Library  # which has no types
-    library = make("aten", "IMPL")
+    library_class: Any = torch.library.Library  # which has no types
+    library = library_class("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is what is meant here
         library.impl("sqrt", lambda x: x.rsqrt().reciprocal_(), "CPU")
@@ -152,18 +152,18 @@ def portable_roots(on: bool) -> Iterator[None]:
         library._destroy()
 
 
-def libraries(model: nn.Module) -> dict[str, str]:
+def library_versions(model: nn.Module) -> dict[str, str]:
     """Versions of the installed packages whose classes make up `model`, torch's among them."""
-    kinds = {kind for part in model.modules() for kind in type(part).__mro__}
-    names = {kind.__module__.partition(".")[0] for kind in kinds} | {"torch"}
-    found = {}
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    names = {kind.__module__.partition(".")[0] for kind in classes} | {"torch"}
+    versions = {}
     for name in sorted(names - {"cordee", "__main__", "builtins"}):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # a module beside the user's script
             continue
-    return found
+    return versions
 
 
 if __name__ == "__main__":
-    print(fingerprint(*sys.argv[1:]))
+    print(arithmetic_fingerprint(*sys.argv[1:]))

@@ -58,7 +58,7 @@ class MlpClassifier(nn.Module):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         width, self.image = settings.width, settings.image
-        inputs = [self.image.pixels, *[width] * (settings.layers - 1)]
+        inputs = [self.image.pixel_bytes, *[width] * (settings.layers - 1)]
         self.blocks = nn.ModuleList(Hidden(n, width) for n in inputs)
         self.head = nn.Linear(width, self.image.classes)
 
@@ -77,7 +77,7 @@ class ConvClassifier(nn.Module):
         super().__init__()
         width, self.image = settings.width, settings.image
         self.stem = nn.Conv2d(self.image.channels, width, 3, padding=1, bias=False)
-        steps = itertools.pairwise(settings.sides)
+        steps = itertools.pairwise(settings.block_sides)
         self.blocks = nn.ModuleList(Convolved(width, after < before) for before, after in steps)
         self.norm = nn.GroupNorm(1, width)
         self.head = nn.Linear(width, self.image.classes)
@@ -100,7 +100,7 @@ def make_classifier(settings: ModelSettings) -> nn.Module:
 
 def scaled(tokens_BT: Tensor, image: ImageSettings) -> Tensor:
     """The pixels of int64 [B, 1 + P] as fp32 [B, P] in [-1, 1]."""
-    return tokens_BT[:, 1 : image.record].float() / 127.5 - 1.0
+    return tokens_BT[:, 1 : image.record_bytes].float() / 127.5 - 1.0
 
 
 def _answer(logits_BK: Tensor, tokens_BT: Tensor, targets_BT: Tensor | None) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.errors import ConfigError
 from cordee.layout.boxes import Box
-from cordee.model.folder import cut, open_folder
+from cordee.model.folder import slice_box, open_folder
 
-BLOCK = {
+LAYER_MODULES = {
     "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
     "self_attn.q_proj": "attention.query", "self_attn.k_proj": "attention.key",
     "self_attn.v_proj": "attention.value", "self_attn.o_proj": "attention.out",
@@ -29,11 +29,11 @@ BLOCK = {
 }  # fmt: skip
 """Modules of a decoder layer: transformers' name -> the house's."""
 
-TURNED = ("attention.query.weight", "attention.key.weight",
+ROTARY_SUFFIXES = ("attention.query.weight", "attention.key.weight",
           "attention.query_gain.weight", "attention.key_gain.weight")  # fmt: skip
 """Ends of the names of tensors whose rows are features of heads that turn with the position."""
 
-NEEDED: Mapping[str, object] = {
+REQUIRED_SETTINGS: Mapping[str, object] = {
     "kind": "transformer", "mlp": "gated", "logit_cap": 0.0, "dropout": 0.0, "window": 0,
     "moe.experts": 0,
 }  # fmt: skip
@@ -41,75 +41,75 @@ NEEDED: Mapping[str, object] = {
 
 
 @dataclass(frozen=True)
-class Equivalent:
+class HFStateDictAdapter:
     """A house transformer that transformers has too; made by `equivalent`."""
 
     model: ModelSettings
     vocabulary: int
 
-    def config(self, positions: int) -> dict[str, Any]:
+    def hf_config(self, positions: int) -> dict[str, Any]:
         """config.json of it; `positions` is the longest sequence that it was trained on."""
         model = self.model
-        kind = ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
+        model_type = ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
         return {
-            "model_type": kind[0], "architectures": [kind[1]], "dtype": "float32",
+            "model_type": model_type[0], "architectures": [model_type[1]], "dtype": "float32",
             "vocab_size": self.vocabulary, "hidden_size": model.width,
             "intermediate_size": model.hidden_width, "num_hidden_layers": model.layers,
             "num_attention_heads": model.heads,
             "num_key_value_heads": model.kv_heads or model.heads,
-            "head_dim": model.per_head, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
+            "head_dim": model.width_per_head, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
             "max_position_embeddings": positions, "tie_word_embeddings": model.tied,
             "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
         }  # fmt: skip
 
-    def names(self) -> Iterator[tuple[str, str]]:
+    def name_pairs(self) -> Iterator[tuple[str, str]]:
         """(transformers' name, the house's) of every tensor that transformers wants."""
         yield "model.embed_tokens.weight", "embed.weight"
         for layer in range(self.model.layers):
-            for theirs, ours in BLOCK.items():
-                if self.model.qk_norm or "norm" not in theirs.partition(".")[2]:
-                    yield f"model.layers.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight"
+            for hf_module, native_module in LAYER_MODULES.items():
+                if self.model.qk_norm or "norm" not in hf_module.partition(".")[2]:
+                    yield f"model.layers.{layer}.{hf_module}.weight", f"blocks.{layer}.{native_module}.weight"
         yield "model.norm.weight", "norm.weight"
         if not self.model.tied:
             yield "lm_head.weight", "head.weight"
 
-    def has(self, name: str) -> bool:
+    def has_parameter(self, name: str) -> bool:
         """Whether the house's model has that parameter: without qk_gain its gains are ones."""
         return self.model.qk_gain or "_gain." not in name
 
-    def shape(self, name: str, shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+    def tensor_shape(self, name: str, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
         """The shape of a tensor by the house's name; `shape` knows the parameters that exist."""
-        return shape(name) if self.has(name) else (self.model.per_head,)
+        return shape_of(name) if self.has_parameter(name) else (self.model.width_per_head,)
 
-    def give(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    def to_hf(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A tensor as transformers wants it, by the house's name."""
-        if not self.has(name):
-            return torch.ones(self.model.per_head)
-        whole = read(name)
-        if not name.endswith(TURNED):
-            return whole
-        heads = whole.view(-1, self.model.per_head // 2, 2, *whole.shape[1:])
-        return heads.transpose(1, 2).reshape(whole.shape)
+        if not self.has_parameter(name):
+            return torch.ones(self.model.width_per_head)
+        tensor = read(name)
+        if not name.endswith(ROTARY_SUFFIXES):
+            return tensor
+        heads = tensor.view(-1, self.model.width_per_head // 2, 2, *tensor.shape[1:])
+        return heads.transpose(1, 2).reshape(tensor.shape)
 
-    def take(self, name: str, theirs: Tensor) -> Tensor:
+    def from_hf(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor as the house wants it, by its own name: the reverse of `give`."""
-        if not name.endswith(TURNED):
-            return theirs
-        heads = theirs.view(-1, 2, self.model.per_head // 2, *theirs.shape[1:])
-        return heads.transpose(1, 2).reshape(theirs.shape)
+        if not name.endswith(ROTARY_SUFFIXES):
+            return tensor
+        heads = tensor.view(-1, 2, self.model.width_per_head // 2, *tensor.shape[1:])
+        return heads.transpose(1, 2).reshape(tensor.shape)
 
 
-def equivalent(model: ModelSettings, vocabulary: int) -> Equivalent:
+def make_hf_adapter(model: ModelSettings, vocabulary: int) -> HFStateDictAdapter:
     """The model as transformers has it; ConfigError names the first knob that it has not."""
-    have = {name: _knob(model, name) for name in NEEDED}
-    for name, wanted in NEEDED.items():
-        if have[name] != wanted:
+    model_values = {name: _setting(model, name) for name in REQUIRED_SETTINGS}
+    for name, required_value in REQUIRED_SETTINGS.items():
+        if model_values[name] != required_value:
             raise ConfigError(
                 "transformers has no model with this knob",
-                values={f"model.{name}": have[name]},
-                fix=f"train with model.{name}={wanted}, or export --to safetensors",
+                values={f"model.{name}": model_values[name]},
+                fix=f"train with model.{name}={required_value}, or export --to safetensors",
             )
     if model.qk_gain and not model.qk_norm:
         raise ConfigError(
@@ -117,7 +117,7 @@ def equivalent(model: ModelSettings, vocabulary: int) -> Equivalent:
             values={"model.qk_gain": True, "model.qk_norm": False},
             fix="train with model.qk_norm=true",
         )
-    return Equivalent(model, vocabulary)
+    return HFStateDictAdapter(model, vocabulary)
 
 
 def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tensor]:
@@ -126,44 +126,44 @@ def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tens
     ConfigError names the knobs of model.* in which the folder's model differs.
     """
     folder = open_folder(path, "initial.weights")
-    wanted = settings_of(folder.config, path)
-    rows = int(wanted["vocabulary"])
-    here = {"kv_heads": model.kv_heads or model.heads, "head_width": model.per_head,
+    hf_values = settings_from_hf(folder.config, path)
+    rows = int(hf_values["vocabulary"])
+    derived_values = {"kv_heads": model.kv_heads or model.heads, "head_width": model.width_per_head,
             "ffn": model.hidden_width}  # fmt: skip
-    have = {name: here.get(name, _knob(model, name)) for name in wanted}
+    model_values = {name: derived_values.get(name, _setting(model, name)) for name in hf_values}
     # A Qwen3's gains are parameters; the house's must have them to take them.
-    odd = {n: v for n, v in wanted.items() if have[n] != v}
-    if odd:
+    differences = {n: v for n, v in hf_values.items() if model_values[n] != v}
+    if differences:
         raise ConfigError(
             "the weights are those of another model",
-            values={"initial.weights": path, **{f"model.{n}": have[n] for n in odd}},
-            fix=" ".join(f"model.{n}={str(v).lower()}" for n, v in odd.items()),
+            values={"initial.weights": path, **{f"model.{n}": model_values[n] for n in differences}},
+            fix=" ".join(f"model.{n}={str(v).lower()}" for n, v in differences.items()),
         )
-    same = equivalent(model, rows)
-    theirs = {ours: name for name, ours in same.names()}
+    adapter = make_hf_adapter(model, rows)
+    hf_names = {native_name: name for name, native_name in adapter.name_pairs()}
 
-    def value(name: str, box: Box) -> Tensor:
-        if name.endswith(TURNED):
-            return cut(same.take(name, folder.read(theirs[name])), box)
-        return folder.read(theirs[name], box)
+    def read_box(name: str, box: Box) -> Tensor:
+        if name.endswith(ROTARY_SUFFIXES):
+            return slice_box(adapter.from_hf(name, folder.read(hf_names[name])), box)
+        return folder.read(hf_names[name], box)
 
-    return value
+    return read_box
 
 
-def starting_weights(
+def initial_weights_reader(
     initial: InitialSettings, model: ModelSettings
 ) -> Callable[[str, Box], Tensor] | None:
     """The weights that initial.weights names; None when parameters are drawn."""
     return import_weights(initial.weights, model) if initial.weights else None
 
 
-def settings_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+def settings_from_hf(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Values of model.* that make the model of a config.json; ConfigError when none do."""
-    kind = config.get("model_type")
+    model_type = config.get("model_type")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    odd = {
-        "model_type": kind if kind not in ("llama", "qwen3") else None,
+    deviations = {
+        "model_type": model_type if model_type not in ("llama", "qwen3") else None,
         "hidden_act": config.get("hidden_act", "silu") if config.get("hidden_act", "silu") != "silu"
         else None,
         "attention_bias": config.get("attention_bias") or None,
@@ -172,10 +172,10 @@ def settings_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         else None,
         "use_sliding_window": config.get("use_sliding_window") or None,
     }  # fmt: skip
-    found = {name: value for name, value in odd.items() if value is not None}
+    unsupported = {name: value for name, value in deviations.items() if value is not None}
     try:
-        if found:
-            raise ValueError(", ".join(f"{k}={v!r}" for k, v in found.items()))
+        if unsupported:
+            raise ValueError(", ".join(f"{k}={v!r}" for k, v in unsupported.items()))
         heads = int(config["num_attention_heads"])
         return {
             "vocabulary": int(config["vocab_size"]), "layers": int(config["num_hidden_layers"]),
@@ -183,7 +183,7 @@ def settings_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
             "kv_heads": int(config.get("num_key_value_heads") or heads),
             "head_width": int(config.get("head_dim") or config["hidden_size"] // heads),
             "ffn": int(config["intermediate_size"]), "mlp": "gated",
-            "qk_norm": kind == "qwen3", "qk_gain": kind == "qwen3",
+            "qk_norm": model_type == "qwen3", "qk_gain": model_type == "qwen3",
             "norm_eps": float(config.get("rms_norm_eps", 1e-6)), "rope_base": float(theta),
             "tied": bool(config.get("tie_word_embeddings", False)), "logit_cap": 0.0,
         }  # fmt: skip
@@ -195,8 +195,8 @@ def settings_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         ) from error
 
 
-def _knob(model: ModelSettings, name: str) -> Any:
-    found: Any = model
+def _setting(model: ModelSettings, name: str) -> Any:
+    value: Any = model
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value

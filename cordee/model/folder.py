@@ -21,20 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cordee.config.hub import CONFIG, read_config, read_json
-from cordee.config.paths import free_name
+from cordee.config.hub import CONFIG_FILE, read_config, read_json
+from cordee.config.paths import make_temporary_path
 from cordee.errors import ConfigError, DataError
 from cordee.layout.boxes import Box
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-OTHERS = (
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+OTHER_WEIGHT_PATTERNS = (
     "*.safetensors", "*.h5", "*.msgpack", "*.gguf", "*.index.json", "*.incomplete", "*.part",
 )  # fmt: skip
 """Other files by which one sees that a folder has, or had, weights."""
 
-BESIDE = (
+COMPANION_PATTERNS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab*", "merges.txt", "chat_template*", "*.model",
 )  # fmt: skip
@@ -42,7 +42,7 @@ BESIDE = (
 
 
 @dataclass(frozen=True)
-class Folder:
+class HFFolder:
     """An opened folder. `files` says in which file each tensor is; empty when there are none."""
 
     path: Path
@@ -51,33 +51,33 @@ class Folder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a tensor, read from its file's header."""
-        return tuple(self._with(name, lambda file: file.get_slice(name).get_shape()))
+        return tuple(self._with_file(name, lambda file: file.get_slice(name).get_shape()))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A part of a tensor (all of it by default), fp32 on the CPU. DataError for a bad file."""
         if not box:
-            found: Tensor = self._with(name, lambda file: file.get_tensor(name))
+            tensor: Tensor = self._with_file(name, lambda file: file.get_tensor(name))
         else:
-            spans = tuple(slice(start, stop) for start, stop in box)
-            found = self._with(name, lambda file: file.get_slice(name)[spans])
+            slices = tuple(slice(start, stop) for start, stop in box)
+            tensor = self._with_file(name, lambda file: file.get_slice(name)[slices])
         # Minus infinity may be a mask among the buffers.
-        if found.is_floating_point() and bool((found.isnan() | found.isposinf()).any()):
+        if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
             raise DataError(
                 "a tensor of the folder is not finite",
                 values={"file": str(self.path / self.files[name]), "tensor": name},
                 fix="copy the file again from where it came",
             )
-        return found.float()
+        return tensor.float()
 
-    def _with(self, name: str, use: Callable[[Any], Any]) -> Any:
+    def _with_file(self, name: str, read: Callable[[Any], Any]) -> Any:
         if name not in self.files:
             raise DataError(
                 "the folder has no such tensor", values={"folder": str(self.path), "tensor": name}
             )
         file = self.path / self.files[name]
         try:
-            with safe_open(file, framework="pt") as opened:
-                return use(opened)
+            with safe_open(file, framework="pt") as handle:
+                return read(handle)
         except (OSError, SafetensorError) as error:
             raise DataError(
                 "a file of weights cannot be read",
@@ -86,7 +86,7 @@ class Folder:
             ) from error
 
 
-def open_folder(path: str, key: str) -> Folder:
+def open_folder(path: str, key: str) -> HFFolder:
     """Reads config.json and finds the weights; ConfigError names `key`, which said `path`."""
     folder = Path(path)
     config = read_config(path, key)
@@ -94,53 +94,53 @@ def open_folder(path: str, key: str) -> Folder:
     # Also a link without a target, as an interrupted download leaves it.
     if os.path.lexists(folder / INDEX):
         index = read_json(folder / INDEX, {key: path})
-        found = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(found, dict) or not all(
-            isinstance(f, str) and Path(f).name == f for f in found.values()
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
         ):
             raise ConfigError(f"{INDEX} has no map from tensors to files", values={key: path})
-        files = {str(name): file for name, file in found.items()}
+        files = {str(name): file for name, file in weight_map.items()}
     elif os.path.lexists(folder / WEIGHTS):
-        files = dict.fromkeys(_names(folder / WEIGHTS), WEIGHTS)
+        files = dict.fromkeys(_tensor_names(folder / WEIGHTS), WEIGHTS)
     _refuse_other_weights(folder, set(files.values()), {key: path})
-    missing = sorted({f for f in files.values() if not (folder / f).is_file()})
-    if missing:
+    missing_files = sorted({f for f in files.values() if not (folder / f).is_file()})
+    if missing_files:
         raise ConfigError(
             "a file of weights that the index names is missing",
-            values={key: path, "file": missing[0]},
+            values={key: path, "file": missing_files[0]},
             fix="copy all files of the folder",
         )
-    return Folder(folder, config, files)
+    return HFFolder(folder, config, files)
 
 
-def _refuse_other_weights(folder: Path, ours: Set[str], values: Mapping[str, str]) -> None:
+def _refuse_other_weights(folder: Path, own_files: Set[str], values: Mapping[str, str]) -> None:
     """ConfigError for weights that would not be read although somebody may think so: without
     `ours`, any; else a second set under the names by which transformers looks for one."""
-    strays = sorted(
-        file.name for pattern in (*PICKLES, *OTHERS) for file in folder.glob(pattern)
-        if file.name not in ours
+    stray_files = sorted(
+        file.name for pattern in (*PICKLE_PATTERNS, *OTHER_WEIGHT_PATTERNS) for file in folder.glob(pattern)
+        if file.name not in own_files
     )  # fmt: skip
-    safe = [name for name in strays if name.endswith(".safetensors")]
-    if ours:
+    stray_safetensors = [name for name in stray_files if name.endswith(".safetensors")]
+    if own_files:
         # Beside an index: the one file. Beside the one file: shards, whose index is lost.
-        second = [name for name in safe if name == WEIGHTS or (WEIGHTS in ours and _is_shard(name))]
-        if second:
+        second_set = [name for name in stray_safetensors if name == WEIGHTS or (WEIGHTS in own_files and _is_shard(name))]
+        if second_set:
             raise ConfigError(
                 "the folder holds two sets of weights",
-                values={**values, "files": [min(ours), second[0]]},
+                values={**values, "files": [min(own_files), second_set[0]]},
                 fix="remove the set that is not meant",
             )
-    elif safe:
+    elif stray_safetensors:
         raise ConfigError(
             f"the folder holds weights without {INDEX}, which says what is in which file",
-            values={**values, "file": safe[0], "files": len(safe)},
+            values={**values, "file": stray_safetensors[0], "files": len(stray_safetensors)},
             fix="copy all files of the folder, or remove these to start from drawn weights",
         )
-    elif strays:
+    elif stray_files:
         raise ConfigError(
             "the folder holds weights as pickles, which run code when they are opened, or in a form"
             " that is not read",
-            values={**values, "file": strays[0]},
+            values={**values, "file": stray_files[0]},
             fix="save_pretrained(FOLDER) from transformers, which writes safetensors",
         )
 
@@ -156,7 +156,7 @@ def write_folder(
     shapes: Mapping[str, Sequence[int]],
     read: Callable[[str], Tensor],
     shard_bytes: int,
-    beside: Sequence[Path] = (),
+    companions: Sequence[Path] = (),
 ) -> int:
     """Writes config, weights (fp32, in files of at most `shard_bytes` and at least one tensor) and
     copies of the files `beside`; returns the bytes of the weights.
@@ -171,11 +171,11 @@ def write_folder(
             fix="--output with a folder that is new or empty",
         )
     folder = Path(os.path.realpath(folder))
-    part = free_name(folder)
+    temp_folder = make_temporary_path(folder)
     try:
-        part.mkdir(parents=True)
-        size_bytes = _fill(part, config, shapes, read, shard_bytes, beside)
-        os.replace(part, folder)
+        temp_folder.mkdir(parents=True)
+        size_bytes = _write_files(temp_folder, config, shapes, read, shard_bytes, companions)
+        os.replace(temp_folder, folder)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"the output cannot be written: {error}",
@@ -183,64 +183,64 @@ def write_folder(
             fix="--output with a folder that can be written, on a disk with room",
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temp_folder, ignore_errors=True)
     return size_bytes
 
 
-def _fill(
-    part: Path,
+def _write_files(
+    temp_folder: Path,
     config: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     read: Callable[[str], Tensor],
     shard_bytes: int,
-    beside: Sequence[Path],
+    companions: Sequence[Path],
 ) -> int:
     """Writes all files of `write_folder` into `part`."""
-    shards = _shards({name: 4 * math.prod(shape) for name, shape in shapes.items()}, shard_bytes)
+    shards = _split_into_files({name: 4 * math.prod(shape) for name, shape in shapes.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: read(name).float().contiguous() for name in names}
-        save_file(tensors, part / file, metadata={"format": "pt"})
+        save_file(tensors, temp_folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     size_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
     if len(shards) > 1:
-        _write(part / INDEX, {"metadata": {"total_size": size_bytes}, "weight_map": weight_map})
-    _write(part / CONFIG, config)
-    for file_beside in beside:
-        shutil.copyfile(file_beside, part / file_beside.name)
+        _write_json(temp_folder / INDEX, {"metadata": {"total_size": size_bytes}, "weight_map": weight_map})
+    _write_json(temp_folder / CONFIG_FILE, config)
+    for companion in companions:
+        shutil.copyfile(companion, temp_folder / companion.name)
     return size_bytes
 
 
-def files_beside(folder: Path) -> list[Path]:
+def companion_files(folder: Path) -> list[Path]:
     """The tokenizer's files and others that travel with a model's weights."""
-    return sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()})
+    return sorted({file for pattern in COMPANION_PATTERNS for file in folder.glob(pattern) if file.is_file()})
 
 
-def cut(whole: Tensor, box: Box) -> Tensor:
+def slice_box(tensor: Tensor, box: Box) -> Tensor:
     """The part of `whole` in `box` (a view)."""
-    return whole[tuple(slice(start, stop) for start, stop in box)]
+    return tensor[tuple(slice(start, stop) for start, stop in box)]
 
 
-def _shards(sizes_bytes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
+def _split_into_files(sizes_bytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """Names in order, dealt to files of at most `most_bytes` (a larger tensor has its own)."""
     shards: list[list[str]] = [[]]
-    held = 0
+    file_bytes = 0
     for name, size in sizes_bytes.items():
-        if shards[-1] and held + size > most_bytes:
+        if shards[-1] and file_bytes + size > max_bytes:
             shards.append([])
-            held = 0
+            file_bytes = 0
         shards[-1].append(name)
-        held += size
+        file_bytes += size
     return shards
 
 
-def _names(file: Path) -> list[str]:
+def _tensor_names(file: Path) -> list[str]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+        with safe_open(file, framework="pt") as handle:
+            return list(handle.keys())
     except (OSError, SafetensorError) as error:
         raise DataError(
             "a file of weights cannot be read",
@@ -249,5 +249,5 @@ def _names(file: Path) -> list[str]:
         ) from error
 
 
-def _write(file: Path, value: Mapping[str, Any]) -> None:
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

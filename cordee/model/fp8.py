@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from cordee.model.attention import compute_dtype
-from cordee.model.precision import casting
+from cordee.model.precision import autocast_to
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 
-LEAST = 2.0**-100
+MIN_AMAX = 2.0**-100
 """Least maximum that a scale is made of: a tensor of zeros stays one."""
 
 
@@ -33,7 +33,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x in fp8, scaled so that its largest element is the largest of `dtype`, and the fp32 scale
     (0-d) that gives it back: x is about quantised x scale. Not finite in, not finite out."""
     largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=LEAST) / largest
+    scale = x.abs().amax().float().clamp(min=MIN_AMAX) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
@@ -42,7 +42,7 @@ def scaled_product(
 ) -> Tensor:
     """(a [M, K] times b [P, K] transposed) x both scales, in `dtype`: the device's own product."""
     # A CPU emulates it by a product that autocast would round.
-    with casting(a.device.type, None):
+    with autocast_to(a.device.type, None):
         return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype)
 
 
@@ -55,20 +55,20 @@ class _Fp8Linear(torch.autograd.Function):
         a narrower type is gathered again: to keep it in fp8 would be to keep the whole island."""
         x8_NI, x_scale = quantise(x_NI, E4M3)
         w8_OI, w_scale = quantise(weight_OI, E4M3)
-        kept_OI = w8_OI if weight_OI.dtype == torch.float32 else weight_OI
-        ctx.save_for_backward(x8_NI, x_scale, kept_OI, w_scale)
+        operand_OI = w8_OI if weight_OI.dtype == torch.float32 else weight_OI
+        ctx.save_for_backward(x8_NI, x_scale, operand_OI, w_scale)
         ctx.types = x_NI.dtype, weight_OI.dtype
         return scaled_product(x8_NI, w8_OI, x_scale, w_scale, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """dx = g w, dw = g^T x; the library wants each product's second operand transposed."""
-        x8_NI, x_scale, kept_OI, w_scale = ctx.saved_tensors
+        x8_NI, x_scale, operand_OI, w_scale = ctx.saved_tensors
         x_type, weight_type = ctx.types
         g8_NO, g_scale = quantise(grad_NO, E5M2)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            w8_OI = kept_OI if kept_OI.dtype == E4M3 else quantise(kept_OI, E4M3)[0]
+            w8_OI = operand_OI if operand_OI.dtype == E4M3 else quantise(operand_OI, E4M3)[0]
             w8_IO = w8_OI.t().contiguous()
             x_grad = scaled_product(g8_NO, w8_IO, g_scale, w_scale, x_type)
         if ctx.needs_input_grad[1]:
@@ -85,10 +85,10 @@ def use_fp8(block: nn.Module) -> None:
     """Makes every nn.Linear inside `block` multiply in fp8, in place."""
     for module in block.modules():
         if isinstance(module, nn.Linear):
-            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_fp8_forward, module)  # type: ignore[method-assign]
 
 
-def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
+def _fp8_forward(linear: nn.Linear, x: Tensor) -> Tensor:
     """[..., I] to [..., O], in the type that autocast says."""
     y_NO = fp8_product(x.flatten(0, -2), linear.weight, compute_dtype(x))
     return y_NO.view(*x.shape[:-1], -1)

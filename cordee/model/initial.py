@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cordee.config.model import InitialSettings
 from cordee.errors import ConfigError
 
-RESIDUAL = (
+RESIDUAL_SUFFIXES = (
     "attention.out.weight", "mlp.down.weight", "moe.down", "moe.shared.down.weight",
     ".second.weight",
 )  # fmt: skip
@@ -28,7 +28,7 @@ RESIDUAL = (
 
 
 @dataclass(frozen=True)
-class Draw:
+class InitContext:
     """What a scheme may look at: the generator, inputs and outputs of a unit, the set `std`."""
 
     generator: torch.Generator
@@ -38,69 +38,69 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class InitScheme:
     """One way to fill a matrix in place, its formula in words and its source."""
 
     formula: str
     source: str
-    fill: Callable[[Tensor, Draw], object]
+    fill_tensor: Callable[[Tensor, InitContext], object]
 
 
-def _uniform(variance: Callable[[Draw], float]) -> Callable[[Tensor, Draw], object]:
-    def fill(tensor: Tensor, draw: Draw) -> None:
-        bound = math.sqrt(3.0 * variance(draw))
-        tensor.uniform_(-bound, bound, generator=draw.generator)
-
-    return fill
-
-
-def _normal(variance: Callable[[Draw], float]) -> Callable[[Tensor, Draw], object]:
-    def fill(tensor: Tensor, draw: Draw) -> None:
-        tensor.normal_(0.0, math.sqrt(variance(draw)), generator=draw.generator)
+def _uniform(variance: Callable[[InitContext], float]) -> Callable[[Tensor, InitContext], object]:
+    def fill(tensor: Tensor, context: InitContext) -> None:
+        bound = math.sqrt(3.0 * variance(context))
+        tensor.uniform_(-bound, bound, generator=context.generator)
 
     return fill
 
 
-def _xavier(draw: Draw) -> float:
-    return 2.0 / (draw.fan_in + draw.fan_out)
+def _normal(variance: Callable[[InitContext], float]) -> Callable[[Tensor, InitContext], object]:
+    def fill(tensor: Tensor, context: InitContext) -> None:
+        tensor.normal_(0.0, math.sqrt(variance(context)), generator=context.generator)
+
+    return fill
 
 
-def _kaiming(draw: Draw) -> float:
-    return 2.0 / draw.fan_in
+def _xavier_variance(context: InitContext) -> float:
+    return 2.0 / (context.fan_in + context.fan_out)
 
 
-def _orthogonal(tensor: Tensor, draw: Draw) -> None:
+def _kaiming_variance(context: InitContext) -> float:
+    return 2.0 / context.fan_in
+
+
+def _orthogonal(tensor: Tensor, context: InitContext) -> None:
     rows, columns = tensor.shape[0], tensor[0].numel()
-    tall = torch.empty(max(rows, columns), min(rows, columns))
-    q, r = torch.linalg.qr(tall.normal_(generator=draw.generator))
+    matrix = torch.empty(max(rows, columns), min(rows, columns))
+    q, r = torch.linalg.qr(matrix.normal_(generator=context.generator))
     q *= r.diagonal().sign()  # without it q is not uniform over orthogonal matrices
     tensor.copy_((q if rows >= columns else q.T).reshape(tensor.shape))
 
 
-def _truncated_normal(tensor: Tensor, draw: Draw) -> None:
-    bound = 2.0 * draw.std
-    nn.init.trunc_normal_(tensor, 0.0, draw.std, -bound, bound, generator=draw.generator)
+def _truncated_normal(tensor: Tensor, context: InitContext) -> None:
+    bound = 2.0 * context.std
+    nn.init.trunc_normal_(tensor, 0.0, context.std, -bound, bound, generator=context.generator)
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    "xavier": Scheme(
-        "uniform, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _uniform(_xavier)
+INIT_SCHEMES: Mapping[str, InitScheme] = {
+    "xavier": InitScheme(
+        "uniform, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _uniform(_xavier_variance)
     ),
-    "xavier_normal": Scheme(
-        "normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _normal(_xavier)
+    "xavier_normal": InitScheme(
+        "normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _normal(_xavier_variance)
     ),
-    "kaiming": Scheme("uniform, variance 2 / inputs", "He et al. 2015", _uniform(_kaiming)),
-    "kaiming_normal": Scheme("normal, variance 2 / inputs", "He et al. 2015", _normal(_kaiming)),
-    "orthogonal": Scheme(
+    "kaiming": InitScheme("uniform, variance 2 / inputs", "He et al. 2015", _uniform(_kaiming_variance)),
+    "kaiming_normal": InitScheme("normal, variance 2 / inputs", "He et al. 2015", _normal(_kaiming_variance)),
+    "orthogonal": InitScheme(
         "orthonormal rows or columns, from a QR of normal numbers",
         "Saxe et al. 2014; Mezzadri 2007",
         _orthogonal,
     ),
-    "truncated_normal": Scheme(
+    "truncated_normal": InitScheme(
         "normal of deviation std, redrawn inside 2 std", "Devlin et al. 2019", _truncated_normal
     ),
-    "normal": Scheme("normal of deviation std", "Radford et al. 2019", _normal(lambda d: d.std**2)),
-    "zero": Scheme("all zero", "Zhang et al. 2019 (Fixup)", lambda tensor, draw: tensor.zero_()),
+    "normal": InitScheme("normal of deviation std", "Radford et al. 2019", _normal(lambda d: d.std**2)),
+    "zero": InitScheme("all zero", "Zhang et al. 2019 (Fixup)", lambda tensor, draw: tensor.zero_()),
 }
 """initial.matrices -> formula, source, code; initial.gain multiplies the result."""
 
@@ -122,30 +122,30 @@ def initial_tensor(
     inputs], names with ".moe.") are drawn one by one, each from its own name.
     """
     if len(shape) == 3 and ".moe." in name:
-        each = (initial_tensor(f"{name}/{e}", shape[1:], settings, seed, layers)
+        experts = (initial_tensor(f"{name}/{e}", shape[1:], settings, seed, layers)
                 for e in range(shape[0]))  # fmt: skip
-        return torch.stack(list(each))
+        return torch.stack(list(experts))
     tensor = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     if tensor.ndim < 2:
         return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
     generator = torch.Generator(device="cpu").manual_seed(tensor_seed(seed, name))
     if name == "embed.weight":
         return tensor.normal_(0.0, settings.embedding_std, generator=generator)
-    kind, gain = _scheme_of(name, settings, layers)
-    if kind not in SCHEMES:
+    scheme, gain = _scheme_and_gain(name, settings, layers)
+    if scheme not in INIT_SCHEMES:
         raise ConfigError(
             "no such way to start a matrix",
-            values={"initial.matrices": kind},
-            fix="initial.matrices=" + next(iter(SCHEMES)),
+            values={"initial.matrices": scheme},
+            fix="initial.matrices=" + next(iter(INIT_SCHEMES)),
         )
     area = math.prod(shape[2:])
-    draw = Draw(generator, shape[1] * area, shape[0] * area, settings.std)
+    context = InitContext(generator, shape[1] * area, shape[0] * area, settings.std)
     with torch.no_grad():
-        SCHEMES[kind].fill(tensor, draw)
+        INIT_SCHEMES[scheme].fill_tensor(tensor, context)
         return tensor.mul_(gain)
 
 
-def initialise(
+def init_weights(
     model: nn.Module,
     settings: InitialSettings,
     seed: int,
@@ -159,23 +159,23 @@ def initialise(
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = initial_tensor(name, parameter.shape, settings, seed, layers)
+            tensor = initial_tensor(name, parameter.shape, settings, seed, layers)
             if write is None:
-                parameter.copy_(whole)
+                parameter.copy_(tensor)
             else:
-                write(parameter, whole)
+                write(parameter, tensor)
     for module in model.modules():
-        for name in ("forget_turns", "forget_balance"):
-            forget = getattr(module, name, None)
-            if forget is not None:
-                forget()
+        for name in ("reset_rope_cache", "reset_balance"):
+            reset = getattr(module, name, None)
+            if reset is not None:
+                reset()
 
 
-def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, float]:
+def _scheme_and_gain(name: str, settings: InitialSettings, layers: int) -> tuple[str, float]:
     """Scheme and factor of a matrix by its name."""
     if name == "head.weight" and settings.head != "same":
         return settings.head, 1.0
-    if name.partition("/")[0].endswith(RESIDUAL):
+    if name.partition("/")[0].endswith(RESIDUAL_SUFFIXES):
         if settings.residual == "zero":
             return "zero", 1.0
         if settings.residual == "depth_scaled":
@@ -184,10 +184,10 @@ def _scheme_of(name: str, settings: InitialSettings, layers: int) -> tuple[str, 
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, torch's generators are a function of `seed`; outside, they go on as before."""
-    accelerated = device.type not in ("cpu", "meta")
-    kind = device.type if accelerated else None
-    with torch.random.fork_rng([device] if accelerated else [], device_type=kind):
+    is_accelerator = device.type not in ("cpu", "meta")
+    device_type = device.type if is_accelerator else None
+    with torch.random.fork_rng([device] if is_accelerator else [], device_type=device_type):
         torch.manual_seed(seed)
         yield

@@ -29,42 +29,42 @@ class KerasModel(nn.Module):
     def __init__(self, model: Any) -> None:
         """`model` is a keras.Model whose variables exist. ConfigError when it cannot be used."""
         super().__init__()
-        keras = _keras()
+        keras = _import_keras()
         if not isinstance(model, keras.Model) or not model.built:
             raise ConfigError(
                 "that is no built Keras model",
                 values={"model": type(model).__name__},
                 fix="call it once on a batch, or give it an Input",
             )
-        self._inside = (model,)
-        self._trained = self._own("p", model.trainable_variables, True)
-        self._moved = self._own("s", model.non_trainable_variables, False)
+        self._keras_model = (model,)
+        self._parameter_names = self._register("p", model.trainable_variables, True)
+        self._state_names = self._register("s", model.non_trainable_variables, False)
 
     def forward(self, *inputs: Tensor) -> Any:
         """The model's outputs."""
-        trained = [getattr(self, name) for name in self._trained]
-        states = [getattr(self, name) for name in self._moved]
-        outputs, moved = self._inside[0].stateless_call(
-            trained, states, *inputs, training=self.training
+        parameters = [getattr(self, name) for name in self._parameter_names]
+        states = [getattr(self, name) for name in self._state_names]
+        outputs, new_states = self._keras_model[0].stateless_call(
+            parameters, states, *inputs, training=self.training
         )
         if self.training:
             with torch.no_grad():
-                for state, new in zip(states, moved, strict=True):
-                    state.copy_(new)
+                for state, new_state in zip(states, new_states, strict=True):
+                    state.copy_(new_state)
         return outputs
 
-    def give_back(self) -> Any:
+    def to_keras(self) -> Any:
         """The Keras model itself, with this module's (whole) numbers in its variables."""
-        model = self._inside[0]
+        model = self._keras_model[0]
         for names, variables in (
-            (self._trained, model.trainable_variables),
-            (self._moved, model.non_trainable_variables),
+            (self._parameter_names, model.trainable_variables),
+            (self._state_names, model.non_trainable_variables),
         ):
             for name, variable in zip(names, variables, strict=True):
                 variable.assign(getattr(self, name).detach())
         return model
 
-    def check(self, layout: Layout, exact: bool) -> None:
+    def check_layout(self, layout: Layout, exact: bool) -> None:
         """LayoutError for what cannot be done with a model whose inside is not known."""
         for axis in ("tensor", "pipeline", "context", "expert"):
             if getattr(layout, axis) > 1:
@@ -73,11 +73,11 @@ class KerasModel(nn.Module):
                     values={f"layout.{axis}": getattr(layout, axis)},
                     fix=f"layout.{axis}=1; layout.shard cuts the model as a whole",
                 )
-        if exact and layout.size > 1 and self._moved:
+        if exact and layout.size > 1 and self._state_names:
             raise LayoutError(
                 "states that a forward moves (BatchNorm, dropout) depend on which rank computes "
                 "which microbatch",
-                values={"run.exact": True, "layout": layout.describe(), "states": len(self._moved)},
+                values={"run.exact": True, "layout": layout.describe(), "states": len(self._state_names)},
                 fix="run.exact=false, or a model without them",
             )
         if exact and layout.shard > 1:
@@ -87,12 +87,12 @@ class KerasModel(nn.Module):
                 fix="layout.shard=1",
             )
 
-    def _own(self, letter: str, variables: Any, trained: bool) -> list[str]:
+    def _register(self, prefix: str, variables: Any, is_trainable: bool) -> list[str]:
         names = []
-        for place, variable in enumerate(variables):
-            name = f"{letter}{place:03d}_{variable.name.replace('.', '_')}"
+        for index, variable in enumerate(variables):
+            name = f"{prefix}{index:03d}_{variable.name.replace('.', '_')}"
             value = variable.value.detach().clone()
-            if trained:
+            if is_trainable:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
@@ -100,20 +100,20 @@ class KerasModel(nn.Module):
         return names
 
 
-def _keras() -> ModuleType:
+def _import_keras() -> ModuleType:
     """Keras on torch; ConfigError when it is missing or runs on something else."""
     fix = "KERAS_BACKEND=torch in the environment, before keras is imported for the first time"
     try:
         import keras
     except ImportError as error:
-        missing = getattr(error, "name", None) == "keras"
+        is_missing = getattr(error, "name", None) == "keras"
         raise ConfigError(
-            "Keras is not installed" if missing else "Keras cannot be imported on its backend",
+            "Keras is not installed" if is_missing else "Keras cannot be imported on its backend",
             values={"error": str(error)},
-            fix='pip install "cordee[keras]"' if missing else fix,
+            fix='pip install "cordee[keras]"' if is_missing else fix,
         ) from error
     backend = keras.config.backend()
     if backend != "torch":
         raise ConfigError("Keras runs on another backend", values={"backend": backend}, fix=fix)
-    found: ModuleType = keras
-    return found
+    module: ModuleType = keras
+    return module

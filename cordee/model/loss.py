@@ -37,11 +37,11 @@ def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 def head_loss(
     x: Tensor, head_VD: Tensor, targets: Tensor, cap: float,
-    summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
 ) -> Tensor:  # fmt: skip
     """Summed loss in nats, fp32, of x [..., D]; `summed` takes (logits [N, V], targets [N])."""
     logits_NV = capped_logits(x, head_VD, cap).flatten(0, -2)
-    return summed(logits_NV, targets.flatten())
+    return loss_fn(logits_NV, targets.flatten())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -50,26 +50,26 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int,
-        summed: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         """Returns the summed loss, fp32."""
-        wanted = any(ctx.needs_input_grad)
+        needs_grad = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        head = head_VD.detach().to(x_ND.dtype).requires_grad_(wanted)
-        x_grad = torch.empty_like(x_ND) if wanted else None
+        head = head_VD.detach().to(x_ND.dtype).requires_grad_(needs_grad)
+        x_grad = torch.empty_like(x_ND) if needs_grad else None
         # Summed in fp32 where shards gathered a narrower head; autograd gives it the head's type.
-        wide = torch.promote_types(head_VD.dtype, torch.float32)
-        head_grad = torch.zeros_like(head_VD, dtype=wide) if wanted else None
+        wide_dtype = torch.promote_types(head_VD.dtype, torch.float32)
+        head_grad = torch.zeros_like(head_VD, dtype=wide_dtype) if needs_grad else None
         pairs = zip(torch.split(x_ND, chunk), torch.split(targets_N, chunk), strict=True)
-        for place, (x_CD, targets_C) in enumerate(pairs):
-            with torch.set_grad_enabled(wanted):
-                x_CD = x_CD.detach().requires_grad_(wanted)
-                part = head_loss(x_CD, head, targets_C, cap, summed)
-                loss += part.detach()
+        for index, (x_CD, targets_C) in enumerate(pairs):
+            with torch.set_grad_enabled(needs_grad):
+                x_CD = x_CD.detach().requires_grad_(needs_grad)
+                chunk_loss = head_loss(x_CD, head, targets_C, cap, loss_fn)
+                loss += chunk_loss.detach()
             if x_grad is not None and head_grad is not None:
-                x_part, head_part = torch.autograd.grad(part, (x_CD, head))
-                x_grad[place * chunk : place * chunk + len(x_CD)] = x_part
-                head_grad += head_part
+                x_chunk_grad, head_chunk_grad = torch.autograd.grad(chunk_loss, (x_CD, head))
+                x_grad[index * chunk : index * chunk + len(x_CD)] = x_chunk_grad
+                head_grad += head_chunk_grad
         ctx.save_for_backward(x_grad, head_grad)
         return loss
 
@@ -82,10 +82,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def chunked_loss(
     x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int,
-    summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
 ) -> Tensor:  # fmt: skip
     """`head_loss` with the logits of `chunk` positions at a time."""
-    return _chunked_loss(x_ND, head_VD, targets_N, cap, chunk, summed)
+    return _chunked_loss(x_ND, head_VD, targets_N, cap, chunk, loss_fn)
 
 
 _chunked_loss: Callable[..., Tensor] = _ChunkedLoss.apply

@@ -38,7 +38,7 @@ squared_relu: Callable[[Tensor], Tensor] = _SquaredReLU.apply
 """max(x, 0)^2 of any shape."""
 
 
-def bent(up: Tensor, gate: Tensor | None) -> Tensor:
+def activation(up: Tensor, gate: Tensor | None) -> Tensor:
     """relu(up)^2, or silu(gate) x up (SwiGLU, Shazeer 2020); any shape."""
     return squared_relu(up) if gate is None else F.silu(gate) * up
 
@@ -57,5 +57,5 @@ class MLP(nn.Module):
         """[B, T, D] to [B, T, D]."""
         up_BTF: Tensor = self.up(x_BTD)
         gate_BTF = None if self.gate is None else self.gate(x_BTD)
-        out_BTD: Tensor = self.down(bent(up_BTF, gate_BTF))
+        out_BTD: Tensor = self.down(activation(up_BTF, gate_BTF))
         return out_BTD

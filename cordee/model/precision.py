@@ -31,12 +31,12 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     raise ValueError(f"run.precision={precision} is not resolved (plan/devices.py)")
 
 
-def casting(device: str, dtype: torch.dtype | None) -> torch.autocast:
+def autocast_to(device: str, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to `dtype` on a kind of device ("cpu", "cuda", ...); without one, nothing."""
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
-class _Rows(torch.autograd.Function):
+class _EmbeddingRows(torch.autograd.Function):
     """Rows of a table that is narrower than fp32, with a gradient that is summed in fp32: a CPU
     adds in the table's type, and in bf16 the sum of a frequent token stops at some 256 terms."""
 
@@ -51,28 +51,28 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """The table's gradient [V, D], in its type."""
         (indices,) = ctx.saved_tensors
-        rows, wide = ctx.shape[0], grad.float()
-        summed_VD = torch.ops.aten.embedding_dense_backward(wide, indices, rows, ctx.padding, False)
-        return summed_VD.to(ctx.dtype), None, None
+        rows, grad_fp32 = ctx.shape[0], grad.float()
+        table_grad_VD = torch.ops.aten.embedding_dense_backward(grad_fp32, indices, rows, ctx.padding, False)
+        return table_grad_VD.to(ctx.dtype), None, None
 
 
-_rows: Callable[[Tensor, Tensor, int], Tensor] = _Rows.apply
+_embedding_rows: Callable[[Tensor, Tensor, int], Tensor] = _EmbeddingRows.apply
 
 
-def rows_of(table_VD: Tensor, indices: Tensor, padding: int | None = None) -> Tensor:
+def embedding_rows(table_VD: Tensor, indices: Tensor, padding: int | None = None) -> Tensor:
     """Rows [..., D] of a table, int64 [...], in its type; row `padding` gets no gradient."""
     if table_VD.dtype.itemsize >= torch.float32.itemsize:
         return F.embedding(indices, table_VD, padding)
-    return _rows(table_VD, indices, -1 if padding is None else padding)
+    return _embedding_rows(table_VD, indices, -1 if padding is None else padding)
 
 
-def widen_embeddings(model: nn.Module) -> None:
+def use_fp32_embedding_grads(model: nn.Module) -> None:
     """Makes every plain nn.Embedding inside `model` sum its gradient in fp32, in place."""
     for module in model.modules():
-        plain = type(module) is nn.Embedding and not module.scale_grad_by_freq
-        if plain and not module.sparse and module.max_norm is None:
-            module.forward = MethodType(_embed, module)
+        is_plain = type(module) is nn.Embedding and not module.scale_grad_by_freq
+        if is_plain and not module.sparse and module.max_norm is None:
+            module.forward = MethodType(_embedding_forward, module)
 
 
-def _embed(module: nn.Embedding, indices: Tensor) -> Tensor:
-    return rows_of(module.weight, indices, module.padding_idx)
+def _embedding_forward(module: nn.Embedding, indices: Tensor) -> Tensor:
+    return embedding_rows(module.weight, indices, module.padding_idx)

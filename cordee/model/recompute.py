@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 from cordee.config.run import MemorySettings
 
 aten = torch.ops.aten
-KEPT = {
+SAVED_OPS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default,
     aten._grouped_mm.default, aten._scaled_mm.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -36,30 +36,30 @@ Attention's scores (baddbmm) are not among them: they grow with the square of th
 
 
 def run_block(
-    memory: MemorySettings, index: int, block: Callable[..., Any], *inputs: Any, **named: Any
+    memory: MemorySettings, index: int, block: Callable[..., Any], *inputs: Any, **kwargs: Any
 ) -> Tensor:
     """`block(*inputs, **named)`, of block number `index`, keeping what `memory` says for the
     backward."""
-    run = recomputed(memory.recompute, block) if memory.recomputes(index) else block
-    return cast(Tensor, run(*inputs, **named))
+    forward = checkpoint_wrapper(memory.recompute, block) if memory.recomputes(index) else block
+    return cast(Tensor, forward(*inputs, **kwargs))
 
 
-def recomputed(kind: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+def checkpoint_wrapper(mode: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` that keeps what `kind` (selective, full) says, while gradients are wanted."""
-    kept: dict[str, Any] = {"context_fn": _selective} if kind == "selective" else {}
+    options: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
 
-    def run(*inputs: Any, **named: Any) -> Any:
+    def checkpointed_forward(*inputs: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*inputs, **named)
-        return checkpoint(forward, *inputs, use_reentrant=False, **kept, **named)
+            return forward(*inputs, **kwargs)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options, **kwargs)
 
-    return run
-
-
-def _selective() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return checkpointed_forward
 
 
-def _policy(context: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kept = operation in KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_selective_policy)  # type: ignore[no-untyped-call]
+
+
+def _selective_policy(context: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    is_saved = operation in SAVED_OPS
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

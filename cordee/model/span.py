@@ -13,58 +13,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Seam = Callable[[Tensor], Tensor]
+ActivationHook = Callable[[Tensor], Tensor]
 """A place where a layout may change an activation; alone it is `same`."""
 
 
-def same(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """The activation itself."""
     return x
 
 
-def whole_sequence(length: int) -> Sequence[range]:
+def full_sequence(length: int) -> Sequence[range]:
     """All positions, in order."""
     return (range(length),)
 
 
 @dataclass(frozen=True)
-class Span:
+class SequenceShard:
     """`tensor` ranks split what `context` ranks hold; `chunks(length)` are the positions of this
     context rank, as ranges, of a sequence of `length`."""
 
-    context: int = 1
-    tensor: int = 1
+    context_size: int = 1
+    tensor_size: int = 1
     tensor_index: int = 0
-    chunks: Callable[[int], Sequence[range]] = whole_sequence
+    chunks: Callable[[int], Sequence[range]] = full_sequence
 
-    def length(self, held: int) -> int:
+    def full_length(self, local_length: int) -> int:
         """Positions of the whole sequence when the residual stream here has `held`."""
-        return held * self.tensor * self.context
+        return local_length * self.tensor_size * self.context_size
 
-    def attended(self, length: int) -> Tensor | None:
+    def attention_positions(self, length: int) -> Tensor | None:
         """Positions [T] from which this rank attends; None when they are all, in order."""
-        if self.context == 1:
+        if self.context_size == 1:
             return None
-        return torch.cat([torch.arange(part.start, part.stop) for part in self.chunks(length)])
+        return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(length)])
 
-    def held(self, length: int) -> Tensor | None:
+    def stream_positions(self, length: int) -> Tensor | None:
         """Positions of the residual stream here; None when they are all, in order."""
-        attended = self.attended(length)
-        if self.tensor == 1:
-            return attended
-        attended = torch.arange(length) if attended is None else attended
-        return attended.view(self.tensor, -1)[self.tensor_index]
+        positions = self.attention_positions(length)
+        if self.tensor_size == 1:
+            return positions
+        positions = torch.arange(length) if positions is None else positions
+        return positions.view(self.tensor_size, -1)[self.tensor_index]
 
 
-def dropout(x_BTD: Tensor, part: float, seed: int, span: Span) -> Tensor:
+def dropout(x_BTD: Tensor, rate: float, seed: int, shard: SequenceShard) -> Tensor:
     """x with each element zero with probability `part`, else divided by 1 - part.
 
     The mask is a function of (seed, position in the whole tensor): drawn whole, then cut.
     """
-    batch, held, width = x_BTD.shape
-    length = span.length(held)
+    batch, local_length, width = x_BTD.shape
+    length = shard.full_length(local_length)
     generator = torch.Generator(x_BTD.device).manual_seed(seed)
     mask = torch.empty(batch, length, width, dtype=x_BTD.dtype, device=x_BTD.device)
-    mask.bernoulli_(1.0 - part, generator=generator).div_(1.0 - part)
-    positions = span.held(length)
+    mask.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
+    positions = shard.stream_positions(length)
     return x_BTD * (mask if positions is None else mask[:, positions.to(mask.device)])

@@ -22,10 +22,10 @@ from torch import Tensor
 from cordee.config.run import ClipSettings
 from cordee.devices import DEVICES
 
-Whole = Callable[[Tensor], Tensor] | None
+UnshardRows = Callable[[Tensor], Tensor] | None
 
 
-class Totals(Protocol):
+class NormSums(Protocol):
     """Sums over the parts of tensors; every rank of an island asks at the same points."""
 
     @property
@@ -33,11 +33,11 @@ class Totals(Protocol):
         """All tensors of the model."""
         ...
 
-    def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+    def sum_all(self, names: Sequence[str], numbers: Tensor) -> Tensor:
         """Sums of all tensors of the model, given `numbers` of the tensors `names` here."""
         ...
 
-    def own(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+    def sum_local(self, names: Sequence[str], numbers: Tensor) -> Tensor:
         """Sums of the tensors `names`, in their order."""
         ...
 
@@ -48,10 +48,10 @@ NORM_EPS = 1e-6
 AGC_EPS = 1e-3
 """Least parameter norm that AGC reckons with, so that zero rows can grow (Brock et al. 2021)."""
 
-LAST_LAYERS = ("embed.", "head.")
+AGC_SKIP_PREFIXES = ("embed.", "head.")
 """Not clipped by AGC: the paper leaves out the last layer, and the embedding is its twin."""
 
-GRID = 2.0**32
+NORM_GRID = 2.0**32
 """Steps to which a squared norm is rounded, per squared limit, where its sum must be exact."""
 
 
@@ -61,7 +61,7 @@ def row_squares(tensor: Tensor) -> Tensor:
 
 
 def global_norm(
-    grads: Mapping[str, Tensor], exact: bool, whole: Whole = None, totals: Totals | None = None
+    grads: Mapping[str, Tensor], exact: bool, unshard_rows: UnshardRows = None, norm_sums: NormSums | None = None
 ) -> Tensor:
     """Norm of all gradients together, 0-d: fp32, or fp64 when exact. Give them in model order.
 
@@ -72,16 +72,16 @@ def global_norm(
     """
     if exact:
         rows = torch.cat([row_squares(grad) for grad in grads.values()])
-        return (whole(rows) if whole else rows).double().sum().sqrt()
+        return (unshard_rows(rows) if unshard_rows else rows).double().sum().sqrt()
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
-    if totals is None:
+    if norm_sums is None:
         norm: Tensor = torch.linalg.vector_norm(norms)
         return norm
-    return totals.every(list(grads), norms.square()).sum().sqrt()
+    return norm_sums.sum_all(list(grads), norms.square()).sum().sqrt()
 
 
 def clip_gradients(
-    named: Sequence[tuple[str, Tensor, Tensor]], settings: ClipSettings, norm: Tensor
+    named_gradients: Sequence[tuple[str, Tensor, Tensor]], settings: ClipSettings, norm: Tensor
 ) -> None:
     """Treats gradients in place; `named` are (name, parameter, gradient), this rank's parts.
 
@@ -90,7 +90,7 @@ def clip_gradients(
     as they come; a norm that is not finite makes gradients that are not finite, which the guard
     has judged by then.
     """
-    grads = [grad for _, _, grad in named]
+    grads = [grad for _, _, grad in named_gradients]
     if not grads:
         return
     match settings.kind:
@@ -103,13 +103,13 @@ def clip_gradients(
             torch._foreach_clamp_min_(grads, -settings.limit)
             torch._foreach_clamp_max_(grads, settings.limit)
         case "agc":
-            for (name, parameter, _), grad in zip(named, grads, strict=True):
-                if not name.startswith(LAST_LAYERS):
+            for (name, parameter, _), grad in zip(named_gradients, grads, strict=True):
+                if not name.startswith(AGC_SKIP_PREFIXES):
                     # A stack of experts is as many matrices.
-                    stacked = grad.ndim == 3 and ".moe." in name
-                    last = 1 if stacked else 0
-                    weight = parameter.detach().flatten(0, last)
-                    clip_units(weight, grad.flatten(0, last), settings.limit)
+                    is_stacked = grad.ndim == 3 and ".moe." in name
+                    last_dim = 1 if is_stacked else 0
+                    weight = parameter.detach().flatten(0, last_dim)
+                    clip_units(weight, grad.flatten(0, last_dim), settings.limit)
         case "none":
             pass
 
@@ -121,8 +121,8 @@ def clip_units(parameter: Tensor, grad: Tensor, limit: float) -> None:
     takes a whole vector as a unit; elements keep the bits independent of how rows are cut.)
     """
     w_norm, g_norm = row_squares(parameter).sqrt_(), row_squares(grad).sqrt_()
-    most = w_norm.clamp(min=AGC_EPS).mul_(limit)
-    scale = torch.where(g_norm > most, most / g_norm.clamp(min=NORM_EPS), 1.0)
+    max_norm = w_norm.clamp(min=AGC_EPS).mul_(limit)
+    scale = torch.where(g_norm > max_norm, max_norm / g_norm.clamp(min=NORM_EPS), 1.0)
     grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
 
 
@@ -130,7 +130,7 @@ def clip_units(parameter: Tensor, grad: Tensor, limit: float) -> None:
 def limit_parameters(
     groups: Mapping[str, Sequence[tuple[str, Tensor]]],
     settings: ClipSettings,
-    totals: Totals | None = None,
+    norm_sums: NormSums | None = None,
 ) -> None:
     """After an update, in place: clamps elements and scales tensors down to their group's limits.
 
@@ -138,23 +138,23 @@ def limit_parameters(
     without limits costs nothing. Norms have the same bits for any number of shards: squares are
     rounded to a grid on which their sums are exact (up to 1,400 times the limit).
     """
-    for group, named in groups.items():
+    for group, named_tensors in groups.items():
         limit = getattr(settings, group)
-        tensors = [tensor for _, tensor in named]
+        tensors = [tensor for _, tensor in named_tensors]
         if limit.value and tensors:
             torch._foreach_clamp_min_(tensors, -limit.value)
             torch._foreach_clamp_max_(tensors, limit.value)
-        if limit.norm and (tensors or totals):
-            steps = GRID / limit.norm**2
-            squares = [(_wide(row_squares(t)) * steps).round_().sum() for t in tensors]
+        if limit.norm and (tensors or norm_sums):
+            grid_steps = NORM_GRID / limit.norm**2
+            squares = [(_to_float64(row_squares(t)) * grid_steps).round_().sum() for t in tensors]
             counts = torch.stack(squares) if squares else torch.zeros(0)
-            counts = totals.own([name for name, _ in named], counts) if totals else counts
+            counts = norm_sums.sum_local([name for name, _ in named_tensors], counts) if norm_sums else counts
         if limit.norm and tensors:
-            scale = (GRID / counts.clamp(min=1.0)).sqrt_().clamp(max=1.0)
+            scale = (NORM_GRID / counts.clamp(min=1.0)).sqrt_().clamp(max=1.0)
             torch._foreach_mul_(tensors, list(scale.to(tensors[0]).unbind()))
 
 
-def _wide(numbers: Tensor) -> Tensor:
+def _to_float64(numbers: Tensor) -> Tensor:
     """In fp64: where they are, or on the host for a device that has no such numbers."""
     return (numbers if DEVICES[numbers.device.type].float64 else numbers.cpu()).double()
 
@@ -162,24 +162,24 @@ def _wide(numbers: Tensor) -> Tensor:
 def layer_of(name: str) -> str:
     """The layer of a parameter: 'blocks.3' for a block's, else the first part of its name."""
     parts = name.split(".")
-    numbered = len(parts) > 2 and parts[1].isdigit()
-    return ".".join(parts[:2]) if numbered else parts[0]
+    has_index = len(parts) > 2 and parts[1].isdigit()
+    return ".".join(parts[:2]) if has_index else parts[0]
 
 
 def layer_norms(
-    named_grads: Iterable[tuple[str, Tensor]], totals: Totals | None = None
+    named_grads: Iterable[tuple[str, Tensor]], norm_sums: NormSums | None = None
 ) -> dict[str, float]:
     """Gradient norm of each layer ('embed', 'blocks.0', ..., 'norm', 'head'); one host sync.
 
     Of this rank's parts, or of the whole model with `totals`.
     """
-    named = dict(named_grads)
-    if not named:
+    grads = dict(named_grads)
+    if not grads:
         return {}
-    names: Sequence[str] = list(named)
-    squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
-    if totals is not None:
-        names, squares = totals.names, totals.every(names, squares)
+    names: Sequence[str] = list(grads)
+    squares = torch.stack(torch._foreach_norm(list(grads.values()))).square()
+    if norm_sums is not None:
+        names, squares = norm_sums.names, norm_sums.sum_all(names, squares)
     sums: dict[str, float] = {}
     for name, square in zip(names, squares.tolist(), strict=True):
         sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + square

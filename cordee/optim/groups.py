@@ -17,26 +17,26 @@ from torch import Tensor
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import OptimSettings
 from cordee.errors import CheckpointError, ConfigError
-from cordee.layout.tensors import group_of
-from cordee.optim.muon import Matrix, Muon, Update, product_dtype
+from cordee.layout.tensors import parameter_group
+from cordee.optim.muon import MatrixSpec, Muon, MuonUpdate, product_dtype
 from cordee.optim.rules import SGD, Adafactor, Adam, UpdateRule
 
-GROUPS = ("matrices", "embeddings", "vectors")
+PARAMETER_GROUPS = ("matrices", "embeddings", "vectors")
 """Kinds of parameters; ClipSettings has limits for each."""
 
-Named = list[tuple[str, Tensor]]
+NamedTensors = list[tuple[str, Tensor]]
 
 
-def split_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Named]:
+def split_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, NamedTensors]:
     """Parameters by group, in the order they came; all three keys are always there."""
-    groups: dict[str, Named] = {group: [] for group in GROUPS}
+    groups: dict[str, NamedTensors] = {group: [] for group in PARAMETER_GROUPS}
     for name, parameter in named_parameters:
-        groups[group_of(name, parameter.ndim)].append((name, parameter))
+        groups[parameter_group(name, parameter.ndim)].append((name, parameter))
     return groups
 
 
 @dataclass(frozen=True)
-class _Rate:
+class _GroupRate:
     """A torch param group and its peak learning rate."""
 
     group: dict[str, Any]
@@ -46,15 +46,15 @@ class _Rate:
 class Optimizers:
     """One or two update rules as one: step, rates, state by name. Made by `make_optimizer`."""
 
-    def __init__(self, parts: Sequence[UpdateRule], names: dict[str, Tensor]) -> None:
+    def __init__(self, rules: Sequence[UpdateRule], parameters: dict[str, Tensor]) -> None:
         """`names` maps 'group/name' to the parameter; rates so far become the peaks."""
-        self.parts = parts
-        self._names = names
-        self._rates = [_Rate(g, float(g["lr"])) for part in parts for g in part.param_groups]
+        self.rules = rules
+        self._parameters = parameters
+        self._rates = [_GroupRate(g, float(g["lr"])) for rule in rules for g in rule.param_groups]
         self._state: dict[str, dict[str, Tensor]] = {}
-        part_of = {p: part for part in parts for g in part.param_groups for p in g["params"]}
-        for key, parameter in names.items():
-            self._state[key] = part_of[parameter].state[parameter]
+        rule_of = {p: rule for rule in rules for g in rule.param_groups for p in g["params"]}
+        for key, parameter in parameters.items():
+            self._state[key] = rule_of[parameter].state[parameter]
 
     @property
     def peak_lr(self) -> float:
@@ -64,71 +64,71 @@ class Optimizers:
     @property
     def sent_bytes(self) -> int:
         """Bytes this rank sent to share work, since the start."""
-        return sum(getattr(part, "sent_bytes", 0) for part in self.parts)
+        return sum(getattr(rule, "sent_bytes", 0) for rule in self.rules)
 
     @property
-    def shared_s(self) -> float:
+    def exchange_s(self) -> float:
         """Seconds this rank spent in exchanging shared work, since the start."""
-        return float(sum(getattr(part, "shared_s", 0.0) for part in self.parts))
+        return float(sum(getattr(rule, "exchange_s", 0.0) for rule in self.rules))
 
-    def prepare(self) -> list[Update]:
+    def prepare(self) -> list[MuonUpdate]:
         """What `step` needs of other ranks: collective when muon shares its work. Parameters, state
         and gradients stay as they are."""
-        return [u for part in self.parts if isinstance(part, Muon) for u in part.prepare()]
+        return [u for rule in self.rules if isinstance(rule, Muon) for u in rule.prepare()]
 
-    def step(self, prepared: list[Update] | None = None) -> None:
+    def step(self, updates: list[MuonUpdate] | None = None) -> None:
         """Updates every parameter that has a gradient; on this rank alone when given what `prepare`
         returned for these gradients."""
-        for part in self.parts:
-            if isinstance(part, Muon):
-                part.step(prepared=prepared)
+        for rule in self.rules:
+            if isinstance(rule, Muon):
+                rule.step(updates=updates)
             else:
-                part.step()
+                rule.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients (or fills them with zeros)."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
+        for rule in self.rules:
+            rule.zero_grad(set_to_none=set_to_none)
 
     def set_lr(self, factor: float) -> None:
         """Every group's rate becomes factor x its peak."""
         for rate in self._rates:
             rate.group["lr"] = rate.peak * factor
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """State by name ('matrices/blocks.0.mlp.up.weight/momentum_buffer'): live local tensors.
 
         A tensor that has as many dims as its parameter is cut like it; a 0-d one is the same on
         every rank. The keys are the same before and after the first step.
         """
-        return {f"{key}/{kind}": tensor for key, kind, tensor in self._each()}
+        return {f"{key}/{slot}": tensor for key, slot, tensor in self._iter_state()}
 
-    def load(self, read: Callable[[str], Tensor | None]) -> None:
+    def load_state(self, read: Callable[[str], Tensor | None]) -> None:
         """Fills the state from `read(key)`, a tensor of the local shape; None means as new."""
         with torch.no_grad():
-            for key, kind, tensor in self._each():
-                stored = read(f"{key}/{kind}")
-                if stored is None:
+            for key, slot, tensor in self._iter_state():
+                value = read(f"{key}/{slot}")
+                if value is None:
                     tensor.zero_()
-                elif stored.shape != tensor.shape:
+                elif value.shape != tensor.shape:
                     raise CheckpointError(
                         "optimiser state of another shape",
-                        values={"tensor": f"{key}/{kind}", "stored": tuple(stored.shape),
+                        values={"tensor": f"{key}/{slot}", "stored": tuple(value.shape),
                                 "wanted": tuple(tensor.shape)},
                         fix="load a checkpoint of the same model and optim.name",
                     )  # fmt: skip
                 else:
-                    tensor.copy_(stored)
+                    tensor.copy_(value)
 
-    def adopt(self, other: Optimizers) -> None:
+    def adopt_state(self, other: Optimizers) -> None:
         """Takes on the state of an optimiser of the same parameters, without a copy."""
         for key, state in self._state.items():
             state.update(other._state[key])
 
-    def _each(self) -> Iterator[tuple[str, str, Tensor]]:
+    def _iter_state(self) -> Iterator[tuple[str, str, Tensor]]:
         for key, state in self._state.items():
-            for kind, tensor in state.items():
-                yield key, kind, tensor
+            for slot, tensor in state.items():
+                yield key, slot, tensor
 
 
 def make_optimizer(
@@ -136,7 +136,7 @@ def make_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     *,
     fused: bool,
-    matrices: Mapping[str, Matrix] | None = None,
+    matrices: Mapping[str, MatrixSpec] | None = None,
     muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
     """The optimiser that `settings` names, over this rank's parts of the parameters.
@@ -147,51 +147,51 @@ def make_optimizer(
     what the device is quick at).
     """
     groups = split_groups(named_parameters)
-    names = {f"{group}/{name}": p for group, named in groups.items() for name, p in named}
+    parameters = {f"{group}/{name}": p for group, named_tensors in groups.items() for name, p in named_tensors}
     lr = float(DEFAULT_LR[settings.name] if settings.lr == "auto" else settings.lr)
     if settings.name != "muon":
-        return Optimizers([_library(settings, groups, lr, fused)], names)
-    parts: list[UpdateRule] = []
-    if named := groups["matrices"]:
-        tensors, decay = [p for _, p in named], settings.weight_decay
-        told = None if matrices is None else [matrices[name] for name, _ in named]
+        return Optimizers([_make_torch_rule(settings, groups, lr, fused)], parameters)
+    rules: list[UpdateRule] = []
+    if named_tensors := groups["matrices"]:
+        tensors, decay = [p for _, p in named_tensors], settings.weight_decay
+        matrix_specs = None if matrices is None else [matrices[name] for name, _ in named_tensors]
         dtype = muon_dtype or product_dtype(tensors[0].device)
-        parts.append(
+        rules.append(
             Muon(tensors, lr, momentum=settings.momentum, weight_decay=decay, dtype=dtype,
-                 matrices=told)
+                 matrices=matrix_specs)
         )  # fmt: skip
     if groups["embeddings"] or groups["vectors"]:
-        rest = {**groups, "matrices": []}
-        parts.append(_adam(settings, rest, settings.adam_lr, fused, decoupled=True))
-    return Optimizers(parts, names)
+        other_groups = {**groups, "matrices": []}
+        rules.append(_make_adam(settings, other_groups, settings.adam_lr, fused, decoupled_decay=True))
+    return Optimizers(rules, parameters)
 
 
-def _library(
-    settings: OptimSettings, groups: dict[str, Named], lr: float, fused: bool
+def _make_torch_rule(
+    settings: OptimSettings, groups: dict[str, NamedTensors], lr: float, fused: bool
 ) -> UpdateRule:
     match settings.name:
         case "sgd" | "momentum":
             momentum = settings.momentum if settings.name == "momentum" else 0.0
-            return SGD(_decayed(groups, settings), lr, momentum, fused)
+            return SGD(_param_groups(groups, settings), lr, momentum, fused)
         case "adam" | "adamw":
-            return _adam(settings, groups, lr, fused, decoupled=settings.name == "adamw")
+            return _make_adam(settings, groups, lr, fused, decoupled_decay=settings.name == "adamw")
         case "adafactor":
-            return Adafactor(_decayed(groups, settings), lr)
+            return Adafactor(_param_groups(groups, settings), lr)
     raise ConfigError(
         "no such update rule", values={"optim.name": settings.name}, fix="optim.name=muon"
     )
 
 
-def _adam(
-    settings: OptimSettings, groups: dict[str, Named], lr: float, fused: bool, *, decoupled: bool
+def _make_adam(
+    settings: OptimSettings, groups: dict[str, NamedTensors], lr: float, fused: bool, *, decoupled_decay: bool
 ) -> Adam:
-    betas, parts = (settings.beta1, settings.beta2), _decayed(groups, settings)
-    return Adam(parts, lr, betas, settings.eps, decoupled=decoupled, fused=fused)
+    betas, param_groups = (settings.beta1, settings.beta2), _param_groups(groups, settings)
+    return Adam(param_groups, lr, betas, settings.eps, decoupled_decay=decoupled_decay, fused=fused)
 
 
-def _decayed(groups: dict[str, Named], settings: OptimSettings) -> list[dict[str, Any]]:
+def _param_groups(groups: dict[str, NamedTensors], settings: OptimSettings) -> list[dict[str, Any]]:
     """Torch param groups: matrices with weight decay, the rest without."""
     matrices = [p for _, p in groups["matrices"]]
-    rest = [p for group in GROUPS[1:] for _, p in groups[group]]
-    split = ((matrices, settings.weight_decay), (rest, 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in split if params]
+    others = [p for group in PARAMETER_GROUPS[1:] for _, p in groups[group]]
+    params_and_decay = ((matrices, settings.weight_decay), (others, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in params_and_decay if params]

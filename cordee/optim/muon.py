@@ -21,22 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import gather_flat, outward
+from cordee.dist.flat import all_gather_flat, to_transport_device
 from cordee.errors import LayoutError
-from cordee.optim.rules import State, UpdateRule
+from cordee.optim.rules import OptimizerState, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X: chosen by Jordan et al. for slope at zero."""
 
-STEPS = 5
+NEWTON_SCHULZ_STEPS = 5
 """Newton-Schulz steps: singular values from 0.01 to 1 end between about 0.7 and 1.2."""
 
-EPS = 1e-7
+MIN_NORM = 1e-7
 """Least norm by which a matrix is divided."""
 
 
 @dataclass(frozen=True)
-class Gather:
+class RankGroup:
     """Ranks that hold the same parameters and momentum, and so may share the work."""
 
     group: dist.ProcessGroup | None
@@ -44,7 +44,7 @@ class Gather:
     size: int
 
 
-ALONE = Gather(None, 0, 1)
+SINGLE_RANK_GROUP = RankGroup(None, 0, 1)
 """Nobody to share with."""
 
 
@@ -56,17 +56,17 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(has is True for name, has in known.items() if "bf16" in name)
-    return torch.bfloat16 if native else torch.float32
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bf16 = any(is_supported is True for name, is_supported in capabilities.items() if "bf16" in name)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
-Part = tuple[tuple[int, int], tuple[int, int]]
+MatrixSlice = tuple[tuple[int, int], tuple[int, int]]
 """(start, stop) of rows and of columns."""
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixSpec:
     """How a parameter is one matrix, or several stacked in dim 0, and who has which part of it.
 
     `ranks` share the work: they hold the same (`parts` is empty), or rank i holds `parts[i]` of
@@ -75,32 +75,32 @@ class Matrix:
 
     rows: int
     columns: int
-    stacked: bool = False
-    ranks: Gather = ALONE
-    parts: tuple[Part, ...] = ()
+    is_stacked: bool = False
+    ranks: RankGroup = SINGLE_RANK_GROUP
+    slices: tuple[MatrixSlice, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Job:
+class _MatrixTask:
     """One matrix: this rank's part of parameter, momentum and gradient."""
 
     parameter: Tensor
     momentum: Tensor
     grad: Tensor
-    matrix: Matrix
+    matrix: MatrixSpec
 
     @property
     def cost(self) -> int:
-        return cost(self.matrix.rows, self.matrix.columns)
+        return orthogonalise_cost(self.matrix.rows, self.matrix.columns)
 
 
 @dataclass(frozen=True)
-class Update:
+class MuonUpdate:
     """What `Muon.prepare` found for some matrices of a param group: this rank's parts of their
     orthogonalised updates, in the optimiser's dtype."""
 
     group: dict[str, Any]
-    jobs: list[_Job]
+    tasks: list[_MatrixTask]
     results: list[Tensor]
 
 
@@ -111,26 +111,26 @@ def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
     bf16: 192 x 192 2.2 / 1.3 ms, 768 x 192 3.9 / 3.5 ms, products being 95 % of it; a step of 16
     of the first and 8 of the second 76 / 57 ms (torch.optim.Muon, bf16 only: 54 ms).
     """
-    tall = update.shape[0] > update.shape[1]
-    wide = (update.T if tall else update).to(dtype).clone(memory_format=torch.contiguous_format)
-    wide.div_(wide.norm().clamp(min=EPS))
-    if dtype == torch.float32 and 2 * wide.shape[0] <= wide.shape[1]:
-        wide = _by_gram(wide)
+    is_tall = update.shape[0] > update.shape[1]
+    matrix = (update.T if is_tall else update).to(dtype).clone(memory_format=torch.contiguous_format)
+    matrix.div_(matrix.norm().clamp(min=MIN_NORM))
+    if dtype == torch.float32 and 2 * matrix.shape[0] <= matrix.shape[1]:
+        matrix = _newton_schulz_by_gram(matrix)
     else:
-        wide = _by_products(wide)
-    return wide.T.contiguous() if tall else wide
+        matrix = _newton_schulz(matrix)
+    return matrix.T.contiguous() if is_tall else matrix
 
 
-def _by_products(x: Tensor) -> Tensor:
+def _newton_schulz(x: Tensor) -> Tensor:
     """The iteration as written, operation by operation as in torch.optim.Muon."""
     a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _by_gram(x: Tensor) -> Tensor:
+def _newton_schulz_by_gram(x: Tensor) -> Tensor:
     """The same iteration on R = XX^T alone: X_5 = P_5...P_1 X_0 with P = aI + bR + cR^2, R <- PRP.
 
     For 192 x 768 it takes 25 units of 2 x 192^3 operations and not 45 (3.9 ms, not 6.6). Off from
@@ -140,29 +140,29 @@ def _by_gram(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     gram = x @ x.T
     product: Tensor | None = None
-    for step in range(STEPS):
+    for step in range(NEWTON_SCHULZ_STEPS):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else factor @ product
-        if step < STEPS - 1:
+        if step < NEWTON_SCHULZ_STEPS - 1:
             gram = factor @ gram @ factor
     return x if product is None else product @ x
 
 
-def cost(rows: int, columns: int) -> int:
+def orthogonalise_cost(rows: int, columns: int) -> int:
     """Multiplications of one orthogonalisation, up to a factor: what the dealing weighs."""
-    short, long = min(rows, columns), max(rows, columns)
-    return short * short * (2 * long + short)
+    short_side, long_side = min(rows, columns), max(rows, columns)
+    return short_side * short_side * (2 * long_side + short_side)
 
 
-def deal(costs: Sequence[int], size: int) -> list[int]:
+def assign_owners(costs: Sequence[int], size: int) -> list[int]:
     """Who computes what: greedy, dearest first, to the least loaded rank; ties to the lowest."""
-    load, owner = [0] * size, [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
-        rank = min(range(size), key=lambda r: (load[r], r))
-        owner[job] = rank
-        load[rank] += costs[job]
-    return owner
+    rank_load, owners = [0] * size, [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
+        rank = min(range(size), key=lambda r: (rank_load[r], r))
+        owners[task] = rank
+        rank_load[rank] += costs[task]
+    return owners
 
 
 class Muon(UpdateRule):
@@ -185,157 +185,157 @@ class Muon(UpdateRule):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        matrices: Sequence[Matrix] | None = None,
+        matrices: Sequence[MatrixSpec] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
         self.sent_bytes = 0
-        self.shared_s = 0.0
-        every = [p for group in self.param_groups for p in group["params"]]
-        for parameter in every:
+        self.exchange_s = 0.0
+        all_parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter in all_parameters:
             if parameter.ndim < 2:
                 raise LayoutError(
                     "muon updates matrices only",
                     values={"shape": tuple(parameter.shape)},
                     fix="give vectors to adamw",
                 )
-        told = matrices or [Matrix(len(p), math.prod(p.shape[1:])) for p in every]
-        self._matrices = dict(zip(every, told, strict=True))
+        specs = matrices or [MatrixSpec(len(p), math.prod(p.shape[1:])) for p in all_parameters]
+        self._matrices = dict(zip(all_parameters, specs, strict=True))
 
     @torch.no_grad()
-    def prepare(self) -> list[Update]:
+    def prepare(self) -> list[MuonUpdate]:
         """The updates of all parameters that have a gradient. Collective when work is shared; what
         survives stays as it is, so that it may be called again after a fault."""
-        found = []
+        updates = []
         for group in self.param_groups:
-            whole: dict[Gather, list[_Job]] = {}
-            cut: dict[Gather, list[_Job]] = {}
+            full_tasks: dict[RankGroup, list[_MatrixTask]] = {}
+            slice_tasks: dict[RankGroup, list[_MatrixTask]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     matrix = self._matrices[parameter]
-                    jobs = (cut if matrix.parts else whole).setdefault(matrix.ranks, [])
-                    jobs += self._jobs(parameter, matrix)
+                    tasks = (slice_tasks if matrix.slices else full_tasks).setdefault(matrix.ranks, [])
+                    tasks += self._tasks(parameter, matrix)
             momentum = group["momentum"]
-            for ranks, jobs in whole.items():
-                found.append(Update(group, jobs, self._share_whole(jobs, momentum, ranks)))
-            for ranks, jobs in cut.items():
-                found.append(Update(group, jobs, self._share_cut(jobs, momentum, ranks)))
-        return found
+            for ranks, tasks in full_tasks.items():
+                updates.append(MuonUpdate(group, tasks, self._orthogonalise_full(tasks, momentum, ranks)))
+            for ranks, tasks in slice_tasks.items():
+                updates.append(MuonUpdate(group, tasks, self._orthogonalise_slices(tasks, momentum, ranks)))
+        return updates
 
-    def fresh_state(self, parameter: Tensor) -> State:
+    def init_state(self, parameter: Tensor) -> OptimizerState:
         """The momentum."""
         return {"momentum_buffer": torch.zeros_like(parameter)}
 
     @torch.no_grad()
-    def step(self, prepared: list[Update] | None = None) -> None:
+    def step(self, updates: list[MuonUpdate] | None = None) -> None:
         """One update of every parameter that has a gradient: local, of what `prepare` returned for
         these gradients (without it, it is called first)."""
-        for update in self.prepare() if prepared is None else prepared:
-            group, jobs = update.group, update.jobs
+        for update in self.prepare() if updates is None else updates:
+            group, tasks = update.group, update.tasks
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-            torch._foreach_lerp_([j.momentum for j in jobs], [j.grad for j in jobs], 1 - momentum)
-            for job, result in zip(jobs, update.results, strict=True):
-                scale = math.sqrt(max(1.0, job.matrix.rows / job.matrix.columns))
+            torch._foreach_lerp_([j.momentum for j in tasks], [j.grad for j in tasks], 1 - momentum)
+            for task, result in zip(tasks, update.results, strict=True):
+                scale = math.sqrt(max(1.0, task.matrix.rows / task.matrix.columns))
                 if decay:
-                    job.parameter.mul_(1 - lr * decay)
-                job.parameter.add_(result.view_as(job.parameter), alpha=-lr * scale)
+                    task.parameter.mul_(1 - lr * decay)
+                task.parameter.add_(result.view_as(task.parameter), alpha=-lr * scale)
 
-    def _jobs(self, parameter: Tensor, matrix: Matrix) -> list[_Job]:
+    def _tasks(self, parameter: Tensor, matrix: MatrixSpec) -> list[_MatrixTask]:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        held = (parameter, state["momentum_buffer"], grad)
-        if not matrix.stacked:
-            return [_Job(*held, matrix)]
-        return [_Job(*parts, matrix) for parts in zip(*held, strict=True)]
+        tensors = (parameter, state["momentum_buffer"], grad)
+        if not matrix.is_stacked:
+            return [_MatrixTask(*tensors, matrix)]
+        return [_MatrixTask(*slices, matrix) for slices in zip(*tensors, strict=True)]
 
-    def _ahead(self, job: _Job, momentum: float) -> Tensor:
+    def _nesterov_update(self, task: _MatrixTask, momentum: float) -> Tensor:
         """g + momentum (m - g) of the momentum that follows, which `step` makes again in place."""
-        following = job.momentum.lerp(job.grad, 1 - momentum)
-        return job.grad.lerp(following, momentum).flatten(1).to(self.dtype)
+        next_momentum = task.momentum.lerp(task.grad, 1 - momentum)
+        return task.grad.lerp(next_momentum, momentum).flatten(1).to(self.dtype)
 
-    def _share_whole(self, jobs: list[_Job], momentum: float, ranks: Gather) -> list[Tensor]:
+    def _orthogonalise_full(self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup) -> list[Tensor]:
         """Everybody holds every matrix; each computes its own, one gather gives all to all."""
-        owner = deal([job.cost for job in jobs], ranks.size)
-        dealt = list(zip(jobs, owner, strict=True))
-        own = (job for job, o in dealt if o == ranks.rank)
-        mine = [orthogonalise(self._ahead(job, momentum), self.dtype) for job in own]
+        owners = assign_owners([job.cost for job in tasks], ranks.size)
+        task_owners = list(zip(tasks, owners, strict=True))
+        own_tasks = (job for job, o in task_owners if o == ranks.rank)
+        own_results = [orthogonalise(self._nesterov_update(job, momentum), self.dtype) for job in own_tasks]
         if ranks.size == 1:
-            return mine
-        sizes = [[job.grad.numel() for job, o in dealt if o == r] for r in range(ranks.size)]
-        longest = max(sum(s) for s in sizes)
-        flat = jobs[0].grad.new_zeros(longest, dtype=self.dtype)
-        if mine:
-            torch.cat([m.flatten() for m in mine], out=flat[: sum(sizes[ranks.rank])])
-        del mine
-        began = time.perf_counter()
-        sent = outward(flat, ranks.group)
-        everything = sent.new_empty(ranks.size * longest)
+            return own_results
+        sizes = [[job.grad.numel() for job, o in task_owners if o == r] for r in range(ranks.size)]
+        max_elements = max(sum(s) for s in sizes)
+        flat = tasks[0].grad.new_zeros(max_elements, dtype=self.dtype)
+        if own_results:
+            torch.cat([m.flatten() for m in own_results], out=flat[: sum(sizes[ranks.rank])])
+        del own_results
+        start_s = time.perf_counter()
+        payload = to_transport_device(flat, ranks.group)
+        all_results = payload.new_empty(ranks.size * max_elements)
         # As bytes: not every backend knows bf16.
-        gather_flat(everything.view(torch.uint8), sent.view(torch.uint8), group=ranks.group)
-        everything = everything.to(flat.device)
-        self.shared_s += time.perf_counter() - began
+        all_gather_flat(all_results.view(torch.uint8), payload.view(torch.uint8), group=ranks.group)
+        all_results = all_results.to(flat.device)
+        self.exchange_s += time.perf_counter() - start_s
         self.sent_bytes += flat.nbytes * (ranks.size - 1)
-        by_rank = zip(torch.split(everything, longest), sizes, strict=True)
+        by_rank = zip(torch.split(all_results, max_elements), sizes, strict=True)
         pieces = [list(torch.split(b[: sum(s)], s)) if s else [] for b, s in by_rank]
-        return [pieces[o].pop(0) for _, o in dealt]
+        return [pieces[o].pop(0) for _, o in task_owners]
 
-    def _share_cut(self, jobs: list[_Job], momentum: float, ranks: Gather) -> list[Tensor]:
+    def _orthogonalise_slices(self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup) -> list[Tensor]:
         """Everybody holds a part of every matrix: parts go to the owner and come back."""
-        everyone = range(ranks.size)
-        owner = deal([job.cost for job in jobs], ranks.size)
-        order = [[j for j, o in enumerate(owner) if o == r] for r in everyone]
-        out = [j for js in order for j in js]
-        mine = order[ranks.rank]
+        all_ranks = range(ranks.size)
+        owners = assign_owners([job.cost for job in tasks], ranks.size)
+        tasks_by_owner = [[j for j, o in enumerate(owners) if o == r] for r in all_ranks]
+        task_order = [j for js in tasks_by_owner for j in js]
+        own_tasks = tasks_by_owner[ranks.rank]
         # Elements that cross: `sent[r]` from here to r, `held[r][i]` of my i-th matrix from r.
-        sent = [sum(jobs[j].grad.numel() for j in js) for js in order]
-        held = [[_elements(jobs[j].matrix.parts[r]) for j in mine] for r in everyone]
-        received = [sum(h) for h in held]
+        send_sizes = [sum(tasks[j].grad.numel() for j in js) for js in tasks_by_owner]
+        slice_sizes = [[_slice_elements(tasks[j].matrix.slices[r]) for j in own_tasks] for r in all_ranks]
+        receive_sizes = [sum(h) for h in slice_sizes]
 
-        flat = torch.cat([self._ahead(jobs[j], momentum).flatten() for j in out])
-        blocks = torch.split(self._exchange(flat, sent, received, ranks), received)
-        came = [torch.split(b, h) if h else () for b, h in zip(blocks, held, strict=True)]
+        flat = torch.cat([self._nesterov_update(tasks[j], momentum).flatten() for j in task_order])
+        blocks = torch.split(self._all_to_all(flat, send_sizes, receive_sizes, ranks), receive_sizes)
+        slices_by_rank = [torch.split(b, h) if h else () for b, h in zip(blocks, slice_sizes, strict=True)]
         results = []
-        for i, j in enumerate(mine):
-            matrix = jobs[j].matrix
-            whole = flat.new_empty(matrix.rows, matrix.columns)
-            for r in everyone:
-                (top, bottom), (left, right) = matrix.parts[r]
-                place = whole[top:bottom, left:right]
-                place.copy_(came[r][i].view(place.shape))
-            results.append(orthogonalise(whole, self.dtype))
-        back = [
+        for i, j in enumerate(own_tasks):
+            matrix = tasks[j].matrix
+            update = flat.new_empty(matrix.rows, matrix.columns)
+            for r in all_ranks:
+                (top, bottom), (left, right) = matrix.slices[r]
+                target = update[top:bottom, left:right]
+                target.copy_(slices_by_rank[r][i].view(target.shape))
+            results.append(orthogonalise(update, self.dtype))
+        result_slices = [
             result[top:bottom, left:right].flatten()
-            for r in everyone
-            for j, result in zip(mine, results, strict=True)
-            for (top, bottom), (left, right) in [jobs[j].matrix.parts[r]]
+            for r in all_ranks
+            for j, result in zip(own_tasks, results, strict=True)
+            for (top, bottom), (left, right) in [tasks[j].matrix.slices[r]]
         ]
-        flat = self._exchange(torch.cat(back or [flat[:0]]), received, sent, ranks)
-        parts = torch.split(flat, [jobs[j].grad.numel() for j in out])
-        found = dict(zip(out, parts, strict=True))
-        return [found[j] for j in range(len(jobs))]
+        flat = self._all_to_all(torch.cat(result_slices or [flat[:0]]), receive_sizes, send_sizes, ranks)
+        own_slices = torch.split(flat, [tasks[j].grad.numel() for j in task_order])
+        slice_of_task = dict(zip(task_order, own_slices, strict=True))
+        return [slice_of_task[j] for j in range(len(tasks))]
 
-    def _exchange(
-        self, flat: Tensor, sent: list[int], received: list[int], ranks: Gather
+    def _all_to_all(
+        self, flat: Tensor, send_sizes: list[int], receive_sizes: list[int], ranks: RankGroup
     ) -> Tensor:
         """Block r of `flat` goes to rank r; returns the blocks of all ranks, in rank order."""
         if ranks.size == 1:
             return flat
-        out = flat.new_empty(sum(received))
-        width = flat.element_size()
-        began = time.perf_counter()
+        output = flat.new_empty(sum(receive_sizes))
+        element_bytes = flat.element_size()
+        start_s = time.perf_counter()
         # As bytes: not every backend knows bf16.
         dist.all_to_all_single(
-            out.view(torch.uint8),
+            output.view(torch.uint8),
             flat.view(torch.uint8),
-            [n * width for n in received],
-            [n * width for n in sent],
+            [n * element_bytes for n in receive_sizes],
+            [n * element_bytes for n in send_sizes],
             group=ranks.group,
         )
-        self.shared_s += time.perf_counter() - began
-        self.sent_bytes += flat.nbytes - sent[ranks.rank] * width
-        return out
+        self.exchange_s += time.perf_counter() - start_s
+        self.sent_bytes += flat.nbytes - send_sizes[ranks.rank] * element_bytes
+        return output
 
 
-def _elements(part: Part) -> int:
-    (top, bottom), (left, right) = part
+def _slice_elements(matrix_slice: MatrixSlice) -> int:
+    (top, bottom), (left, right) = matrix_slice
     return (bottom - top) * (right - left)

@@ -18,8 +18,8 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-State = dict[str, Tensor]
-Group = dict[str, Any]
+OptimizerState = dict[str, Tensor]
+ParamGroup = dict[str, Any]
 """A param group as torch.optim has it: "params", "lr" and the rule's options."""
 
 
@@ -27,18 +27,18 @@ class UpdateRule(ABC):
     """Param groups and state by parameter, as in torch.optim.Optimizer."""
 
     def __init__(
-        self, parameters: Iterable[Tensor] | Iterable[Group], defaults: dict[str, Any]
+        self, parameters: Iterable[Tensor] | Iterable[ParamGroup], defaults: dict[str, Any]
     ) -> None:
-        listed: list[Any] = list(parameters)
-        groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
-        self.param_groups: list[Group] = [{**defaults, **group} for group in groups]
+        items: list[Any] = list(parameters)
+        groups = items if items and isinstance(items[0], dict) else [{"params": items}]
+        self.param_groups: list[ParamGroup] = [{**defaults, **group} for group in groups]
         with torch.no_grad():
-            self.state: dict[Tensor, State] = {
-                p: self.fresh_state(p) for group in self.param_groups for p in group["params"]
+            self.state: dict[Tensor, OptimizerState] = {
+                p: self.init_state(p) for group in self.param_groups for p in group["params"]
             }
 
     @abstractmethod
-    def fresh_state(self, parameter: Tensor) -> State:
+    def init_state(self, parameter: Tensor) -> OptimizerState:
         """A parameter's state before its first step: zeros."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class UpdateRule(ABC):
             else:
                 parameter.grad.zero_()
 
-    def _updated(self) -> Iterator[tuple[Group, list[Tensor], list[Tensor], list[State]]]:
+    def _groups_with_grads(self) -> Iterator[tuple[ParamGroup, list[Tensor], list[Tensor], list[OptimizerState]]]:
         """Each group with its parameters that have a gradient, the gradients, the states."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -65,20 +65,20 @@ class UpdateRule(ABC):
 class SGD(UpdateRule):
     """Stochastic gradient descent, with momentum unless that is 0."""
 
-    def __init__(self, groups: Iterable[Group], lr: float, momentum: float, fused: bool) -> None:
+    def __init__(self, groups: Iterable[ParamGroup], lr: float, momentum: float, fused: bool) -> None:
         self._momentum, self._fused = momentum, fused
         super().__init__(groups, {"lr": lr})
 
-    def fresh_state(self, parameter: Tensor) -> State:
+    def init_state(self, parameter: Tensor) -> OptimizerState:
         """The momentum."""
         return {"momentum_buffer": torch.zeros_like(parameter)} if self._momentum else {}
 
     @torch.no_grad()
     def step(self) -> None:
         """m <- momentum m + g; p <- p - lr m."""
-        for group, parameters, grads, states in self._updated():
-            momenta: list[Tensor | None] = [s["momentum_buffer"] for s in states if s]
-            sgd(parameters, grads, momenta, weight_decay=group["weight_decay"],
+        for group, parameters, grads, states in self._groups_with_grads():
+            momentum_buffers: list[Tensor | None] = [s["momentum_buffer"] for s in states if s]
+            sgd(parameters, grads, momentum_buffers, weight_decay=group["weight_decay"],
                 momentum=self._momentum, lr=group["lr"], dampening=0.0, nesterov=False,
                 maximize=False, foreach=not self._fused, fused=self._fused)  # fmt: skip
 
@@ -87,14 +87,14 @@ class Adam(UpdateRule):
     """Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019) where decay is `decoupled`."""
 
     def __init__(
-        self, groups: Iterable[Group], lr: float, betas: tuple[float, float], eps: float, *,
-        decoupled: bool, fused: bool,
+        self, groups: Iterable[ParamGroup], lr: float, betas: tuple[float, float], eps: float, *,
+        decoupled_decay: bool, fused: bool,
     ) -> None:  # fmt: skip
         self._betas, self._eps, self._fused = betas, eps, fused
-        self._update = adamw if decoupled else adam
+        self._update_fn = adamw if decoupled_decay else adam
         super().__init__(groups, {"lr": lr})
 
-    def fresh_state(self, parameter: Tensor) -> State:
+    def init_state(self, parameter: Tensor) -> OptimizerState:
         """Both moments and the count of steps, which fused kernels read on the device."""
         device = parameter.device if self._fused else "cpu"
         return {
@@ -106,12 +106,12 @@ class Adam(UpdateRule):
     @torch.no_grad()
     def step(self) -> None:
         """p <- p - lr m / (sqrt(v) + eps), with moments m and v of the gradient, bias removed."""
-        for group, parameters, grads, states in self._updated():
-            first, second, steps = (
+        for group, parameters, grads, states in self._groups_with_grads():
+            exp_avgs, exp_avg_sqs, steps = (
                 [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
             )
-            self._update(
-                parameters, grads, first, second, [], steps, amsgrad=False,
+            self._update_fn(
+                parameters, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False,
                 beta1=self._betas[0], beta2=self._betas[1], lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=self._eps, maximize=False,
                 foreach=not self._fused, fused=self._fused,
@@ -121,10 +121,10 @@ class Adam(UpdateRule):
 class Adafactor(UpdateRule):
     """Adafactor (Shazeer & Stern 2018) with the library's defaults."""
 
-    def __init__(self, groups: Iterable[Group], lr: float) -> None:
+    def __init__(self, groups: Iterable[ParamGroup], lr: float) -> None:
         super().__init__(groups, {"lr": lr})
 
-    def fresh_state(self, parameter: Tensor) -> State:
+    def init_state(self, parameter: Tensor) -> OptimizerState:
         """Second moments by row and by column of the last two dims; of vectors whole."""
         step = torch.zeros(())
         if parameter.ndim < 2:
@@ -137,12 +137,12 @@ class Adafactor(UpdateRule):
     @torch.no_grad()
     def step(self) -> None:
         """p <- p - max(1e-3, rms(p)) min(lr, 1/sqrt(t)) g / sqrt(v), clipped to rms 1."""
-        for group, parameters, grads, states in self._updated():
-            rows, columns, whole = (
+        for group, parameters, grads, states in self._groups_with_grads():
+            row_vars, col_vars, variances = (
                 [s.get(name) for s in states] for name in ("row_var", "col_var", "variance")
             )
             adafactor(
-                parameters, grads, rows, columns, whole, [s["step"] for s in states], d=1.0,
+                parameters, grads, row_vars, col_vars, variances, [s["step"] for s in states], d=1.0,
                 lr=group["lr"], beta2_decay=-0.8, weight_decay=group["weight_decay"],
                 eps1=None, eps2=1e-3, maximize=False,  # type: ignore[arg-type]
             )  # fmt: skip

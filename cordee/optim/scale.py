@@ -13,23 +13,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FIRST = 2.0**16
-LEAST = 1.0
-MOST = 2.0**24
-GOOD_STEPS = 2000
+INITIAL_SCALE = 2.0**16
+MIN_SCALE = 1.0
+MAX_SCALE = 2.0**24
+GROWTH_INTERVAL = 2000
 """Good steps in a row after which the scale doubles."""
 
 
-class LossScale:
+class LossScaler:
     """The factor on the loss; `fixed` for ever where it is not `dynamic`.
 
     `value` and `good_steps` survive a restart. All ranks give it the same agreed numbers, so all
     hold the same scale.
     """
 
-    def __init__(self, dynamic: bool, fixed: float = LEAST) -> None:
-        self.dynamic = dynamic
-        self.value = FIRST if dynamic else fixed
+    def __init__(self, is_dynamic: bool, fixed_scale: float = MIN_SCALE) -> None:
+        self.is_dynamic = is_dynamic
+        self.value = INITIAL_SCALE if is_dynamic else fixed_scale
         self.good_steps = 0
 
     def unscale(self, gradients: Sequence[Tensor]) -> None:
@@ -37,23 +37,23 @@ class LossScale:
         if self.value != 1.0:
             torch._foreach_mul_(list(gradients), 1.0 / self.value)
 
-    def follow(self, losses: Sequence[float], grad_norm: float) -> str:
+    def update(self, losses: Sequence[float], grad_norm: float) -> str:
         """Adapts to a step; says why it is dropped when its gradient overflowed, else "".
 
         Doubles after `GOOD_STEPS` good steps, halves at an overflow. A loss that is not finite is
         no overflow of the gradient, and at a scale of 1 there is nothing left to halve: both are
         left to the guard.
         """
-        if not self.dynamic or not all(map(math.isfinite, losses)):
+        if not self.is_dynamic or not all(map(math.isfinite, losses)):
             return ""
-        before = self.value
+        old_value = self.value
         if math.isfinite(grad_norm):
             self.good_steps += 1
-            if self.good_steps >= GOOD_STEPS and before < MOST:
-                self.value, self.good_steps = 2 * before, 0
+            if self.good_steps >= GROWTH_INTERVAL and old_value < MAX_SCALE:
+                self.value, self.good_steps = 2 * old_value, 0
             return ""
         self.good_steps = 0
-        if before <= LEAST:
+        if old_value <= MIN_SCALE:
             return ""
-        self.value = before / 2
-        return f"fp16 overflow; loss scale {before:.0f} -> {self.value:.0f}"
+        self.value = old_value / 2
+        return f"fp16 overflow; loss scale {old_value:.0f} -> {self.value:.0f}"

@@ -10,11 +10,11 @@ import math
 
 from cordee.config.run import OptimSettings
 
-FIRST = 0.01
+MIN_WARMUP_FACTOR = 0.01
 """Least factor during warm-up: a first step of length zero would be a step thrown away."""
 
 
-def factor(settings: OptimSettings, progress: float, step: int) -> float:
+def lr_factor(settings: OptimSettings, progress: float, step: int) -> float:
     """Factor on the peak rate for `step` (from 0), which starts at `progress` (0 to 1) of the run.
 
     Warm-up rises to 1 at `settings.warmup` and is read at the end of the step (from the average
@@ -23,17 +23,17 @@ def factor(settings: OptimSettings, progress: float, step: int) -> float:
     of the run; wsd (Hu et al. 2024) is flat and falls linearly over the last `settings.decay`.
     """
     progress = min(max(progress, 0.0), 1.0)
-    return _warmup(settings, progress, step) * _decay(settings, progress)
+    return _warmup_factor(settings, progress, step) * _decay_factor(settings, progress)
 
 
-def _warmup(settings: OptimSettings, progress: float, step: int) -> float:
+def _warmup_factor(settings: OptimSettings, progress: float, step: int) -> float:
     if progress >= settings.warmup:
         return 1.0
     end = progress * (step + 1) / max(step, 1)
-    return min(1.0, max(FIRST, end / settings.warmup))
+    return min(1.0, max(MIN_WARMUP_FACTOR, end / settings.warmup))
 
 
-def _decay(settings: OptimSettings, progress: float) -> float:
+def _decay_factor(settings: OptimSettings, progress: float) -> float:
     if settings.schedule == "constant":
         return 1.0
     start = settings.warmup
@@ -41,6 +41,6 @@ def _decay(settings: OptimSettings, progress: float) -> float:
         start = max(start, 1.0 - settings.decay)
     if progress <= start:
         return 1.0
-    part = (progress - start) / (1.0 - start)
-    kept = 0.5 + 0.5 * math.cos(math.pi * part) if settings.schedule == "cosine" else 1.0 - part
-    return settings.final + (1.0 - settings.final) * kept
+    decay_progress = (progress - start) / (1.0 - start)
+    remainder = 0.5 + 0.5 * math.cos(math.pi * decay_progress) if settings.schedule == "cosine" else 1.0 - decay_progress
+    return settings.final + (1.0 - settings.final) * remainder

@@ -17,31 +17,31 @@ from statistics import fmean, median, pstdev
 
 from cordee.errors import ConfigError
 from cordee.optim.compare import (
-    Band,
-    Candidate,
-    Scale,
+    LRBand,
+    LRCandidate,
+    RungScale,
     band_around,
-    best_of_seeds,
-    first_where,
+    best_lr_by_seed,
+    first_lasting_index,
     median_curve,
-    roughness,
-    scale_of,
-    smoothed,
+    curve_noise,
+    rung_scale,
+    exponential_average,
 )
 
-Sweep = Callable[[Sequence[float], int], list[float]]
+TrainFn = Callable[[Sequence[float], int], list[float]]
 """(learning rate of each step, seed) -> loss before each update. A run that diverged ends with a
 value that is not finite; a list that is merely shorter is a run that merely ended."""
 
 NOISE_STEPS = 6
 RANGE_SHARE = 0.35  # of the budget; the rest goes to the candidates
-SHORTEST_RANGE, SHORTEST_RUNG, LONG_RUNG = 30, 8, 12
-USEFUL = 0.05  # a rate is worth trying once a twentieth of the whole fall is behind it
-FEWEST = 3  # a field is not halved below this, so that a band has neighbours on both sides
+MIN_RANGE_STEPS, MIN_RUNG_STEPS, LONG_RUNG_STEPS = 30, 8, 12
+USEFUL_FRACTION = 0.05  # a rate is worth trying once a twentieth of the whole fall is behind it
+MIN_CANDIDATES = 3  # a field is not halved below this, so that a band has neighbours on both sides
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class LRSearchSettings:
     """What the search may spend and where it looks."""
 
     centre: float
@@ -57,20 +57,20 @@ class SearchSettings:
     """Rates that enter the successive halving, log-spaced between the bounds."""
     warmup: float = 0.2
     """Part of a candidate's run over which its rate rises linearly from 0."""
-    sure: float = 3.0
+    sigma_threshold: float = 3.0
     """A fall or a rise counts when it exceeds this many standard deviations of the noise."""
-    quantum: float = 1e-3
+    min_relative_change: float = 1e-3
     """Differences below this part of the starting loss do not matter, however small the noise."""
-    widest: float = 1.5
+    max_band_decades: float = 1.5
     """Decades; a wider band without a slope means that the experiment cannot tell."""
 
     def check(self) -> None:
         """ConfigError when the budget cannot hold the experiment."""
-        _lengths(self)
+        _share_budget(self)
 
 
 @dataclass(frozen=True)
-class Point:
+class RangeTestPoint:
     """A step of the range test: median loss over the seeds, and its smoothed curve."""
 
     lr: float
@@ -79,7 +79,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Row:
+class RateResult:
     """A candidate: final smoothed loss (mean over seeds, inf if it diverged) of each rung it ran,
     and the length of those rungs in steps."""
 
@@ -90,12 +90,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Finding:
+class LRSearchResult:
     """What the search found. `noise` is the standard deviation of one loss, in the loss's unit;
     `band` the rates that cannot be told from the best; `reason` why it is inconclusive."""
 
-    rows: tuple[Row, ...]
-    range_test: tuple[Point, ...]
+    rows: tuple[RateResult, ...]
+    range_test: tuple[RangeTestPoint, ...]
     start: float
     noise: float
     bounds: tuple[float, float] | None
@@ -107,35 +107,35 @@ class Finding:
     steps_used: int
 
 
-def find_lr(sweep: Sweep, settings: SearchSettings, say: Callable[[str], None]) -> Finding:
+def find_lr(train_fn: TrainFn, settings: LRSearchSettings, log: Callable[[str], None]) -> LRSearchResult:
     """Searches a learning rate; deterministic if `sweep` is. `say` is told what runs next.
 
     Raises ConfigError when the budget cannot hold the experiment; every other failure is a Finding
     with `conclusive` False and a reason.
     """
-    search = _Search(sweep, settings, say, _lengths(settings))
-    reason = search.noise_floor() or search.range_test() or search.halve() or search.settle()
-    return search.finding(reason)
+    search = _LRSearch(train_fn, settings, log, _share_budget(settings))
+    reason = search.measure_noise() or search.run_range_test() or search.successive_halving() or search.conclude()
+    return search.result(reason)
 
 
-def warmed(lr: float, steps: int, warmup: float) -> list[float]:
+def warmup_schedule(lr: float, steps: int, warmup: float) -> list[float]:
     """A candidate's schedule: linear from 0 over the first part `warmup`, then constant."""
-    rising = max(1, round(warmup * steps))
-    return [lr * min(1.0, (step + 1) / rising) for step in range(steps)]
+    warmup_steps = max(1, round(warmup * steps))
+    return [lr * min(1.0, (step + 1) / warmup_steps) for step in range(steps)]
 
 
 @dataclass(frozen=True)
-class _Lengths:
+class _SearchBudget:
     range_seeds: int
     range_steps: int
     rungs: tuple[tuple[int, int], ...]
     """(candidates, steps) of each rung."""
 
 
-def _lengths(settings: SearchSettings) -> _Lengths:
+def _share_budget(settings: LRSearchSettings) -> _SearchBudget:
     """Shares the budget out; ConfigError when a part of the experiment would be too short."""
-    positive = {"centre": settings.centre, "decades": settings.decades, "steps": settings.steps}
-    for name, value in positive.items():
+    positive_values = {"centre": settings.centre, "decades": settings.decades, "steps": settings.steps}
+    for name, value in positive_values.items():
         if not value > 0:
             raise ConfigError(f"{name} must be positive", values={name: value}, fix=f"{name}=1")
     if settings.seeds < 2:
@@ -145,96 +145,96 @@ def _lengths(settings: SearchSettings) -> _Lengths:
             fix="--seeds 2",
         )
     range_seeds = max(3, settings.seeds)
-    left = settings.steps - NOISE_STEPS * range_seeds
-    range_steps = int(RANGE_SHARE * left / range_seeds)
-    whole = settings.candidates
-    half = max(FEWEST, math.ceil(whole / 2))
-    for field_sizes in ((whole, half, max(FEWEST, math.ceil(half / 2))), (whole, half)):
-        weight = settings.seeds * sum(n * 2**i for i, n in enumerate(field_sizes))
-        shortest = int((1 - RANGE_SHARE) * left / weight)
-        if shortest >= LONG_RUNG:
+    remaining_steps = settings.steps - NOISE_STEPS * range_seeds
+    range_steps = int(RANGE_SHARE * remaining_steps / range_seeds)
+    candidate_count = settings.candidates
+    half_count = max(MIN_CANDIDATES, math.ceil(candidate_count / 2))
+    for rung_sizes in ((candidate_count, half_count, max(MIN_CANDIDATES, math.ceil(half_count / 2))), (candidate_count, half_count)):
+        weight = settings.seeds * sum(n * 2**i for i, n in enumerate(rung_sizes))
+        rung_steps = int((1 - RANGE_SHARE) * remaining_steps / weight)
+        if rung_steps >= LONG_RUNG_STEPS:
             break
-    if range_steps < SHORTEST_RANGE or shortest < SHORTEST_RUNG:
-        least = max(
-            SHORTEST_RANGE * range_seeds / RANGE_SHARE, SHORTEST_RUNG * weight / (1 - RANGE_SHARE)
+    if range_steps < MIN_RANGE_STEPS or rung_steps < MIN_RUNG_STEPS:
+        min_steps = max(
+            MIN_RANGE_STEPS * range_seeds / RANGE_SHARE, MIN_RUNG_STEPS * weight / (1 - RANGE_SHARE)
         )
         raise ConfigError(
             "the budget is too small for a search that could be believed",
             values={"steps": settings.steps, "seeds": settings.seeds},
-            fix=f"--steps {math.ceil(least) + NOISE_STEPS * range_seeds + 2}",
+            fix=f"--steps {math.ceil(min_steps) + NOISE_STEPS * range_seeds + 2}",
         )
-    rungs = tuple((n, shortest * 2**i) for i, n in enumerate(field_sizes))
-    return _Lengths(range_seeds, range_steps, rungs)
+    rungs = tuple((n, rung_steps * 2**i) for i, n in enumerate(rung_sizes))
+    return _SearchBudget(range_seeds, range_steps, rungs)
 
 
-class _Search:
+class _LRSearch:
     """The state of one search. Each stage returns "" or the reason for which it cannot go on."""
 
     def __init__(
-        self, sweep: Sweep, settings: SearchSettings, say: Callable[[str], None], plan: _Lengths
+        self, train_fn: TrainFn, settings: LRSearchSettings, log: Callable[[str], None], budget: _SearchBudget
     ) -> None:
-        self.sweep, self.settings, self.say, self.plan = sweep, settings, say, plan
-        self.longest = plan.rungs[-1][1]
-        self.spent = 0
+        self.train_fn, self.settings, self.log, self.budget = train_fn, settings, log, budget
+        self.longest_rung = budget.rungs[-1][1]
+        self.steps_used = 0
         self.start = self.noise = math.nan
-        self.points: list[Point] = []
+        self.points: list[RangeTestPoint] = []
         self.bounds: tuple[float, float] | None = None
-        self.candidates: list[Candidate] = []
-        self.scales: dict[int, Scale] = {}  # of each rung, by its steps
-        self.whole: dict[tuple[int, int], int] = {}  # longest run yet, by (steps asked, seed)
-        self.band: Band | None = None
+        self.candidates: list[LRCandidate] = []
+        self.scales: dict[int, RungScale] = {}  # of each rung, by its steps
+        self.full_lengths: dict[tuple[int, int], int] = {}  # longest run yet, by (steps asked, seed)
+        self.band: LRBand | None = None
 
-    def run(self, rates: Sequence[float], seed: int) -> list[float]:
+    def run_trial(self, rates: Sequence[float], seed: int) -> list[float]:
         """One run, counted; everything from the first value that is not finite is one inf."""
-        losses = list(self.sweep(rates, self.settings.first_seed + seed))
-        self.spent += len(losses)
+        losses = list(self.train_fn(rates, self.settings.first_seed + seed))
+        self.steps_used += len(losses)
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return [*losses[:index], math.inf]
         return losses
 
-    def noise_floor(self) -> str:
+    def measure_noise(self) -> str:
         """The spread of losses that no update explains, and the loss from which runs start."""
-        seeds = self.plan.range_seeds
-        self.say(f"noise floor: {NOISE_STEPS} steps at learning rate 0, {seeds} seeds")
-        losses = [x for seed in range(seeds) for x in self.run([0.0] * NOISE_STEPS, seed)]
+        seeds = self.budget.range_seeds
+        self.log(f"noise floor: {NOISE_STEPS} steps at learning rate 0, {seeds} seeds")
+        losses = [x for seed in range(seeds) for x in self.run_trial([0.0] * NOISE_STEPS, seed)]
         if not losses or not all(map(math.isfinite, losses)):
             return "the loss is not finite before any update: the model or the data is at fault"
         self.start, self.noise = median(losses), pstdev(losses)
         return ""
 
-    def range_test(self) -> str:
+    def run_range_test(self) -> str:
         """Exponential rise of the rate; bounds the search where the loss first falls and rises."""
-        s, steps, seeds = self.settings, self.plan.range_steps, self.plan.range_seeds
+        s, steps, seeds = self.settings, self.budget.range_steps, self.budget.range_seeds
         rates = [s.centre * 10 ** (s.decades * (i / (steps - 1) - 0.5)) for i in range(steps)]
-        self.say(f"range test: {steps} steps from {rates[0]:.2g} to {rates[-1]:.2g}, {seeds} seeds")
-        curves = [self.run(rates, seed) for seed in range(seeds)]
+        self.log(f"range test: {steps} steps from {rates[0]:.2g} to {rates[-1]:.2g}, {seeds} seeds")
+        curves = [self.run_trial(rates, seed) for seed in range(seeds)]
         medians = median_curve(curves)
         if not medians:
             return "the range test gave no loss at all"
-        keep = 0.5 ** (40 / max(40, steps))  # half-life of a fortieth of the test, at least a step
-        smooth = smoothed(medians, keep)
-        self.points = [Point(*row) for row in zip(rates, medians, smooth, strict=False)]
-        quiet = math.sqrt((1 - keep) / (1 + keep)) * 1.25 / math.sqrt(seeds)  # median, then EMA
-        clear = s.sure * max(self.noise * quiet, s.quantum * abs(self.start))
-        fell = first_where(smooth, lambda x: x < self.start - clear)
-        lowest = min(range(len(smooth)), key=smooth.__getitem__)
-        if fell is None:
-            return self._never_fell(smooth, clear)
-        self.noise = max(self.noise, roughness([curve[fell : lowest + 1] for curve in curves]))
-        clear = s.sure * max(self.noise * quiet, s.quantum * abs(self.start))
-        rose = first_where(smooth, lambda x: x > smooth[lowest] + clear, lowest)
-        high = rates[len(smooth) - 1 if rose is None else rose]
-        useful = USEFUL * (self.start - smooth[lowest])
-        low = rates[first_where(smooth, lambda x: x < self.start - max(clear, useful)) or fell]
+        decay = 0.5 ** (40 / max(40, steps))  # half-life of a fortieth of the test, at least a step
+        averages = exponential_average(medians, decay)
+        self.points = [RangeTestPoint(*row) for row in zip(rates, medians, averages, strict=False)]
+        noise_reduction = math.sqrt((1 - decay) / (1 + decay)) * 1.25 / math.sqrt(seeds)  # median, then EMA
+        threshold = s.sigma_threshold * max(self.noise * noise_reduction, s.min_relative_change * abs(self.start))
+        fall_index = first_lasting_index(averages, lambda x: x < self.start - threshold)
+        lowest_index = min(range(len(averages)), key=averages.__getitem__)
+        if fall_index is None:
+            return self._no_fall_reason(averages, threshold)
+        self.noise = max(self.noise, curve_noise([curve[fall_index : lowest_index + 1] for curve in curves]))
+        threshold = s.sigma_threshold * max(self.noise * noise_reduction, s.min_relative_change * abs(self.start))
+        rise_index = first_lasting_index(averages, lambda x: x > averages[lowest_index] + threshold, lowest_index)
+        high = rates[len(averages) - 1 if rise_index is None else rise_index]
+        useful_fall = USEFUL_FRACTION * (self.start - averages[lowest_index])
+        low = rates[first_lasting_index(averages, lambda x: x < self.start - max(threshold, useful_fall)) or fall_index]
         self.bounds = (min(low, high / 10), high)
-        edge = "rises again" if rose is not None else "the test ends, still without a rise,"
-        self.say(f"the loss first falls at {low:.2g} and {edge} at {high:.2g}")
+        ending = "rises again" if rise_index is not None else "the test ends, still without a rise,"
+        self.log(f"the loss first falls at {low:.2g} and {ending} at {high:.2g}")
         return ""
 
-    def _never_fell(self, smooth: Sequence[float], clear: float) -> str:
+    def _no_fall_reason(self, averages: Sequence[float], threshold: float) -> str:
         low, high = self.points[0].lr, self.points[-1].lr
-        if first_where(smooth, lambda x: x > self.start + clear) is not None:
+        if first_lasting_index(averages, lambda x: x > self.start + threshold) is not None:
             return (
                 f"everything diverged: from {low:.2g} upwards the loss only rose;"
                 " centre the search lower with optim.lr"
@@ -244,133 +244,133 @@ class _Search:
             f" {high:.2g}; give it more steps, or centre the search elsewhere with optim.lr"
         )
 
-    def halve(self) -> str:
+    def successive_halving(self) -> str:
         """Rungs of ever longer runs, each from step 0, for ever fewer candidates."""
         assert self.bounds is not None
         low, high = self.bounds
         count = self.settings.candidates
-        self.candidates = [Candidate(low * (high / low) ** (i / (count - 1))) for i in range(count)]
-        going = list(self.candidates)
-        for size, steps in self.plan.rungs:
-            going = sorted(going, key=Candidate.loss)[:size]
-            self.rung(sorted(going, key=Candidate.rate), steps)
-            going = [c for c in going if not c.diverged]
-            if not going:
+        self.candidates = [LRCandidate(low * (high / low) ** (i / (count - 1))) for i in range(count)]
+        survivors = list(self.candidates)
+        for size, steps in self.budget.rungs:
+            survivors = sorted(survivors, key=LRCandidate.mean_loss)[:size]
+            self.run_rung(sorted(survivors, key=LRCandidate.get_lr), steps)
+            survivors = [c for c in survivors if not c.has_diverged]
+            if not survivors:
                 return (
                     f"everything diverged: no rate from {low:.2g} to {high:.2g} held for {steps}"
                     " steps; centre the search lower with optim.lr"
                 )
         return ""
 
-    def rung(self, going: Sequence[Candidate], steps: int) -> None:
+    def run_rung(self, candidates: Sequence[LRCandidate], steps: int) -> None:
         """Runs the candidates for `steps` steps each. The final loss is a mean over the last
         quarter. A run that ended before others of its seed diverged: data ends for all alike."""
         s = self.settings
-        self.say(
-            f"{len(going)} rates from {going[0].lr:.2g} to {going[-1].lr:.2g}:"
+        self.log(
+            f"{len(candidates)} rates from {candidates[0].lr:.2g} to {candidates[-1].lr:.2g}:"
             f" {steps} steps each, {s.seeds} seeds"
         )
         curves = [
-            [self.run(warmed(c.lr, steps, s.warmup), seed) for seed in range(s.seeds)]
-            for c in going
+            [self.run_trial(warmup_schedule(c.lr, steps, s.warmup), seed) for seed in range(s.seeds)]
+            for c in candidates
         ]
-        for candidate in going:
+        for candidate in candidates:
             candidate.steps.append(steps)
-            candidate.finals.append([])
+            candidate.final_losses.append([])
         for seed in range(s.seeds):
             lengths = [len(c[seed]) for c in curves if math.inf not in c[seed]]
-            whole = max([self.whole.get((steps, seed), 0), *lengths])
-            self.whole[steps, seed] = whole
-            for candidate, runs in zip(going, curves, strict=True):
-                held = whole > 0 and len(runs[seed]) == whole and math.inf not in runs[seed]
-                last = runs[seed][-_window(whole) :]
-                candidate.finals[-1].append(fmean(last) if held else math.inf)
-        for candidate in going:
-            candidate.diverged = candidate.loss() > self.start + s.sure * self.noise
-        self.weigh(steps)
+            full_length = max([self.full_lengths.get((steps, seed), 0), *lengths])
+            self.full_lengths[steps, seed] = full_length
+            for candidate, runs in zip(candidates, curves, strict=True):
+                is_complete = full_length > 0 and len(runs[seed]) == full_length and math.inf not in runs[seed]
+                last_losses = runs[seed][-_final_window(full_length) :]
+                candidate.final_losses[-1].append(fmean(last_losses) if is_complete else math.inf)
+        for candidate in candidates:
+            candidate.has_diverged = candidate.mean_loss() > self.start + s.sigma_threshold * self.noise
+        self.update_scale(steps)
 
-    def weigh(self, steps: int) -> None:
+    def update_scale(self, steps: int) -> None:
         """Sets what counts as equal after `steps` steps; at least the noise of a final loss."""
-        scale = scale_of(self.candidates, steps, self.floor(steps))
+        scale = rung_scale(self.candidates, steps, self.loss_tolerance(steps))
         if scale is not None:
             self.scales[steps] = scale
 
-    def floor(self, steps: int) -> float:
+    def loss_tolerance(self, steps: int) -> float:
         """Noise of a final loss after `steps` steps, or what does not matter anyway."""
-        noise = self.noise / math.sqrt(self.settings.seeds * _window(steps))
-        return max(noise, self.settings.quantum * abs(self.start))
+        noise = self.noise / math.sqrt(self.settings.seeds * _final_window(steps))
+        return max(noise, self.settings.min_relative_change * abs(self.start))
 
-    def finalists(self) -> list[Candidate]:
+    def finalists(self) -> list[LRCandidate]:
         """Candidates that held through the last rung, the best first."""
-        held = [c for c in self.candidates if c.steps[-1] == self.longest and not c.diverged]
-        return sorted(held, key=Candidate.loss)
+        survivors = [c for c in self.candidates if c.steps[-1] == self.longest_rung and not c.has_diverged]
+        return sorted(survivors, key=LRCandidate.mean_loss)
 
-    def find_band(self) -> Band:
+    def find_band(self) -> LRBand:
         """The band around the best of the finalists."""
-        self.candidates.sort(key=Candidate.rate)
+        self.candidates.sort(key=LRCandidate.get_lr)
         self.band = band_around(self.finalists()[0], self.candidates, self.scales)
         return self.band
 
-    def settle(self) -> str:
+    def conclude(self) -> str:
         """The band: refined with what is left of the budget, or extended once past an edge that
         it touches; then the reasons for which it may say nothing."""
         s, band = self.settings, self.find_band()
-        clear = s.sure * self.floor(self.longest)
-        if self.finalists()[0].loss() > self.start - clear:
+        threshold = s.sigma_threshold * self.loss_tolerance(self.longest_rung)
+        if self.finalists()[0].mean_loss() > self.start - threshold:
             return (
-                f"no candidate's loss fell by more than the noise in {self.longest} steps;"
+                f"no candidate's loss fell by more than the noise in {self.longest_rung} steps;"
                 " give it more steps"
             )
-        if not band.touches:
-            band = self.refine(band)
-        if len(band.touches) == 1:
-            band = self.extend(band)
-        if len(band.touches) == 1:
-            (edge,) = band.touches
+        if not band.edge_names:
+            band = self.refine_band(band)
+        if len(band.edge_names) == 1:
+            band = self.extend_band(band)
+        if len(band.edge_names) == 1:
+            (edge,) = band.edge_names
             return (
                 f"the best rates lie at the {edge} edge of the search, and extending it once did"
                 " not help; centre it there with optim.lr, or give it more steps"
             )
-        if band.touches or band.is_flat(s.widest):
+        if band.edge_names or band.is_flat(s.max_band_decades):
             return (
                 f"rates from {band.low:.2g} to {band.high:.2g} give the same loss within the noise;"
                 " more steps or seeds may tell them apart"
             )
-        best = best_of_seeds(self.finalists())
+        best = best_lr_by_seed(self.finalists())
         if max(best) > 10.001 * min(best):
             rates = ", ".join(f"{lr:.2g}" for lr in best)
             return f"the seeds disagree by more than a decade: their best rates are {rates}"
         return ""
 
-    def extend(self, band: Band) -> Band:
+    def extend_band(self, band: LRBand) -> LRBand:
         """A decade or more of new candidates past the edge, at the length of the last rung."""
-        (edge,) = band.touches
+        (edge,) = band.edge_names
         ratio = max(10 ** (1 / 3), self.candidates[1].lr / self.candidates[0].lr)
-        outermost = self.candidates[0 if edge == "lower" else -1].lr
+        edge_lr = self.candidates[0 if edge == "lower" else -1].lr
         sign = -1 if edge == "lower" else 1
-        self.say(f"the band touches the {edge} edge, {outermost:.2g}: extending the search once")
-        return self.add([outermost * ratio ** (sign * i) for i in (1, 2, 3)])
+        self.log(f"the band touches the {edge} edge, {edge_lr:.2g}: extending the search once")
+        return self.add_candidates([edge_lr * ratio ** (sign * i) for i in (1, 2, 3)])
 
-    def refine(self, band: Band) -> Band:
+    def refine_band(self, band: LRBand) -> LRBand:
         """Rates half-way to the neighbours of the best, if the budget still holds them: it does
         where candidates diverged early."""
         best = next(i for i, c in enumerate(self.candidates) if c is self.finalists()[0])
-        beside = [c.lr for c in self.candidates[max(0, best - 1) : best + 2]]
-        between = [math.sqrt(a * b) for a, b in pairwise(beside)]
-        cost = len(between) * self.settings.seeds * self.longest
-        return self.add(between) if self.spent + cost <= self.settings.steps else band
+        neighbour_lrs = [c.lr for c in self.candidates[max(0, best - 1) : best + 2]]
+        midpoint_lrs = [math.sqrt(a * b) for a, b in pairwise(neighbour_lrs)]
+        cost = len(midpoint_lrs) * self.settings.seeds * self.longest_rung
+        return self.add_candidates(midpoint_lrs) if self.steps_used + cost <= self.settings.steps else band
 
-    def add(self, rates: Sequence[float]) -> Band:
+    def add_candidates(self, rates: Sequence[float]) -> LRBand:
         """More candidates, run at the length of the last rung."""
-        new = [Candidate(lr) for lr in sorted(rates)]
-        self.candidates += new
-        self.rung(new, self.longest)
+        candidates = [LRCandidate(lr) for lr in sorted(rates)]
+        self.candidates += candidates
+        self.run_rung(candidates, self.longest_rung)
         return self.find_band()
 
-    def finding(self, reason: str) -> Finding:
+    def result(self, reason: str) -> LRSearchResult:
         """The search as a Finding; a suggestion only when nothing speaks against it."""
         rows = tuple(
-            Row(c.lr, tuple(map(fmean, c.finals)), tuple(c.steps), c.diverged)
+            RateResult(c.lr, tuple(map(fmean, c.final_losses)), tuple(c.steps), c.has_diverged)
             for c in self.candidates
         )
         best = self.finalists()[0].lr if self.band else None
@@ -378,7 +378,7 @@ class _Search:
         suggestion = None
         if best is not None and band is not None and not reason:
             suggestion = min(math.sqrt(band[0] * band[1]), best)
-        return Finding(
+        return LRSearchResult(
             rows=rows,
             range_test=tuple(self.points),
             start=self.start,
@@ -389,10 +389,10 @@ class _Search:
             suggestion=suggestion,
             conclusive=not reason,
             reason=reason,
-            steps_used=self.spent,
+            steps_used=self.steps_used,
         )
 
 
-def _window(steps: int) -> int:
+def _final_window(steps: int) -> int:
     """Losses at a run's end over which its final loss is the mean."""
     return max(2, steps // 4)

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import gather_flat
+from cordee.dist.flat import all_gather_flat
 from cordee.layout.split import context_chunks
-from cordee.model.attention import CHUNK, causal_attention, hidden, visible
+from cordee.model.attention import QUERY_CHUNK, causal_attention, hidden_mask, visible_range
 
 
 @dataclass
@@ -45,22 +45,22 @@ class GatherAttention:
         if self.size == 1:
             return causal_attention(q_BTHE, k_BTKE, v_BTKE, self.window)
         chunks = context_chunks(q_BTHE.shape[1] * self.size, self.size, self.index)
-        k_BSKE, v_BSKE = self._in_order(_gather(torch.stack((k_BTKE, v_BTKE)), self))
-        attended = [
+        k_BSKE, v_BSKE = self._natural_order(_all_gather_kv(torch.stack((k_BTKE, v_BTKE)), self))
+        outputs = [
             causal_attention(q_BCHE, k_BSKE[:, : chunk.stop], v_BSKE[:, : chunk.stop], self.window)
             for q_BCHE, chunk in zip(q_BTHE.chunk(2, 1), chunks, strict=True)
         ]
-        return torch.cat(attended, 1)
+        return torch.cat(outputs, 1)
 
     @staticmethod
-    def _in_order(kv_P2BTKE: Tensor) -> tuple[Tensor, Tensor]:
+    def _natural_order(kv_P2BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Everybody's chunks to keys and values in natural order, [B, P x T, K, E] each."""
-        early, late = kv_P2BTKE.chunk(2, 3)
-        kv = torch.cat((early, late.flip(0))).movedim(0, 2).flatten(2, 3)
+        first_chunks, second_chunks = kv_P2BTKE.chunk(2, 3)
+        kv = torch.cat((first_chunks, second_chunks.flip(0))).movedim(0, 2).flatten(2, 3)
         return kv[0], kv[1]
 
 
-class _Gather(torch.autograd.Function):
+class _AllGatherKV(torch.autograd.Function):
     """All-gather whose backward sums everybody's gradients of our part.
 
     The sum is an all-to-all and an addition here: the same bytes as a reduce-scatter, but bf16
@@ -71,10 +71,10 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, attention: GatherAttention) -> Tensor:
         """[...] to [P, ...]."""
         ctx.attention = attention
-        gathered = x.new_empty(attention.size, *x.shape)
-        gather_flat(gathered.view(-1), x.contiguous().view(-1), group=attention.group)
+        output = x.new_empty(attention.size, *x.shape)
+        all_gather_flat(output.view(-1), x.contiguous().view(-1), group=attention.group)
         attention.bytes_sent += (attention.size - 1) * x.nbytes
-        return gathered
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -83,25 +83,25 @@ class _Gather(torch.autograd.Function):
         parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(parts, grad.contiguous(), group=attention.group)
         attention.bytes_sent += (attention.size - 1) * parts[0].nbytes
-        return parts.sum(0, dtype=_wide(grad)).to(grad.dtype), None
+        return parts.sum(0, dtype=_wide_dtype(grad)).to(grad.dtype), None
 
 
-_gather: Callable[[Tensor, GatherAttention], Tensor] = _Gather.apply
+_all_gather_kv: Callable[[Tensor, GatherAttention], Tensor] = _AllGatherKV.apply
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _PendingTransfer:
     """A message under way. `sent` is held until it has left."""
 
     works: list[dist.Work]
-    sent: Tensor
-    received: Tensor
+    send_buffer: Tensor
+    receive_buffer: Tensor
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Waits for both directions; returns what came."""
         for work in self.works:
             work.wait()
-        return self.received
+        return self.receive_buffer
 
 
 @dataclass
@@ -122,28 +122,28 @@ class RingAttention:
         # Refuses what cannot be cut before anything is sent.
         context_chunks(q_BTHE.shape[1] * self.size, self.size, self.index)
         with torch.autocast(q_BTHE.device.type, enabled=False):  # as in the backward
-            return _ring(q_BTHE, k_BTKE, v_BTKE, self)
+            return _ring_attention(q_BTHE, k_BTKE, v_BTKE, self)
 
-    def hand_on(self, tensor: Tensor) -> _Flight:
+    def send_to_next(self, tensor: Tensor) -> _PendingTransfer:
         """Starts sending `tensor` to the next rank and receiving its like from the one before."""
-        received = torch.empty_like(tensor)
-        after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
-        send = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=after)
-        receive = dist.P2POp(dist.irecv, received, group=self.group, group_peer=before)
+        receive_buffer = torch.empty_like(tensor)
+        next_rank, previous_rank = (self.index + 1) % self.size, (self.index - 1) % self.size
+        send_op = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=next_rank)
+        receive_op = dist.P2POp(dist.irecv, receive_buffer, group=self.group, group_peer=previous_rank)
         self.bytes_sent += tensor.nbytes
-        return _Flight(dist.batch_isend_irecv([send, receive]), tensor, received)
+        return _PendingTransfer(dist.batch_isend_irecv([send_op, receive_op]), tensor, receive_buffer)
 
-    def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, local_block: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of every rank's block, ours first; the next travels meanwhile."""
-        block = own
+        block = local_block
         for hop in range(self.size):
-            flight = self.hand_on(block) if hop + 1 < self.size else None
+            transfer = self.send_to_next(block) if hop + 1 < self.size else None
             yield (self.index - hop) % self.size, block
-            if flight is not None:
-                block = flight.land()
+            if transfer is not None:
+                block = transfer.wait()
 
     def tiles(
-        self, q_NRE: Tensor, group: int, owner: int
+        self, q_NRE: Tensor, heads_per_key: int, owner: int
     ) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """Our queries by CHUNK positions against what each chunk sees of `owner`'s block: (rows of
         q, keys of the block, mask [rows, keys] of what is hidden, if anything is).
@@ -151,26 +151,26 @@ class RingAttention:
         The later chunk of keys comes first, so that the first tile of every query holds the query's
         own position: the running maximum is finite from there on.
         """
-        length = q_NRE.shape[1] // group * self.size
-        mine = _placed(context_chunks(length, self.size, self.index))
-        theirs = _placed(context_chunks(length, self.size, owner))
-        for chunk, query_shift in mine:
-            for keys, key_shift in reversed(theirs):
-                for start in range(chunk.start, chunk.stop, CHUNK):
-                    queries = range(start, min(start + CHUNK, chunk.stop))
-                    seen = visible(queries, keys, self.window)
-                    if not seen:
+        length = q_NRE.shape[1] // heads_per_key * self.size
+        local_chunks = _chunk_shifts(context_chunks(length, self.size, self.index))
+        owner_chunks = _chunk_shifts(context_chunks(length, self.size, owner))
+        for chunk, query_shift in local_chunks:
+            for keys, key_shift in reversed(owner_chunks):
+                for start in range(chunk.start, chunk.stop, QUERY_CHUNK):
+                    queries = range(start, min(start + QUERY_CHUNK, chunk.stop))
+                    key_range = visible_range(queries, keys, self.window)
+                    if not key_range:
                         continue
                     first, last = queries.start - query_shift, queries.stop - query_shift
-                    mask = hidden(queries, seen, self.window, q_NRE.device)
+                    mask = hidden_mask(queries, key_range, self.window, q_NRE.device)
                     yield (
-                        slice(first * group, last * group),
-                        slice(seen.start - key_shift, seen.stop - key_shift),
-                        None if mask is None else mask.repeat_interleave(group, 0),
+                        slice(first * heads_per_key, last * heads_per_key),
+                        slice(key_range.start - key_shift, key_range.stop - key_shift),
+                        None if mask is None else mask.repeat_interleave(heads_per_key, 0),
                     )
 
 
-class _Ring(torch.autograd.Function):
+class _RingFunction(torch.autograd.Function):
     """Attention with the key blocks handed round; sums and probabilities in fp32 (or fp64)."""
 
     @staticmethod
@@ -178,26 +178,26 @@ class _Ring(torch.autograd.Function):
         ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, ring: RingAttention
     ) -> Tensor:
         """Keeps queries, our keys and values, the output, and one number per query and head."""
-        group = q_BTHE.shape[2] // k_BTKE.shape[2]
-        q_NRE = _rows(q_BTHE, group)
-        kv_2NSE = torch.stack((_rows(k_BTKE, 1), _rows(v_BTKE, 1)))
-        out_NRE = torch.zeros_like(q_NRE, dtype=_wide(q_NRE))
-        total_NR1 = out_NRE.new_zeros(*q_NRE.shape[:2], 1)
-        most_NR1 = torch.full_like(total_NR1, float("-inf"))
+        heads_per_key = q_BTHE.shape[2] // k_BTKE.shape[2]
+        q_NRE = _to_rows(q_BTHE, heads_per_key)
+        kv_2NSE = torch.stack((_to_rows(k_BTKE, 1), _to_rows(v_BTKE, 1)))
+        out_NRE = torch.zeros_like(q_NRE, dtype=_wide_dtype(q_NRE))
+        sum_NR1 = out_NRE.new_zeros(*q_NRE.shape[:2], 1)
+        max_NR1 = torch.full_like(sum_NR1, float("-inf"))
         for owner, block in ring.blocks(kv_2NSE):
-            for rows, keys, mask in ring.tiles(q_NRE, group, owner):
+            for rows, keys, mask in ring.tiles(q_NRE, heads_per_key, owner):
                 k_NCE, v_NCE = block[:, :, keys]
                 score = _scores(q_NRE[:, rows], k_NCE, mask)
-                most = torch.maximum(most_NR1[:, rows], score.amax(-1, keepdim=True))
-                weight = score.sub_(most).exp_()
-                shrink = (most_NR1[:, rows] - most).exp_()
-                most_NR1[:, rows] = most
-                total_NR1[:, rows].mul_(shrink).add_(weight.sum(-1, keepdim=True))
-                out_NRE[:, rows].mul_(shrink).add_(_product(weight.to(v_NCE.dtype), v_NCE))
-        out_NRE = out_NRE.div_(total_NR1).to(q_NRE.dtype)
-        ctx.ring, ctx.group, ctx.batch = ring, group, len(q_BTHE)
-        ctx.save_for_backward(q_NRE, kv_2NSE, out_NRE, most_NR1 + total_NR1.log())
-        return _unrows(out_NRE, ctx.batch, group)
+                tile_max = torch.maximum(max_NR1[:, rows], score.amax(-1, keepdim=True))
+                weight = score.sub_(tile_max).exp_()
+                rescale = (max_NR1[:, rows] - tile_max).exp_()
+                max_NR1[:, rows] = tile_max
+                sum_NR1[:, rows].mul_(rescale).add_(weight.sum(-1, keepdim=True))
+                out_NRE[:, rows].mul_(rescale).add_(_scaled_matmul(weight.to(v_NCE.dtype), v_NCE))
+        out_NRE = out_NRE.div_(sum_NR1).to(q_NRE.dtype)
+        ctx.ring, ctx.group, ctx.batch = ring, heads_per_key, len(q_BTHE)
+        ctx.save_for_backward(q_NRE, kv_2NSE, out_NRE, max_NR1 + sum_NR1.log())
+        return _from_rows(out_NRE, ctx.batch, heads_per_key)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -205,59 +205,59 @@ class _Ring(torch.autograd.Function):
         at the first rank after its owner, follow the block, and reach the owner last: as many hops
         as the block itself makes."""
         q_NRE, kv_2NSE, out_NRE, lse_NR1 = ctx.saved_tensors
-        ring, group = ctx.ring, ctx.group
-        wide, scale = _wide(q_NRE), _scale(q_NRE)
-        grad_NRE = _rows(grad, group)
-        along_NR1 = (grad_NRE.to(wide) * out_NRE).sum(-1, keepdim=True)
-        q_grad = torch.zeros_like(q_NRE, dtype=wide)
-        own, flight = torch.empty(0), None
+        ring, heads_per_key = ctx.ring, ctx.group
+        wide_dtype, scale = _wide_dtype(q_NRE), _scale(q_NRE)
+        grad_NRE = _to_rows(grad, heads_per_key)
+        delta_NR1 = (grad_NRE.to(wide_dtype) * out_NRE).sum(-1, keepdim=True)
+        q_grad = torch.zeros_like(q_NRE, dtype=wide_dtype)
+        local_grad, transfer = torch.empty(0), None
         for owner, block in ring.blocks(kv_2NSE):
-            part = torch.zeros_like(block, dtype=wide)
-            for rows, keys, mask in ring.tiles(q_NRE, group, owner):
+            block_grad = torch.zeros_like(block, dtype=wide_dtype)
+            for rows, keys, mask in ring.tiles(q_NRE, heads_per_key, owner):
                 k_NCE, v_NCE = block[:, :, keys]
                 q_tile, grad_tile = q_NRE[:, rows], grad_NRE[:, rows]
                 weight = _scores(q_tile, k_NCE, mask).sub_(lse_NR1[:, rows]).exp_()
-                part[1, :, keys] += _product(weight.to(v_NCE.dtype).mT, grad_tile)
-                slope = _product(grad_tile, v_NCE.mT).to(wide)
-                slope = slope.sub_(along_NR1[:, rows]).mul_(weight).to(q_NRE.dtype)
-                q_grad[:, rows] += _product(slope, k_NCE, scale)
-                part[0, :, keys] += _product(slope.mT, q_tile, scale)
+                block_grad[1, :, keys] += _scaled_matmul(weight.to(v_NCE.dtype).mT, grad_tile)
+                score_grad = _scaled_matmul(grad_tile, v_NCE.mT).to(wide_dtype)
+                score_grad = score_grad.sub_(delta_NR1[:, rows]).mul_(weight).to(q_NRE.dtype)
+                q_grad[:, rows] += _scaled_matmul(score_grad, k_NCE, scale)
+                block_grad[0, :, keys] += _scaled_matmul(score_grad.mT, q_tile, scale)
             if owner == ring.index:
-                own = part
+                local_grad = block_grad
                 continue
-            if flight is not None:
-                part += flight.land()
-            flight = ring.hand_on(part)
-        if flight is not None:
-            own += flight.land()
-        k_grad, v_grad = (_unrows(x.to(q_NRE.dtype), ctx.batch, 1) for x in own)
-        return _unrows(q_grad.to(q_NRE.dtype), ctx.batch, group), k_grad, v_grad, None
+            if transfer is not None:
+                block_grad += transfer.wait()
+            transfer = ring.send_to_next(block_grad)
+        if transfer is not None:
+            local_grad += transfer.wait()
+        k_grad, v_grad = (_from_rows(x.to(q_NRE.dtype), ctx.batch, 1) for x in local_grad)
+        return _from_rows(q_grad.to(q_NRE.dtype), ctx.batch, heads_per_key), k_grad, v_grad, None
 
 
-_ring: Callable[[Tensor, Tensor, Tensor, RingAttention], Tensor] = _Ring.apply
+_ring_attention: Callable[[Tensor, Tensor, Tensor, RingAttention], Tensor] = _RingFunction.apply
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _placed(chunks: tuple[range, range]) -> list[tuple[range, int]]:
+def _chunk_shifts(chunks: tuple[range, range]) -> list[tuple[range, int]]:
     """Each chunk with what to take from a position to find its place in the rank's block."""
     first, second = chunks
     return [(first, first.start), (second, second.start - len(first))]
 
 
-def _rows(x_BTHE: Tensor, group: int) -> Tensor:
+def _to_rows(x_BTHE: Tensor, heads_per_key: int) -> Tensor:
     """[B, T, H, E] to [N, R, E]: the heads that share a key head stand side by side."""
     batch, length, heads, width = x_BTHE.shape
-    x_BKTGE = x_BTHE.view(batch, length, heads // group, group, width).transpose(1, 2)
-    return x_BKTGE.reshape(batch * heads // group, length * group, width).contiguous()
+    x_BKTGE = x_BTHE.view(batch, length, heads // heads_per_key, heads_per_key, width).transpose(1, 2)
+    return x_BKTGE.reshape(batch * heads // heads_per_key, length * heads_per_key, width).contiguous()
 
 
-def _unrows(x_NRE: Tensor, batch: int, group: int) -> Tensor:
+def _from_rows(x_NRE: Tensor, batch: int, heads_per_key: int) -> Tensor:
     """The way back from `_rows`."""
-    count, rows, width = x_NRE.shape
-    x_BTKGE = x_NRE.view(batch, count // batch, rows // group, group, width).transpose(1, 2)
+    count, row_count, width = x_NRE.shape
+    x_BTKGE = x_NRE.view(batch, count // batch, row_count // heads_per_key, heads_per_key, width).transpose(1, 2)
     return x_BTKGE.flatten(2, 3)
 
 
@@ -267,11 +267,11 @@ def _scale(q_NRE: Tensor) -> float:
 
 def _scores(q_NRE: Tensor, k_NCE: Tensor, mask_RC: Tensor | None) -> Tensor:
     """Scaled products in fp32 or wider, -inf where a key is hidden."""
-    score = _product(q_NRE, k_NCE.mT, _scale(q_NRE)).to(_wide(q_NRE))
+    score = _scaled_matmul(q_NRE, k_NCE.mT, _scale(q_NRE)).to(_wide_dtype(q_NRE))
     return score if mask_RC is None else score.masked_fill_(mask_RC, float("-inf"))
 
 
-def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+def _scaled_matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale x a @ b of batches. Not `bmm`: selective recomputation keeps what that gives
     (model/recompute.py), and a tile's scores are as many as the probabilities it does not keep."""
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=scale)

@@ -13,44 +13,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cordee.dist.wire import Wire
-from cordee.model.moe import Compute, inverse, mixtures, pick_rows
+from cordee.dist.wire import AxisComm
+from cordee.model.moe import ExpertFn, inverse_permutation, moe_layers, permute_rows
 
 
-def deal_experts(model: nn.Module, experts: Wire, sequence: Wire) -> None:
+def set_expert_dispatch(model: nn.Module, expert_comm: AxisComm, sequence_comm: AxisComm) -> None:
     """Sets the seams of a model whose mixtures hold this rank's experts.
 
     `experts`: the ranks that share the experts; `sequence`: those that split a sequence (axes
     context and tensor), whose tokens one balance loss counts.
     """
-    deal = Deal(experts)
-    for moe in mixtures(model):
-        moe.total = sequence.total
-        if experts.group is not None:
-            moe.deal = deal
+    dispatcher = TokenDispatcher(expert_comm)
+    for moe in moe_layers(model):
+        moe.sum_over_sequence = sequence_comm.all_reduce_forward
+        if expert_comm.group is not None:
+            moe.dispatch = dispatcher
 
 
-class Deal:
+class TokenDispatcher:
     """The seam `deal` of a mixture whose experts lie on the ranks of `wire`."""
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self, comm: AxisComm) -> None:
+        self.comm = comm
 
-    def __call__(self, rows_SD: Tensor, sizes_E: Tensor, compute: Compute) -> Tensor:
+    def __call__(self, rows_SD: Tensor, sizes_E: Tensor, compute: ExpertFn) -> Tensor:
         """Outputs of rows sorted by expert, in their order, wherever their experts are."""
-        ranks = self.wire.size
-        sent_RL = sizes_E.view(ranks, -1)
-        came_RL = self.wire.exchange_now(sent_RL, [1] * ranks, [1] * ranks)
-        sent, came = torch.stack((sent_RL.sum(1), came_RL.sum(1))).tolist()
-        arrived_AD = self.wire.exchange(rows_SD, sent, came)
-        order_A = by_expert(came_RL, len(arrived_AD))
-        back_A = inverse(order_A, len(order_A))
-        done_AD = compute(pick_rows(arrived_AD, order_A, back_A), came_RL.sum(0))
-        return self.wire.exchange(pick_rows(done_AD, back_A, order_A), came, sent)
+        rank_count = self.comm.size
+        send_counts_RL = sizes_E.view(rank_count, -1)
+        receive_counts_RL = self.comm.all_to_all_no_grad(send_counts_RL, [1] * rank_count, [1] * rank_count)
+        send_rows, receive_rows = torch.stack((send_counts_RL.sum(1), receive_counts_RL.sum(1))).tolist()
+        input_AD = self.comm.all_to_all(rows_SD, send_rows, receive_rows)
+        order_A = order_by_expert(receive_counts_RL, len(input_AD))
+        inverse_order_A = inverse_permutation(order_A, len(order_A))
+        output_AD = compute(permute_rows(input_AD, order_A, inverse_order_A), receive_counts_RL.sum(0))
+        return self.comm.all_to_all(permute_rows(output_AD, inverse_order_A, order_A), receive_rows, send_rows)
 
 
-def by_expert(came_RL: Tensor, rows: int) -> Tensor:
+def order_by_expert(receive_counts_RL: Tensor, row_count: int) -> Tensor:
     """Order [rows] that sorts rows that lie by (source rank, expert) by (expert, source rank)."""
-    numbers_RL = torch.arange(came_RL.shape[1], device=came_RL.device).expand_as(came_RL)
-    experts_A = numbers_RL.flatten().repeat_interleave(came_RL.flatten(), output_size=rows)
+    expert_ids_RL = torch.arange(receive_counts_RL.shape[1], device=receive_counts_RL.device).expand_as(receive_counts_RL)
+    experts_A = expert_ids_RL.flatten().repeat_interleave(receive_counts_RL.flatten(), output_size=row_count)
     return experts_A.sort(stable=True).indices

@@ -17,184 +17,184 @@ from torch import Tensor, nn
 
 from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
-from cordee.dist.wire import Wire
+from cordee.dist.wire import AxisComm
 from cordee.errors import ConfigError, LayoutError
-from cordee.layout.axes import INSIDE
+from cordee.layout.axes import MODEL_AXES
 from cordee.layout.stages import Stages
-from cordee.layout.tensors import TensorSpec, group_of
+from cordee.layout.tensors import TensorSpec, parameter_group
 from cordee.model.hub import HubModel, empty_model, read_hub
-from cordee.model.initial import seeded
+from cordee.model.initial import seeded_rng
 from cordee.model.keras import KerasModel
 from cordee.model.precision import autocast_dtype
-from cordee.model.span import Span
+from cordee.model.span import SequenceShard
 from cordee.parallel.apply import (
-    Live,
-    Loss,
-    blocks_of,
-    finish,
-    make_wires,
-    narrow,
-    surviving_buffers,
-    to_memory,
+    LocalModel,
+    LossFunction,
+    model_blocks,
+    wrap_blocks,
+    make_comms,
+    shrink_parameters,
+    persistent_buffers,
+    allocate_parameters,
 )
 from cordee.parallel.engine import Batch, Engine
-from cordee.parallel.probe import WHOLE_BYTES, Tried, descend, probe
-from cordee.parallel.seams import check_hub_layout, set_seams
-from cordee.parallel.shard import Sharding, local, reshard, shard
+from cordee.parallel.probe import MAX_FULL_MODEL_BYTES, ModelProbe, sgd_step, compare_probes
+from cordee.parallel.seams import check_hf_layout, set_tensor_parallel
+from cordee.parallel.shard import Sharding, local_tensor, reshard, apply_fsdp
 
 ONE_STAGE = Stages(((0, 1),), 1, "gpipe")
-RATE = 1e-3
+PROBE_LR = 1e-3
 """Learning rate of the probe's step of plain SGD."""
 
 
-def make_hub(run: Run, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding) -> Live:
+def make_hf_model(run: Run, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding) -> LocalModel:
     """The model of the folder run.model.hub, cut by its own plan, with its values."""
     hub = read_hub(run.model.hub)
-    every = {spec.name: spec for spec in hub.specs()}
-    check_hub_layout(hub, every, mesh.layout)
+    all_specs = {spec.name: spec for spec in hub.specs()}
+    check_hf_layout(hub, all_specs, mesh.layout)
     if hub.vocabulary < vocabulary:
         raise ConfigError(
             "the data has more symbols than the model's vocabulary",
             values={"model.hub": run.model.hub, "model": hub.vocabulary, "data": vocabulary},
             fix="data of that vocabulary (cordee data prepare)",
         )
-    wires = make_wires(mesh)
+    comms = make_comms(mesh)
     model = HubModel(hub)
     model.memory = run.memory
     model.autocast = autocast_dtype(run.run.precision)
-    narrow(model, every, mesh)
-    model.retie()
-    set_seams(model, wires["tensor"])
-    finish(model, every, mesh, run, sharding, wires["shard"])
-    to_memory(model, device, sharding)
-    model.retie()
-    model.remake_buffers()
-    values = hub.values(run.run.seed)
+    shrink_parameters(model, all_specs, mesh)
+    model.tie_weights()
+    set_tensor_parallel(model, comms["tensor"])
+    wrap_blocks(model, all_specs, mesh, run, sharding, comms["shard"])
+    allocate_parameters(model, device, sharding)
+    model.tie_weights()
+    model.reset_buffers()
+    weight_reader = hub.initial_values(run.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            local(parameter).copy_(values(name, every[name].box(mesh.layout, mesh.at)))
-    specs = {name: every[name] for name, _ in model.named_parameters()}
-    kept = buffer_specs(model)
-    return Live([model], specs, every, kept, wires, ONE_STAGE, Span(), keyed=hub.dropout)
+            local_tensor(parameter).copy_(weight_reader(name, all_specs[name].box(mesh.layout, mesh.coords)))
+    specs = {name: all_specs[name] for name, _ in model.named_parameters()}
+    persistent_specs = make_buffer_specs(model)
+    return LocalModel([model], specs, all_specs, persistent_specs, comms, ONE_STAGE, SequenceShard(), takes_dropout_key=hub.has_dropout)
 
 
-def take(
-    model: nn.Module, loss: Loss | None, run: Run, mesh: Mesh, device: str, sharding: Sharding
-) -> Live:
+def wrap_user_module(
+    model: nn.Module, loss_function: LossFunction | None, run: Run, mesh: Mesh, device: str, sharding: Sharding
+) -> LocalModel:
     """A module that the caller brings, whole on each rank or sharded; its values stay."""
     if isinstance(model, KerasModel):
-        model.check(mesh.layout, run.run.exact)
+        model.check_layout(mesh.layout, run.run.exact)
     model.to(device)
-    every = {
-        name: TensorSpec(name, tuple(p.shape), group_of(name, p.ndim))
-        for name, p in model.named_parameters()
+    all_specs = {
+        name: TensorSpec(name, tuple(parameter.shape), parameter_group(name, parameter.ndim))
+        for name, parameter in model.named_parameters()
     }
-    kept = buffer_specs(model)
-    wires = make_wires(mesh)
+    persistent_specs = make_buffer_specs(model)
+    comms = make_comms(mesh)
     if mesh.shard_mesh is not None:
         # The caller's code may count on fp32 parameters: shards gather what it brought.
-        plain = replace(sharding, dtype=None)
-        shard(model, mesh.shard_mesh, blocks_of(model), {}, plain, wires["shard"])
-    span = Span()
-    return Live([model], every, every, kept, wires, ONE_STAGE, span, loss=loss, brought=True)
+        module_sharding = replace(sharding, dtype=None)
+        apply_fsdp(model, mesh.shard_mesh, model_blocks(model), {}, module_sharding, comms["shard"])
+    sequence_shard = SequenceShard()
+    return LocalModel([model], all_specs, all_specs, persistent_specs, comms, ONE_STAGE, sequence_shard, loss_function=loss_function, is_user_module=True)
 
 
-def buffer_specs(model: nn.Module) -> dict[str, TensorSpec]:
+def make_buffer_specs(model: nn.Module) -> dict[str, TensorSpec]:
     """Buffers of a model's state, whole on every rank."""
-    found = surviving_buffers(model)
-    return {n: TensorSpec(n, tuple(b.shape), "buffers", shard=None) for n, b in found.items()}
+    model_buffers = persistent_buffers(model)
+    return {name: TensorSpec(name, tuple(buffer.shape), "buffers", shard=None) for name, buffer in model_buffers.items()}
 
 
-def whole_copy(model: nn.Module) -> nn.Module | None:
+def copy_full_model(model: nn.Module) -> nn.Module | None:
     """The model as it is before it is cut, for the probe; None when it is too large."""
-    size = sum(p.nbytes for p in model.parameters())
-    return copy.deepcopy(model) if size <= WHOLE_BYTES else None
+    size_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return copy.deepcopy(model) if size_bytes <= MAX_FULL_MODEL_BYTES else None
 
 
-def whole_hub(run: Run, device: str) -> nn.Module | None:
+def make_full_hf_model(run: Run, device: str) -> nn.Module | None:
     """The model of run.model.hub, uncut, for the probe; None when it is too large."""
     hub = read_hub(run.model.hub)
-    if sum(4 * spec.elements for spec in hub.specs()) > WHOLE_BYTES:
+    if sum(4 * spec.elements for spec in hub.specs()) > MAX_FULL_MODEL_BYTES:
         return None
     model = empty_model(hub, device)
     model.autocast = autocast_dtype(run.run.precision)
-    values = hub.values(run.run.seed)
+    weight_reader = hub.initial_values(run.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(values(name, tuple((0, size) for size in parameter.shape)))
+            parameter.copy_(weight_reader(name, tuple((0, size) for size in parameter.shape)))
     return model
 
 
-def guard(engine: Engine, whole: nn.Module | None, run: Run) -> None:
+def check_equivalence(engine: Engine, full_model: nn.Module | None, run: Run) -> None:
     """Tries the live model on the run's first microbatch; RunError when it is not the whole one."""
     engine.loader.begin(0, range(1))
-    batch = engine.batch(0, 0)
-    model, mesh = engine.live.chunks[0], engine.mesh
-    whole_gradients = engine.sharded and engine.work.sharding.canonical
-    states = {name: buffer.clone() for name, buffer in engine.buffers.items()}
+    batch = engine.load_batch(0, 0)
+    model, mesh = engine.local_model.stage_modules[0], engine.mesh
+    has_full_gradients = engine.is_sharded and engine.step_spec.sharding.canonical
+    old_buffers = {name: buffer.clone() for name, buffer in engine.buffers.items()}
     if run.run.exact and mesh.layout.size > 1:
-        _check_still(engine, model, batch)
+        _check_buffers_fixed(engine, model, batch)
 
     def step() -> None:
-        _backward(engine, model, batch)
-        if whole_gradients:
-            gradients = engine.place(engine.take())
+        _probe_backward(engine, model, batch)
+        if has_full_gradients:
+            gradients = engine.set_gradients(engine.pop_full_gradients())
         else:
             # Every shard sees the same batch, and FSDP2 adds their gradients up.
-            gradients = engine.collect()[0][1]
+            gradients = engine.reduce_in_island()[0][1]
             torch._foreach_div_(gradients, float(mesh.size("shard")))
-        descend(list(engine.parameters.values()), gradients, RATE)
+        sgd_step(list(engine.parameters.values()), gradients, PROBE_LR)
 
-    cut = Tried(functools.partial(_loss, engine, model, batch), step)
-    wire = Wire(mesh.group(*INSIDE), mesh.size(*INSIDE), mesh.index(*INSIDE))
-    tried = None if whole is None else _whole(engine, whole, batch)
+    local_probe = ModelProbe(functools.partial(_probe_loss, engine, model, batch), step)
+    comm = AxisComm(mesh.group(*MODEL_AXES), mesh.size(*MODEL_AXES), mesh.index(*MODEL_AXES))
+    full_probe = None if full_model is None else _make_full_probe(engine, full_model, batch)
     tolerance = 1e-5 if run.run.precision == "fp32" else 2e-2
-    probe(cut, list(engine.parameters.values()), wire, tried, tolerance)
+    compare_probes(local_probe, list(engine.parameters.values()), comm, full_probe, tolerance)
     for name, buffer in engine.buffers.items():
-        buffer.copy_(states[name])
+        buffer.copy_(old_buffers[name])
 
 
-def _check_still(engine: Engine, model: nn.Module, batch: Batch) -> None:
+def _check_buffers_fixed(engine: Engine, model: nn.Module, batch: Batch) -> None:
     """LayoutError when a forward of training moves what is not trained: which rank computes which
     microbatch would be in the result."""
-    held = {name: buffer.clone() for name, buffer in engine.buffers.items()}
+    old_buffers = {name: buffer.clone() for name, buffer in engine.buffers.items()}
     model.train()
-    with torch.no_grad(), seeded(0, engine.device):
-        engine.call(model, batch)
+    with torch.no_grad(), seeded_rng(0, engine.device):
+        engine.call_model(model, batch)
     reshard(model)
-    moved = [name for name, old in held.items() if not torch.equal(old, engine.buffers[name])]
-    for name in moved:
-        engine.buffers[name].copy_(held[name])
-    if moved:
+    changed_names = [name for name, old_value in old_buffers.items() if not torch.equal(old_value, engine.buffers[name])]
+    for name in changed_names:
+        engine.buffers[name].copy_(old_buffers[name])
+    if changed_names:
         raise LayoutError(
             "states that a forward moves (BatchNorm's) depend on which rank computes what",
-            values={"run.exact": True, "moved": moved[:3], "ranks": engine.mesh.layout.size},
+            values={"run.exact": True, "moved": changed_names[:3], "ranks": engine.mesh.layout.size},
             fix="run.exact=false, or one process, or a model without them",
         )
 
 
-def _whole(engine: Engine, whole: nn.Module, batch: Batch) -> Tried:
-    parts = list(whole.parameters())
+def _make_full_probe(engine: Engine, full_model: nn.Module, batch: Batch) -> ModelProbe:
+    parameters = list(full_model.parameters())
 
     def step() -> None:
-        _backward(engine, whole, batch)
-        descend(parts, [p.grad for p in parts], RATE)
-        whole.zero_grad()
+        _probe_backward(engine, full_model, batch)
+        sgd_step(parameters, [p.grad for p in parameters], PROBE_LR)
+        full_model.zero_grad()
 
-    return Tried(functools.partial(_loss, engine, whole, batch), step)
+    return ModelProbe(functools.partial(_probe_loss, engine, full_model, batch), step)
 
 
-def _loss(engine: Engine, model: nn.Module, batch: Batch) -> Tensor:
+def _probe_loss(engine: Engine, model: nn.Module, batch: Batch) -> Tensor:
     model.eval()
     with torch.no_grad():
-        found = engine.call(model, batch) / engine.work.tokens
+        loss = engine.call_model(model, batch) / engine.step_spec.step_tokens
     reshard(model)
-    return found
+    return loss
 
 
-def _backward(engine: Engine, model: nn.Module, batch: Batch) -> None:
+def _probe_backward(engine: Engine, model: nn.Module, batch: Batch) -> None:
     model.eval()
-    torch.autograd.backward(engine.call(model, batch) / engine.work.tokens)
+    torch.autograd.backward(engine.call_model(model, batch) / engine.step_spec.step_tokens)
 
 
-Build = Callable[[], Live]
+Build = Callable[[], LocalModel]

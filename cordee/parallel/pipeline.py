@@ -24,134 +24,134 @@ from torch.distributed.pipelining import (
 )
 
 from cordee.config.run import Run
-from cordee.dist.exchange import Partial, nothing
+from cordee.dist.exchange import PartialSums, do_nothing
 from cordee.dist.mesh import Mesh
-from cordee.parallel.apply import Live
-from cordee.parallel.engine import Engine, Microbatches, Work
+from cordee.parallel.apply import LocalModel
+from cordee.parallel.engine import Engine, MicrobatchLoader, StepSpec
 
 
 class PipelineEngine(Engine):
     """Forward and backward of this rank's stages."""
 
-    def __init__(self, live: Live, loader: Microbatches, mesh: Mesh, work: Work, run: Run) -> None:
-        super().__init__(live, loader, mesh, work)
+    def __init__(self, local_model: LocalModel, loader: MicrobatchLoader, mesh: Mesh, step_spec: StepSpec, run: Run) -> None:
+        super().__init__(local_model, loader, mesh, step_spec)
         self.width = run.model.width
-        self.rows = run.batch.microbatch
-        self.group = mesh.group("pipeline")
-        self.mine = live.stages.of_rank(mesh.at["pipeline"])
-        self._scale = 1.0
+        self.microbatch_rows = run.batch.microbatch
+        self.pipeline_group = mesh.group("pipeline")
+        self.stage_indices = local_model.stages.rank_stages(mesh.coords["pipeline"])
+        self._loss_scale = 1.0
         positions = run.data.sequence // mesh.size("context")
-        self._stream = (self.rows, positions // mesh.size("tensor"), self.width)
+        self._stream_shape = (self.microbatch_rows, positions // mesh.size("tensor"), self.width)
         self._schedule = self._make_schedule(run.layout.schedule, positions)
-        live.chunks[0].register_forward_hook(self._forward)
+        local_model.stage_modules[0].register_forward_hook(self._after_forward)
 
     @property
-    def ends(self) -> tuple[bool, bool]:
+    def has_end_stages(self) -> tuple[bool, bool]:
         """Whether this rank has the first stage, and the last one."""
-        return 0 in self.mine, self.live.stages.last in self.mine
+        return 0 in self.stage_indices, self.local_model.stages.last_stage in self.stage_indices
 
     def forward_backward(
-        self, step: int, scale: float = 1.0, reached: Callable[[], None] = nothing
-    ) -> tuple[list[Tensor], Partial]:
+        self, step: int, scale: float = 1.0, on_forward: Callable[[], None] = do_nothing
+    ) -> tuple[list[Tensor], PartialSums]:
         """As `Engine.forward_backward`; only ranks with the last stage return losses."""
-        self.begin(step, scale)
-        self._reached = reached
-        self._scale = scale / self.work.tokens
-        first, last = self.ends
-        part = self.work.part
-        keys = torch.tensor([self.key(step, index) for index in part], dtype=torch.int64)
-        given: dict[str, Any] = {"key": keys}
+        self.begin_step(step, scale)
+        self._on_forward = on_forward
+        self._loss_scale = scale / self.step_spec.step_tokens
+        has_first, has_last = self.has_end_stages
+        microbatches = self.step_spec.microbatches
+        dropout_keys = torch.tensor([self.dropout_key(step, index) for index in microbatches], dtype=torch.int64)
+        schedule_arguments: dict[str, Any] = {"key": dropout_keys}
         inputs: tuple[Tensor, ...] = ()
         losses: list[Tensor] = []
-        if first or last:
-            tokens = torch.cat([self.tokens(step, index) for index in part])
-            inputs = (self.split(tokens[:, :-1]),) if first else ()
-            if last:
-                given["targets_BT"] = self.split(tokens[:, 1:])
-        target = torch.zeros(len(part)) if last else None
+        if has_first or has_last:
+            tokens = torch.cat([self.load_tokens(step, index) for index in microbatches])
+            inputs = (self.select_positions(tokens[:, :-1]),) if has_first else ()
+            if has_last:
+                schedule_arguments["targets_BT"] = self.select_positions(tokens[:, 1:])
+        target = torch.zeros(len(microbatches)) if has_last else None
         self._schedule.step(
-            *inputs, target=target, losses=losses if last else None, return_outputs=False, **given
+            *inputs, target=target, losses=losses if has_last else None, return_outputs=False, **schedule_arguments
         )
-        self._count(len(part))
-        return [loss.detach() / self._scale for loss in losses], self.collect()
+        self._count_bytes(len(microbatches))
+        return [loss.detach() / self._loss_scale for loss in losses], self.reduce_in_island()
 
     def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
         """Forward through all stages; the result is on every rank of the pipeline."""
-        stages, me = self.live.stages, self.mesh.at["pipeline"]
+        stages, pipeline_index = self.local_model.stages, self.mesh.coords["pipeline"]
         rows, positions = inputs.shape
-        stream = (rows, positions // self.mesh.size("tensor"), self.width)
+        stream_shape = (rows, positions // self.mesh.size("tensor"), self.width)
         x = inputs
-        for stage in range(stages.last + 1):
-            if stages.rank_of(stage) != me:
+        for stage in range(stages.last_stage + 1):
+            if stages.rank_of(stage) != pipeline_index:
                 continue
-            before = stages.rank_of(stage - 1) if stage else me
-            if before != me:
-                x = torch.empty(stream, device=self.device)
-                dist.recv(x, group=self.group, group_src=before)
-            chunk = self.live.chunks[self.mine.index(stage)]
-            x = chunk(x, targets) if stage == stages.last else chunk(x)
-            after = stages.rank_of(stage + 1) if stage < stages.last else me
-            if after != me:
-                dist.send(x, group=self.group, group_dst=after)
-        return self._tell(x, inputs, targets, stages.rank_of(stages.last))
+            previous_rank = stages.rank_of(stage - 1) if stage else pipeline_index
+            if previous_rank != pipeline_index:
+                x = torch.empty(stream_shape, device=self.device)
+                dist.recv(x, group=self.pipeline_group, group_src=previous_rank)
+            stage_module = self.local_model.stage_modules[self.stage_indices.index(stage)]
+            x = stage_module(x, targets) if stage == stages.last_stage else stage_module(x)
+            next_rank = stages.rank_of(stage + 1) if stage < stages.last_stage else pipeline_index
+            if next_rank != pipeline_index:
+                dist.send(x, group=self.pipeline_group, group_dst=next_rank)
+        return self._broadcast_output(x, inputs, targets, stages.rank_of(stages.last_stage))
 
-    def _tell(self, x: Tensor, inputs: Tensor, targets: Tensor | None, owner: int) -> Tensor:
+    def _broadcast_output(self, stage_output: Tensor, inputs: Tensor, targets: Tensor | None, owner: int) -> Tensor:
         """The last stage's result, broadcast."""
-        vocabulary = self.live.every["embed.weight"].shape[0] // self.mesh.size("tensor")
+        vocabulary = self.local_model.all_specs["embed.weight"].shape[0] // self.mesh.size("tensor")
         shape = () if targets is not None else (*inputs.shape, vocabulary)
-        told = x if owner == self.mesh.at["pipeline"] else torch.empty(shape, device=self.device)
-        dist.broadcast(told, group=self.group, group_src=owner)
-        return told
+        output = stage_output if owner == self.mesh.coords["pipeline"] else torch.empty(shape, device=self.device)
+        dist.broadcast(output, group=self.pipeline_group, group_src=owner)
+        return output
 
-    def _make_schedule(self, name: str, positions: int) -> Any:
+    def _make_schedule(self, schedule_name: str, positions: int) -> Any:
         stages = [
-            self._make_stage(chunk, stage, positions)
-            for chunk, stage in zip(self.live.chunks, self.mine, strict=True)
+            self._make_stage(stage_module, stage, positions)
+            for stage_module, stage in zip(self.local_model.stage_modules, self.stage_indices, strict=True)
         ]
         # The loss is summed and divided by the step's tokens: nothing is left to scale.
-        given: dict[str, Any] = {"loss_fn": self._mean, "scale_grads": False}
-        count = len(self.work.part)
-        match name:
+        schedule_arguments: dict[str, Any] = {"loss_fn": self._scaled_loss, "scale_grads": False}
+        microbatch_count = len(self.step_spec.microbatches)
+        match schedule_name:
             case "gpipe":
-                return ScheduleGPipe(stages[0], count, **given)
+                return ScheduleGPipe(stages[0], microbatch_count, **schedule_arguments)
             case "1f1b":
-                return Schedule1F1B(stages[0], count, **given)
+                return Schedule1F1B(stages[0], microbatch_count, **schedule_arguments)
             case "interleaved":
-                return ScheduleInterleaved1F1B(list(stages), count, **given)
+                return ScheduleInterleaved1F1B(list(stages), microbatch_count, **schedule_arguments)
             case _:
-                return ScheduleZBVZeroBubble(list(stages), count, **given)
+                return ScheduleZBVZeroBubble(list(stages), microbatch_count, **schedule_arguments)
 
-    def _make_stage(self, chunk: Any, stage: int, positions: int) -> PipelineStage:
-        last = self.live.stages.last
-        stream = torch.empty(self._stream, device="meta", requires_grad=True)
-        tokens = torch.empty(self.rows, positions, dtype=torch.int64, device="meta")
+    def _make_stage(self, stage_module: Any, stage: int, positions: int) -> PipelineStage:
+        last = self.local_model.stages.last_stage
+        stream = torch.empty(self._stream_shape, device="meta", requires_grad=True)
+        tokens = torch.empty(self.microbatch_rows, positions, dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
         return PipelineStage(
-            chunk,
+            stage_module,
             stage,
             last + 1,
             self.device,
             input_args=(tokens if stage == 0 else stream,),
             output_args=(loss if stage == last else stream,),
-            group=self.group,
+            group=self.pipeline_group,
         )
 
-    def _forward(self, *_: object) -> None:
+    def _after_forward(self, *_: object) -> None:
         """A chunk has gone forward; told of training alone."""
-        if self._training:
-            self._reached()
+        if self._is_training:
+            self._on_forward()
 
-    def _mean(self, loss: Tensor, _: Tensor) -> Tensor:
-        return loss * self._scale
+    def _scaled_loss(self, loss: Tensor, _: Tensor) -> Tensor:
+        return loss * self._loss_scale
 
-    def _count(self, microbatches: int) -> None:
+    def _count_bytes(self, microbatches: int) -> None:
         """Streams handed to other ranks: on to the next stage, and gradients back."""
-        stages, me = self.live.stages, self.mesh.at["pipeline"]
-        away = [
-            other
-            for stage in self.mine
-            for other in (stage - 1, stage + 1)
-            if 0 <= other <= stages.last and stages.rank_of(other) != me
+        stages, pipeline_index = self.local_model.stages, self.mesh.coords["pipeline"]
+        remote_neighbours = [
+            neighbour
+            for stage in self.stage_indices
+            for neighbour in (stage - 1, stage + 1)
+            if 0 <= neighbour <= stages.last_stage and stages.rank_of(neighbour) != pipeline_index
         ]
-        rows, positions, width = self._stream
-        self.stream_bytes += len(away) * microbatches * rows * positions * width * 4
+        rows, positions, width = self._stream_shape
+        self.pipeline_bytes += len(remote_neighbours) * microbatches * rows * positions * width * 4

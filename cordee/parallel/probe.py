@@ -15,18 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cordee.dist.wire import Wire
+from cordee.dist.wire import AxisComm
 from cordee.errors import RunError
 
-WHOLE_BYTES = 1 << 30
+MAX_FULL_MODEL_BYTES = 1 << 30
 """Largest model (parameters, fp32) that every rank builds whole to compare with."""
 
-TOLERANCE = 1e-5
+LOSS_TOLERANCE = 1e-5
 """Largest relative difference of two losses that are one in exact arithmetic, in fp32."""
 
 
 @dataclass(frozen=True)
-class Tried:
+class ModelProbe:
     """A model under the probe. `loss()` is the loss of the probe's batch, the same batch on every
     rank; `step()` is its backward and one step of plain SGD, with gradients made complete. Both
     leave parameters sharded (`shard.reshard`): after a forward without a backward FSDP2 keeps the
@@ -36,78 +36,78 @@ class Tried:
     step: Callable[[], object]
 
 
-def probe(
-    cut: Tried,
-    parts: Sequence[Tensor],
-    wire: Wire,
-    whole: Tried | None = None,
-    tolerance: float = TOLERANCE,
+def compare_probes(
+    local_probe: ModelProbe,
+    parameters: Sequence[Tensor],
+    comm: AxisComm,
+    full_probe: ModelProbe | None = None,
+    tolerance: float = LOSS_TOLERANCE,
 ) -> None:
     """Raises RunError on every rank of `wire` when the cut model does not do what `whole` does.
 
     `parts` are this rank's parts of the parameters (local memory), which `cut.step` changes. They
     are back bit for bit afterwards, also when it raises. `whole` may be None where it is too large.
     """
-    held = [part.detach().clone() for part in parts]
+    old_values = [parameter.detach().clone() for parameter in parameters]
     try:
-        before = _number(cut.loss)
-        if _anywhere(not math.isfinite(before), wire):
+        loss_before = _loss_value(local_probe.loss)
+        if _any_rank(not math.isfinite(loss_before), comm):
             raise RunError(
                 "the loss of the run's first microbatch is not finite",
-                values={"loss": before},
+                values={"loss": loss_before},
                 fix="look for NaN and infinities in the data, in the parameters and in the loss",
             )
-        if whole is not None:
-            _same("the cut model's loss is not that of the whole one",
-                  before, _number(whole.loss), wire, tolerance)  # fmt: skip
-        cut.step()
-        moved = any(not torch.equal(a, b.detach()) for a, b in zip(held, parts, strict=True))
-        after = _number(cut.loss)
-        if whole is not None:
-            whole.step()
-            _same("a step does not move the cut model as it moves the whole one",
-                  after, _number(whole.loss), wire, tolerance)  # fmt: skip
-        if _anywhere(not moved, wire):
+        if full_probe is not None:
+            _check_same("the cut model's loss is not that of the whole one",
+                  loss_before, _loss_value(full_probe.loss), comm, tolerance)  # fmt: skip
+        local_probe.step()
+        has_moved = any(not torch.equal(a, b.detach()) for a, b in zip(old_values, parameters, strict=True))
+        loss_after = _loss_value(local_probe.loss)
+        if full_probe is not None:
+            full_probe.step()
+            _check_same("a step does not move the cut model as it moves the whole one",
+                  loss_after, _loss_value(full_probe.loss), comm, tolerance)  # fmt: skip
+        if _any_rank(not has_moved, comm):
             raise RunError(
                 "a step of the wrapped model changes no parameter on some rank",
-                values={"this rank's changed": moved},
+                values={"this rank's changed": has_moved},
                 fix="layout.shard=1, or another way to wrap the model",
             )
-        if _anywhere(before == after, wire):
+        if _any_rank(loss_before == loss_after, comm):
             raise RunError(
                 "a step changes the parameters but not the loss: the model reads stale tensors",
-                values={"loss": before},
+                values={"loss": loss_before},
                 fix="layout.shard=1, or a module whose forward reads its own parameters",
             )
     finally:
         with torch.no_grad():
-            for part, old in zip(parts, held, strict=True):
-                part.copy_(old)
+            for parameter, old_value in zip(parameters, old_values, strict=True):
+                parameter.copy_(old_value)
 
 
-def descend(parts: Sequence[Tensor], gradients: Sequence[Tensor | None], rate: float) -> None:
+def sgd_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float) -> None:
     """One step of plain SGD, in place; a gradient of None leaves its part."""
     with torch.no_grad():
-        for part, gradient in zip(parts, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                part.sub_(gradient.to(part.dtype), alpha=rate)
+                parameter.sub_(gradient.to(parameter.dtype), alpha=lr)
 
 
-def _number(loss: Callable[[], Tensor]) -> float:
+def _loss_value(loss: Callable[[], Tensor]) -> float:
     return float(loss().detach())
 
 
-def _same(what: str, cut: float, whole: float, wire: Wire, tolerance: float) -> None:
+def _check_same(message: str, local_loss: float, full_loss: float, comm: AxisComm, tolerance: float) -> None:
     # Written so that a NaN on either side counts as a difference.
-    apart = not abs(cut - whole) <= tolerance * abs(whole)
-    if _anywhere(apart, wire):
+    differs = not abs(local_loss - full_loss) <= tolerance * abs(full_loss)
+    if _any_rank(differs, comm):
         raise RunError(
-            what,
-            values={"cut": cut, "whole": whole, "tolerance": tolerance},
+            message,
+            values={"cut": local_loss, "whole": full_loss, "tolerance": tolerance},
             fix="all degrees of layout at 1 for this model",
         )
 
 
-def _anywhere(bad: bool, wire: Wire) -> bool:
+def _any_rank(condition: bool, comm: AxisComm) -> bool:
     """Whether it is so on any rank; every rank must ask."""
-    return bool(wire.most_now(torch.tensor(float(bad))))
+    return bool(comm.max_no_grad(torch.tensor(float(condition))))

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.dist.wire import Wire
+from cordee.dist.wire import AxisComm
 from cordee.errors import LayoutError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import TensorSpec
-from cordee.model.hub import WEIGHT_DIMS, Hub, HubModel, pattern_of
-from cordee.parallel.tensor import Vocabulary
+from cordee.model.hub import WEIGHT_DIMS, HubSource, HubModel, pattern_of
+from cordee.parallel.tensor import VocabParallel
 
 
-def check_hub_layout(hub: Hub, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
+def check_hf_layout(hub: HubSource, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
     """LayoutError for degrees that the model's own plan does not allow, naming the nearest."""
     for axis in ("pipeline", "context", "expert"):
         if getattr(layout, axis) > 1:
@@ -36,23 +36,23 @@ def check_hub_layout(hub: Hub, specs: Mapping[str, TensorSpec], layout: Layout) 
             )
     if layout.tensor == 1:
         return
-    _check_plan(hub, layout.tensor)
+    _check_tp_plan(hub, layout.tensor)
     settings = hub.settings
-    sizes = {f"{s.name} dim {s.tensor}": s.shape[s.tensor] for s in specs.values()
-             if s.tensor is not None}  # fmt: skip
+    sizes = {f"{spec.name} dim {spec.tensor}": spec.shape[spec.tensor] for spec in specs.values()
+             if spec.tensor is not None}  # fmt: skip
     for key in ("num_attention_heads", "num_key_value_heads"):
         if getattr(settings, key, None):
             sizes[key] = int(getattr(settings, key))
-    odd = [name for name, size in sizes.items() if size % layout.tensor]
-    if odd:
-        common = math.gcd(*sizes.values())
-        near = max(d for d in range(1, layout.tensor + 1) if common % d == 0)
+    uneven_names = [name for name, size in sizes.items() if size % layout.tensor]
+    if uneven_names:
+        common_divisor = math.gcd(*sizes.values())
+        nearest_degree = max(degree for degree in range(1, layout.tensor + 1) if common_divisor % degree == 0)
         raise LayoutError(
             "layout.tensor does not divide what it cuts",
-            values={"layout.tensor": layout.tensor, **{n: sizes[n] for n in odd[:3]}},
-            fix=f"layout.tensor={near}",
+            values={"layout.tensor": layout.tensor, **{n: sizes[n] for n in uneven_names[:3]}},
+            fix=f"layout.tensor={nearest_degree}",
         )
-    if hub.dropout:
+    if hub.has_dropout:
         raise LayoutError(
             "dropout inside a cut layer would depend on the layout",
             values={"layout.tensor": layout.tensor, "model.hub": str(hub.folder.path)},
@@ -60,126 +60,126 @@ def check_hub_layout(hub: Hub, specs: Mapping[str, TensorSpec], layout: Layout) 
         )
 
 
-def set_seams(model: HubModel, wire: Wire) -> None:
+def set_tensor_parallel(model: HubModel, comm: AxisComm) -> None:
     """Sets hooks on a model whose parameters are narrowed to this rank's part."""
     for name, module in list(model.named_modules()):
-        entry = model.source.entry(name)
-        if entry is not None and wire.size > 1:
-            SEAMS[entry](module, wire)
-    head = model.source.plain.get_output_embeddings()
-    names = [n for n, m in model.source.plain.named_modules() if m is head]
-    if wire.size > 1 and names and str(model.source.entry(names[0])).startswith("colwise"):
-        model.enter = wire.spread
-        model.cross_entropy = Vocabulary(wire).cross_entropy
+        plan_entry = model.source.tp_entry(name)
+        if plan_entry is not None and comm.size > 1:
+            PLAN_HOOKS[plan_entry](module, comm)
+    head = model.source.meta_model.get_output_embeddings()
+    head_names = [n for n, m in model.source.meta_model.named_modules() if m is head]
+    if comm.size > 1 and head_names and str(model.source.tp_entry(head_names[0])).startswith("colwise"):
+        model.head_input_hook = comm.all_reduce_backward
+        model.cross_entropy = VocabParallel(comm).cross_entropy
 
 
-def _check_plan(hub: Hub, tensor: int) -> None:
+def _check_tp_plan(hub: HubSource, tensor_degree: int) -> None:
     values: dict[str, object] = {
-        "layout.tensor": tensor, "model.hub": str(hub.folder.path)
+        "layout.tensor": tensor_degree, "model.hub": str(hub.folder.path)
     }  # fmt: skip
-    if not hub.plan:
+    if not hub.tp_plan:
         raise LayoutError(
             "the model brings no tensor-parallel plan", values=values, fix="layout.tensor=1"
         )
-    for name, module in hub.plain.named_modules():
-        entry = hub.entry(name)
-        if entry is None:
+    for name, module in hub.meta_model.named_modules():
+        plan_entry = hub.tp_entry(name)
+        if plan_entry is None:
             continue
-        if entry not in SEAMS or not _takes(entry, module):
+        if plan_entry not in PLAN_HOOKS or not _fits_module(plan_entry, module):
             raise LayoutError(
                 "the model's tensor-parallel plan asks for what this version does not do",
-                values={**values, "module": name, "entry": entry, "type": type(module).__name__},
+                values={**values, "module": name, "entry": plan_entry, "type": type(module).__name__},
                 fix="layout.tensor=1",
             )
     # Packed experts and the like: rows of the plan that cut a parameter, not a module.
-    bare = [n for n, _ in hub.plain.named_parameters() if pattern_of(n) in hub.plan]
-    if bare:
+    bare_parameters = [n for n, _ in hub.meta_model.named_parameters() if pattern_of(n) in hub.tp_plan]
+    if bare_parameters:
         raise LayoutError(
             "the model's tensor-parallel plan cuts what is no module",
-            values={**values, "parameter": bare[0], "entry": hub.plan[pattern_of(bare[0])]},
+            values={**values, "parameter": bare_parameters[0], "entry": hub.tp_plan[pattern_of(bare_parameters[0])]},
             fix="layout.tensor=1",
         )
-    for name, first in hub.ties.items():
-        dims = {WEIGHT_DIMS.get(str(hub.entry(n.rpartition(".")[0]))) for n in (name, first)}
+    for name, tied_name in hub.tied_parameters.items():
+        dims = {WEIGHT_DIMS.get(str(hub.tp_entry(n.rpartition(".")[0]))) for n in (name, tied_name)}
         if len(dims) > 1:
             raise LayoutError(
                 "the plan cuts a tied parameter in two ways",
-                values={**values, "tensors": (first, name)},
+                values={**values, "tensors": (tied_name, name)},
                 fix="layout.tensor=1",
             )
 
 
-def _takes(entry: str, module: nn.Module) -> bool:
+def _fits_module(plan_entry: str, module: nn.Module) -> bool:
     """Whether the seam of `entry` fits the module: plain products where it replaces them."""
-    if entry.startswith("embedding"):
+    if plan_entry.startswith("embedding"):
         return isinstance(module, nn.Embedding)
-    if entry.startswith("rowwise"):
+    if plan_entry.startswith("rowwise"):
         return type(module) is nn.Linear
-    return isinstance(module, nn.Linear) or WEIGHT_DIMS[entry] is None
+    return isinstance(module, nn.Linear) or WEIGHT_DIMS[plan_entry] is None
 
 
-def _by_outputs(module: nn.Module, wire: Wire) -> None:
-    module.register_forward_pre_hook(lambda _, args: (wire.spread(args[0]), *args[1:]))
+def _column_parallel(module: nn.Module, comm: AxisComm) -> None:
+    module.register_forward_pre_hook(lambda _, args: (comm.all_reduce_backward(args[0]), *args[1:]))
 
 
-def _by_outputs_united(module: nn.Module, wire: Wire) -> None:
-    _by_outputs(module, wire)
-    module.register_forward_hook(lambda _, args, y: wire.unite(y, y.ndim - 1))
+def _column_parallel_gather(module: nn.Module, comm: AxisComm) -> None:
+    _column_parallel(module, comm)
+    module.register_forward_hook(lambda _, args, y: comm.all_gather_split_backward(y, y.ndim - 1))
 
 
-def _by_inputs(module: nn.Module, wire: Wire, split: bool = False) -> None:
+def _row_parallel(module: nn.Module, comm: AxisComm, split: bool = False) -> None:
     assert isinstance(module, nn.Linear)
 
     def forward(x: Tensor) -> Tensor:
-        x = wire.part(x, x.ndim - 1) if split else x
-        y = wire.total(F.linear(x, module.weight))
+        x = comm.split_all_gather_backward(x, x.ndim - 1) if split else x
+        y = comm.all_reduce_forward(F.linear(x, module.weight))
         return y if module.bias is None else y + module.bias  # added once, not by every rank
 
     module.forward = forward  # type: ignore[method-assign, assignment]
 
 
-class _Rows:
+class _RowParallelEmbedding:
     """An embedding of which this rank holds some rows: others' tokens look up zeros."""
 
-    def __init__(self, module: nn.Module, wire: Wire) -> None:
+    def __init__(self, module: nn.Module, comm: AxisComm) -> None:
         assert isinstance(module, nn.Embedding)
-        self.wire = wire
-        self.rows = len(module.weight)
-        self.outside = torch.empty(0)
-        padding = module.padding_idx
-        if padding is not None:
-            here = padding // self.rows == wire.index
-            module.padding_idx = padding % self.rows if here else None
-        module.register_forward_pre_hook(self.before)
-        module.register_forward_hook(self.after)
+        self.comm = comm
+        self.row_count = len(module.weight)
+        self.outside_mask = torch.empty(0)
+        padding_index = module.padding_idx
+        if padding_index is not None:
+            owns_padding = padding_index // self.row_count == comm.index
+            module.padding_idx = padding_index % self.row_count if owns_padding else None
+        module.register_forward_pre_hook(self.mask_tokens)
+        module.register_forward_hook(self.sum_rows)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        local = args[0] - self.wire.index * self.rows
-        self.outside = (local < 0) | (local >= self.rows)
-        return (local.masked_fill(self.outside, 0), *args[1:])
+    def mask_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        local_tokens = args[0] - self.comm.index * self.row_count
+        self.outside_mask = (local_tokens < 0) | (local_tokens >= self.row_count)
+        return (local_tokens.masked_fill(self.outside_mask, 0), *args[1:])
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        return self.wire.total(y.masked_fill(self.outside.unsqueeze(-1), 0.0))
-
-
-def _columns(module: nn.Module, wire: Wire) -> None:
-    module.register_forward_hook(lambda _, args, y: wire.unite(y, y.ndim - 1))
+    def sum_rows(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return self.comm.all_reduce_forward(y.masked_fill(self.outside_mask.unsqueeze(-1), 0.0))
 
 
-def _nothing(module: nn.Module, wire: Wire) -> None:
+def _column_embedding(module: nn.Module, comm: AxisComm) -> None:
+    module.register_forward_hook(lambda _, args, y: comm.all_gather_split_backward(y, y.ndim - 1))
+
+
+def _replicate(module: nn.Module, comm: AxisComm) -> None:
     """What ranks hold whole; `TensorSpec.complete` says whether its gradients are summed."""
 
 
-SEAMS: Mapping[str, Callable[[nn.Module, Wire], object]] = {
-    "colwise": _by_outputs,
-    "colwise_gather_output": _by_outputs_united,
-    "colwise_rep": _by_outputs_united,
-    "rowwise": _by_inputs,
-    "rowwise_split_input": partial(_by_inputs, split=True),
-    "rowwise_rep": partial(_by_inputs, split=True),
-    "embedding_rowwise": _Rows,
-    "embedding_colwise": _columns,
-    "replicate": _nothing,
-    "replicated_with_grad_allreduce": _nothing,
+PLAN_HOOKS: Mapping[str, Callable[[nn.Module, AxisComm], object]] = {
+    "colwise": _column_parallel,
+    "colwise_gather_output": _column_parallel_gather,
+    "colwise_rep": _column_parallel_gather,
+    "rowwise": _row_parallel,
+    "rowwise_split_input": partial(_row_parallel, split=True),
+    "rowwise_rep": partial(_row_parallel, split=True),
+    "embedding_rowwise": _RowParallelEmbedding,
+    "embedding_colwise": _column_embedding,
+    "replicate": _replicate,
+    "replicated_with_grad_allreduce": _replicate,
 }
 """Entry of a plan -> what sets its hooks."""

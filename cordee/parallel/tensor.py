@@ -17,76 +17,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.dist.wire import Wire
-from cordee.model.moe import mixtures
-from cordee.model.span import Span
-from cordee.model.transformer import Block, Transformer, look_up
+from cordee.dist.wire import AxisComm
+from cordee.model.moe import moe_layers
+from cordee.model.span import SequenceShard
+from cordee.model.transformer import Block, Transformer, embed_tokens
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Target of a position that does not count."""
 
 
-def split_sequence(model: Transformer, wire: Wire, span: Span) -> None:
+def set_sequence_parallel(model: Transformer, comm: AxisComm, sequence_shard: SequenceShard) -> None:
     """Sets the seams of a model whose matrices hold this rank's part."""
-    parts: list[Transformer | Block] = [model, *model.parts()]
-    for part in parts:
-        part.span = span
-    if wire.size == 1:
+    modules: list[Transformer | Block] = [model, *model.parts()]
+    for module in modules:
+        module.sequence_shard = sequence_shard
+    if comm.size == 1:
         return
-    for part in parts:
-        part.enter = lambda x: wire.gather(x, 1)
-        part.leave = lambda x: wire.scatter(x, 1)
-    for moe in mixtures(model):
-        moe.enter, moe.leave = model.enter, model.leave
-    cut = Vocabulary(wire)
-    model.lookup = cut.look_up
-    model.cross_entropy = cut.cross_entropy
+    for module in modules:
+        module.gather_sequence = lambda x: comm.all_gather(x, 1)
+        module.scatter_sum = lambda x: comm.reduce_scatter(x, 1)
+    for moe in moe_layers(model):
+        moe.gather_sequence, moe.scatter_sum = model.gather_sequence, model.scatter_sum
+    vocabulary = VocabParallel(comm)
+    model.embedding_lookup = vocabulary.look_up
+    model.cross_entropy = vocabulary.cross_entropy
 
 
-class Vocabulary:
+class VocabParallel:
     """An embedding and a loss of which each rank holds some rows."""
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self, comm: AxisComm) -> None:
+        self.comm = comm
 
     def look_up(self, weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
         """This rank's rows of the embedding, zero where another rank has the token."""
-        local = tokens_BT - self.wire.index * len(weight_VD)
-        outside = (local < 0) | (local >= len(weight_VD))
-        x_BTD = look_up(weight_VD, local.masked_fill(outside, 0))
-        return x_BTD.masked_fill(outside.unsqueeze(-1), 0.0)
+        local_tokens = tokens_BT - self.comm.index * len(weight_VD)
+        outside_mask = (local_tokens < 0) | (local_tokens >= len(weight_VD))
+        x_BTD = embed_tokens(weight_VD, local_tokens.masked_fill(outside_mask, 0))
+        return x_BTD.masked_fill(outside_mask.unsqueeze(-1), 0.0)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """Summed cross-entropy in nats of logits whose columns are dealt over the ranks."""
-        return _cut_cross_entropy(logits_NV, targets_N, self.wire)
+        return _vocab_cross_entropy(logits_NV, targets_N, self.comm)
 
 
-class _CutCrossEntropy(torch.autograd.Function):
+class _VocabCrossEntropy(torch.autograd.Function):
     """log sum exp over all ranks' columns, less the target's logit (Shoeybi et al. 2019)."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, wire: Wire) -> Tensor:
-        top_N1 = wire.most_now(logits_NV.max(-1, keepdim=True).values)
-        shifted_NV = logits_NV - top_N1
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, comm: AxisComm) -> Tensor:
+        max_N1 = comm.max_no_grad(logits_NV.max(-1, keepdim=True).values)
+        shifted_NV = logits_NV - max_N1
         columns = logits_NV.shape[-1]
-        local_N = targets_N - wire.index * columns
-        counted_N = targets_N != IGNORED
-        here_N = (local_N >= 0) & (local_N < columns) & counted_N
-        place_N1 = local_N.masked_fill(~here_N, 0).unsqueeze(-1)
-        chosen_N = shifted_NV.gather(-1, place_N1).squeeze(-1).masked_fill(~here_N, 0.0)
-        odds_NV = shifted_NV.exp()
-        sums_2N = wire.total_now(torch.stack((odds_NV.sum(-1), chosen_N)))
-        losses_N = (sums_2N[0].log() - sums_2N[1]).masked_fill(~counted_N, 0.0)
-        odds_NV /= sums_2N[0].unsqueeze(-1)
-        ctx.save_for_backward(odds_NV, place_N1, here_N, counted_N)
+        local_targets_N = targets_N - comm.index * columns
+        valid_N = targets_N != IGNORE_INDEX
+        local_mask_N = (local_targets_N >= 0) & (local_targets_N < columns) & valid_N
+        index_N1 = local_targets_N.masked_fill(~local_mask_N, 0).unsqueeze(-1)
+        target_logits_N = shifted_NV.gather(-1, index_N1).squeeze(-1).masked_fill(~local_mask_N, 0.0)
+        probs_NV = shifted_NV.exp()
+        sums_2N = comm.all_reduce_no_grad(torch.stack((probs_NV.sum(-1), target_logits_N)))
+        losses_N = (sums_2N[0].log() - sums_2N[1]).masked_fill(~valid_N, 0.0)
+        probs_NV /= sums_2N[0].unsqueeze(-1)
+        ctx.save_for_backward(probs_NV, index_N1, local_mask_N, valid_N)
         return losses_N.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        odds_NV, place_N1, here_N, counted_N = ctx.saved_tensors
-        grad_NV = odds_NV.masked_fill(~counted_N.unsqueeze(-1), 0.0)
-        grad_NV.scatter_add_(-1, place_N1, -here_N.to(grad_NV.dtype).unsqueeze(-1))
+        probs_NV, index_N1, local_mask_N, valid_N = ctx.saved_tensors
+        grad_NV = probs_NV.masked_fill(~valid_N.unsqueeze(-1), 0.0)
+        grad_NV.scatter_add_(-1, index_N1, -local_mask_N.to(grad_NV.dtype).unsqueeze(-1))
         return grad_NV * grad, None, None
 
 
-_cut_cross_entropy: Callable[[Tensor, Tensor, Wire], Tensor] = _CutCrossEntropy.apply
+_vocab_cross_entropy: Callable[[Tensor, Tensor, AxisComm], Tensor] = _VocabCrossEntropy.apply

@@ -12,14 +12,14 @@ from collections.abc import Collection
 from cordee.config.run import RunSettings
 from cordee.errors import ConfigError
 
-FIXED = ("avx2", "compatible")
+PORTABLE_ARITHMETICS = ("avx2", "compatible")
 """Values of run.arithmetic that make unlike processors take the same code."""
 
-NEEDS = frozenset({"avx2", "fma"})
+AVX2_FLAGS = frozenset({"avx2", "fma"})
 
 
 def choose_arithmetic(
-    asked: RunSettings, device: str, flags: Collection[str], variables: Collection[str] = ()
+    settings: RunSettings, device: str, flags: Collection[str], variables: Collection[str] = ()
 ) -> tuple[str, str]:
     """(native, avx2 or compatible; why, in words) for one host of a run.
 
@@ -27,18 +27,18 @@ def choose_arithmetic(
     those of the environment that choose instructions by themselves. ConfigError: what is asked for
     is not there.
     """
-    able = NEEDS.issubset(flags)
-    if asked.arithmetic in FIXED and not (device == "cpu" and able):
+    has_avx2 = AVX2_FLAGS.issubset(flags)
+    if settings.arithmetic in PORTABLE_ARITHMETICS and not (device == "cpu" and has_avx2):
         raise ConfigError(
-            f"run.arithmetic={asked.arithmetic} is for x86 processors that have AVX2",
-            values={"run.arithmetic": asked.arithmetic, "device": device, "AVX2": able},
-            fix="run.arithmetic=native" + (", or launch.device=cpu" if able else ""),
+            f"run.arithmetic={settings.arithmetic} is for x86 processors that have AVX2",
+            values={"run.arithmetic": settings.arithmetic, "device": device, "AVX2": has_avx2},
+            fix="run.arithmetic=native" + (", or launch.device=cpu" if has_avx2 else ""),
         )
-    if asked.arithmetic != "auto":
-        return asked.arithmetic, "as asked"
-    if not asked.exact or asked.precision != "fp32":
+    if settings.arithmetic != "auto":
+        return settings.arithmetic, "as asked"
+    if not settings.exact or settings.precision != "fp32":
         return "native", "processors agree in exact fp32 runs alone"
-    if device != "cpu" or not able:
+    if device != "cpu" or not has_avx2:
         return "native", f"{device} without AVX2" if device == "cpu" else f"devices are {device}"
     if variables:
         return "native", "the environment has its own " + ", ".join(sorted(variables))

@@ -12,21 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cordee.config.run import LayoutSettings, Run
-from cordee.layout.axes import INSIDE, Layout
-from cordee.layout.census import Census
-from cordee.layout.legal import Broken, broken_alone
+from cordee.layout.axes import MODEL_AXES, Layout
+from cordee.layout.census import TensorCounts
+from cordee.layout.legal import Violation, degree_violations
 from cordee.plan.cluster import Cluster
-from cordee.plan.devices import not_inside
+from cordee.plan.devices import single_device_reason
 
-ON_PAPER = 8
+FULL_SEARCH_SIZE = 8
 """Numbers of processes up to this are in the table also where there are fewer cores."""
 
-SHORT = 128
+MIN_CONTEXT_CHUNK = 128
 """Positions that a chunk of a sequence should have at least: attention's own chunks."""
 
 
 @dataclass(frozen=True)
-class Rejected:
+class Rejection:
     """Layouts that are out for one reason, and that reason."""
 
     layout: str
@@ -34,138 +34,138 @@ class Rejected:
 
 
 @dataclass
-class Reasons:
+class Rejections:
     """Collects why layouts are out: by rule and degree, or that they do not fit."""
 
-    degrees: dict[tuple[str, str], set[int]] = field(default_factory=dict)
-    large: dict[int, list[tuple[int, str, str]]] = field(default_factory=dict)
+    degrees_by_rule: dict[tuple[str, str], set[int]] = field(default_factory=dict)
+    misfits_by_size: dict[int, list[tuple[int, str, str]]] = field(default_factory=dict)
 
-    def note(self, rule: Broken, layout: Layout) -> None:
+    def add_violation(self, violation: Violation, layout: Layout) -> None:
         """`layout` breaks `rule`."""
-        degree = layout.workers if rule.axis == "workers" else getattr(layout, rule.axis)
-        self.add(rule.axis, rule.why, degree)
+        degree = layout.dp_size if violation.axis == "workers" else getattr(layout, violation.axis)
+        self.add_degree(violation.axis, violation.clause, degree)
 
-    def add(self, axis: str, why: str, degree: int) -> None:
+    def add_degree(self, axis: str, clause: str, degree: int) -> None:
         """`degree` of `axis` is out."""
-        self.degrees.setdefault((axis, why), set()).add(degree)
+        self.degrees_by_rule.setdefault((axis, clause), set()).add(degree)
 
-    def too_big(self, layout: Layout, reason: str, needed_bytes: int) -> None:
+    def add_misfit(self, layout: Layout, reason: str, needed_bytes: int) -> None:
         """`layout` does not fit."""
-        self.large.setdefault(layout.size, []).append((needed_bytes, layout.describe(), reason))
+        self.misfits_by_size.setdefault(layout.size, []).append((needed_bytes, layout.describe(), reason))
 
-    def lines(self) -> Iterator[Rejected]:
+    def summarize(self) -> Iterator[Rejection]:
         """One line for each rule, and for what does not fit one for each number of ranks."""
-        for (axis, why), degrees in self.degrees.items():
-            told = numbers(degrees)
-            yield Rejected(f"{told} workers" if axis == "workers" else f"{axis} {told}", why)
-        for size, found in sorted(self.large.items()):
-            _, near, reason = min(found)
-            if len(found) == 1:
-                yield Rejected(near, reason)
+        for (axis, clause), degrees in self.degrees_by_rule.items():
+            text = numbers_text(degrees)
+            yield Rejection(f"{text} workers" if axis == "workers" else f"{axis} {text}", clause)
+        for size, misfits in sorted(self.misfits_by_size.items()):
+            _, smallest, reason = min(misfits)
+            if len(misfits) == 1:
+                yield Rejection(smallest, reason)
             else:
-                told = f"{len(found)} layouts of {size} rank{'s' if size > 1 else ''}"
-                yield Rejected(told, f"the smallest, {near}, {reason}")
+                text = f"{len(misfits)} layouts of {size} rank{'s' if size > 1 else ''}"
+                yield Rejection(text, f"the smallest, {smallest}, {reason}")
 
 
-def candidates(
-    wanted: LayoutSettings,
+def candidate_layouts(
+    settings: LayoutSettings,
     domains: Mapping[str, Sequence[int]],
-    counts: Sequence[int],
-    everything: bool,
+    sizes: Sequence[int],
+    is_second_pass: bool,
 ) -> Iterator[Layout]:
     """Layouts, fewest ranks first, consistent with the degrees given.
 
     Without degrees given, all axes are combined on up to ON_PAPER ranks and on the largest number,
     islands and shards on the others; `everything`: what that leaves out.
     """
-    given = {axis: getattr(wanted, axis) for axis in INSIDE if getattr(wanted, axis) != "auto"}
-    if given or wanted.islands != "auto":
-        for count in counts if not everything else ():
-            yield from _as_given(wanted.islands, given, count)
+    degrees = {axis: getattr(settings, axis) for axis in MODEL_AXES if getattr(settings, axis) != "auto"}
+    if degrees or settings.islands != "auto":
+        for size in sizes if not is_second_pass else ():
+            yield from _requested_layout(settings.islands, degrees, size)
         return
-    few = {**dict.fromkeys(INSIDE, (1,)), "shard": domains["shard"]}
-    for count in counts:
-        combined = count <= ON_PAPER or count == counts[-1]
-        if not everything:
-            yield from _combined(domains if combined else few, count)
-        elif not combined:
-            layouts = _combined(domains, count)
-            yield from (made for made in layouts if made.island * made.shard < made.size)
+    shard_domains = {**dict.fromkeys(MODEL_AXES, (1,)), "shard": domains["shard"]}
+    for size in sizes:
+        is_full_search = size <= FULL_SEARCH_SIZE or size == sizes[-1]
+        if not is_second_pass:
+            yield from _degree_products(domains if is_full_search else shard_domains, size)
+        elif not is_full_search:
+            layouts = _degree_products(domains, size)
+            yield from (layout for layout in layouts if layout.island * layout.shard < layout.size)
 
 
-def all_domains(
-    run: Run, cluster: Cluster, counted: Census, counts: Sequence[int], reasons: Reasons
+def axis_domains(
+    run: Run, cluster: Cluster, tensor_counts: TensorCounts, sizes: Sequence[int], rejections: Rejections
 ) -> dict[str, list[int]]:
     """Degrees of every axis inside an island that divide one of `counts`, are legal alone and worth
     a try."""
-    degrees = sorted({d for count in counts for d in divisors(count)} - {1})
-    found: dict[str, list[int]] = {}
-    for axis in INSIDE:
-        found[axis] = [1]
+    degrees = sorted({d for size in sizes for d in divisors(size)} - {1})
+    domains: dict[str, list[int]] = {}
+    for axis in MODEL_AXES:
+        domains[axis] = [1]
         for degree in degrees:
             layout = Layout(**{axis: degree})
-            rules = [rule for rule in broken_alone(run, layout, counted) if rule.axis == axis]
-            if why := rules[0].why if rules else _never_quick(run, cluster, axis, degree):
-                reasons.add(axis, why, degree)
+            rules = [rule for rule in degree_violations(run, layout, tensor_counts) if rule.axis == axis]
+            if clause := rules[0].clause if rules else _slow_reason(run, cluster, axis, degree):
+                rejections.add_degree(axis, clause, degree)
             else:
-                found[axis].append(degree)
-    return found
+                domains[axis].append(degree)
+    return domains
 
 
-def rank_counts(cluster: Cluster) -> list[int]:
+def world_sizes(cluster: Cluster) -> list[int]:
     """Numbers of ranks to consider: all small ones, powers of two, divisors of all devices."""
     slots = cluster.slots
-    most = max(slots, ON_PAPER) if cluster.device == "cpu" else slots
-    powers = {1 << k for k in range(most.bit_length())}
-    found = set(range(1, min(most, ON_PAPER) + 1)) | powers | set(divisors(slots))
-    return sorted(count for count in found if count <= most)
+    max_size = max(slots, FULL_SEARCH_SIZE) if cluster.device == "cpu" else slots
+    powers = {1 << k for k in range(max_size.bit_length())}
+    sizes = set(range(1, min(max_size, FULL_SEARCH_SIZE) + 1)) | powers | set(divisors(slots))
+    return sorted(size for size in sizes if size <= max_size)
 
 
 def divisors(count: int) -> list[int]:
     """All divisors of `count`, in order."""
-    small = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
-    return sorted({*small, *(count // d for d in small)})
+    small_divisors = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
+    return sorted({*small_divisors, *(count // d for d in small_divisors)})
 
 
-def numbers(counts: set[int]) -> str:
+def numbers_text(values: set[int]) -> str:
     """Different numbers as text: all when they are few, else the first and last."""
-    found = sorted(counts)
-    if len(found) > 6:
-        return f"{found[0]} to {found[-1]}"
-    return ", ".join(map(str, found))
+    numbers = sorted(values)
+    if len(numbers) > 6:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
-def _as_given(islands: int | str, given: Mapping[str, int], count: int) -> Iterator[Layout]:
+def _requested_layout(islands: int | str, degrees: Mapping[str, int], size: int) -> Iterator[Layout]:
     """The one layout of `count` ranks with these degrees, if there is one; others are 1."""
-    inside = Layout(**given)
-    copies, left = divmod(count, inside.size)
-    if left == 0 and copies and islands in ("auto", copies):
-        yield Layout(**{**given, "island": copies})
+    island_layout = Layout(**degrees)
+    island_count, remainder = divmod(size, island_layout.size)
+    if remainder == 0 and island_count and islands in ("auto", island_count):
+        yield Layout(**{**degrees, "island": island_count})
 
 
-def _never_quick(run: Run, cluster: Cluster, axis: str, degree: int) -> str:
+def _slow_reason(run: Run, cluster: Cluster, axis: str, degree: int) -> str:
     """Why a legal degree is not tried."""
-    if why := not_inside(cluster):
-        return why
+    if reason := single_device_reason(cluster):
+        return reason
     if axis == "tensor" and cluster.device != "cpu" and degree > cluster.devices:
         return f"is never quick beyond the {cluster.devices} devices of a host: not tried"
-    if axis == "context" and run.data.sequence < 2 * degree * SHORT:
-        return f"is never quick in chunks below {SHORT} positions: not tried"
+    if axis == "context" and run.data.sequence < 2 * degree * MIN_CONTEXT_CHUNK:
+        return f"is never quick in chunks below {MIN_CONTEXT_CHUNK} positions: not tried"
     return ""
 
 
-def _combined(domains: Mapping[str, Sequence[int]], count: int) -> Iterator[Layout]:
+def _degree_products(domains: Mapping[str, Sequence[int]], size: int) -> Iterator[Layout]:
     """Every product of degrees that divides `count`; islands are the rest."""
-    chosen: list[dict[str, int]] = [{}]
-    left = [count]
-    for axis in reversed(INSIDE):
-        grown: list[dict[str, int]] = []
-        rest: list[int] = []
-        for place, degrees in enumerate(chosen):
+    choices: list[dict[str, int]] = [{}]
+    quotients = [size]
+    for axis in reversed(MODEL_AXES):
+        next_choices: list[dict[str, int]] = []
+        next_quotients: list[int] = []
+        for index, degrees in enumerate(choices):
             for degree in domains[axis]:
-                if left[place] % degree == 0:
-                    rest.append(left[place] // degree)
-                    grown.append({**degrees, axis: degree})
-        chosen, left = grown, rest
-    for place, degrees in enumerate(chosen):
-        yield Layout(**{**degrees, "island": left[place]})
+                if quotients[index] % degree == 0:
+                    next_quotients.append(quotients[index] // degree)
+                    next_choices.append({**degrees, axis: degree})
+        choices, quotients = next_choices, next_quotients
+    for index, degrees in enumerate(choices):
+        yield Layout(**{**degrees, "island": quotients[index]})

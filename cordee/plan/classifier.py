@@ -30,13 +30,13 @@ def microbatch_counts(run: Run) -> dict[str, Any]:
     model, image, images = run.model, run.model.image, run.batch.microbatch
     width, head = model.width, model.width * image.classes
     if model.kind == "conv":
-        areas = [side * side for side in model.sides]
+        areas = [side * side for side in model.block_sides]
         first = 9 * image.channels * width * areas[0]
         inner = 18 * width * width * sum(areas[1:])
         weights = 9 * width * (image.channels + 2 * width * model.layers) + head
         positions = sum(areas[:-1])
     else:
-        first, inner = image.pixels * width, (model.layers - 1) * width * width
+        first, inner = image.pixel_bytes * width, (model.layers - 1) * width * width
         weights = first + inner + head
         positions = model.layers
     flops = 2.0 * images * (2 * first + 3 * (inner + head))
@@ -66,13 +66,13 @@ def activation_bytes(run: Run, device: str) -> int:
     cast = 2 if bf16 and device != "cpu" else 0
     normed = 2 * (FP32 if cast else product) * model.width
     if model.kind == "conv":
-        areas = [side * side for side in model.sides]
+        areas = [side * side for side in model.block_sides]
         kept = sum((normed + cast * model.width) * area for area in areas[:-1])
         kept += sum(product * model.width * area for area in areas[1:])
         kept += normed * areas[-1]
     else:
         kept = model.layers * normed + cast * model.width * model.layers
-    return int(run.batch.microbatch * (kept + product * image.pixels))
+    return int(run.batch.microbatch * (kept + product * image.pixel_bytes))
 
 
 def temporary_bytes(run: Run) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cordee.config.load import read_toml
-from cordee.devices import DEVICES, Kind
+from cordee.devices import DEVICES, DeviceKind
 from cordee.errors import ConfigError
-from cordee.plan.accelerators import Accelerators, recognise
+from cordee.plan.accelerators import Accelerators, detect_accelerators
 from cordee.plan.profile import (
     Host,
     Profile,
@@ -24,7 +24,7 @@ from cordee.plan.profile import (
     field_of,
     read_profile,
     read_text,
-    this_host,
+    local_host,
 )
 from cordee.system import cpu_info, host_memory_bytes
 
@@ -33,7 +33,7 @@ from cordee.system import cpu_info, host_memory_bytes
 class Cluster:
     """`hosts` equal machines. What is per device is per core where `device` is cpu."""
 
-    device: Kind
+    device: DeviceKind
     name: str
     devices: int = 0
     """Accelerators of one host; 0 where `device` is cpu."""
@@ -97,7 +97,7 @@ CPU_MEMORY_BYTES_PER_S = 20e9
 CPU_TURBO = 1.25
 """Turbo clock over the clock that /proc/cpuinfo shows, where the kernel does not tell it."""
 
-_GPU = {
+_GPU_FIGURES = {
     "A100": (80e9, 19.5e12, 312e12, 0.0, 0.70, 2.04e12, 300e9, 25e9),
     "H100": (80e9, 67e12, 989e12, 1979e12, 0.57, 3.35e12, 450e9, 50e9),
     "H200": (141e9, 67e12, 989e12, 1979e12, 0.57, 4.8e12, 450e9, 50e9),
@@ -115,21 +115,21 @@ costs.py. AMD's data sheets (of the MI250X one of its two devices); fp8 is left 
 other types. Apple's figures of the M1, the one GPU whose speed it has published."""
 
 
-_DEVICE: Mapping[str, Kind] = {"M1": "mps"}
+_GPU_DEVICES: Mapping[str, DeviceKind] = {"M1": "mps"}
 """Kinds of the table that torch does not call cuda."""
 
-STAND_INS: Mapping[str, str] = {"cuda": "A100", "xpu": "A100", "mps": "M1"}
+FALLBACK_GPUS: Mapping[str, str] = {"cuda": "A100", "xpu": "A100", "mps": "M1"}
 """Whose figures a device has that the table does not know."""
 
 
-def gpu_cluster(kind: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
+def gpu_cluster(gpu: str, devices: int, *, hosts: int = 1, cores: int = 16) -> Cluster:
     """`hosts` machines with `devices` accelerators each, from the table; ConfigError if unknown."""
-    if kind not in _GPU:
-        raise _unlike("there is no such device in the table", "kind", kind, list(_GPU))
-    memory, fp32, bf16, fp8, share, bandwidth, link, network = _GPU[kind]
+    if gpu not in _GPU_FIGURES:
+        raise _unknown_name_error("there is no such device in the table", "kind", gpu, list(_GPU_FIGURES))
+    memory, fp32, bf16, fp8, share, bandwidth, link, network = _GPU_FIGURES[gpu]
     return Cluster(
-        device=_DEVICE.get(kind, "cuda"),
-        name=f"{devices} {kind}",
+        device=_GPU_DEVICES.get(gpu, "cuda"),
+        name=f"{devices} {gpu}",
         devices=devices,
         cores=cores,
         hosts=hosts,
@@ -153,23 +153,23 @@ def local_cluster(profile: Profile | None = None) -> Cluster:
     Several hosts are for the launcher to say: `replace(local_cluster(), hosts=4)`. A device that
     the table does not know is planned as one of it (`STAND_INS`), and the name says so.
     """
-    host = this_host()
+    host = local_host()
     profile = profile or read_profile(host)[0]
-    found = recognise()
-    if found is not None and found.usable:
-        return _accelerated(found, host.cores, profile)
-    left = f"; its {found.maker} GPU is left, torch here is not built for it" if found else ""
-    made = _cpu_cluster(host, profile)
-    return replace(made, name=made.name + left)
+    accelerators = detect_accelerators()
+    if accelerators is not None and accelerators.is_usable:
+        return _accelerator_cluster(accelerators, host.cores, profile)
+    suffix = f"; its {accelerators.vendor} GPU is left, torch here is not built for it" if accelerators else ""
+    cluster = _cpu_cluster(host, profile)
+    return replace(cluster, name=cluster.name + suffix)
 
 
 def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
     info = cpu_info()
     fp32, bf16 = _core_flops(info)
-    told = field_of(info, "model name") or "CPU"
-    made = Cluster(
+    model_name = field_of(info, "model name") or "CPU"
+    cluster = Cluster(
         device="cpu",
-        name=f"{told}, {host.cores} core{'s' if host.cores > 1 else ''}",
+        name=f"{model_name}, {host.cores} core{'s' if host.cores > 1 else ''}",
         cores=host.cores,
         memory_bytes=_memory_bytes(),
         flops_fp32=fp32,
@@ -178,7 +178,7 @@ def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
         link_bytes_per_s=CPU_LINK_BYTES_PER_S,
         link_s=CPU_LINK_S,
     )
-    return made if profile is None else _with_profile(made, profile)
+    return cluster if profile is None else _with_profile(cluster, profile)
 
 
 def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
@@ -202,22 +202,22 @@ def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
     )
 
 
-def _accelerated(found: Accelerators, cores: int, profile: Profile | None) -> Cluster:
+def _accelerator_cluster(accelerators: Accelerators, cores: int, profile: Profile | None) -> Cluster:
     """The figures of what was recognised, what the driver says of its memory, and of a device that
     the table lacks the products that were measured."""
-    kind = next((k for k in _GPU if k in found.model and k not in _DEVICE), None)
-    made = gpu_cluster(kind or STAND_INS[found.device], found.count, cores=cores)
-    memory_bytes = found.memory_bytes or made.memory_bytes
-    made = replace(made, device=found.device, memory_bytes=memory_bytes)
-    if kind:
-        return made
-    told = found.model or ("GPU" if found.maker == "NVIDIA" else f"{found.maker} GPU")
-    made = replace(made, name=f"{found.count} {told} (as {STAND_INS[found.device]})")
+    gpu = next((k for k in _GPU_FIGURES if k in accelerators.model and k not in _GPU_DEVICES), None)
+    cluster = gpu_cluster(gpu or FALLBACK_GPUS[accelerators.device], accelerators.count, cores=cores)
+    memory_bytes = accelerators.memory_bytes or cluster.memory_bytes
+    cluster = replace(cluster, device=accelerators.device, memory_bytes=memory_bytes)
+    if gpu:
+        return cluster
+    model_name = accelerators.model or ("GPU" if accelerators.vendor == "NVIDIA" else f"{accelerators.vendor} GPU")
+    cluster = replace(cluster, name=f"{accelerators.count} {model_name} (as {FALLBACK_GPUS[accelerators.device]})")
     if profile is None or not profile.device_products:
-        return made
+        return cluster
     rates = profile.device_products
     return replace(
-        made,
+        cluster,
         bf16_share=1.0,
         flops_fp32=rates["fp32"],
         flops_bf16=rates["bf16"],
@@ -230,14 +230,14 @@ def processor_flags() -> frozenset[str]:
     return frozenset(field_of(cpu_info(), "flags").split())
 
 
-def cpu_only(cluster: Cluster) -> Cluster:
+def without_accelerators(cluster: Cluster) -> Cluster:
     """The same hosts without their accelerators (launch.device=cpu); the memory is this host's."""
     if cluster.device == "cpu":
         return cluster
-    host = this_host()
-    made = _cpu_cluster(host, read_profile(host)[0])
+    host = local_host()
+    cpu_cluster = _cpu_cluster(host, read_profile(host)[0])
     name = f"{cluster.cores} cores of {cluster.name}"
-    return replace(made, name=name, cores=cluster.cores, hosts=cluster.hosts)
+    return replace(cpu_cluster, name=name, cores=cluster.cores, hosts=cluster.hosts)
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -246,13 +246,13 @@ def read_cluster(path: str | Path) -> Cluster:
     `kind = "H100"` takes the table's figures, `kind = "local"` this machine's; every other key then
     replaces one. Raises ConfigError for an unknown key, a wrong type, or a missing field.
     """
-    given = dict(read_toml(Path(path)))
-    kinds = {f.name: f.type for f in fields(Cluster)}
-    for key in given:
-        if key not in kinds and key != "kind":
-            raise _unlike("a cluster has no such key", "key", key, [*kinds, "kind"], str(path))
-    kind = given.pop("kind", None)
-    values = {key: _typed(key, value, str(kinds[key]), path) for key, value in given.items()}
+    table = dict(read_toml(Path(path)))
+    field_types = {f.name: f.type for f in fields(Cluster)}
+    for key in table:
+        if key not in field_types and key != "kind":
+            raise _unknown_name_error("a cluster has no such key", "key", key, [*field_types, "kind"], str(path))
+    kind = table.pop("kind", None)
+    values = {key: _convert_field(key, value, str(field_types[key]), path) for key, value in table.items()}
     if kind is None:
         base: dict[str, Any] = {}
     elif kind == "local":
@@ -260,23 +260,23 @@ def read_cluster(path: str | Path) -> Cluster:
     else:
         devices, hosts = int(values.get("devices", 1)), int(values.get("hosts", 1))
         base = asdict(gpu_cluster(str(kind), devices, hosts=hosts))
-    made = {**base, **values}
-    needed = [name for name in kinds if name not in made and not _has_default(name)]
-    if needed:
+    figures = {**base, **values}
+    missing_fields = [name for name in field_types if name not in figures and not _has_default(name)]
+    if missing_fields:
         raise ConfigError(
             "the cluster lacks a field",
-            values={"file": str(path), "missing": needed},
-            fix=f'kind = "local" or kind = "H100" gives every field; else add {needed[0]}',
+            values={"file": str(path), "missing": missing_fields},
+            fix=f'kind = "local" or kind = "H100" gives every field; else add {missing_fields[0]}',
         )
-    return _sensible(Cluster(**made), path)
+    return _check_cluster(Cluster(**figures), path)
 
 
-def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
+def _check_cluster(cluster: Cluster, path: str | Path) -> Cluster:
     if cluster.device not in DEVICES:
-        raise _unlike("no such kind of device", "device", cluster.device, list(DEVICES))
-    free = {f.name for f in fields(Cluster) if f.default == 0}
+        raise _unknown_name_error("no such kind of device", "device", cluster.device, list(DEVICES))
+    optional_fields = {f.name for f in fields(Cluster) if f.default == 0}
     for key, value in asdict(cluster).items():
-        if isinstance(value, int | float) and key not in free and value <= 0:
+        if isinstance(value, int | float) and key not in optional_fields and value <= 0:
             raise ConfigError(
                 f"{key} is above 0", values={"file": str(path), key: value}, fix=f"{key} = 1"
             )
@@ -295,33 +295,33 @@ def _sensible(cluster: Cluster, path: str | Path) -> Cluster:
     return cluster
 
 
-def _typed(key: str, value: Any, kind: str, path: str | Path) -> Any:
+def _convert_field(key: str, value: Any, type_name: str, path: str | Path) -> Any:
     """`value` as the field wants it: text, a whole number, or any number."""
-    text = "str" in kind or kind == "Kind"
-    right = isinstance(value, str) if text else isinstance(value, int | float)
-    if not text and isinstance(value, bool):
-        right = kind == "bool"
-    if kind == "int" and isinstance(value, float) and not value.is_integer():
-        right = False
-    if not right:
-        told = "text" if text else "a whole number" if kind == "int" else "a number"
+    is_text = "str" in type_name or type_name == "DeviceKind"
+    is_valid = isinstance(value, str) if is_text else isinstance(value, int | float)
+    if not is_text and isinstance(value, bool):
+        is_valid = type_name == "bool"
+    if type_name == "int" and isinstance(value, float) and not value.is_integer():
+        is_valid = False
+    if not is_valid:
+        expected_type = "text" if is_text else "a whole number" if type_name == "int" else "a number"
         raise ConfigError(
-            f"{key} has the wrong type: it is {told}",
+            f"{key} has the wrong type: it is {expected_type}",
             values={"file": str(path), key: value},
-            fix=f'{key} = "{value}"' if text else f"{key} = 8",
+            fix=f'{key} = "{value}"' if is_text else f"{key} = 8",
         )
-    return value if text or kind == "bool" else int(value) if kind == "int" else float(value)
+    return value if is_text or type_name == "bool" else int(value) if type_name == "int" else float(value)
 
 
 def _has_default(name: str) -> bool:
     return hasattr(Cluster, name)
 
 
-def _unlike(what: str, key: str, value: str, known: list[str], file: str = "") -> ConfigError:
-    near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+def _unknown_name_error(problem: str, key: str, value: str, names: list[str], file: str = "") -> ConfigError:
+    matches = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
     values: Mapping[str, object] = {key: value} | ({"file": file} if file else {})
-    fix = f"did you mean {near[0]}?" if near else "one of " + ", ".join(known)
-    return ConfigError(what, values=values, fix=fix)
+    fix = f"did you mean {matches[0]}?" if matches else "one of " + ", ".join(names)
+    return ConfigError(problem, values=values, fix=fix)
 
 
 def _memory_bytes() -> int:
@@ -341,23 +341,23 @@ def _core_flops(info: str) -> tuple[float, float]:
     instructions is widened to fp32 and gains nothing. Two hardware threads of a core share it.
     """
     flags = set((field_of(info, "flags") or field_of(info, "Features")).split())
-    halves = "AMD" in field_of(info, "vendor_id") and field_of(info, "cpu family") == "25"
-    if "avx512f" in flags and not halves:
+    is_half_rate = "AMD" in field_of(info, "vendor_id") and field_of(info, "cpu family") == "25"
+    if "avx512f" in flags and not is_half_rate:
         per_cycle = 64
     elif "fma" in flags or "avx512f" in flags:
         per_cycle = 32
     else:
         per_cycle = 16  # two 128-bit units, as on most 64-bit Arm cores
-    gain = 8.0 if "amx_bf16" in flags else 2.0 if flags & {"avx512_bf16", "bf16"} else 1.0
-    whole, seen = field_of(info, "cpu cores"), field_of(info, "siblings")
-    part = int(whole) / int(seen) if whole.isdigit() and seen.isdigit() and int(seen) else 1.0
-    peak = per_cycle * _clock_hz(info) * min(1.0, part or 1.0)
-    return peak, gain * peak
+    bf16_gain = 8.0 if "amx_bf16" in flags else 2.0 if flags & {"avx512_bf16", "bf16"} else 1.0
+    core_count, thread_count = field_of(info, "cpu cores"), field_of(info, "siblings")
+    core_share = int(core_count) / int(thread_count) if core_count.isdigit() and thread_count.isdigit() and int(thread_count) else 1.0
+    peak = per_cycle * _clock_hz(info) * min(1.0, core_share or 1.0)
+    return peak, bf16_gain * peak
 
 
 def _clock_hz(info: str) -> float:
-    told = read_text("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
-    if told.isdigit():
-        return float(told) * 1e3
-    shown = re.search(r"^cpu MHz\s*:\s*([\d.]+)", info, re.MULTILINE)
-    return float(shown.group(1)) * 1e6 * CPU_TURBO if shown else 2.5e9
+    max_khz = read_text("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
+    if max_khz.isdigit():
+        return float(max_khz) * 1e3
+    match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", info, re.MULTILINE)
+    return float(match.group(1)) * 1e6 * CPU_TURBO if match else 2.5e9

@@ -13,54 +13,54 @@ from dataclasses import dataclass
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
-from cordee.layout.census import ORIGIN, Specs, census
-from cordee.layout.stages import Part
+from cordee.layout.census import ORIGIN, TensorSpecs, count_tensors
+from cordee.layout.stages import LayerRange
 
 MUON_ITERATIONS = 5
 """Newton-Schulz iterations of an orthogonalisation (Jordan 2024)."""
 
 
 @dataclass(frozen=True)
-class Deal:
+class MuonGroup:
     """Muon's matrices that one group of ranks shares: the most operations and elements of one
     rank, elements of all, matrices of one rank, and whether ranks hold parts of them (`cut`)."""
 
     axes: tuple[str, ...]
     ranks: int
-    cut: bool
+    is_sharded: bool
     flops: float
     elements: int
     all_elements: int
     matrices: int
 
 
-def deals(
-    run: Run, specs: Specs, layout: Layout, parts: Sequence[Part] | None = None
-) -> list[Deal]:
+def muon_groups(
+    run: Run, specs: TensorSpecs, layout: Layout, layer_ranges: Sequence[LayerRange] | None = None
+) -> list[MuonGroup]:
     """How Muon's work is shared: matrices cut by tensor or shard among the ranks that hold their
     parts, others among all that hold the same (nobody where replicated work is compared)."""
     if run.optim.name != "muon":
         return []
-    replicated = run.data.placement == "replicate"
-    found: dict[tuple[bool, tuple[str, ...]], list[tuple[int, ...]]] = {}
-    for held in census(specs).held(layout, ORIGIN, parts, "expert"):
-        if held.spec.group != "matrices":
+    is_replicated = run.data.placement == "replicate"
+    shapes_by_group: dict[tuple[bool, tuple[str, ...]], list[tuple[int, ...]]] = {}
+    for tensors in count_tensors(specs).rank_tensors(layout, ORIGIN, layer_ranges, "expert"):
+        if tensors.spec.group != "matrices":
             continue
-        axes = tuple(axis for axis, _ in held.spec.cuts(layout) if axis != "expert")
-        cut = bool(axes)
-        axes = axes or (() if replicated else held.spec.shared(layout))
-        shape = held.shape if held.spec.stacked else (1, *held.shape)
-        found.setdefault((cut, axes), []).extend([shape] * held.count)
-    made = []
-    for (cut, axes), shapes in found.items():
+        axes = tuple(axis for axis, _ in tensors.spec.cuts(layout) if axis != "expert")
+        is_sharded = bool(axes)
+        axes = axes or (() if is_replicated else tensors.spec.replicated_axes(layout))
+        shape = tensors.shape if tensors.spec.is_stacked else (1, *tensors.shape)
+        shapes_by_group.setdefault((is_sharded, axes), []).extend([shape] * tensors.count)
+    groups = []
+    for (is_sharded, axes), shapes in shapes_by_group.items():
         ranks = math.prod(getattr(layout, axis) for axis in axes)
-        flops, elements = dealt(shapes, ranks)
-        each = -(-sum(shape[0] for shape in shapes) // ranks)
-        made.append(Deal(axes, ranks, cut, flops, elements, sum(map(math.prod, shapes)), each))
-    return made
+        flops, elements = max_rank_load(shapes, ranks)
+        rank_matrices = -(-sum(shape[0] for shape in shapes) // ranks)
+        groups.append(MuonGroup(axes, ranks, is_sharded, flops, elements, sum(map(math.prod, shapes)), rank_matrices))
+    return groups
 
 
-def dealt(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[float, int]:
+def max_rank_load(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[float, int]:
     """Stacks of matrices dealt dearest first to the least loaded (optim/muon.py, `deal`).
 
     Returns the most (operations, elements) that one rank gets.
@@ -68,8 +68,8 @@ def dealt(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[float, int]:
     heap = [(0.0, rank, 0) for rank in range(min(ranks, len(shapes)))]
     for shape in sorted(shapes, key=newton_schulz_flops, reverse=True):
         flops, rank, elements = heap[0]
-        added = (flops + newton_schulz_flops(shape), rank, elements + math.prod(shape))
-        heapq.heapreplace(heap, added)
+        new_load = (flops + newton_schulz_flops(shape), rank, elements + math.prod(shape))
+        heapq.heapreplace(heap, new_load)
     return max(load[0] for load in heap), max(load[2] for load in heap)
 
 
@@ -77,5 +77,5 @@ def newton_schulz_flops(shape: tuple[int, ...]) -> float:
     """Operations of Muon's orthogonalisation of a stack [matrices, rows, columns ...]: 5 times
     X Xt, its square and a product with X."""
     matrices, rows, columns = shape[0], shape[1], math.prod(shape[2:])
-    short, long = min(rows, columns), max(rows, columns)
-    return matrices * MUON_ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
+    short_side, long_side = min(rows, columns), max(rows, columns)
+    return matrices * MUON_ITERATIONS * (4.0 * short_side * short_side * long_side + 2.0 * short_side**3)

@@ -13,7 +13,7 @@ from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import Layout
 from cordee.plan.cluster import Cluster
 
-WORTH = 1.5
+MIN_SPEEDUP = 1.5
 """How many times as fast products must be before casts to another precision pay."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -22,13 +22,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 def fastest_precision(cluster: Cluster) -> Precision:
     """bf16 where the devices multiply it faster than fp32, else fp32; fp16, which needs a scaled
     loss, only where it is measured to be faster than both."""
-    best: Precision = "fp32"
+    fastest: Precision = "fp32"
     precisions = DEVICES[cluster.device].precisions
-    if "bf16" in precisions and cluster.flops_bf16 >= WORTH * cluster.flops_fp32:
-        best = "bf16"
-    if "fp16" in precisions and cluster.flops_fp16 >= WORTH * cluster.flops(best):
-        best = "fp16"
-    return best
+    if "bf16" in precisions and cluster.flops_bf16 >= MIN_SPEEDUP * cluster.flops_fp32:
+        fastest = "bf16"
+    if "fp16" in precisions and cluster.flops_fp16 >= MIN_SPEEDUP * cluster.flops(fastest):
+        fastest = "fp16"
+    return fastest
 
 
 def with_precision(run: Run, cluster: Cluster) -> Run:
@@ -43,11 +43,11 @@ def precision_text(precision: str, cluster: Cluster) -> str:
     source = "measured" if cluster.measured else "by nominal figures"
     source = "by the table of devices" if cluster.device != "cpu" else source
     if precision == "fp32":
-        other = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
-        ratio = cluster.flops(other) / cluster.flops_fp32
+        other_precision = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
+        ratio = cluster.flops(other_precision) / cluster.flops_fp32
         if ratio < 1:
-            return f"{other} products are {1 / ratio:.1f} x slower here, {source}"
-        return f"{other} products are {ratio:.1f} x as fast here, {source}"
+            return f"{other_precision} products are {1 / ratio:.1f} x slower here, {source}"
+        return f"{other_precision} products are {ratio:.1f} x as fast here, {source}"
     ratio = cluster.flops(precision) / cluster.flops_fp32
     if ratio < 1:
         return (
@@ -80,18 +80,18 @@ def check_devices(run: Run, cluster: Cluster) -> None:
         )
 
 
-def not_inside(cluster: Cluster) -> str:
+def single_device_reason(cluster: Cluster) -> str:
     """Why an island has one of these devices only; "" where it may have several."""
-    if DEVICES[cluster.device].inside:
+    if DEVICES[cluster.device].multidevice:
         return ""
     return f"sends messages between devices, which {cluster.device} cannot"
 
 
-def check_inside(layout: Layout, cluster: Cluster) -> None:
+def check_island_devices(layout: Layout, cluster: Cluster) -> None:
     """ConfigError for an island of several devices that cannot send each other messages."""
-    if layout.size > layout.island and (why := not_inside(cluster)):
+    if layout.size > layout.island and (reason := single_device_reason(cluster)):
         raise LayoutError(
-            f"an island of several devices {why}",
+            f"an island of several devices {reason}",
             values={"layout": layout.describe(), "devices": cluster.name},
             fix="islands of one device each (layout.islands), or launch.device=cpu",
         )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from cordee.config.run import LayoutSettings
 
-ZERO_BUBBLE = 1 / 3
+ZERO_BUBBLE_RATIO = 1 / 3
 """Bubble of ZBV over that of 1F1B: weights' gradients fill it (Qi et al. 2023, half or less)."""
 
 
-def in_flight(settings: LayoutSettings, ranks: int, rank: int, microbatches: int) -> list[int]:
+def in_flight_microbatches(settings: LayoutSettings, ranks: int, rank: int, microbatches: int) -> list[int]:
     """For each stage of pipeline rank `rank`, the microbatches whose activations it holds at most.
 
     GPipe holds all; 1F1B as many as stages follow; interleaved what its warm-up forwards and one
@@ -27,28 +27,28 @@ def in_flight(settings: LayoutSettings, ranks: int, rank: int, microbatches: int
         case "1f1b":
             return [min(m, ranks - rank)]
         case "interleaved":
-            return _interleaved(settings.chunks, ranks, rank, m)
+            return _interleaved_in_flight(settings.chunks, ranks, rank, m)
     return [min(m, 2 * ranks - rank - 1), min(m, rank + 1)]
 
 
-def bubble(settings: LayoutSettings, ranks: int, microbatches: int) -> float:
+def bubble_ratio(settings: LayoutSettings, ranks: int, microbatches: int) -> float:
     """Idle time of a step over the time that a rank computes (Narayanan et al. 2021, section 2)."""
-    idle = (ranks - 1) / microbatches
+    ratio = (ranks - 1) / microbatches
     match settings.schedule:
         case "interleaved":
-            return idle / settings.chunks
+            return ratio / settings.chunks
         case "zero_bubble":
-            return idle * ZERO_BUBBLE
-    return idle
+            return ratio * ZERO_BUBBLE_RATIO
+    return ratio
 
 
-def _interleaved(chunks: int, ranks: int, rank: int, microbatches: int) -> list[int]:
+def _interleaved_in_flight(chunks: int, ranks: int, rank: int, microbatches: int) -> list[int]:
     """Forwards before the first backward, dealt to the chunks in rounds."""
-    each = microbatches // max(1, microbatches // ranks)
-    warm_up = (chunks - 1) * each + 2 * (ranks - 1 - rank)
-    held = min(warm_up + 1, microbatches * chunks)
-    cycles, left = divmod(held, each * chunks)
+    round_size = microbatches // max(1, microbatches // ranks)
+    warm_up = (chunks - 1) * round_size + 2 * (ranks - 1 - rank)
+    forwards = min(warm_up + 1, microbatches * chunks)
+    cycles, remainder = divmod(forwards, round_size * chunks)
     return [
-        min(microbatches, cycles * each + min(each, max(0, left - each * chunk)))
+        min(microbatches, cycles * round_size + min(round_size, max(0, remainder - round_size * chunk)))
         for chunk in range(chunks)
     ]

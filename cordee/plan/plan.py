@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 from cordee.config.check import check_processes
 from cordee.config.run import Run
-from cordee.devices import DEVICES, Kind
+from cordee.devices import DEVICES, DeviceKind
 from cordee.errors import ConfigError, LayoutError
-from cordee.layout.axes import AXES, INSIDE, Layout, settle
-from cordee.layout.census import Census, model_census
-from cordee.layout.legal import broken
-from cordee.layout.shares import deal, shares
-from cordee.plan.cluster import Cluster, cpu_only
-from cordee.plan.devices import check_devices, check_inside, precision_text, with_precision
-from cordee.plan.network import splits
+from cordee.layout.axes import AXES, MODEL_AXES, Layout, resolve_degrees
+from cordee.layout.census import TensorCounts, count_model_tensors
+from cordee.layout.legal import violations
+from cordee.layout.shares import microbatch_ranges, balance_microbatches
+from cordee.plan.cluster import Cluster, without_accelerators
+from cordee.plan.devices import check_devices, check_island_devices, precision_text, with_precision
+from cordee.plan.network import split_microbatches
 from cordee.plan.search import (
-    Candidate,
+    CandidateLayout,
     Prediction,
     Ranking,
     choose_threads,
@@ -35,10 +35,10 @@ from cordee.plan.search import (
     search,
 )
 
-RANGES = ("splits", "stages")
+RANGE_FIELDS = ("splits", "stages")
 """Fields of a plan that are [start, stop) pairs."""
 
-UNMEASURED = 1e6
+CPU_SLOWDOWN = 1e6
 """How much slower than an accelerator a CPU is taken to be until it was measured."""
 
 
@@ -52,7 +52,7 @@ class Plan:
     layout: Layout
     processes: int
     threads: int
-    device: Kind
+    device: DeviceKind
     protocol: Literal["exchange", "allreduce", "none"]
     codec: str
     zero: int
@@ -68,16 +68,16 @@ class Plan:
     devices: tuple[str, ...] = ()
 
     @property
-    def mixed(self) -> bool:
+    def has_mixed_devices(self) -> bool:
         """Whether islands compute on devices of different kinds."""
         return len(set(self.devices)) > 1
 
     @property
-    def shares(self) -> list[int]:
+    def island_microbatches(self) -> list[int]:
         """Microbatches of each island."""
         lengths = [stop - start for start, stop in self.splits]
-        each = self.layout.workers // self.layout.island
-        return [sum(lengths[i : i + each]) for i in range(0, len(lengths), each)]
+        ranks_per_island = self.layout.dp_size // self.layout.island
+        return [sum(lengths[index : index + ranks_per_island]) for index in range(0, len(lengths), ranks_per_island)]
 
     def to_json(self) -> str:
         """The plan as one JSON object; `from_json` gives an equal plan back."""
@@ -86,35 +86,35 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
-        ranges = {name: [list(part) for part in getattr(self, name)] for name in RANGES}
+        ranges = {name: [list(pair) for pair in getattr(self, name)] for name in RANGE_FIELDS}
         return {**asdict(self), "layout": layout, **ranges, "devices": list(self.devices)}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Reads what `to_json` wrote; ConfigError for anything else."""
         try:
-            told = json.loads(text)
+            document = json.loads(text)
         except json.JSONDecodeError as error:
-            raise _bad_plan("it is not JSON", str(error)) from error
-        values = _exactly(told, cls, "plan")
-        values["layout"] = Layout(**_exactly(values["layout"], Layout, "layout"))
-        values["predicted"] = Prediction(**_exactly(values["predicted"], Prediction, "predicted"))
-        for name in RANGES:
+            raise _plan_error("it is not JSON", str(error)) from error
+        values = _check_fields(document, cls, "plan")
+        values["layout"] = Layout(**_check_fields(values["layout"], Layout, "layout"))
+        values["predicted"] = Prediction(**_check_fields(values["predicted"], Prediction, "predicted"))
+        for name in RANGE_FIELDS:
             pairs = values[name]
             if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
-                raise _bad_plan(f"{name} are pairs of whole numbers", str(pairs)[:80])
+                raise _plan_error(f"{name} are pairs of whole numbers", str(pairs)[:80])
             values[name] = tuple((start, stop) for start, stop in pairs)
         values["devices"] = tuple(values["devices"])
         return cls(**values)
 
 
-def holds_plan(path: Path) -> bool:
+def is_plan_file(path: Path) -> bool:
     """Whether a file holds a plan, of this version or another."""
     try:
-        plain = json.loads(path.read_bytes()) if path.is_file() else None
+        document = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(plain, dict) and {"layout", "predicted", "why"} <= plain.keys()
+    return isinstance(document, dict) and {"layout", "predicted", "why"} <= document.keys()
 
 
 def make_plan(
@@ -126,47 +126,47 @@ def make_plan(
     Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
     """
     _check_vocabulary(run, vocabulary)
-    cluster = devices_of(run, cluster)
+    cluster = select_cluster(run, cluster)
     run = with_precision(run, cluster)
-    asked = processes
-    if asked is None and run.launch.processes != "auto":
-        asked = int(run.launch.processes)
+    process_count = processes
+    if process_count is None and run.launch.processes != "auto":
+        process_count = int(run.launch.processes)
     # Ranks without axes are islands, unless shards are asked for by what they keep.
-    islands = asked is not None and run.layout.zero in ("auto", 1)
-    if islands or axes_given(run):
-        counted = model_census(run.model, vocabulary)
-        layout = settle(run.layout, asked if asked is not None else "auto")
-        _refuse(run, layout, cluster, counted)
-        candidate = predict(run, cluster, layout, counted)
-        reason = candidate.fitting.reason
-        if reason and not axes_given(run):
-            candidate, reason = _sharded(run, cluster, vocabulary, layout), ""
+    is_islands_only = process_count is not None and run.layout.zero in ("auto", 1)
+    if is_islands_only or has_explicit_axes(run):
+        tensor_counts = count_model_tensors(run.model, vocabulary)
+        layout = resolve_degrees(run.layout, process_count if process_count is not None else "auto")
+        _check_layout(run, layout, cluster, tensor_counts)
+        candidate = predict(run, cluster, layout, tensor_counts)
+        reason = candidate.fit_result.reason
+        if reason and not has_explicit_axes(run):
+            candidate, reason = _best_sharded(run, cluster, vocabulary, layout), ""
         if reason:
-            raise _does_not_fit(run, cluster, vocabulary, layout, reason)
-        why = _why_asked(run, processes, layout, candidate)
+            raise _misfit_error(run, cluster, vocabulary, layout, reason)
+        why = _request_reason(run, processes, layout, candidate)
     else:
-        ranking = search(run, cluster, vocabulary, asked)
-        usable = [c for c in ranking.ranked if c.layout.size in (asked, *range(cluster.slots + 1))]
-        if not usable:
-            raise _nothing_fits(run, cluster, ranking)
-        candidate = usable[0]
-        why = why_first(usable)
-    return finished(run, cluster, candidate, why)
+        ranking = search(run, cluster, vocabulary, process_count)
+        candidates = [c for c in ranking.candidates if c.layout.size in (process_count, *range(cluster.slots + 1))]
+        if not candidates:
+            raise _no_fit_error(run, cluster, ranking)
+        candidate = candidates[0]
+        why = choice_reason(candidates)
+    return plan_of_candidate(run, cluster, candidate, why)
 
 
-def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan:
+def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, why: str) -> Plan:
     """A candidate as the plan that the runtime obeys."""
     return Plan(
         layout=candidate.layout,
         processes=candidate.layout.size,
         threads=candidate.threads,
         device=cluster.device,
-        protocol=typing.cast(Any, candidate.fitting.wire.protocol),
-        codec=candidate.fitting.wire.codec,
-        zero=candidate.fitting.zero,
-        splits=tuple((part.start, part.stop) for part in splits(run, candidate.layout)),
-        stages=candidate.fitting.stages.parts,
-        predicted=candidate.predicted,
+        protocol=typing.cast(Any, candidate.fit_result.sync.protocol),
+        codec=candidate.fit_result.sync.codec,
+        zero=candidate.fit_result.zero,
+        splits=tuple((microbatches.start, microbatches.stop) for microbatches in split_microbatches(run, candidate.layout)),
+        stages=candidate.fit_result.stages.block_ranges,
+        predicted=candidate.prediction,
         why=why,
         note=_note(run, cluster, candidate),
         precision=precision_text(run.run.precision, cluster),
@@ -176,60 +176,60 @@ def finished(run: Run, cluster: Cluster, candidate: Candidate, why: str) -> Plan
 def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, islands: int) -> Plan:
     """The plan on another number of islands that are cut as these: as many of `islands` as the
     batch has work for. `run` is on paper (config/hub.py)."""
-    counted = model_census(run.model, vocabulary)
+    tensor_counts = count_model_tensors(run.model, vocabulary)
     why = f"as the plan of {plan.layout.describe()}"
     for count in range(islands, 0, -1):
         layout = replace(plan.layout, island=count)
         if layout == plan.layout:
             return plan
-        if not broken(run, layout, counted):
-            made = finished(run, cluster, predict(run, cluster, layout, counted), why)
-            return replace(made, threads=plan.threads)
+        if not violations(run, layout, tensor_counts):
+            new_plan = plan_of_candidate(run, cluster, predict(run, cluster, layout, tensor_counts), why)
+            return replace(new_plan, threads=plan.threads)
     return plan
 
 
-def on_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
+def with_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
     """The plan where island i computes on a device of kind `devices[i]`, of which this host may
     have none: nothing is foretold then. A CPU beside accelerators starts with the least share, as
     else all would wait for it until speeds are measured."""
     kinds = tuple(devices[: plan.layout.island])
     if set(kinds) <= {plan.device}:
         return plan
-    made, each = unpredicted(plan, plan.predicted.parameters), plan.layout.workers // len(kinds)
+    new_plan, ranks_per_island = without_prediction(plan, plan.predicted.parameters), plan.layout.dp_size // len(kinds)
     if len(set(kinds)) > 1 and run.layout.balance and plan.layout.pipeline == 1:
-        seconds = [UNMEASURED if kind == "cpu" else 1.0 for kind in kinds]
-        counts = shares(seconds, run.batch.microbatches, each, least=each)
-        made = replace(made, splits=deal(counts, each))
+        seconds = [CPU_SLOWDOWN if kind == "cpu" else 1.0 for kind in kinds]
+        counts = balance_microbatches(seconds, run.batch.microbatches, ranks_per_island, min_share=ranks_per_island)
+        new_plan = replace(new_plan, splits=microbatch_ranges(counts, ranks_per_island))
     words = " and ".join(sorted(set(kinds)))
-    return replace(made, devices=kinds, note=f"islands are on {words}: nothing is foretold")
+    return replace(new_plan, devices=kinds, note=f"islands are on {words}: nothing is foretold")
 
 
-def unpredicted(plan: Plan, parameters: int) -> Plan:
+def without_prediction(plan: Plan, parameters: int) -> Plan:
     """The plan of a model that paper does not know: where it runs, and no figures but its size."""
-    kinds = {f.name: str(f.type) for f in fields(Prediction)}
-    nothing: dict[str, Any] = {n: {} if "Mapping" in kind else 0 for n, kind in kinds.items()}
-    predicted = Prediction(**{**nothing, "parameters": parameters})
-    return replace(plan, predicted=predicted, note="the model is the caller's: nothing is foretold")
+    field_types = {f.name: str(f.type) for f in fields(Prediction)}
+    zeros: dict[str, Any] = {n: {} if "Mapping" in type_name else 0 for n, type_name in field_types.items()}
+    prediction = Prediction(**{**zeros, "parameters": parameters})
+    return replace(plan, predicted=prediction, note="the model is the caller's: nothing is foretold")
 
 
-def devices_of(run: Run, cluster: Cluster) -> Cluster:
+def select_cluster(run: Run, cluster: Cluster) -> Cluster:
     """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
     it cannot do what the run asks."""
-    wanted = run.launch.device
-    if wanted not in ("auto", "cpu", cluster.device):
+    device = run.launch.device
+    if device not in ("auto", "cpu", cluster.device):
         raise LayoutError(
-            f"there is no {wanted} device",
-            values={"launch.device": wanted, "devices": cluster.name},
+            f"there is no {device} device",
+            values={"launch.device": device, "devices": cluster.name},
             fix="launch.device=cpu",
         )
-    found = cpu_only(cluster) if wanted == "cpu" else cluster
-    check_devices(run, found)
-    return found
+    selection = without_accelerators(cluster) if device == "cpu" else cluster
+    check_devices(run, selection)
+    return selection
 
 
 def _check_vocabulary(run: Run, vocabulary: int) -> None:
     """ConfigError when the data has tokens that the model has no row for."""
-    if 0 < run.model.vocabulary < vocabulary and not run.model.classifies:
+    if 0 < run.model.vocabulary < vocabulary and not run.model.is_classifier:
         raise ConfigError(
             "the data has more tokens than the model's vocabulary",
             values={"model.vocabulary": run.model.vocabulary, "data": vocabulary},
@@ -237,34 +237,34 @@ def _check_vocabulary(run: Run, vocabulary: int) -> None:
         )
 
 
-def axes_given(run: Run) -> bool:
+def has_explicit_axes(run: Run) -> bool:
     """Whether the user wrote any degree."""
-    return any(getattr(run.layout, axis) != "auto" for axis in (*INSIDE, "islands"))
+    return any(getattr(run.layout, axis) != "auto" for axis in (*MODEL_AXES, "islands"))
 
 
-def why_first(ranked: list[Candidate]) -> str:
+def choice_reason(candidates: list[CandidateLayout]) -> str:
     """One sentence: why the first of the ranked is the pick."""
-    first = ranked[0]
-    if len(ranked) == 1:
-        return f"{first.layout.describe()}: the only layout that is legal and fits"
-    second = ranked[1]
-    gain = second.predicted.step_s / first.predicted.step_s - 1
+    best = candidates[0]
+    if len(candidates) == 1:
+        return f"{best.layout.describe()}: the only layout that is legal and fits"
+    runner_up = candidates[1]
+    gain = runner_up.prediction.step_s / best.prediction.step_s - 1
     return (
-        f"{_with_threads(first)} is predicted fastest of {len(ranked)} that are legal and fit;"
-        f" {_with_threads(second)} would take {gain:.0%} longer"
+        f"{_candidate_text(best)} is predicted fastest of {len(candidates)} that are legal and fit;"
+        f" {_candidate_text(runner_up)} would take {gain:.0%} longer"
     )
 
 
-def _with_threads(made: Candidate) -> str:
-    return f"{made.layout.describe()} x {made.threads} thread{'s' if made.threads > 1 else ''}"
+def _candidate_text(candidate: CandidateLayout) -> str:
+    return f"{candidate.layout.describe()} x {candidate.threads} thread{'s' if candidate.threads > 1 else ''}"
 
 
-def _refuse(run: Run, layout: Layout, cluster: Cluster, counted: Census) -> None:
+def _check_layout(run: Run, layout: Layout, cluster: Cluster, tensor_counts: TensorCounts) -> None:
     """Raises for a layout that cannot run here, whatever it costs."""
-    if rules := broken(run, layout, counted):
+    if rules := violations(run, layout, tensor_counts):
         values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
         raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
-    check_inside(layout, cluster)
+    check_island_devices(layout, cluster)
     if cluster.device == "cpu":
         check_processes(layout.size, cluster.slots)
     elif layout.size > cluster.slots:
@@ -275,58 +275,58 @@ def _refuse(run: Run, layout: Layout, cluster: Cluster, counted: Census) -> None
         )
 
 
-def _sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> Candidate:
+def _best_sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> CandidateLayout:
     """With the number of ranks given and whole copies too large: the best layout that shards."""
     ranking = search(run, cluster, vocabulary, islands.size)
-    if not ranking.ranked:
-        raise _nothing_fits(run, cluster, ranking)
-    return ranking.ranked[0]
+    if not ranking.candidates:
+        raise _no_fit_error(run, cluster, ranking)
+    return ranking.candidates[0]
 
 
-def _does_not_fit(
+def _misfit_error(
     run: Run, cluster: Cluster, vocabulary: int, layout: Layout, reason: str
 ) -> LayoutError:
     ranking = search(without_axes(run), cluster, vocabulary)
-    others = [c for c in ranking.ranked if c.layout.size <= cluster.slots]
-    if not others:
-        return _nothing_fits(run, cluster, ranking)
-    near = min(others, key=lambda c: (abs(c.layout.size - layout.size), c.predicted.step_s)).layout
-    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(near))
+    candidates = [c for c in ranking.candidates if c.layout.size <= cluster.slots]
+    if not candidates:
+        return _no_fit_error(run, cluster, ranking)
+    nearest_layout = min(candidates, key=lambda c: (abs(c.layout.size - layout.size), c.prediction.step_s)).layout
+    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(nearest_layout))
     return LayoutError(
         f"{layout.describe()} does not fit: it {reason}",
-        values={"layout": layout.describe(), "devices": _devices(cluster)},
-        fix=f"layout.islands={near.island} {words} (launch.processes={near.size})",
+        values={"layout": layout.describe(), "devices": _devices_text(cluster)},
+        fix=f"layout.islands={nearest_layout.island} {words} (launch.processes={nearest_layout.size})",
     )
 
 
 def _degrees(layout: Layout) -> list[tuple[str, int]]:
     """Axes inside an island that cut something; shard 1 where none does."""
-    found = [(axis, getattr(layout, axis)) for axis in INSIDE if getattr(layout, axis) > 1]
-    return found or [("shard", 1)]
+    degrees = [(axis, getattr(layout, axis)) for axis in MODEL_AXES if getattr(layout, axis) > 1]
+    return degrees or [("shard", 1)]
 
 
-def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
+def _no_fit_error(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     """No layout of these devices works: name the tightest one and what would help most."""
-    values: dict[str, object] = {"devices": _devices(cluster)}
-    largest, idle = "", 1
-    if ranking.tightest is not None:
-        layout, fitting = ranking.tightest
-        if layout.workers == run.batch.microbatches:  # no shard more without work for it
-            idle = cluster.slots // layout.size
-        values[layout.describe()] = fitting.reason
-        largest = max(fitting.memory.items, key=lambda name: fitting.memory.items[name])
-    elif ranking.rejected:
-        values[ranking.rejected[0].layout] = ranking.rejected[0].reason
-    if largest.startswith("copies"):
+    values: dict[str, object] = {"devices": _devices_text(cluster)}
+    largest_item, idle_factor = "", 1
+    if ranking.nearest_fit is not None:
+        layout, fit_result = ranking.nearest_fit
+        if layout.dp_size == run.batch.microbatches:  # no shard more without work for it
+            idle_factor = cluster.slots // layout.size
+        values[layout.describe()] = fit_result.reason
+        largest_item = max(fit_result.memory.peak_items, key=lambda name: fit_result.memory.peak_items[name])
+    elif ranking.rejections:
+        values[ranking.rejections[0].layout] = ranking.rejections[0].reason
+    if largest_item.startswith("copies"):
         fix = (
             "fault.copy_every=0, and a rank that dies sends its island back to the last checkpoint"
         )
-    elif largest in ("activations", "bf16 weights") and run.memory.recompute == "none":
+    elif largest_item in ("activations", "bf16 weights") and run.memory.recompute == "none":
         fix = "memory.recompute=full"
-    elif largest in ("activations", "logits") and run.batch.microbatch > 1:
+    elif largest_item in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
-    elif cluster.device != "cpu" and idle > 1:
-        fix = f"batch.microbatches={idle * run.batch.microbatches}, to cut the model over more"
+    elif cluster.device != "cpu" and idle_factor > 1:
+        fix = f"batch.microbatches={idle_factor * run.batch.microbatches}, to cut the model over more"
     elif cluster.device != "cpu":
         fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:
@@ -334,74 +334,74 @@ def _nothing_fits(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     return LayoutError("no layout of these devices is legal and fits", values=values, fix=fix)
 
 
-def _devices(cluster: Cluster) -> str:
+def _devices_text(cluster: Cluster) -> str:
     return f"{cluster.hosts} hosts of {cluster.name}" if cluster.hosts > 1 else cluster.name
 
 
 def without_axes(run: Run) -> Run:
     """The run without degrees and ranks of its own: all layouts are its neighbours."""
-    axes = dict.fromkeys(("islands", *INSIDE), "auto")
+    axes = dict.fromkeys(("islands", *MODEL_AXES), "auto")
     layout = replace(run.layout, **axes)  # type: ignore[arg-type]
     return replace(run, layout=layout, launch=replace(run.launch, processes="auto"))
 
 
-def _why_asked(run: Run, processes: int | None, layout: Layout, made: Candidate) -> str:
-    if made.layout != layout:
-        return f"{layout.describe()} does not fit; {made.layout.describe()} is the best that does"
+def _request_reason(run: Run, processes: int | None, layout: Layout, candidate: CandidateLayout) -> str:
+    if candidate.layout != layout:
+        return f"{layout.describe()} does not fit; {candidate.layout.describe()} is the best that does"
     if processes is not None:
-        return f"{made.layout.describe()}: {processes} processes were started by the caller"
-    if axes_given(run):
-        return f"{made.layout.describe()}, as the run gives it"
-    return f"{made.layout.describe()}, because launch.processes={run.launch.processes}"
+        return f"{candidate.layout.describe()}: {processes} processes were started by the caller"
+    if has_explicit_axes(run):
+        return f"{candidate.layout.describe()}, as the run gives it"
+    return f"{candidate.layout.describe()}, because launch.processes={run.launch.processes}"
 
 
-def _note(run: Run, cluster: Cluster, made: Candidate) -> str:
+def _note(run: Run, cluster: Cluster, candidate: CandidateLayout) -> str:
     """What a person should know beside the figures; empty when nothing."""
-    found = []
-    busy = ranks_per_host(made.layout, cluster) * choose_threads(run, made.layout, cluster)
-    if cluster.device == "cpu" and busy > cluster.cores:
-        found.append(f"{busy} threads share {cluster.cores} cores: for tests, not for speed")
-    parts = {len(part) for part in splits(run, made.layout)}
-    if len(parts) > 1:
-        found.append(f"ranks compute {min(parts)} or {max(parts)} microbatches; some wait")
+    notes = []
+    busy_threads = ranks_per_host(candidate.layout, cluster) * choose_threads(run, candidate.layout, cluster)
+    if cluster.device == "cpu" and busy_threads > cluster.cores:
+        notes.append(f"{busy_threads} threads share {cluster.cores} cores: for tests, not for speed")
+    lengths = {len(microbatches) for microbatches in split_microbatches(run, candidate.layout)}
+    if len(lengths) > 1:
+        notes.append(f"ranks compute {min(lengths)} or {max(lengths)} microbatches; some wait")
     if "(as " in cluster.name:
-        found.append("the accelerator is not in the table: give --cluster FILE for its figures")
-    return "; ".join(found)
+        notes.append("the accelerator is not in the table: give --cluster FILE for its figures")
+    return "; ".join(notes)
 
 
-def _exactly(told: object, cls: type, what: str) -> dict[str, Any]:
+def _check_fields(table: object, cls: type, label: str) -> dict[str, Any]:
     """`told` as the fields of `cls`, no more, no fewer, each of the plain type it should have."""
-    names = {f.name: str(f.type) for f in fields(cls)}
-    if not isinstance(told, dict):
-        raise _bad_plan(f"{what} is a table", str(told)[:80])
-    for name in [*(n for n in told if n not in names), *(n for n in names if n not in told)]:
-        known = "unknown" if name in told else "missing"
-        raise _bad_plan(f"{what} has a key that is {known}", name)
-    for name, value in told.items():
-        if not _is_kind(value, names[name]):
-            raise _bad_plan(f"{what}.{name} has the wrong type: it is {names[name]}", repr(value))
-    return dict(told)
+    field_types = {f.name: str(f.type) for f in fields(cls)}
+    if not isinstance(table, dict):
+        raise _plan_error(f"{label} is a table", str(table)[:80])
+    for name in [*(n for n in table if n not in field_types), *(n for n in field_types if n not in table)]:
+        problem = "unknown" if name in table else "missing"
+        raise _plan_error(f"{label} has a key that is {problem}", name)
+    for name, value in table.items():
+        if not _has_type(value, field_types[name]):
+            raise _plan_error(f"{label}.{name} has the wrong type: it is {field_types[name]}", repr(value))
+    return dict(table)
 
 
-def _is_kind(value: object, kind: str) -> bool:
-    if kind == "int":
+def _has_type(value: object, type_name: str) -> bool:
+    if type_name == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "float":
+    if type_name == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "str":
+    if type_name == "str":
         return isinstance(value, str)
-    if kind == "Kind":
+    if type_name == "DeviceKind":
         return value in DEVICES
-    if kind.startswith("Literal"):
-        return isinstance(value, str) and repr(value) in kind
-    if kind.startswith("Mapping"):
+    if type_name.startswith("Literal"):
+        return isinstance(value, str) and repr(value) in type_name
+    if type_name.startswith("Mapping"):
         return isinstance(value, Mapping)
-    return isinstance(value, list) if kind.startswith("tuple") else True
+    return isinstance(value, list) if type_name.startswith("tuple") else True
 
 
-def _bad_plan(what: str, told: str) -> ConfigError:
+def _plan_error(problem: str, excerpt: str) -> ConfigError:
     return ConfigError(
-        f"this is not a plan of this version: {what}",
-        values={"found": told},
+        f"this is not a plan of this version: {problem}",
+        values={"found": excerpt},
         fix="cordee plan ... --save FILE writes one",
     )

@@ -26,10 +26,10 @@ FORMAT = 2
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 """A profile is a few hundred bytes; a larger file is none."""
 
-NOISY = 0.30
+NOISY_SPREAD = 0.30
 """Spread of repeated figures from which on a machine counts as busy."""
 
 
@@ -82,9 +82,9 @@ class Profile:
     """How long the measurement took."""
 
     @property
-    def noisy(self) -> bool:
+    def is_noisy(self) -> bool:
         """Whether the machine was too busy for figures that repeat."""
-        return self.spread > NOISY
+        return self.spread > NOISY_SPREAD
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives an equal profile back."""
@@ -105,24 +105,24 @@ class Profile:
         names = {f.name for f in fields(cls)}
         if set(values) != names:
             raise ValueError(f"its keys differ: {sorted(set(values) ^ names)}")
-        return cls(**_checked(values))
+        return cls(**_validate_values(values))
 
 
-def this_host() -> Host:
+def local_host() -> Host:
     """This process's processor, cores and quota, and the installed torch, without importing it."""
     info = read_text("/proc/cpuinfo")
     flags = field_of(info, "flags") or field_of(info, "Features")
     name = field_of(info, "model name") or field_of(info, "CPU part") or os.uname().machine
     instructions = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
     try:
-        torch = metadata.version("torch")
+        torch_version = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        torch = "none"
+        torch_version = "none"
     return Host(
         cpu=f"{name} ({instructions})",
-        cores=cores(),
+        cores=usable_cores(),
         quota=cpu_quota(),
-        torch=torch,
+        torch=torch_version,
         limits=" ".join(f"{name}={value}" for name, value in instruction_limits().items()),
     )
 
@@ -139,14 +139,14 @@ def read_profile(host: Host) -> tuple[Profile | None, str]:
     if path is None:
         return None, ""
     try:
-        with open(path, "rb", opener=_regular) as stream:
-            text = stream.read(MOST_BYTES + 1)
+        with open(path, "rb", opener=_open_regular) as stream:
+            text = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
         return None, f"{path} cannot be read: {error}"
     try:
-        if len(text) > MOST_BYTES:
+        if len(text) > MAX_BYTES:
             raise ValueError("it is too long")
         profile = Profile.from_json(text.decode())
     except ValueError as error:
@@ -161,21 +161,21 @@ def write_profile(profile: Profile) -> str:
     path = profile_path(profile.host)
     if path is None:
         return "there is no home folder"
-    part = None
+    temporary_path = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary_path = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(descriptor, "w") as stream:
             stream.write(profile.to_json() + "\n")
-        os.replace(part, path)
+        os.replace(temporary_path, path)
     except OSError as error:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
+        if temporary_path is not None:
+            Path(temporary_path).unlink(missing_ok=True)
         return f"{path.parent}: {error.strerror}"
     return ""
 
 
-def describe(profile: Profile) -> str:
+def profile_text(profile: Profile) -> str:
     """The profile in one line."""
     rates = ", ".join(
         f"{precision} {rate[-1] / 1e9:,.0f}" for precision, rate in profile.products.items()
@@ -189,7 +189,7 @@ def describe(profile: Profile) -> str:
     words.append(f"operator {profile.operator_s * 1e6:.1f} us")
     if profile.reduce_s:
         words.append(f"sum of 2 processes {profile.reduce_s * 1e6:.0f} us")
-    if profile.noisy:
+    if profile.is_noisy:
         words.append(f"machine busy: {spread_text(profile)}")
     return ", ".join(words)
 
@@ -201,7 +201,7 @@ def spread_text(profile: Profile) -> str:
     return f"repeated figures differ by up to {profile.spread:.0%}"
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: its CPU mask, or fewer where a control group grants less
     time (at least one)."""
     mask = getattr(os, "sched_getaffinity", None)
@@ -227,24 +227,24 @@ def group_quota(folder: Path) -> float:
     return 0.0
 
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def control_groups(controller: str, root: Path = CGROUPS, table: str | None = None) -> list[Path]:
+def control_groups(controller: str, root: Path = CGROUP_ROOT, table: str | None = None) -> list[Path]:
     """Folders of the control groups that this process is in, innermost first, up to the root: each
     of them limits it. `table`: the text of /proc/self/cgroup."""
-    found = []
+    folders = []
     table = read_text("/proc/self/cgroup") if table is None else table
     for line in table.splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names and controller not in names.split(","):
             continue
         top = root / names if names else root
-        inside = Path(os.path.normpath(top / path.lstrip("/")))
+        folder = Path(os.path.normpath(top / path.lstrip("/")))
         # From within a container the path may lie outside of what is mounted: the root counts.
-        inside = inside if inside.is_relative_to(top) and inside.is_dir() else top
-        found += [p for p in (inside, *inside.parents) if p.is_relative_to(top)]
-    return found or [root]
+        folder = folder if folder.is_relative_to(top) and folder.is_dir() else top
+        folders += [p for p in (folder, *folder.parents) if p.is_relative_to(top)]
+    return folders or [root]
 
 
 def read_text(path: str | Path) -> str:
@@ -261,7 +261,7 @@ def field_of(text: str, name: str) -> str:
     return match.group(1).strip() if match else ""
 
 
-def _regular(path: str, flags: int) -> int:
+def _open_regular(path: str, flags: int) -> int:
     """Opens a regular file only: a pipe in its place would be waited for."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -270,25 +270,25 @@ def _regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
+def _validate_values(values: dict[str, Any]) -> dict[str, Any]:
     """Values as the fields want them; ValueError for a wrong type or a rate that is none."""
     host, threads = values["host"], values["threads"]
     if not isinstance(host, dict) or set(host) != {f.name for f in fields(Host)}:
         raise ValueError("its host is none")
-    if not _numbers(threads) or not all(isinstance(t, int) for t in threads) or threads[0] != 1:
+    if not _are_positive_numbers(threads) or not all(isinstance(t, int) for t in threads) or threads[0] != 1:
         raise ValueError("its threads are none")
     products, device = values["products"], values["device_products"]
     if not isinstance(products, dict) or set(products) != set(PRECISIONS):
         raise ValueError("its products are none")
     if not isinstance(device, dict) or (
-        device and not (set(device) == set(PRECISIONS) and _numbers(list(device.values())))
+        device and not (set(device) == set(PRECISIONS) and _are_positive_numbers(list(device.values())))
     ):
         raise ValueError("its device's products are none")
-    for rates in (*products.values(), *(values[name] for name in _RATES)):
-        if not _numbers(rates) or len(rates) != len(threads):
+    for rates in (*products.values(), *(values[name] for name in _RATE_FIELDS)):
+        if not _are_positive_numbers(rates) or len(rates) != len(threads):
             raise ValueError("a rate is missing")
-    times = [values[name] for name in _TIMES]
-    if not all(_number(time) and time >= 0 for time in times) or not values["operator_s"]:
+    times = [values[name] for name in _TIME_FIELDS]
+    if not all(_is_number(time) and time >= 0 for time in times) or not values["operator_s"]:
         raise ValueError("a time is missing")
     if not isinstance(values["device"], str):
         raise ValueError("its device is none")
@@ -297,18 +297,18 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         "host": Host(**host),
         "threads": tuple(threads),
         "products": {precision: tuple(rates) for precision, rates in products.items()},
-        **{name: tuple(values[name]) for name in _RATES},
+        **{name: tuple(values[name]) for name in _RATE_FIELDS},
     }
 
 
-_RATES = ("passes", "memory", "regions")
-_TIMES = ("operator_s", "message_s", "reduce_s", "reduce_bytes_per_s", "spread", "seconds")
+_RATE_FIELDS = ("passes", "memory", "regions")
+_TIME_FIELDS = ("operator_s", "message_s", "reduce_s", "reduce_bytes_per_s", "spread", "seconds")
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _numbers(values: Any) -> bool:
+def _are_positive_numbers(values: Any) -> bool:
     """Whether `values` is a list of numbers above 0."""
-    return isinstance(values, list) and bool(values) and all(_number(v) and v > 0 for v in values)
+    return isinstance(values, list) and bool(values) and all(_is_number(v) and v > 0 for v in values)

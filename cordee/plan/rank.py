@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cordee.config.run import Run
 from cordee.layout.axes import AXES
-from cordee.layout.census import Specs, census
+from cordee.layout.census import TensorSpecs, count_tensors
 from cordee.layout.stages import Stages
 from cordee.plan.memory import rank_state_bytes
 from cordee.plan.plan import Plan
@@ -38,29 +38,29 @@ class RankView:
     sent_bytes: Mapping[str, int]
 
 
-def view_rank(run: Run, plan: Plan, rank: int, specs: Specs) -> RankView:
+def view_rank(run: Run, plan: Plan, rank: int, specs: TensorSpecs) -> RankView:
     """Rank `rank` of `plan`; LayoutError when there is no such rank."""
-    counted, layout = census(specs), plan.layout
-    at = layout.coordinates(rank)
+    tensor_counts, layout = count_tensors(specs), plan.layout
+    coords = layout.coordinates(rank)
     stages = Stages(plan.stages, layout.pipeline, run.layout.schedule)
-    held = list(counted.held(layout, at, stages.held(at["pipeline"])))
-    worker = layout.worker(rank)
+    rank_tensors = list(tensor_counts.rank_tensors(layout, coords, stages.layer_ranges(coords["pipeline"])))
+    dp_rank = layout.dp_rank(rank)
     return RankView(
         rank=rank,
         ranks=layout.size,
-        coordinates=at,
-        stages=tuple(stages.of_rank(at["pipeline"])),
-        layers=tuple(plan.stages[stage] for stage in stages.of_rank(at["pipeline"])),
-        worker=worker,
-        microbatches=plan.splits[worker],
+        coordinates=coords,
+        stages=tuple(stages.rank_stages(coords["pipeline"])),
+        layers=tuple(plan.stages[stage] for stage in stages.rank_stages(coords["pipeline"])),
+        worker=dp_rank,
+        microbatches=plan.splits[dp_rank],
         groups={
-            axis: tuple(layout.rank({**at, axis: i}) for i in range(getattr(layout, axis)))
+            axis: tuple(layout.rank({**coords, axis: i}) for i in range(getattr(layout, axis)))
             for axis in AXES
             if getattr(layout, axis) > 1
         },
-        tensors=sum(part.count for part in held if part.elements),
-        parameters=sum(part.elements for part in held),
-        model_parameters=counted.parameters,
-        state_bytes=rank_state_bytes(run, counted, layout, stages, at),
-        sent_bytes=axis_bytes(run, counted, layout, stages, at, plan.zero),
+        tensors=sum(tensors.count for tensors in rank_tensors if tensors.elements),
+        parameters=sum(tensors.elements for tensors in rank_tensors),
+        model_parameters=tensor_counts.parameters,
+        state_bytes=rank_state_bytes(run, tensor_counts, layout, stages, coords),
+        sent_bytes=axis_bytes(run, tensor_counts, layout, stages, coords, plan.zero),
     )

@@ -13,22 +13,22 @@ from typing import Any
 
 from cordee.config.check import DEFAULT_MINUTES
 from cordee.config.load import flatten, override
-from cordee.config.model import USUAL_PRESET, ModelSettings
+from cordee.config.model import DEFAULT_PRESET, ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import BatchSettings, DataSettings, Run
 from cordee.plan.cluster import Cluster
 from cordee.plan.devices import with_precision
-from cordee.plan.plan import devices_of, make_plan
+from cordee.plan.plan import select_cluster, make_plan
 
-TOKENS, SAMPLE = 262144, 240
+EVALUATION_TOKENS, SAMPLE_TOKENS = 262144, 240
 """Held-out tokens and sampled tokens of a run that has time for them."""
-SHARE, SAMPLE_SHARE = 0.065, 0.015
+EVALUATION_SHARE, SAMPLE_SHARE = 0.065, 0.015
 """Parts of a run's time that its evaluation and its sample take at most."""
-LEAST_TOKENS, LEAST_SAMPLE = 8192, 40
+MIN_EVALUATION_TOKENS, MIN_SAMPLE_TOKENS = 8192, 40
 """Fewer say nothing."""
-FORWARD = 3.0
+FORWARD_SPEEDUP = 3.0
 """A forward is so many times as fast as forward, backward and update."""
-FEW_STEPS = 150
+MIN_USEFUL_STEPS = 150
 """Steps below which a default run ends with nothing that is worth reading."""
 
 
@@ -38,17 +38,17 @@ class Recipe:
 
     preset: str
     tokens: int
-    keys: Mapping[str, Any]
+    overrides: Mapping[str, Any]
 
 
-SHORT = {"data.sequence": 128}
-GENTLE = {"optim.lr": 0.012, "optim.adam_lr": 0.015}
+SHORT_SEQUENCE = {"data.sequence": 128}
+LOW_LR = {"optim.lr": 0.012, "optim.adam_lr": 0.015}
 
 RECIPES = (
     Recipe("tiny", 2_400_000, {}),
-    Recipe("tiny", 1_200_000, {"model.layers": 3, **SHORT, **GENTLE}),
-    Recipe("tiny", 500_000, {"model.layers": 2, **SHORT}),
-    Recipe("micro", 0, SHORT),
+    Recipe("tiny", 1_200_000, {"model.layers": 3, **SHORT_SEQUENCE, **LOW_LR}),
+    Recipe("tiny", 500_000, {"model.layers": 2, **SHORT_SEQUENCE}),
+    Recipe("micro", 0, SHORT_SEQUENCE),
 )
 """Largest first; the last one is for all others."""
 
@@ -57,20 +57,20 @@ def follows_clock(run: Run) -> bool:
     """Whether model and batch are for the machine to choose: the user gave neither, nor a limit,
     and asks for no bits."""
     limits = run.run
-    no_limit = not (limits.steps or limits.tokens or limits.epochs)
-    usual = (
+    has_no_limit = not (limits.steps or limits.tokens or limits.epochs)
+    is_default = (
         run.model == ModelSettings()
         and run.batch == BatchSettings()
         and run.data.sequence == DataSettings().sequence
     )
-    return usual and no_limit and limits.minutes in (0, DEFAULT_MINUTES) and not limits.exact
+    return is_default and has_no_limit and limits.minutes in (0, DEFAULT_MINUTES) and not limits.exact
 
 
-def with_keys(run: Run, recipe: Recipe) -> Run:
+def apply_recipe(run: Run, recipe: Recipe) -> Run:
     """The run as `recipe` has it; what the user set otherwise stays."""
-    before = flatten(replace(run, model=ModelSettings()))
-    usual = flatten(Run())
-    keys = {key: value for key, value in recipe.keys.items() if before[key] == usual[key]}
+    current = flatten(replace(run, model=ModelSettings()))
+    defaults = flatten(Run())
+    keys = {key: value for key, value in recipe.overrides.items() if current[key] == defaults[key]}
     return override(replace(run, model=model_presets()[recipe.preset]), keys)
 
 
@@ -82,56 +82,56 @@ def choose_recipe(
     minutes = run.run.minutes or DEFAULT_MINUTES
     seconds = 60 * minutes
     for recipe in RECIPES:
-        chosen = with_keys(run, recipe)
-        predicted = make_plan(chosen, cluster, vocabulary, processes).predicted
-        tokens = seconds * predicted.tokens_per_s
+        new_run = apply_recipe(run, recipe)
+        prediction = make_plan(new_run, cluster, vocabulary, processes).predicted
+        tokens = seconds * prediction.tokens_per_s
         if tokens >= recipe.tokens:
             break
-    steps = seconds / predicted.step_s
-    text = f"{chosen.model.name}, {steps:,.0f} steps in {seconds:.0f} s as planned"
-    if steps < FEW_STEPS:
-        keys = {"model.preset": recipe.preset, **recipe.keys}
-        keys["run.minutes"] = math.ceil(minutes * FEW_STEPS / steps)
+    steps = seconds / prediction.step_s
+    text = f"{new_run.model.name}, {steps:,.0f} steps in {seconds:.0f} s as planned"
+    if steps < MIN_USEFUL_STEPS:
+        keys = {"model.preset": recipe.preset, **recipe.overrides}
+        keys["run.minutes"] = math.ceil(minutes * MIN_USEFUL_STEPS / steps)
         words = " ".join(f"{key}={value}" for key, value in keys.items())
         text += (
             f": too few for a useful model on this machine; this makes one: cordee train {words}"
         )
-    return chosen, text
+    return new_run, text
 
 
-def for_machine(
+def resolve_for_machine(
     run: Run, cluster: Cluster, vocabulary: int, processes: int | None = None
 ) -> tuple[Run, str]:
     """The run with its precision, and where it follows the clock its recipe, resolved for these
     devices; what to say of the recipe ("": the sizes are the user's)."""
-    run = with_precision(run, devices_of(run, cluster))
+    run = with_precision(run, select_cluster(run, cluster))
     return choose_recipe(run, cluster, vocabulary, processes) if follows_clock(run) else (run, "")
 
 
-def recorded_recipe(run: Run, recorded: Run) -> Run:
+def restore_recipe(run: Run, recorded_run: Run) -> Run:
     """The run with the recipe that it began with, if that was one of the table."""
-    for recipe in (*RECIPES, Recipe(USUAL_PRESET, 0, {})):
-        chosen = with_keys(run, recipe)
-        same = flatten(chosen), flatten(recorded)
+    for recipe in (*RECIPES, Recipe(DEFAULT_PRESET, 0, {})):
+        new_run = apply_recipe(run, recipe)
+        settings = flatten(new_run), flatten(recorded_run)
         sections = ("model.", "batch.", "data.sequence")
-        if all(same[0][key] == same[1][key] for key in same[0] if key.startswith(sections)):
-            return chosen
+        if all(settings[0][key] == settings[1][key] for key in settings[0] if key.startswith(sections)):
+            return new_run
     return run
 
 
 def with_evaluation(run: Run, tokens_per_s: float, rank_tokens_per_s: float) -> Run:
     """The run with evaluate.tokens and evaluate.sample resolved. Rates are of training, over all
     ranks and of the one rank that samples; 0: unknown."""
-    tokens, sample = TOKENS, SAMPLE
+    tokens, sample = EVALUATION_TOKENS, SAMPLE_TOKENS
     limits = run.run
     if limits.minutes and not (limits.steps or limits.tokens or limits.epochs):
         seconds = 60 * limits.minutes
         if tokens_per_s:
-            fit = int(SHARE * seconds * FORWARD * tokens_per_s)
-            tokens = min(TOKENS, max(LEAST_TOKENS, fit))
+            affordable_tokens = int(EVALUATION_SHARE * seconds * FORWARD_SPEEDUP * tokens_per_s)
+            tokens = min(EVALUATION_TOKENS, max(MIN_EVALUATION_TOKENS, affordable_tokens))
         if rank_tokens_per_s:  # each sampled token computes its whole window
-            fit = int(SAMPLE_SHARE * seconds * FORWARD * rank_tokens_per_s / run.data.sequence)
-            sample = min(SAMPLE, max(LEAST_SAMPLE, fit))
+            affordable_tokens = int(SAMPLE_SHARE * seconds * FORWARD_SPEEDUP * rank_tokens_per_s / run.data.sequence)
+            sample = min(SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, affordable_tokens))
     values = {"evaluate.tokens": tokens, "evaluate.sample": sample}
-    current = flatten(run)
-    return override(run, {key: v for key, v in values.items() if current[key] == "auto"})
+    config = flatten(run)
+    return override(run, {key: v for key, v in values.items() if config[key] == "auto"})

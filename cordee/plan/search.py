@@ -13,26 +13,26 @@ from dataclasses import dataclass, field
 
 from cordee.config.run import Run
 from cordee.layout.axes import Layout
-from cordee.layout.census import Census, Specs, census, model_census
-from cordee.layout.legal import broken, worker_microbatches
+from cordee.layout.census import TensorCounts, TensorSpecs, count_tensors, count_model_tensors
+from cordee.layout.legal import violations, rank_microbatches
 from cordee.layout.stages import Stages, make_stages
-from cordee.plan.candidates import Reasons, Rejected, all_domains, candidates, rank_counts
+from cordee.plan.candidates import Rejections, Rejection, axis_domains, candidate_layouts, world_sizes
 from cordee.plan.cluster import Cluster
 from cordee.plan.costs import (
-    STEP_S,
+    STEP_OVERHEAD_S,
     contention,
-    interval,
+    interval_factors,
     microbatch_s,
-    microbatch_work,
+    microbatch_cost,
     update_s,
 )
 from cordee.plan.devices import with_precision
-from cordee.plan.memory import FITS, OVERHEAD_BYTES, Memory, Wire, rank_memory, unlike
-from cordee.plan.network import Load, choose_wire, gradient_bytes, rank_subtrees, traffic
-from cordee.plan.pipeline import bubble
+from cordee.plan.memory import USABLE_MEMORY_SHARE, OVERHEAD_BYTES, RankMemory, SyncChoice, rank_memory, distinct_stages
+from cordee.plan.network import RankLoad, choose_sync, gradient_bytes, subtree_count, step_traffic
+from cordee.plan.pipeline import bubble_ratio
 
 MIB = 1 << 20
-BYTES = 256
+BYTE_VOCABULARY = 256
 """Vocabulary by which threads are chosen; another one would hardly change which is faster."""
 
 
@@ -66,34 +66,34 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FitResult:
     """How a layout is cut into stages and sharded, the memory of its fullest rank, and why that
     does not fit into its device (or host, on CPU); empty when it does."""
 
     stages: Stages
-    wire: Wire
+    sync: SyncChoice
     zero: int
-    memory: Memory
+    memory: RankMemory
     reason: str
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateLayout:
     """A legal layout with its prediction."""
 
     layout: Layout
     threads: int
-    fitting: Fitting
-    predicted: Prediction
+    fit_result: FitResult
+    prediction: Prediction
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Candidates, best first, and what was dropped."""
 
-    ranked: tuple[Candidate, ...]
-    rejected: tuple[Rejected, ...]
-    tightest: tuple[Layout, Fitting] | None
+    candidates: tuple[CandidateLayout, ...]
+    rejections: tuple[Rejection, ...]
+    nearest_fit: tuple[Layout, FitResult] | None
     """Of those that do not fit, the one that needs least."""
 
 
@@ -106,77 +106,77 @@ def search(
     shards only, unless no layout of all devices is legal. Pure, a millisecond per layout.
     """
     run = with_precision(run, cluster)
-    counted = model_census(run.model, vocabulary)
-    counts = [processes] if processes is not None else rank_counts(cluster)
-    reasons, looked = Reasons(), _Looked()
-    for everything in (False, True):
-        domains = all_domains(run, cluster, counted, counts, reasons)
-        for layout in candidates(run.layout, domains, counts, everything):
-            looked.at(run, cluster, counted, layout, reasons)
-        if counts[-1] in looked.legal:
+    tensor_counts = count_model_tensors(run.model, vocabulary)
+    sizes = [processes] if processes is not None else world_sizes(cluster)
+    rejections, state = Rejections(), _SearchState()
+    for is_second_pass in (False, True):
+        domains = axis_domains(run, cluster, tensor_counts, sizes, rejections)
+        for layout in candidate_layouts(run.layout, domains, sizes, is_second_pass):
+            state.visit(run, cluster, tensor_counts, layout, rejections)
+        if sizes[-1] in state.legal_sizes:
             break
-    ranked = sorted(
-        looked.ranked,
-        key=lambda c: (c.predicted.step_s, c.predicted.memory_bytes, c.layout.size),
+    candidates = sorted(
+        state.candidates,
+        key=lambda candidate: (candidate.prediction.step_s, candidate.prediction.memory_bytes, candidate.layout.size),
     )
-    return Ranking(tuple(ranked), tuple(reasons.lines()), looked.tightest)
+    return Ranking(tuple(candidates), tuple(rejections.summarize()), state.nearest_fit)
 
 
 @dataclass
-class _Looked:
+class _SearchState:
     """What a search has found so far; `legal` are the numbers of ranks of legal layouts."""
 
-    ranked: list[Candidate] = field(default_factory=list)
-    legal: set[int] = field(default_factory=set)
-    tightest: tuple[Layout, Fitting] | None = None
-    stages: dict[int, Stages] = field(default_factory=dict)
+    candidates: list[CandidateLayout] = field(default_factory=list)
+    legal_sizes: set[int] = field(default_factory=set)
+    nearest_fit: tuple[Layout, FitResult] | None = None
+    stages_by_degree: dict[int, Stages] = field(default_factory=dict)
 
-    def at(
-        self, run: Run, cluster: Cluster, counted: Census, layout: Layout, reasons: Reasons
+    def visit(
+        self, run: Run, cluster: Cluster, tensor_counts: TensorCounts, layout: Layout, rejections: Rejections
     ) -> None:
         """Predicts `layout`, or notes why it is out."""
-        if rules := broken(run, layout, counted):
-            reasons.note(rules[0], layout)
+        if rules := violations(run, layout, tensor_counts):
+            rejections.add_violation(rules[0], layout)
             return
-        self.legal.add(layout.size)
-        if layout.pipeline not in self.stages:
-            self.stages[layout.pipeline] = _stages(run, counted, layout)
-        fitting = fit(run, cluster, layout, counted, self.stages[layout.pipeline])
-        if not fitting.reason:
-            self.ranked.append(predict(run, cluster, layout, counted, fitting))
+        self.legal_sizes.add(layout.size)
+        if layout.pipeline not in self.stages_by_degree:
+            self.stages_by_degree[layout.pipeline] = _stages_of(run, tensor_counts, layout)
+        fit_result = fit_layout(run, cluster, layout, tensor_counts, self.stages_by_degree[layout.pipeline])
+        if not fit_result.reason:
+            self.candidates.append(predict(run, cluster, layout, tensor_counts, fit_result))
             return
-        needed = fitting.memory.total_bytes
-        reasons.too_big(layout, fitting.reason, needed)
-        if self.tightest is None or needed < self.tightest[1].memory.total_bytes:
-            self.tightest = layout, fitting
+        needed_bytes = fit_result.memory.total_bytes
+        rejections.add_misfit(layout, fit_result.reason, needed_bytes)
+        if self.nearest_fit is None or needed_bytes < self.nearest_fit[1].memory.total_bytes:
+            self.nearest_fit = layout, fit_result
 
 
-def fit(
-    run: Run, cluster: Cluster, layout: Layout, specs: Specs, stages: Stages | None = None
-) -> Fitting:
+def fit_layout(
+    run: Run, cluster: Cluster, layout: Layout, specs: TensorSpecs, stages: Stages | None = None
+) -> FitResult:
     """What shards keep whole: as given, else the first of 1, 2, 3 that fits (the last if none)."""
-    counted, wire = census(specs), choose_wire(run, layout)
-    stages = stages or _stages(run, counted, layout)
-    given = run.layout.zero
-    alone = layout.shard == 1 and run.memory.offload == "none"
-    whole = alone or layout.pipeline > 1 or wire.canonical
-    for zero in (1,) if whole else (1, 2, 3) if given == "auto" else (int(given),):
-        memory = rank_memory(run, counted, layout, wire, cluster.device, zero, stages)
-        reason = _too_big(memory, layout, cluster)
+    tensor_counts, sync = count_tensors(specs), choose_sync(run, layout)
+    stages = stages or _stages_of(run, tensor_counts, layout)
+    zero_setting = run.layout.zero
+    is_unsharded = layout.shard == 1 and run.memory.offload == "none"
+    keeps_full_gradients = is_unsharded or layout.pipeline > 1 or sync.is_canonical
+    for zero in (1,) if keeps_full_gradients else (1, 2, 3) if zero_setting == "auto" else (int(zero_setting),):
+        memory = rank_memory(run, tensor_counts, layout, sync, cluster.device, zero, stages)
+        reason = _misfit_reason(memory, layout, cluster)
         if not reason:
             break
-    return Fitting(stages, wire, zero, memory, reason)
+    return FitResult(stages, sync, zero, memory, reason)
 
 
-def _too_big(memory: Memory, layout: Layout, cluster: Cluster) -> str:
+def _misfit_reason(memory: RankMemory, layout: Layout, cluster: Cluster) -> str:
     ranks = ranks_per_host(layout, cluster) if cluster.device == "cpu" else 1
-    needed = (memory.total_bytes + OVERHEAD_BYTES[cluster.device]) * ranks
-    if needed <= FITS * cluster.memory_bytes:
+    needed_bytes = (memory.total_bytes + OVERHEAD_BYTES[cluster.device]) * ranks
+    if needed_bytes <= USABLE_MEMORY_SHARE * cluster.memory_bytes:
         return ""
-    item = max(memory.items, key=lambda name: memory.items[name])
+    item = max(memory.peak_items, key=lambda name: memory.peak_items[name])
     return (
-        f"needs {needed / MIB:,.0f} MiB of {FITS * cluster.memory_bytes / MIB:,.0f} MiB"
-        f" ({item} {memory.items[item] / MIB:,.0f} MiB a rank)"
+        f"needs {needed_bytes / MIB:,.0f} MiB of {USABLE_MEMORY_SHARE * cluster.memory_bytes / MIB:,.0f} MiB"
+        f" ({item} {memory.peak_items[item] / MIB:,.0f} MiB a rank)"
     )
 
 
@@ -188,9 +188,9 @@ def choose_threads(run: Run, layout: Layout, cluster: Cluster) -> int:
     share = max(1, cluster.cores // ranks_per_host(layout, cluster))
     if run.run.exact or share == 1 or not cluster.measured:
         return 1 if run.run.exact else share
-    work = microbatch_work(run, BYTES, cluster.device, layout)
+    cost = microbatch_cost(run, BYTE_VOCABULARY, cluster.device, layout)
     precision = run.run.precision
-    return min((share, 1), key=lambda n: sum(microbatch_s(work, cluster, precision, n).values()))
+    return min((share, 1), key=lambda n: sum(microbatch_s(cost, cluster, precision, n).values()))
 
 
 def ranks_per_host(layout: Layout, cluster: Cluster) -> int:
@@ -199,76 +199,76 @@ def ranks_per_host(layout: Layout, cluster: Cluster) -> int:
 
 
 def predict(
-    run: Run, cluster: Cluster, layout: Layout, specs: Specs, fitting: Fitting | None = None
-) -> Candidate:
+    run: Run, cluster: Cluster, layout: Layout, specs: TensorSpecs, fit_result: FitResult | None = None
+) -> CandidateLayout:
     """Time, bytes and memory of one step of `run` on `layout`, which must be legal."""
-    counted = census(specs)
-    fitting = fitting or fit(run, cluster, layout, counted)
-    wire, memory = fitting.wire, fitting.memory
+    tensor_counts = count_tensors(specs)
+    fit_result = fit_result or fit_layout(run, cluster, layout, tensor_counts)
+    sync, memory = fit_result.sync, fit_result.memory
     threads = choose_threads(run, layout, cluster)
-    slow = contention(cluster, ranks_per_host(layout, cluster), threads)
-    load, times = _slowest(run, cluster, layout, counted, fitting)
-    sent = traffic(run, counted, layout, wire, cluster, load)
-    update = update_s(run, counted, cluster, threads, layout, load.parts)
-    times["update"] = slow * update
-    times.update({name: slow * seconds for name, seconds in sent.seconds.items()})
-    times["step"] = STEP_S
+    slowdown = contention(cluster, ranks_per_host(layout, cluster), threads)
+    load, times = _slowest_rank(run, cluster, layout, tensor_counts, fit_result)
+    comm = step_traffic(run, tensor_counts, layout, sync, cluster, load)
+    update_seconds = update_s(run, tensor_counts, cluster, threads, layout, load.layer_ranges)
+    times["update"] = slowdown * update_seconds
+    times.update({name: slowdown * seconds for name, seconds in comm.seconds.items()})
+    times["step"] = STEP_OVERHEAD_S
     step_s = sum(times.values())
     precision = run.run.precision
-    low, high = interval(cluster, precision, ranks_per_host(layout, cluster), threads)
+    low_factor, high_factor = interval_factors(cluster, precision, ranks_per_host(layout, cluster), threads)
     tokens = run.batch.microbatches * run.batch.microbatch * run.data.sequence
-    work = microbatch_work(run, counted.vocabulary, cluster.device)
-    subtrees = rank_subtrees(run, layout, wire, worker=0)
-    predicted = Prediction(
+    cost = microbatch_cost(run, tensor_counts.vocabulary, cluster.device)
+    subtrees = subtree_count(run, layout, sync, dp_rank=0)
+    prediction = Prediction(
         step_s=step_s,
-        low_s=low * step_s,
-        high_s=high * step_s,
+        low_s=low_factor * step_s,
+        high_s=high_factor * step_s,
         tokens_per_s=tokens / step_s,
-        bytes_sent=gradient_bytes(counted, layout, wire, run, subtrees, fitting.stages.held(0)),
-        bytes_items=sent.sent_bytes,
+        bytes_sent=gradient_bytes(tensor_counts, layout, sync, run, subtrees, fit_result.stages.layer_ranges(0)),
+        bytes_items=comm.sent_bytes,
         memory_bytes=memory.total_bytes,
         overhead_bytes=OVERHEAD_BYTES[cluster.device],
-        memory_items=memory.items,
+        memory_items=memory.peak_items,
         time_items=times,
-        flops=run.batch.microbatches * work.flops,
+        flops=run.batch.microbatches * cost.flops,
         peak_flops=cluster.flops(precision)
         * min(layout.size * (threads if cluster.device == "cpu" else 1), cluster.slots),
-        parameters=counted.parameters,
+        parameters=tensor_counts.parameters,
     )
-    return Candidate(layout, threads, fitting, predicted)
+    return CandidateLayout(layout, threads, fit_result, prediction)
 
 
-def _stages(run: Run, counted: Census, layout: Layout) -> Stages:
-    return make_stages(run.model, counted.vocabulary, run.layout, layout.pipeline)
+def _stages_of(run: Run, tensor_counts: TensorCounts, layout: Layout) -> Stages:
+    return make_stages(run.model, tensor_counts.vocabulary, run.layout, layout.pipeline)
 
 
-def _slowest(
-    run: Run, cluster: Cluster, layout: Layout, counted: Census, fitting: Fitting
-) -> tuple[Load, dict[str, float]]:
+def _slowest_rank(
+    run: Run, cluster: Cluster, layout: Layout, tensor_counts: TensorCounts, fit_result: FitResult
+) -> tuple[RankLoad, dict[str, float]]:
     """The pipeline rank that computes longest, and its seconds of a step by stream."""
     threads = choose_threads(run, layout, cluster)
-    slow = contention(cluster, ranks_per_host(layout, cluster), threads)
-    rounds = _rounds(run, layout, slow)
-    slowest: dict[str, float] = {}
-    for _, parts in unlike(run, fitting.stages):
-        work = microbatch_work(run, counted.vocabulary, cluster.device, layout, parts)
-        streams = microbatch_s(work, cluster, run.run.precision, threads)
-        if sum(streams.values()) > sum(slowest.values()):
-            slowest, held = streams, parts
-    times = {name: rounds * seconds for name, seconds in slowest.items()}
-    load = Load(held, fitting.zero, sum(times.values()))
+    slowdown = contention(cluster, ranks_per_host(layout, cluster), threads)
+    microbatches = _effective_microbatches(run, layout, slowdown)
+    slowest_streams: dict[str, float] = {}
+    for _, layer_ranges in distinct_stages(run, fit_result.stages):
+        cost = microbatch_cost(run, tensor_counts.vocabulary, cluster.device, layout, layer_ranges)
+        streams = microbatch_s(cost, cluster, run.run.precision, threads)
+        if sum(streams.values()) > sum(slowest_streams.values()):
+            slowest_streams, slowest_ranges = streams, layer_ranges
+    times = {name: microbatches * seconds for name, seconds in slowest_streams.items()}
+    load = RankLoad(slowest_ranges, fit_result.zero, sum(times.values()))
     if layout.pipeline > 1:
-        each = worker_microbatches(run, layout)
-        times["bubble"] = load.compute_s * bubble(run.layout, layout.pipeline, each)
+        rank_share = rank_microbatches(run, layout)
+        times["bubble"] = load.compute_s * bubble_ratio(run.layout, layout.pipeline, rank_share)
     return load, times
 
 
-def _rounds(run: Run, layout: Layout, slow: float) -> float:
+def _effective_microbatches(run: Run, layout: Layout, slowdown: float) -> float:
     """Microbatches of the slowest worker, in units of one that has a core to itself.
 
     Where ranks share cores, those with less work leave them to the others: the mean counts.
     """
     total = run.batch.microbatches
     if run.data.placement == "replicate":
-        return total * slow
-    return max(-(-total // layout.workers), total / layout.workers * slow)
+        return total * slowdown
+    return max(-(-total // layout.dp_size), total / layout.dp_size * slowdown)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cordee.dist.exchange import Codec
 
 
-class Identity:
+class IdentityCodec:
     """fp32 as it is."""
 
     dtype = torch.float32
@@ -27,7 +27,7 @@ class Identity:
         return payload
 
 
-class BFloat16:
+class BFloat16Codec:
     """fp32 rounded to bfloat16: half the bytes, relative error at most 2^-8 an element."""
 
     dtype = torch.bfloat16
@@ -45,7 +45,7 @@ def make_codec(name: str) -> Codec:
     """The codec called `name` (sync.codec)."""
     match name:
         case "identity":
-            return Identity()
+            return IdentityCodec()
         case "bf16":
-            return BFloat16()
+            return BFloat16Codec()
     raise KeyError(name)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from cordee.dist.exchange import Codec, Exchange, Partial, gather_rows, nothing
-from cordee.dist.flat import outward
+from cordee.dist.exchange import Codec, TreeAllReduce, PartialSums, all_gather_rows, do_nothing
+from cordee.dist.flat import to_transport_device
 from cordee.errors import RunError
 
 
@@ -26,12 +26,12 @@ class Sync(Protocol):
 
     bytes_sent: int
 
-    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+    def reduce_gradients(self, partial_sums: PartialSums, on_local_sums: Callable[[], None] = do_nothing) -> list[Tensor]:
         """The gradient of the step, summed over all microbatches of all members. `reached` is
         called with this rank's sums ready: between the rounds of messages where there are two."""
         ...
 
-    def settle(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Called after step `step` was committed."""
         ...
 
@@ -44,13 +44,13 @@ class Sync(Protocol):
         ...
 
 
-class _Stateless:
+class _StatelessSync:
     """Protocols that keep nothing from step to step."""
 
     def __init__(self) -> None:
         self.bytes_sent = 0
 
-    def settle(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Nothing to do after the commit."""
 
     def state(self) -> dict[str, Any]:
@@ -61,16 +61,16 @@ class _Stateless:
         """Nothing to restore."""
 
 
-class Alone(_Stateless):
+class NoSync(_StatelessSync):
     """One island: its own sum is the whole."""
 
-    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+    def reduce_gradients(self, partial_sums: PartialSums, on_local_sums: Callable[[], None] = do_nothing) -> list[Tensor]:
         """The only partial sum."""
-        reached()
-        return partial[0][1]
+        on_local_sums()
+        return partial_sums[0][1]
 
 
-class AllReduce(_Stateless):
+class AllReduceSync(_StatelessSync):
     """The library's fused all-reduce over one flat buffer."""
 
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
@@ -78,19 +78,19 @@ class AllReduce(_Stateless):
         self.group = group
         self.size = size
 
-    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+    def reduce_gradients(self, partial_sums: PartialSums, on_local_sums: Callable[[], None] = do_nothing) -> list[Tensor]:
         """Ring sum; its order, and so its last bits, depend on the number of members."""
-        gradients = partial[0][1]
-        flat = flatten(gradients)
-        reached()
-        whole = outward(flat, self.group)
-        dist.all_reduce(whole, group=self.group)
-        share = 2 * (self.size - 1) / self.size
-        self.bytes_sent += int(share * flat.numel() * flat.element_size())
-        return unflatten(whole.to(flat.device), gradients)
+        gradients = partial_sums[0][1]
+        flat_gradient = flatten_tensors(gradients)
+        on_local_sums()
+        output = to_transport_device(flat_gradient, self.group)
+        dist.all_reduce(output, group=self.group)
+        traffic_factor = 2 * (self.size - 1) / self.size
+        self.bytes_sent += int(traffic_factor * flat_gradient.numel() * flat_gradient.element_size())
+        return unflatten_tensors(output.to(flat_gradient.device), gradients)
 
 
-class ByExchange(_Stateless):
+class TreeSync(_StatelessSync):
     """The exchange in canonical order, with a codec on the wire."""
 
     def __init__(
@@ -98,33 +98,33 @@ class ByExchange(_Stateless):
         group: dist.ProcessGroup | None,
         ranges: Sequence[range],
         codec: Codec,
-        island: int | None = None,
+        island_index: int | None = None,
     ) -> None:
         """`island`: this rank gives one sum, that of its island, and `ranges` count islands."""
         super().__init__()
-        self.exchange = Exchange(group, ranges, codec)
-        self.island = island
+        self.tree_all_reduce = TreeAllReduce(group, ranges, codec)
+        self.island_index = island_index
 
-    def deal(self, ranges: Sequence[range]) -> None:
+    def set_ranges(self, ranges: Sequence[range]) -> None:
         """Workers compute these microbatches from now on; sums of islands do not care."""
-        if self.island is None:
-            self.exchange.deal(ranges)
+        if self.island_index is None:
+            self.tree_all_reduce.set_ranges(ranges)
 
-    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+    def reduce_gradients(self, partial_sums: PartialSums, on_local_sums: Callable[[], None] = do_nothing) -> list[Tensor]:
         """The same bits for any number of members when the codec is the identity."""
-        like = partial[0][1]
-        if self.exchange.size == 1:
-            reached()
-            return like
-        flat = [(node, flatten(tensors)) for node, tensors in partial]
-        if self.island is not None:
-            flat = [((self.island, self.island + 1), flat[0][1])]
-        whole = self.exchange.add(flat, reached)
-        self.bytes_sent = self.exchange.bytes_sent
-        return unflatten(whole, like)
+        templates = partial_sums[0][1]
+        if self.tree_all_reduce.size == 1:
+            on_local_sums()
+            return templates
+        flat_sums = [(node, flatten_tensors(tensors)) for node, tensors in partial_sums]
+        if self.island_index is not None:
+            flat_sums = [((self.island_index, self.island_index + 1), flat_sums[0][1])]
+        output = self.tree_all_reduce.all_reduce(flat_sums, on_local_sums)
+        self.bytes_sent = self.tree_all_reduce.bytes_sent
+        return unflatten_tensors(output, templates)
 
 
-class Compared(_Stateless):
+class ReplicaCheck(_StatelessSync):
     """Every island computed everything: compare digests instead of adding."""
 
     def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
@@ -132,33 +132,33 @@ class Compared(_Stateless):
         self.group = group
         self.size = size
 
-    def agree(self, partial: Partial, reached: Callable[[], None] = nothing) -> list[Tensor]:
+    def reduce_gradients(self, partial_sums: PartialSums, on_local_sums: Callable[[], None] = do_nothing) -> list[Tensor]:
         """Our own gradient; RunError when an island computed another one."""
-        gradients = partial[0][1]
-        reached()
+        gradients = partial_sums[0][1]
+        on_local_sums()
         digest = xxhash.xxh3_64()
         for tensor in gradients:
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
-        ours = torch.tensor([digest.intdigest() - (1 << 63)], dtype=torch.int64)
-        digests = gather_rows(ours, self.group, self.size)[:, 0].tolist()
+        digest_row = torch.tensor([digest.intdigest() - (1 << 63)], dtype=torch.int64)
+        digests = all_gather_rows(digest_row, self.group, self.size)[:, 0].tolist()
         self.bytes_sent += 8 * (self.size - 1)
         if len(set(digests)) > 1:
-            common = max(set(digests), key=digests.count)
-            odd = [i for i, d in enumerate(digests) if d != common]
+            majority_digest = max(set(digests), key=digests.count)
+            odd_islands = [i for i, d in enumerate(digests) if d != majority_digest]
             raise RunError(
                 "islands computed different gradients from the same samples",
-                values={"islands that differ": odd, "islands": self.size},
+                values={"islands that differ": odd_islands, "islands": self.size},
                 fix="check that device's memory, or data.placement=partition",
             )
         return gradients
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
+def flatten_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """One flat vector of all elements, in order."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def unflatten_tensors(vector: Tensor, templates: Sequence[Tensor]) -> list[Tensor]:
     """Views of `flat` in the shapes of `like`."""
-    parts = torch.split(flat, [tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    parts = torch.split(vector, [template.numel() for template in templates])
+    return [part.view(template.shape) for part, template in zip(parts, templates, strict=True)]

@@ -12,15 +12,15 @@ import sys
 from cordee import begin
 from cordee.cli.main import main
 from cordee.config.run import Run
-from cordee.fault.hosts import Meeting
-from cordee.rendezvous import meet
+from cordee.fault.hosts import RendezvousConfig
+from cordee.rendezvous import make_rendezvous_config
 
 
-def meet_as(run: Run, data: str, inside: str, device: str) -> Meeting:
+def meet_as_kind(run: Run, data: str, island_cut: str, device: str) -> RendezvousConfig:
     """As the house meets, but for the kind."""
-    return meet(run, data, inside, sys.argv[1])
+    return make_rendezvous_config(run, data, island_cut, sys.argv[1])
 
 
 if __name__ == "__main__":
-    vars(begin)["meet"] = meet_as
+    vars(begin)["make_rendezvous_config"] = meet_as_kind
     sys.exit(main(sys.argv[5:]))

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.conftest import SMALL, clean_environment, cordee, digest, events, rows, train
+from tests.conftest import SMALL, clean_environment, run_cordee, weights_digest, read_events, read_rows, train_small
 
 STEPS = 160
-LONG = (
+LONG_RUN = (
     "run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "evaluate.tokens=0",
     "checkpoint.every=50", "batch.microbatches=12", "fault.spares=0",
     "model.layers=2",
@@ -33,14 +33,14 @@ STEP_OF_ROW = re.compile(rb'"step": ?(\d+)')
 
 def free_port(ip: str = "127.0.0.1") -> int:
     """A port that nobody listens on now."""
-    with socket.socket() as asked:
-        asked.bind((ip, 0))
-        return int(asked.getsockname()[1])
+    with socket.socket() as probe_socket:
+        probe_socket.bind((ip, 0))
+        return int(probe_socket.getsockname()[1])
 
 
 def children_of(pid: int) -> list[int]:
     """Processes that `pid` has started and that live."""
-    found = []
+    child_pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -48,28 +48,28 @@ def children_of(pid: int) -> list[int]:
             except OSError:
                 continue
             if int(stat[1]) == pid and stat[0] not in "ZX":
-                found.append(int(entry.name))
-    return found
+                child_pids.append(int(entry.name))
+    return child_pids
 
 
-class Host:
+class HostProcess:
     """One host: the command that a user would give there, its workers, and what it says."""
 
     def __init__(
-        self, folder: Path, *words: str, prefix: Sequence[str] = (), path: str = ""
+        self, folder: Path, *arguments: str, prefix: Sequence[str] = (), path: str = ""
     ) -> None:
         """`path`: where Python looks first, before the package."""
         self.folder = folder
         environment = clean_environment()
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment["PYTHONPATH"])))
-        self.began_s = time.monotonic()
+        self.start_s = time.monotonic()
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "cordee", "train", *SMALL, *LONG, *words,
+            [*prefix, sys.executable, "-m", "cordee", "train", *SMALL, *LONG_RUN, *arguments,
              f"run.dir={folder}"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.lines: list[str] = []
-        self._crew: list[int] = []
+        self._frozen_pids: list[int] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -79,60 +79,60 @@ class Host:
             self.lines.append(line)
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Everything so far."""
         return "".join(self.lines)
 
     @property
-    def workers(self) -> list[int]:
+    def worker_pids(self) -> list[int]:
         """Its workers' process ids."""
         return children_of(self.process.pid)
 
     def kill(self) -> list[int]:
         """Kills the supervisor; its workers, which must go by themselves."""
-        workers = self.workers
+        pids = self.worker_pids
         self.process.kill()
         self.process.wait()
-        return workers
+        return pids
 
     def freeze(self) -> None:
         """Stops every process of this host; the supervisor first, it would kill a silent worker."""
         os.kill(self.process.pid, signal.SIGSTOP)
-        self._crew = self.workers
-        for pid in self._crew:
+        self._frozen_pids = self.worker_pids
+        for pid in self._frozen_pids:
             os.kill(pid, signal.SIGSTOP)
 
     def thaw(self, workers_first: bool = False) -> None:
         """Lets them go on."""
-        order = [self.process.pid, *self._crew]
-        for pid in order[::-1] if workers_first else order:
+        pids = [self.process.pid, *self._frozen_pids]
+        for pid in pids[::-1] if workers_first else pids:
             try:
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:
                 continue
 
-    def ask(self, number: int = signal.SIGTERM) -> None:
+    def send_signal(self, signal_number: int = signal.SIGTERM) -> None:
         """Tells it to leave."""
-        self.process.send_signal(number)
+        self.process.send_signal(signal_number)
 
-    def end(self, deadline_s: float = 120.0) -> int:
+    def wait_exit(self, deadline_s: float = 120.0) -> int:
         """The exit code."""
-        code = self.process.wait(deadline_s)
+        exit_code = self.process.wait(deadline_s)
         self._reader.join(5)
-        return code
+        return exit_code
 
-    def put_away(self) -> None:
+    def cleanup(self) -> None:
         """Kills what is left of it, frozen or not."""
-        workers = self.workers
+        pids = self.worker_pids
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for pid in {*workers, *self._crew}:
-            if alive(pid):
+        for pid in {*pids, *self._frozen_pids}:
+            if is_process_alive(pid):
                 os.kill(pid, signal.SIGKILL)
 
 
-def alive(pid: int) -> bool:
+def is_process_alive(pid: int) -> bool:
     """Whether a process lives; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -140,42 +140,42 @@ def alive(pid: int) -> bool:
         return False
 
 
-class Rope:
+class HostGroup:
     """All hosts of one run, as a context: nothing is left behind."""
 
-    def __init__(self, folder: Path, *words: str, address: str = "") -> None:
-        self.folder, self.words = folder, words
+    def __init__(self, folder: Path, *arguments: str, address: str = "") -> None:
+        self.folder, self.arguments = folder, arguments
         self.address = address or f"127.0.0.1:{free_port()}"
-        self.hosts: list[Host] = []
+        self.hosts: list[HostProcess] = []
 
-    def __enter__(self) -> Rope:
+    def __enter__(self) -> HostGroup:
         return self
 
     def __exit__(
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
     ) -> None:
         for host in self.hosts:
-            host.put_away()
+            host.cleanup()
 
-    def found(self, *words: str, ranks: int = 1, prefix: Sequence[str] = ()) -> Host:
+    def start_first(self, *arguments: str, ranks: int = 1, prefix: Sequence[str] = ()) -> HostProcess:
         """The first host."""
-        return self._add(ranks, prefix, f"launch.listen={self.address}", *words)
+        return self._start_host(ranks, prefix, f"launch.listen={self.address}", *arguments)
 
     def join(
-        self, *words: str, through: str = "", ranks: int = 1, prefix: Sequence[str] = (), **own: Any
-    ) -> Host:
+        self, *arguments: str, join_address: str = "", ranks: int = 1, prefix: Sequence[str] = (), **options: Any
+    ) -> HostProcess:
         """One more host, as soon as there is a run to join; `own`: another folder, another path."""
-        self.wait(lambda: (self.folder / "members.id").exists(), 60)
-        return self._add(ranks, prefix, f"launch.join={through or self.address}", *words, **own)
+        self.wait_until(lambda: (self.folder / "members.id").exists(), 60)
+        return self._start_host(ranks, prefix, f"launch.join={join_address or self.address}", *arguments, **options)
 
-    def _add(self, ranks: int, prefix: Sequence[str], *words: str, **own: Any) -> Host:
-        folder = own.pop("folder", self.folder)
-        words = (f"launch.processes={ranks}", *self.words, *words)
-        host = Host(folder, *words, prefix=prefix, **own)
+    def _start_host(self, ranks: int, prefix: Sequence[str], *arguments: str, **options: Any) -> HostProcess:
+        folder = options.pop("folder", self.folder)
+        arguments = (f"launch.processes={ranks}", *self.arguments, *arguments)
+        host = HostProcess(folder, *arguments, prefix=prefix, **options)
         self.hosts.append(host)
         return host
 
-    def address_of(self, host: Host) -> str:
+    def listen_address(self, host: HostProcess) -> str:
         """Where a host's supervisor listens; a joined one has a port of its own."""
         table = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
         lines = [line.split() for line in table.splitlines() if f"pid={host.process.pid}," in line]
@@ -184,82 +184,82 @@ class Rope:
     # ---- what the run's folder says ----
 
     @property
-    def step(self) -> int:
+    def last_step(self) -> int:
         """The newest row's step."""
-        return int(self._last("step") or 0)
+        return int(self._last_value("step") or 0)
 
     @property
-    def islands(self) -> int:
+    def last_island_count(self) -> int:
         """How many islands computed the newest row."""
-        return int(self._last("islands") or 0)
+        return int(self._last_value("islands") or 0)
 
-    def _last(self, key: str) -> int | None:
+    def _last_value(self, key: str) -> int | None:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return None
         with open(path, "rb") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, end - 8192))
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 8192))
             lines = stream.read().split(b"\n")[:-1]
-        found = re.findall(rb'"%s": ?(\d+)' % key.encode(), lines[-1]) if lines else []
-        return int(found[0]) if found else None
+        values = re.findall(rb'"%s": ?(\d+)' % key.encode(), lines[-1]) if lines else []
+        return int(values[0]) if values else None
 
-    def until_step(self, step: int, deadline_s: float = 90.0) -> None:
+    def wait_for_step(self, step: int, deadline_s: float = 90.0) -> None:
         """Waits until that step is committed."""
-        self.wait(lambda: self.step >= step, deadline_s)
+        self.wait_until(lambda: self.last_step >= step, deadline_s)
 
-    def until_islands(self, count: int, deadline_s: float = 60.0) -> None:
+    def wait_for_islands(self, count: int, deadline_s: float = 60.0) -> None:
         """Waits until so many islands compute."""
-        self.wait(lambda: self.islands == count, deadline_s)
+        self.wait_until(lambda: self.last_island_count == count, deadline_s)
 
-    def goes_on(self) -> None:
+    def wait_for_next_step(self) -> None:
         """Waits until a step is committed that is not now."""
-        step = self.step
-        self.wait(lambda: self.step > step, 60)
+        step = self.last_step
+        self.wait_until(lambda: self.last_step > step, 60)
 
-    def wait(self, happened: Callable[[], bool], deadline_s: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], deadline_s: float) -> None:
         """Waits for something; what all hosts said, when it does not come."""
-        end = time.monotonic() + deadline_s
-        while not happened():
-            assert time.monotonic() < end, self.told()
-            assert any(host.process.poll() is None for host in self.hosts), self.told()
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < deadline, self.transcript()
+            assert any(host.process.poll() is None for host in self.hosts), self.transcript()
             time.sleep(0.005)
 
-    def told(self) -> str:
+    def transcript(self) -> str:
         """The end of what each host said."""
         parts = [
-            f"--- host {number} (exit {host.process.poll()})\n{host.said[-2500:]}"
+            f"--- host {number} (exit {host.process.poll()})\n{host.output[-2500:]}"
             for number, host in enumerate(self.hosts)
         ]
         return "\n".join(parts)
 
 
-def check_run(folder: Path, clean: str, steps: int = STEPS) -> list[dict[str, object]]:
+def check_run(folder: Path, expected_digest: str, steps: int = STEPS) -> list[dict[str, object]]:
     """The oracles: the clean run's digest, each step once, generations that never go back, each
     sample once. Returns the events."""
-    written = rows(folder)
-    assert [row["step"] for row in written] == list(range(1, steps + 1))
-    quorums = [int(str(row["quorum"])) for row in written]
+    metric_rows = read_rows(folder)
+    assert [row["step"] for row in metric_rows] == list(range(1, steps + 1))
+    quorums = [int(str(row["quorum"])) for row in metric_rows]
     assert quorums == sorted(quorums)
-    assert digest(folder) == clean
-    found = events(folder)
-    assert [event["event"] for event in found].count("finished") == 1
-    ledger = cordee("data", "ledger", str(folder))
+    assert weights_digest(folder) == expected_digest
+    run_events = read_events(folder)
+    assert [event["event"] for event in run_events].count("finished") == 1
+    ledger = run_cordee("data", "ledger", str(folder))
     assert ledger.returncode == 0, ledger.stdout + ledger.stderr
-    return found
+    return run_events
 
 
-def clean_digest(folder: Path, *words: str) -> str:
+def clean_digest(folder: Path, *arguments: str) -> str:
     """The digest of the run on one process, undisturbed."""
-    train(folder, *LONG, *words, "launch.processes=1")
-    return digest(folder)
+    train_small(folder, *LONG_RUN, *arguments, "launch.processes=1")
+    return weights_digest(folder)
 
 
-def gone_within(pids: Sequence[int], limit_s: float) -> bool:
+def all_exit_within(pids: Sequence[int], limit_s: float) -> bool:
     """Whether all these processes end in time."""
-    end = time.monotonic() + limit_s
-    while any(alive(pid) for pid in pids):
-        if time.monotonic() > end:
+    deadline = time.monotonic() + limit_s
+    while any(is_process_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
     return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, cordee, train
+from tests.conftest import SMALL, run_cordee, train_small
 
 CASES = {
     "unknown key": (("optim.lrr=0.1",), "did you mean optim.lr"),
@@ -45,93 +45,93 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
-    words, expected = CASES[name]
+    overrides, message = CASES[name]
     folder = tmp_path / "run"
-    done = cordee("train", *SMALL, f"run.dir={folder}", *words, folder=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
-    assert "nearest fix" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = run_cordee("train", *SMALL, f"run.dir={folder}", *overrides, folder=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "nearest fix" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_compiling_without_a_compiler(processes: int, run_dir: Path) -> None:
-    words = ("run.compile=blocks", "launch.device=cpu", f"launch.processes={processes}")
-    done = cordee("train", *SMALL, *words, f"run.dir={run_dir}", CXX="no-such-compiler")
-    assert done.returncode == 2, done.stderr
-    assert "no-such-compiler" in done.stderr and "run.compile=none" in done.stderr
+    overrides = ("run.compile=blocks", "launch.device=cpu", f"launch.processes={processes}")
+    result = run_cordee("train", *SMALL, *overrides, f"run.dir={run_dir}", CXX="no-such-compiler")
+    assert result.returncode == 2, result.stderr
+    assert "no-such-compiler" in result.stderr and "run.compile=none" in result.stderr
     assert not run_dir.exists()
 
 
 def test_malformed_toml(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[run\nsteps = 3")
-    done = cordee("train", "bad.toml", folder=tmp_path)
-    assert done.returncode == 2
-    assert "TOML" in done.stderr
+    result = run_cordee("train", "bad.toml", folder=tmp_path)
+    assert result.returncode == 2
+    assert "TOML" in result.stderr
     assert os.listdir(tmp_path) == ["bad.toml"]
 
 
 def test_unreadable_toml(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
-    done = cordee("train", "folder.toml", folder=tmp_path)
-    assert done.returncode == 2
-    assert "cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = run_cordee("train", "folder.toml", folder=tmp_path)
+    assert result.returncode == 2
+    assert "cannot be read" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("place", ["/proc/no/run", "taken", "/dev/null/run"])
 def test_a_run_folder_that_cannot_be_written(place: str, processes: int, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    done = cordee(
+    result = run_cordee(
         "train", *SMALL, f"run.dir={place}", f"launch.processes={processes}", folder=tmp_path
     )
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr
-    assert "nearest fix" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert result.returncode == 2, result.stderr
+    assert "cannot be written" in result.stderr
+    assert "nearest fix" in result.stderr
+    assert "Traceback" not in result.stderr
     assert os.listdir(tmp_path) == ["taken"]
 
 
 def test_empty_data(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    done = cordee("train", "data.path=empty.txt", folder=tmp_path)
-    assert done.returncode == 2
+    result = run_cordee("train", "data.path=empty.txt", folder=tmp_path)
+    assert result.returncode == 2
     assert os.listdir(tmp_path) == ["empty.txt"]
 
 
 def test_folder_of_another_run(run_dir: Path) -> None:
-    train(run_dir, "run.steps=3")
-    done = cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "optim.lr=0.5")
-    assert done.returncode == 2
-    assert "optim.lr" in done.stderr and "0.5" in done.stderr
-    never = cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "run.resume=never")
-    assert never.returncode == 2
+    train_small(run_dir, "run.steps=3")
+    result = run_cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "optim.lr=0.5")
+    assert result.returncode == 2
+    assert "optim.lr" in result.stderr and "0.5" in result.stderr
+    never_result = run_cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "run.resume=never")
+    assert never_result.returncode == 2
 
 
 def test_port_in_use_is_said(run_dir: Path) -> None:
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        done = cordee(
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        result = run_cordee(
             "train", *SMALL, f"run.dir={run_dir}", "run.steps=3",
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(busy.getsockname()[1]),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(listener.getsockname()[1]),
         )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-1500:]
-    assert "in use" in done.stderr
+    assert result.returncode == 2, result.stderr[-1500:]
+    assert "in use" in result.stderr
 
 
 def test_changed_data_is_said_and_harmless(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
-    words = [w for w in SMALL if not w.startswith("data.") or "sequence" in w]
-    run = ("train", *words, f"data.path={text}", f"run.dir={tmp_path / 'run'}", "run.steps=12")
+    overrides = [word for word in SMALL if not word.startswith("data.") or "sequence" in word]
+    command = ("train", *overrides, f"data.path={text}", f"run.dir={tmp_path / 'run'}", "run.steps=12")
     drill = ("fault.kill=step.start:10:0", "fault.recover=false")
-    killed = cordee(*run, "checkpoint.every=4", *drill)
-    assert killed.returncode != 0
+    kill_result = run_cordee(*command, "checkpoint.every=4", *drill)
+    assert kill_result.returncode != 0
     text.write_text("another text")
-    done = cordee(*run, "checkpoint.every=4")
-    assert done.returncode == 0, done.stderr
+    result = run_cordee(*command, "checkpoint.every=4")
+    assert result.returncode == 0, result.stderr
     assert "data_changed" in (tmp_path / "run" / "events.jsonl").read_text()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL, cordee, rows, train
+from tests.conftest import SMALL, run_cordee, read_rows, train_small
 
 
-def ledger(run: Path, *words: str, code: int = 0) -> dict[str, Any]:
-    done = cordee("data", "ledger", str(run), *words, "--json")
-    assert done.returncode == code, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def ledger(run: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
+    result = run_cordee("data", "ledger", str(run), *arguments, "--json")
+    assert result.returncode == exit_code, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -23,20 +23,20 @@ def ledger(run: Path, *words: str, code: int = 0) -> dict[str, Any]:
     ["layout.pipeline=2", "layout.context=2", "layout.tensor=2", "data.placement=replicate"],
 )
 def test_layouts_leave_the_same_words(layout: str, tmp_path: Path) -> None:
-    words = ("run.steps=6", "evaluate.sample=0", "model.layers=2", "data.prefetch=1")
-    train(tmp_path / "one", *words[:3], "launch.processes=1")
-    train(tmp_path / "cut", *words, "launch.processes=2", layout)
-    one, cut = ([row["samples"] for row in rows(tmp_path / name)] for name in ("one", "cut"))
-    assert one == cut
+    overrides = ("run.steps=6", "evaluate.sample=0", "model.layers=2", "data.prefetch=1")
+    train_small(tmp_path / "one", *overrides[:3], "launch.processes=1")
+    train_small(tmp_path / "cut", *overrides, "launch.processes=2", layout)
+    reference_samples, layout_samples = ([row["samples"] for row in read_rows(tmp_path / name)] for name in ("one", "cut"))
+    assert reference_samples == layout_samples
     assert ledger(tmp_path / "cut")["holds"]
 
 
 def test_a_killed_run_took_each_sample_once(run_dir: Path) -> None:
-    words = ("train", *SMALL, f"run.dir={run_dir}", "run.steps=40", "checkpoint.every=10",
+    command = ("train", *SMALL, f"run.dir={run_dir}", "run.steps=40", "checkpoint.every=10",
              "evaluate.sample=0")  # fmt: skip
     drill = ("fault.kill=step.commit:25:1", "fault.recover=false")
-    assert cordee(*words, "launch.processes=2", *drill).returncode == 1
-    assert cordee(*words, "launch.processes=3").returncode == 0
+    assert run_cordee(*command, "launch.processes=2", *drill).returncode == 1
+    assert run_cordee(*command, "launch.processes=3").returncode == 0
     proof = ledger(run_dir)
     assert proof["holds"] and proof["steps"] == 40 and not proof["skipped"]
     step = ledger(run_dir, "--step", "21")
@@ -48,13 +48,13 @@ def test_a_killed_run_took_each_sample_once(run_dir: Path) -> None:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     lines[7] = lines[7].replace('"samples": "', '"samples": "0')
     (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:30], *lines[31:]]) + "\n")
-    proof = ledger(run_dir, code=1)
+    proof = ledger(run_dir, exit_code=1)
     assert (proof["wrong"], proof["missing"]) == ([8], [31])
 
 
 def test_questions_without_an_answer_are_refused(run_dir: Path) -> None:
-    train(run_dir, "run.steps=3", "launch.processes=1", "evaluate.sample=0")
-    for words in (("--step", "4"), ("--sample", "-1"), ("--step", "1", "--sample", "1")):
-        done = cordee("data", "ledger", str(run_dir), *words)
-        assert done.returncode == 2 and "fix" in done.stderr and not done.stdout
-    assert cordee("data", "ledger", str(run_dir / "nowhere")).returncode == 2
+    train_small(run_dir, "run.steps=3", "launch.processes=1", "evaluate.sample=0")
+    for arguments in (("--step", "4"), ("--sample", "-1"), ("--step", "1", "--sample", "1")):
+        result = run_cordee("data", "ledger", str(run_dir), *arguments)
+        assert result.returncode == 2 and "fix" in result.stderr and not result.stdout
+    assert run_cordee("data", "ledger", str(run_dir / "nowhere")).returncode == 2

@@ -12,53 +12,53 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import cordee, events, rows
-from tests.drills.hosts import Rope
+from tests.conftest import run_cordee, read_events, read_rows
+from tests.drills.hosts import HostGroup
 
-CALLED_CUDA = (sys.executable, "-m", "tests.drills.called", "cuda")
-ALIKE = ("run.exact=false", "run.precision=fp32", "sync.protocol=exchange")
+CUDA_PREFIX = (sys.executable, "-m", "tests.drills.called", "cuda")
+TOLERANT_OVERRIDES = ("run.exact=false", "run.precision=fp32", "sync.protocol=exchange")
 
 
 def test_another_kind_is_let_in_and_starts_with_the_least(run_dir: Path) -> None:
-    with Rope(run_dir, *ALIKE) as rope:
-        founder, joined = rope.found(prefix=CALLED_CUDA), rope.join()
-        rope.until_islands(2)
+    with HostGroup(run_dir, *TOLERANT_OVERRIDES) as host_group:
+        founder, joiner = host_group.start_first(prefix=CUDA_PREFIX), host_group.join()
+        host_group.wait_for_islands(2)
         plan = json.loads((run_dir / "plan.json").read_text())
-        rope.until_step(rope.step + 20)
-        assert [founder.end(), joined.end()] == [0, 0], rope.told()
-    told = [event for event in events(run_dir) if event["event"] == "devices_differ"]
-    says = "devices differ (cpu, cuda): the samples of each step are the same, the bits are not"
-    assert [event["devices"] for event in told] == [["cuda", "cpu"]]
-    assert says in str(told[0]["says"])
-    assert founder.said.count(says) == 1
+        host_group.wait_for_step(host_group.last_step + 20)
+        assert [founder.wait_exit(), joiner.wait_exit()] == [0, 0], host_group.transcript()
+    device_events = [event for event in read_events(run_dir) if event["event"] == "devices_differ"]
+    sentence = "devices differ (cpu, cuda): the samples of each step are the same, the bits are not"
+    assert [event["devices"] for event in device_events] == [["cuda", "cpu"]]
+    assert sentence in str(device_events[0]["says"])
+    assert founder.output.count(sentence) == 1
     assert plan["devices"] == ["cuda", "cpu"]
     assert plan["predicted"]["step_s"] == 0
-    both = [row for row in rows(run_dir) if row["islands"] == 2]
-    assert both[0]["shares"] == [11, 1]
-    assert both[-1]["shares"] not in ([11, 1], [12, 0]), "shares follow what is measured"
-    assert {row["mfu"] for row in both} == {None}
-    ledger = cordee("data", "ledger", str(run_dir))
-    assert ledger.returncode == 0, ledger.stdout + ledger.stderr
+    two_island_rows = [row for row in read_rows(run_dir) if row["islands"] == 2]
+    assert two_island_rows[0]["shares"] == [11, 1]
+    assert two_island_rows[-1]["shares"] not in ([11, 1], [12, 0]), "shares follow what is measured"
+    assert {row["mfu"] for row in two_island_rows} == {None}
+    ledger_result = run_cordee("data", "ledger", str(run_dir))
+    assert ledger_result.returncode == 0, ledger_result.stdout + ledger_result.stderr
 
 
 def test_bits_are_promised_to_like_devices_only(run_dir: Path) -> None:
-    with Rope(run_dir) as rope:
-        founder, other = rope.found(), rope.join(prefix=CALLED_CUDA)
-        assert other.end(60) == 2, rope.told()
-        line = next(line for line in other.lines if "bits are the same only among like" in line)
+    with HostGroup(run_dir) as host_group:
+        founder, joiner = host_group.start_first(), host_group.join(prefix=CUDA_PREFIX)
+        assert joiner.wait_exit(60) == 2, host_group.transcript()
+        line = next(line for line in joiner.lines if "bits are the same only among like" in line)
         assert line.split()[-2:] == ["cuda", "cpu"]
-        assert founder.end() == 0, rope.told()
-    assert {row["islands"] for row in rows(run_dir)} == {1}
+        assert founder.wait_exit() == 0, host_group.transcript()
+    assert {row["islands"] for row in read_rows(run_dir)} == {1}
 
 
 @pytest.mark.slow
 def test_islands_of_two_ranks(run_dir: Path) -> None:
-    with Rope(run_dir, *ALIKE, "layout.shard=2") as rope:
-        founder, joined = rope.found(ranks=2, prefix=CALLED_CUDA), rope.join(ranks=2)
-        rope.until_islands(2)
-        rope.until_step(rope.step + 3)
-        assert [founder.end(), joined.end()] == [0, 0], rope.told()
-    told = [event for event in events(run_dir) if event["event"] == "devices_differ"]
-    assert [event["devices"] for event in told] == [["cuda", "cpu"]]
-    ledger = cordee("data", "ledger", str(run_dir))
-    assert ledger.returncode == 0, ledger.stdout + ledger.stderr
+    with HostGroup(run_dir, *TOLERANT_OVERRIDES, "layout.shard=2") as host_group:
+        founder, joiner = host_group.start_first(ranks=2, prefix=CUDA_PREFIX), host_group.join(ranks=2)
+        host_group.wait_for_islands(2)
+        host_group.wait_for_step(host_group.last_step + 3)
+        assert [founder.wait_exit(), joiner.wait_exit()] == [0, 0], host_group.transcript()
+    device_events = [event for event in read_events(run_dir) if event["event"] == "devices_differ"]
+    assert [event["devices"] for event in device_events] == [["cuda", "cpu"]]
+    ledger_result = run_cordee("data", "ledger", str(run_dir))
+    assert ledger_result.returncode == 0, ledger_result.stdout + ledger_result.stderr

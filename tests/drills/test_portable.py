@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import clean_environment, cordee, digest, events, train
-from tests.drills.live import Live, same_descent
+from tests.conftest import clean_environment, run_cordee, weights_digest, read_events, train_small
+from tests.drills.live import BackgroundRun, check_same_descent
 
-WITHOUT = """
+SITE_CUSTOMIZE = """
 import ctypes, os, signal, socket
 from pathlib import Path
 
@@ -38,7 +38,7 @@ system.PROC, system.DESCRIPTORS = Path("/nothing/there"), (Path("/dev/fd"),)
 """
 """What Python runs before anything else in every process of such a run."""
 
-WORDS = ("run.exact=true", "run.steps=90", "evaluate.sample=0", "checkpoint.every=10")
+OVERRIDES = ("run.exact=true", "run.steps=90", "evaluate.sample=0", "checkpoint.every=10")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def python_path(tmp_path: Path) -> str:
     """Where Python finds `WITHOUT`, and the package."""
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(WITHOUT)
+    (site / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
     return f"{site}:{clean_environment()['PYTHONPATH']}"
 
 
@@ -54,27 +54,27 @@ def python_path(tmp_path: Path) -> str:
 def test_a_kill_a_ctrl_c_and_the_supervisors_death_without_linux_calls(
     python_path: str, run_dir: Path, tmp_path: Path
 ) -> None:
-    train(tmp_path / "clean", *WORDS, "launch.processes=1")
-    words = (*WORDS, "launch.processes=2", "fault.spares=0")
-    with Live(run_dir, *words, PYTHONPATH=python_path) as run:
-        run.until_step(12)
-        assert not run.ranks(), "names come from /proc, which was taken away"
-        os.kill(_pid(run_dir, rank=1), signal.SIGKILL)
-        run.until(lambda: run.told("lost"))
-        run.until_step(run.step + 12)
+    train_small(tmp_path / "clean", *OVERRIDES, "launch.processes=1")
+    overrides = (*OVERRIDES, "launch.processes=2", "fault.spares=0")
+    with BackgroundRun(run_dir, *overrides, PYTHONPATH=python_path) as run:
+        run.wait_for_step(12)
+        assert not run.pids_by_rank(), "names come from /proc, which was taken away"
+        os.kill(_rank_pid(run_dir, rank=1), signal.SIGKILL)
+        run.wait_until(lambda: run.events_named("lost"))
+        run.wait_for_step(run.step_count + 12)
         run.process.send_signal(signal.SIGINT)
-        assert run.end() == 128 + signal.SIGINT, run.said
-        assert "Traceback" not in run.said
-    with Live(run_dir, *words, PYTHONPATH=python_path) as run:
-        run.until_step(run.step + 5)
-        assert len(run.workers()) == 2
+        assert run.wait_exit() == 128 + signal.SIGINT, run.output
+        assert "Traceback" not in run.output
+    with BackgroundRun(run_dir, *overrides, PYTHONPATH=python_path) as run:
+        run.wait_for_step(run.step_count + 5)
+        assert len(run.worker_names()) == 2
         run.process.kill()  # at its end nothing of it may be left: the workers see it
-    done = cordee("train", *run.words[1:], PYTHONPATH=python_path)
-    assert done.returncode == 0, done.stderr
-    same_descent(run_dir, digest(tmp_path / "clean"), 90)
+    result = run_cordee("train", *run.arguments[1:], PYTHONPATH=python_path)
+    assert result.returncode == 0, result.stderr
+    check_same_descent(run_dir, weights_digest(tmp_path / "clean"), 90)
 
 
-def _pid(folder: Path, rank: int) -> int:
+def _rank_pid(folder: Path, rank: int) -> int:
     """Of the rank's process in the newest generation."""
-    members = [event["members"] for event in events(folder) if event.get("members")][-1]
+    members = [event["members"] for event in read_events(folder) if event.get("members")][-1]
     return int(members[rank]["pid"])  # type: ignore[index]

@@ -15,39 +15,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import digest, events, train
-from tests.drills.live import Live, same_descent
+from tests.conftest import weights_digest, read_events, train_small
+from tests.drills.live import BackgroundRun, check_same_descent
 
 STEPS = 48
-WORDS = (
+OVERRIDES = (
     "run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "checkpoint.every=10",
     "evaluate.every=15",
 )  # fmt: skip
-TWO = (*WORDS, "launch.processes=2")
-PATIENT = "fault.silence_s=100"
+TWO_PROCESSES = (*OVERRIDES, "launch.processes=2")
+LONG_SILENCE = "fault.silence_s=100"
 """For drills that stop ranks themselves, and machines that are busy."""
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
+def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the undisturbed run on one process."""
     folder = tmp_path_factory.mktemp("clean") / "run"
-    train(folder, *WORDS, "launch.processes=1")
-    return digest(folder)
+    train_small(folder, *OVERRIDES, "launch.processes=1")
+    return weights_digest(folder)
 
 
-def graded(first: str, *slow: str, nightly: tuple[str, ...] = ()) -> list[object]:
+def graded_params(fast_value: str, *slow_values: str, nightly: tuple[str, ...] = ()) -> list[object]:
     """Parameters: one that is fast, some that a change has to pass, repetitions of these."""
     return [
-        first,
-        *(pytest.param(value, marks=pytest.mark.slow) for value in slow),
+        fast_value,
+        *(pytest.param(value, marks=pytest.mark.slow) for value in slow_values),
         *(pytest.param(value, marks=pytest.mark.nightly) for value in nightly),
     ]
 
 
 # ---- kills at named points -----------------------------------------------------------------------
 
-WARM = graded(
+KILLS_WITH_SPARES = graded_params(
     "step.reduce:12:1,step.update:24:0",
     "step.start:6:0,step.forward:12:0,step.backward:18:0,step.reduce:24:0,step.agree:30:0",
     "step.start:6:1,step.forward:12:1,step.backward:18:1,step.update:24:1,step.agree:30:1",
@@ -57,21 +57,21 @@ WARM = graded(
 )
 
 
-@pytest.mark.parametrize("kills", WARM)
-def test_a_warm_spare_takes_the_place_of_the_dead(kills: str, clean: str, run_dir: Path) -> None:
+@pytest.mark.parametrize("kills", KILLS_WITH_SPARES)
+def test_a_warm_spare_takes_the_place_of_the_dead(kills: str, reference_digest: str, run_dir: Path) -> None:
     """A kill in each generation, and a spare for each of them."""
     count = len(kills.split(","))
-    words = (f"fault.kill={kills}", f"fault.spares={count}", PATIENT)
-    with Live(run_dir, *TWO, *words) as run:
-        run.until_spares(count)
-        assert run.end() == 0, run.said[-3000:]
-        lost = run.told("lost")
-        assert len(lost) + (kills.count("finish")) >= count, lost
-        assert all("a warm spare takes its place" in str(event["says"]) for event in lost)
-    same_descent(run_dir, clean, STEPS)
+    overrides = (f"fault.kill={kills}", f"fault.spares={count}", LONG_SILENCE)
+    with BackgroundRun(run_dir, *TWO_PROCESSES, *overrides) as run:
+        run.wait_for_spares(count)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        loss_events = run.events_named("lost")
+        assert len(loss_events) + (kills.count("finish")) >= count, loss_events
+        assert all("a warm spare takes its place" in str(event["says"]) for event in loss_events)
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
-COLD = graded(
+KILLS_WITHOUT_SPARES = graded_params(
     "step.forward:20:0", "step.update:20:0", "evaluate:15:0", "save.rename:20:0",
     nightly=(
         "step.start:20:1", "step.backward:20:1", "step.reduce:20:0", "step.agree:20:1",
@@ -81,16 +81,16 @@ COLD = graded(
 """Every point of a step is one of WARM too."""
 
 
-@pytest.mark.parametrize("kill", COLD)
-def test_without_a_spare_the_others_go_on(kill: str, clean: str, run_dir: Path) -> None:
-    with Live(run_dir, *TWO, f"fault.kill={kill}", "fault.spares=0", PATIENT) as run:
-        assert run.end() == 0, run.said[-3000:]
-        (lost,) = run.told("lost")
-        assert "the others go on" in str(lost["says"])
-    same_descent(run_dir, clean, STEPS)
+@pytest.mark.parametrize("kill", KILLS_WITHOUT_SPARES)
+def test_without_a_spare_the_others_go_on(kill: str, reference_digest: str, run_dir: Path) -> None:
+    with BackgroundRun(run_dir, *TWO_PROCESSES, f"fault.kill={kill}", "fault.spares=0", LONG_SILENCE) as run:
+        assert run.wait_exit() == 0, run.output[-3000:]
+        (loss_event,) = run.events_named("lost")
+        assert "the others go on" in str(loss_event["says"])
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
-DURING = graded(
+KILLS_IN_RECOVERY = graded_params(
     "step.agree:20:1,fill:19:0",
     "step.agree:20:1,group:0:1",
     "step.agree:20:1,fill.round:19:0",
@@ -104,65 +104,65 @@ DURING = graded(
 )
 
 
-@pytest.mark.parametrize("kills", DURING)
-def test_a_kill_during_recovery(kills: str, clean: str, run_dir: Path) -> None:
+@pytest.mark.parametrize("kills", KILLS_IN_RECOVERY)
+def test_a_kill_during_recovery(kills: str, reference_digest: str, run_dir: Path) -> None:
     """The donor, the receiver, and where nobody is left who knows the state: from disk."""
-    with Live(run_dir, *TWO, f"fault.kill={kills}", "fault.spares=2", PATIENT) as run:
-        run.until_spares(2)
-        assert run.end() == 0, run.said[-3000:]
-        assert len(run.told("lost")) == len(kills.split(","))
-    same_descent(run_dir, clean, STEPS)
+    with BackgroundRun(run_dir, *TWO_PROCESSES, f"fault.kill={kills}", "fault.spares=2", LONG_SILENCE) as run:
+        run.wait_for_spares(2)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        assert len(run.events_named("lost")) == len(kills.split(","))
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 # ---- kills from outside --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_spare_may_die(clean: str, run_dir: Path) -> None:
-    with Live(run_dir, *TWO, PATIENT) as run:
-        run.until_spares()
-        for pid in run.spares():
+def test_the_spare_may_die(reference_digest: str, run_dir: Path) -> None:
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE) as run:
+        run.wait_for_spares()
+        for pid in run.spare_pids():
             os.kill(pid, signal.SIGKILL)
-        assert run.end() == 0, run.said[-3000:]
-        assert not run.told("lost")
-    same_descent(run_dir, clean, STEPS)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        assert not run.events_named("lost")
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 @pytest.mark.slow
-def test_all_workers_at_once(clean: str, run_dir: Path) -> None:
+def test_all_workers_at_once(reference_digest: str, run_dir: Path) -> None:
     """The state is on disk alone, the supervisor goes on from there."""
-    with Live(run_dir, *TWO, PATIENT) as run:
-        run.until_step(25)
-        for pid in run.workers():
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE) as run:
+        run.wait_for_step(25)
+        for pid in run.worker_names():
             os.kill(pid, signal.SIGKILL)
-        assert run.end() == 0, run.said[-3000:]
-        assert run.told("resumed")
-    same_descent(run_dir, clean, STEPS)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        assert run.events_named("resumed")
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
-def test_the_supervisor(clean: str, run_dir: Path) -> None:
+def test_the_supervisor(reference_digest: str, run_dir: Path) -> None:
     """Its workers go with it; the same command goes on from disk."""
-    with Live(run_dir, *TWO) as run:
-        run.until_step(25)
+    with BackgroundRun(run_dir, *TWO_PROCESSES) as run:
+        run.wait_for_step(25)
         run.process.kill()
-        run.end()
-        run.left_nothing()
-    train(run_dir, *TWO)
-    same_descent(run_dir, clean, STEPS)
+        run.wait_exit()
+        run.check_nothing_left()
+    train_small(run_dir, *TWO_PROCESSES)
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
-def test_who_dies_before_all_are_ready_is_replaced(clean: str, run_dir: Path) -> None:
+def test_who_dies_before_all_are_ready_is_replaced(reference_digest: str, run_dir: Path) -> None:
     """One that imports, then one that is ready while the other still imports."""
-    with Live(run_dir, *TWO, PATIENT) as run:
-        first, second = run.until(lambda: w if len(w := sorted(run.workers())) == 2 else None)
-        os.kill(first, signal.SIGSTOP)
-        os.kill(second, signal.SIGKILL)
-        (ready,) = run.until(run.spares)
-        os.kill(ready, signal.SIGKILL)
-        run.until(lambda: ready not in run.workers())
-        os.kill(first, signal.SIGCONT)
-        assert run.end() == 0, run.said[-3000:]
-    same_descent(run_dir, clean, STEPS)
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE) as run:
+        first_pid, second_pid = run.wait_until(lambda: worker_pids if len(worker_pids := sorted(run.worker_names())) == 2 else None)
+        os.kill(first_pid, signal.SIGSTOP)
+        os.kill(second_pid, signal.SIGKILL)
+        (spare_pid,) = run.wait_until(run.spare_pids)
+        os.kill(spare_pid, signal.SIGKILL)
+        run.wait_until(lambda: spare_pid not in run.worker_names())
+        os.kill(first_pid, signal.SIGCONT)
+        assert run.wait_exit() == 0, run.output[-3000:]
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.nightly)])
@@ -171,73 +171,73 @@ def test_random_kills(kills: int, tmp_path: Path) -> None:
     another while the first is being replaced."""
     seed = int(os.environ.get("DRILL_SEED", random.randrange(1 << 32)))
     print(f"replay: DRILL_SEED={seed} pytest tests/drills/test_recovery.py -k random_kills")
-    chance, steps = random.Random(seed), 6 * kills
-    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0", "layout.balance=false")
-    train(tmp_path / "clean", *words, "launch.processes=1")
+    rng, steps = random.Random(seed), 6 * kills
+    overrides = (*OVERRIDES, f"run.steps={steps}", "evaluate.every=0", "layout.balance=false")
+    train_small(tmp_path / "clean", *overrides, "launch.processes=1")
     folder = tmp_path / "run"
     # Kills are not failures of a step: however close they come, the run is to go on.
-    given = ("launch.processes=2", "fault.spares=2", "fault.tries=1000", PATIENT)
-    with Live(folder, *words, *given) as run:
-        done = 0
-        for step in sorted(chance.sample(range(2, steps - 4), kills)):
-            if done >= kills:
+    fault_overrides = ("launch.processes=2", "fault.spares=2", "fault.tries=1000", LONG_SILENCE)
+    with BackgroundRun(folder, *overrides, *fault_overrides) as run:
+        kill_count = 0
+        for step in sorted(rng.sample(range(2, steps - 4), kills)):
+            if kill_count >= kills:
                 break
-            run.until(lambda step=step: run.step >= step)  # type: ignore[misc]
-            for _ in range(chance.choice((1, 1, 2))):
-                time.sleep(chance.uniform(0, 0.2))
-                ranks, others = list(run.ranks().values()), list(run.workers())
-                pool = ranks if ranks and chance.random() < 0.7 else others
-                if pool:
+            run.wait_until(lambda step=step: run.step_count >= step)  # type: ignore[misc]
+            for _ in range(rng.choice((1, 1, 2))):
+                time.sleep(rng.uniform(0, 0.2))
+                rank_pids, workers = list(run.pids_by_rank().values()), list(run.worker_names())
+                candidates = rank_pids if rank_pids and rng.random() < 0.7 else workers
+                if candidates:
                     with suppress(ProcessLookupError):
-                        os.kill(chance.choice(sorted(pool)), signal.SIGKILL)
-                        done += 1
-        assert run.end(20 * kills + 120) == 0, run.said[-3000:]
-    same_descent(folder, digest(tmp_path / "clean"), steps)
+                        os.kill(rng.choice(sorted(candidates)), signal.SIGKILL)
+                        kill_count += 1
+        assert run.wait_exit(20 * kills + 120) == 0, run.output[-3000:]
+    check_same_descent(folder, weights_digest(tmp_path / "clean"), steps)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_death_while_the_disk_refuses(rank: int, clean: str, run_dir: Path) -> None:
+def test_a_death_while_the_disk_refuses(rank: int, reference_digest: str, run_dir: Path) -> None:
     """The survivor can write nothing at all; it goes on from memory and makes up for it later."""
-    with Live(run_dir, *TWO, PATIENT, "fault.spares=1") as run:
-        run.until_spares()
-        run.until_step(12)
-        ranks = run.ranks()
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE, "fault.spares=1") as run:
+        run.wait_for_spares()
+        run.wait_for_step(12)
+        ranks = run.pids_by_rank()
         for pid in ranks.values():
             os.kill(pid, signal.SIGSTOP)
-        for pid in run.workers():
-            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, hard))
+        for pid in run.worker_names():
+            _, hard_limit = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, hard_limit))
         os.kill(ranks[rank], signal.SIGKILL)
         os.kill(ranks[1 - rank], signal.SIGCONT)
-        run.until(lambda: "in generation" in run.said)
-        for pid in run.workers():
+        run.wait_until(lambda: "in generation" in run.output)
+        for pid in run.worker_names():
             with suppress(ProcessLookupError):
-                _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
-        assert run.end() == 0, run.said[-3000:]
-        assert "CANNOT WRITE plan.json" in run.said and not run.told("resumed"), run.said
-        assert len(run.told("lost")) == 1
-    same_descent(run_dir, clean, STEPS)
+                _, hard_limit = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
+        assert run.wait_exit() == 0, run.output[-3000:]
+        assert "CANNOT WRITE plan.json" in run.output and not run.events_named("resumed"), run.output
+        assert len(run.events_named("lost")) == 1
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 # ---- freezes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_frozen_rank_is_named_and_replaced(rank: int, clean: str, run_dir: Path) -> None:
-    with Live(run_dir, *TWO, "fault.silence_s=2") as run:
-        run.until_step(10)
-        pid = run.ranks()[rank]
+def test_a_frozen_rank_is_named_and_replaced(rank: int, reference_digest: str, run_dir: Path) -> None:
+    with BackgroundRun(run_dir, *TWO_PROCESSES, "fault.silence_s=2") as run:
+        run.wait_for_step(10)
+        pid = run.pids_by_rank()[rank]
         os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
-        run.until(lambda: run.told("lost"))
-        assert time.monotonic() - began > 1.5, "not before it was silent for 2 s"
+        start_s = time.monotonic()
+        run.wait_until(lambda: run.events_named("lost"))
+        assert time.monotonic() - start_s > 1.5, "not before it was silent for 2 s"
         with suppress(ProcessLookupError):  # too late: it is gone
             os.kill(pid, signal.SIGCONT)
-        assert run.end() == 0, run.said[-3000:]
-        (told,) = [event["says"] for event in run.told("lost") if event["pid"] == pid]
-        assert told.startswith(f"rank {rank} (pid {pid} on ") and "was silent for" in told
-    same_descent(run_dir, clean, STEPS)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        (sentence,) = [event["says"] for event in run.events_named("lost") if event["pid"] == pid]
+        assert sentence.startswith(f"rank {rank} (pid {pid} on ") and "was silent for" in sentence
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 @pytest.mark.slow
@@ -246,55 +246,55 @@ def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(
 ) -> None:
     """A rank is frozen when the other one dies, and who took the place of the dead dies as well."""
     steps, run_dir = 300, tmp_path / "run"
-    words = (*WORDS, f"run.steps={steps}", "evaluate.every=0", "batch.microbatches=4")
-    train(tmp_path / "clean", *words, "launch.processes=1")
-    with Live(run_dir, *words, "launch.processes=2", PATIENT, "fault.spares=2") as run:
-        run.until_spares(2)
-        run.until_step(150)  # by then it is known how long steps take
-        before = run.ranks()
-        os.kill(before[1], signal.SIGSTOP)
-        os.kill(before[0], signal.SIGKILL)
-        run.until(lambda: set(run.ranks().values()) - set(before.values()))
+    overrides = (*OVERRIDES, f"run.steps={steps}", "evaluate.every=0", "batch.microbatches=4")
+    train_small(tmp_path / "clean", *overrides, "launch.processes=1")
+    with BackgroundRun(run_dir, *overrides, "launch.processes=2", LONG_SILENCE, "fault.spares=2") as run:
+        run.wait_for_spares(2)
+        run.wait_for_step(150)  # by then it is known how long steps take
+        old_ranks = run.pids_by_rank()
+        os.kill(old_ranks[1], signal.SIGSTOP)
+        os.kill(old_ranks[0], signal.SIGKILL)
+        run.wait_until(lambda: set(run.pids_by_rank().values()) - set(old_ranks.values()))
         time.sleep(1)  # less than a rank may take to leave
-        for pid in set(run.ranks().values()) - set(before.values()):
+        for pid in set(run.pids_by_rank().values()) - set(old_ranks.values()):
             os.kill(pid, signal.SIGKILL)
-        assert run.end(60) == 0, run.said[-3000:]
-        (told,) = [event["says"] for event in run.told("lost") if event["pid"] == before[1]]
-        assert "did not leave generation" in told
-    same_descent(run_dir, digest(tmp_path / "clean"), steps)
+        assert run.wait_exit(60) == 0, run.output[-3000:]
+        (sentence,) = [event["says"] for event in run.events_named("lost") if event["pid"] == old_ranks[1]]
+        assert "did not leave generation" in sentence
+    check_same_descent(run_dir, weights_digest(tmp_path / "clean"), steps)
 
 
 @pytest.mark.slow
-def test_a_short_freeze_changes_nothing(clean: str, run_dir: Path) -> None:
-    with Live(run_dir, *TWO, "fault.silence_s=20") as run:
+def test_a_short_freeze_changes_nothing(reference_digest: str, run_dir: Path) -> None:
+    with BackgroundRun(run_dir, *TWO_PROCESSES, "fault.silence_s=20") as run:
         for step, rank in ((8, 0), (16, 1), (24, 0)):
-            run.until_step(step)
-            pid = run.ranks()[rank]
+            run.wait_for_step(step)
+            pid = run.pids_by_rank()[rank]
             os.kill(pid, signal.SIGSTOP)
             time.sleep(1)
             os.kill(pid, signal.SIGCONT)
-        assert run.end() == 0, run.said[-3000:]
-        assert {"lost", "broken", "joined"}.isdisjoint(str(e["event"]) for e in events(run_dir))
-    same_descent(run_dir, clean, STEPS)
+        assert run.wait_exit() == 0, run.output[-3000:]
+        assert {"lost", "broken", "joined"}.isdisjoint(str(e["event"]) for e in read_events(run_dir))
+    check_same_descent(run_dir, reference_digest, STEPS)
 
 
 # ---- failures that repeat ------------------------------------------------------------------------
 
 
 def test_a_failure_that_repeats_stops_with_the_first_cause(run_dir: Path) -> None:
-    words = ("fault.crash=step.backward:5:0", "fault.tries=3", PATIENT)
-    with Live(run_dir, *TWO, *words) as run:
-        assert run.end() == 1, run.said[-3000:]
-        assert "stopped after 3 failures in a row at step 5" in run.said
-        assert run.step == 4
-    last = run.said.rstrip().splitlines()[-1]
-    assert last == "[rank0]: RuntimeError: the drill fault.crash at step.backward of step 5"
+    overrides = ("fault.crash=step.backward:5:0", "fault.tries=3", LONG_SILENCE)
+    with BackgroundRun(run_dir, *TWO_PROCESSES, *overrides) as run:
+        assert run.wait_exit() == 1, run.output[-3000:]
+        assert "stopped after 3 failures in a row at step 5" in run.output
+        assert run.step_count == 4
+    last_line = run.output.rstrip().splitlines()[-1]
+    assert last_line == "[rank0]: RuntimeError: the drill fault.crash at step.backward of step 5"
 
 
 @pytest.mark.slow
 def test_a_verdict_is_not_tried_again(run_dir: Path) -> None:
-    words = ("fault.poison=7-40:1", "guard.in_a_row=3", PATIENT)
-    with Live(run_dir, *TWO, *words) as run:
-        assert run.end() == 1, run.said[-3000:]
-        assert len(run.told("stopped")) == 1 and not run.told("lost")
-    assert "3 steps in a row were dropped" in run.said
+    overrides = ("fault.poison=7-40:1", "guard.in_a_row=3", LONG_SILENCE)
+    with BackgroundRun(run_dir, *TWO_PROCESSES, *overrides) as run:
+        assert run.wait_exit() == 1, run.output[-3000:]
+        assert len(run.events_named("stopped")) == 1 and not run.events_named("lost")
+    assert "3 steps in a row were dropped" in run.output

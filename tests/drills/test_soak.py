@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.nightly
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_short_soak_leaves_the_descent_and_the_machine_as_they_were(hosts: int) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.5", "--seed", "3",
          "--hosts", str(hosts), "--workers", str(3 - hosts), "--steps", "200", "--pause", "1.5"],
         cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "passed: python -m benchmarks.soak" in done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "passed: python -m benchmarks.soak" in result.stdout

@@ -19,49 +19,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.checkpoint.state import Holding
-from cordee.dist.start import World
-from cordee.layout.boxes import Box, Place, shape_of, whole
+from cordee.checkpoint.state import LocalTensor
+from cordee.dist.start import RankProcess
+from cordee.layout.boxes import Box, LocalSlice, box_shape, full_box
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16)
-Held = Sequence[tuple[str, Box]]
+NamedBoxes = Sequence[tuple[str, Box]]
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def truth(name: str, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def expected_tensor(name: str, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The whole tensor `name` as of the end of `step`."""
     seed = 1000 * step + sum(map(ord, name))
     values = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(seed))
     return values.to(dtype)
 
 
-def by_hand(name: str, step: int, box: Box, shapes: Shapes) -> Tensor:
-    return truth(name, step, *shapes[name])[tuple(slice(*span) for span in box)]
+def expected_slice(name: str, step: int, box: Box, shapes: Shapes) -> Tensor:
+    return expected_tensor(name, step, *shapes[name])[tuple(slice(*span) for span in box)]
 
 
-def hold(held: Held, step: int, shapes: Shapes) -> list[Holding]:
+def make_local_tensors(named_boxes: NamedBoxes, step: int, shapes: Shapes) -> list[LocalTensor]:
     """Tensors of their own with what is true at `step`."""
     return [
-        Holding(name, by_hand(name, step, box, shapes).clone(), Place(box, shapes[name][0]))
-        for name, box in held
+        LocalTensor(name, expected_slice(name, step, box, shapes).clone(), LocalSlice(box, shapes[name][0]))
+        for name, box in named_boxes
     ]
 
 
-def empty(held: Held, shapes: Shapes) -> list[Holding]:
+def make_empty_tensors(named_boxes: NamedBoxes, shapes: Shapes) -> list[LocalTensor]:
     """Tensors to be filled; every second one is not contiguous."""
-    found = []
-    for number, (name, box) in enumerate(held):
+    local_tensors = []
+    for index, (name, box) in enumerate(named_boxes):
         shape, dtype = shapes[name]
-        part = torch.zeros(shape_of(box), dtype=dtype)
-        if number % 2 and len(box) == 2:
-            part = torch.zeros(shape_of(box)[::-1], dtype=dtype).t()
-        found.append(Holding(name, part, Place(box, shape)))
-    return found
+        tensor = torch.zeros(box_shape(box), dtype=dtype)
+        if index % 2 and len(box) == 2:
+            tensor = torch.zeros(box_shape(box)[::-1], dtype=dtype).t()
+        local_tensors.append(LocalTensor(name, tensor, LocalSlice(box, shape)))
+    return local_tensors
 
 
-def check(wanted: Sequence[Holding], step: int, shapes: Shapes) -> None:
-    for item in wanted:
-        assert torch.equal(item.part, by_hand(item.name, step, item.place.box, shapes)), item
+def check_tensors(local_tensors: Sequence[LocalTensor], step: int, shapes: Shapes) -> None:
+    for item in local_tensors:
+        assert torch.equal(item.tensor, expected_slice(item.name, step, item.local_slice.box, shapes)), item
 
 
 def meta(step: int) -> dict[str, Any]:
@@ -71,71 +71,71 @@ def meta(step: int) -> dict[str, Any]:
 MODEL: Shapes = {f"w{n}": ((64 + n, 33), DTYPES[n % 3]) for n in range(9)} | {
     "step": ((), torch.float32), "big": ((1 << 11, 1 << 10), torch.float32),
 }  # fmt: skip
-ALL: Held = [(name, whole(shape)) for name, (shape, _) in MODEL.items()]
+ALL_BOXES: NamedBoxes = [(name, full_box(shape)) for name, (shape, _) in MODEL.items()]
 
 
-def halves(dim: int, ranks: int = 2) -> list[Held]:
+def split_model(dim: int, ranks: int = 2) -> list[NamedBoxes]:
     """What each of some ranks holds of the model when `dim` is cut (0-d tensors: everybody)."""
-    found: list[Held] = []
+    boxes_by_rank: list[NamedBoxes] = []
     for rank in range(ranks):
-        mine = []
-        for name, box in ALL:
+        rank_boxes = []
+        for name, box in ALL_BOXES:
             if box:
                 size = box[dim][1]
                 span = (size * rank // ranks, size * (rank + 1) // ranks)
                 box = (*box[:dim], span, *box[dim + 1 :])
-            mine.append((name, box))
-        found.append(mine)
-    return found
+            rank_boxes.append((name, box))
+        boxes_by_rank.append(rank_boxes)
+    return boxes_by_rank
 
 
-def crew(life: Any, folder: Path, victim: int, moment: int, ranks: int = 3) -> dict[int, Any]:
+def run_with_replacement(rank_function: Any, folder: Path, victim: int, fault_index: int, ranks: int = 3) -> dict[int, Any]:
     """Some ranks, of which `victim` kills itself at its fault point number `moment`, and a
     newcomer who takes its place: what each of the second generation returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "tests.metal.crew"])
     folder.mkdir(parents=True)
     pipes, processes = [], []
-    for rank, new in [*((rank, False) for rank in range(ranks)), (victim, True)]:
+    for rank, is_new in [*((rank, False) for rank in range(ranks)), (victim, True)]:
         receiver, sender = context.Pipe(duplex=False)
-        place = World(rank, ranks, rank, "cpu", "h", 0)
-        job = (life, str(folder), place, -1 if new or rank != victim else moment, new, sender)
-        processes.append(context.Process(target=_live, args=job, daemon=True))
+        rank_process = RankProcess(rank, ranks, rank, "cpu", "h", 0)
+        arguments = (rank_function, str(folder), rank_process, -1 if is_new or rank != victim else fault_index, is_new, sender)
+        processes.append(context.Process(target=_rank_main, args=arguments, daemon=True))
         pipes.append((rank, receiver, sender))
     try:
         for process, (_, _, sender) in zip(processes, pipes, strict=True):
             process.start()
             sender.close()
-        found = {}
+        results = {}
         for index, (rank, receiver, _) in enumerate(pipes):
             if index != victim:
                 assert receiver.poll(60), f"rank {rank} is silent"
-                found[rank] = receiver.recv()
+                results[rank] = receiver.recv()
         processes[victim].join(10)
         assert processes[victim].exitcode == -signal.SIGKILL, "the victim outlived its fault"
-        return found
+        return results
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _live(life: Any, folder: str, place: World, moment: int, new: bool, sender: Connection) -> None:
+def _rank_main(rank_function: Any, folder: str, rank_process: RankProcess, fault_index: int, is_new: bool, sender: Connection) -> None:
     torch.set_num_threads(1)
 
-    def join(generation: int) -> None:
+    def join_group(generation: int) -> None:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{generation}", rank=place.rank,
-            world_size=place.size, timeout=timedelta(seconds=30),
+            "gloo", init_method=f"file://{folder}/{generation}", rank=rank_process.rank,
+            world_size=rank_process.size, timeout=timedelta(seconds=30),
         )  # fmt: skip
 
-    left = moment
+    remaining = fault_index
 
-    def point(name: str, step: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == -1:
+    def fault_point(name: str, step: int) -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == -1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sender.send(life(join, point, place, new))
+    sender.send(rank_function(join_group, fault_point, rank_process, is_new))
     dist.destroy_process_group()

@@ -8,25 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cordee.begin import lay_out_data, settle
-from cordee.build import RunState, build
+from cordee.begin import prepare_dataset, resolve_config
+from cordee.build import RunState, build_run_state
 from cordee.checkpoint.folders import folder_name
 from cordee.checkpoint.load import open_checkpoint
-from cordee.checkpoint.state import pieces, reader
+from cordee.checkpoint.state import select_pieces, make_reader
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
-from cordee.dist.start import World
+from cordee.dist.start import RankProcess
 from cordee.layout.stages import make_stages
-from cordee.model.initial import initialise
+from cordee.model.initial import init_weights
 from cordee.model.transformer import Transformer
-from cordee.parallel.apply import Live, make_live
+from cordee.parallel.apply import LocalModel, make_local_model
 from cordee.parallel.shard import Sharding
 from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
-from cordee.train import whole
-from cordee.trial import step
+from cordee.train import full_tensor
+from cordee.trial import trial_step
 
 DENSE = (
     "model.preset=micro", "model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2",
@@ -46,97 +46,97 @@ class Curve:
     parameters: dict[str, Tensor]
 
 
-def plain_model(run: Run, vocabulary: int = 256) -> Transformer:
+def build_full_model(run: Run, vocabulary: int = 256) -> Transformer:
     """The run's transformer on one CPU, whole, initialised, as a loop by hand would have it."""
     model = Transformer(run.model, vocabulary)
     model.memory = run.memory
-    initialise(model, run.initial, run.run.seed, run.model.layers)
+    init_weights(model, run.initial, run.run.seed, run.model.layers)
     return model
 
 
-def live_model(run: Run, mesh: Mesh, sharding: Sharding, vocabulary: int = 256) -> Live:
+def build_local_model(run: Run, mesh: Mesh, sharding: Sharding, vocabulary: int = 256) -> LocalModel:
     """The run's model for the rank of `mesh`, on the CPU."""
     stages = make_stages(run.model, vocabulary, run.layout, mesh.layout.pipeline)
-    return make_live(run, stages, mesh, vocabulary, "cpu", sharding)
+    return make_local_model(run, stages, mesh, vocabulary, "cpu", sharding)
 
 
-def run_of(folder: str, *words: str) -> Run:
+def make_run(folder: str, *overrides: str) -> Run:
     """The settled run of these words, with its data laid out in `folder` by who comes first."""
-    return settle(load(None, [*words, f"run.dir={folder}"]).run)
+    return resolve_config(load(None, [*overrides, f"run.dir={folder}"]).run)
 
 
-def live(world: World, folder: str, words: tuple[str, ...]) -> RunState:
+def make_run_state(process: RankProcess, folder: str, overrides: tuple[str, ...]) -> RunState:
     """A live run of all ranks of `world`."""
-    run = run_of(folder, *words)
-    for turn in (True, False):
-        if world.first is turn:
-            data = lay_out_data(run)
-        if world.size > 1:
+    run = make_run(folder, *overrides)
+    for is_first_turn in (True, False):
+        if process.is_first is is_first_turn:
+            data = prepare_dataset(run)
+        if process.size > 1:
             torch.distributed.barrier()
-    plan = make_plan(run, local_cluster(), data.vocabulary, world.size)
-    return build(run, plan, world, data, Parts())
+    plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
+    return build_run_state(run, plan, process, data, Parts())
 
 
-def curve(world: World, folder: str, words: tuple[str, ...], steps: int) -> Curve:
+def train_curve(process: RankProcess, folder: str, overrides: tuple[str, ...], steps: int) -> Curve:
     """Steps 0 to `steps` of a fresh run."""
-    state = live(world, folder, words)
-    walked = [step(state, number) for number in range(steps)]
-    losses, norms = ([float(pair[i]) for pair in walked] for i in range(2))
-    return Curve(losses, norms, parameters(state))
+    state = make_run_state(process, folder, overrides)
+    step_results = [trial_step(state, step_number) for step_number in range(steps)]
+    losses, norms = ([float(pair[i]) for pair in step_results] for i in range(2))
+    return Curve(losses, norms, gather_parameters(state))
 
 
-def curves(world: World, folder: str, jobs: list[tuple[str, ...]], steps: int) -> list[Curve]:
+def train_curves(process: RankProcess, folder: str, jobs: list[tuple[str, ...]], steps: int) -> list[Curve]:
     """One curve for each job, one after another in the same processes."""
     torch.manual_seed(0)
-    found = [curve(world, folder, words, steps) for words in jobs]
-    return found if world.first else []
+    all_curves = [train_curve(process, folder, overrides, steps) for overrides in jobs]
+    return all_curves if process.is_first else []
 
 
-def parameters(state: RunState) -> dict[str, Tensor]:
+def gather_parameters(state: RunState) -> dict[str, Tensor]:
     """All parameters, whole (every rank must ask)."""
     with torch.no_grad():
-        return {name: whole(state, name).clone() for name in state.specs}
+        return {name: full_tensor(state, name).clone() for name in state.specs}
 
 
-def save(state: RunState, number: int) -> Path:
+def save_checkpoint(state: RunState, step_number: int) -> Path:
     """A checkpoint of this moment, complete when this returns on rank 0 and a barrier passed."""
-    state.saver.begin(number, 1, pieces(state.held()), {})
+    state.saver.begin(step_number, 1, select_pieces(state.state_tensors()), {})
     state.saver.join()
     torch.distributed.barrier()
-    if state.world.first:
+    if state.process.is_first:
         assert state.saver.commit() is not None, state.saver.failure
     torch.distributed.barrier()
     state.saver.finish()
-    return Path(state.run.run.dir) / "checkpoints" / folder_name(number, 1)
+    return Path(state.run.run.dir) / "checkpoints" / folder_name(step_number, 1)
 
 
-def restore(state: RunState, path: Path) -> None:
+def restore_checkpoint(state: RunState, path: Path) -> None:
     """Parameters and optimiser state of a checkpoint."""
-    mine = reader(open_checkpoint(path), state.places)
+    read_local = make_reader(open_checkpoint(path), state.local_slices)
     with torch.no_grad():
-        for name, tensor in state.tensors.items():
-            tensor.copy_(mine(f"model/{name}"))
-    state.optimizer.load(lambda key: mine(f"optim/{key}"))
+        for name, tensor in state.model_tensors.items():
+            tensor.copy_(read_local(f"model/{name}"))
+    state.optimizer.load_state(lambda key: read_local(f"optim/{key}"))
 
 
-def moved(
-    world: World, folder: str, pairs: list[tuple[tuple[str, ...], tuple[str, ...]]]
+def resume_pairs(
+    process: RankProcess, folder: str, pairs: list[tuple[tuple[str, ...], tuple[str, ...]]]
 ) -> list[tuple[list[float], list[float]]]:
     """For each (A, B): five losses of A after its fifth step, and of B from A's checkpoint."""
-    found = []
-    for place, (before, after) in enumerate(pairs):
-        home = f"{folder}/{place}"
-        one = live(world, home, before)
-        for number in range(5):
-            step(one, number)
-        path = save(one, 5)
-        undisturbed = [step(one, number)[0] for number in range(5, 10)]
-        other = live(world, home, after)
-        restore(other, path)
-        found.append((undisturbed, [step(other, number)[0] for number in range(5, 10)]))
-    return found if world.first else []
+    results = []
+    for index, (first_overrides, second_overrides) in enumerate(pairs):
+        run_folder = f"{folder}/{index}"
+        first_state = make_run_state(process, run_folder, first_overrides)
+        for step_number in range(5):
+            trial_step(first_state, step_number)
+        path = save_checkpoint(first_state, 5)
+        reference_losses = [trial_step(first_state, step_number)[0] for step_number in range(5, 10)]
+        second_state = make_run_state(process, run_folder, second_overrides)
+        restore_checkpoint(second_state, path)
+        results.append((reference_losses, [trial_step(second_state, step_number)[0] for step_number in range(5, 10)]))
+    return results if process.is_first else []
 
 
-def alone(run: Run) -> Run:
+def without_layout(run: Run) -> Run:
     """The same run without a layout."""
     return replace(run, layout=Run().layout)

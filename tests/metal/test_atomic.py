@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cordee.begin import lay_out_data, settle
-from cordee.build import RunState, build
+from cordee.begin import prepare_dataset, resolve_config
+from cordee.build import RunState, build_run_state
 from cordee.config.load import load
 from cordee.data.samples import describe_samples
-from cordee.desk import Desk
-from cordee.dist.start import World
-from cordee.fault.leave import Asked
-from cordee.optim.scale import GOOD_STEPS
+from cordee.desk import RunLogger
+from cordee.dist.start import RankProcess
+from cordee.fault.leave import StopRequest
+from cordee.optim.scale import GROWTH_INTERVAL
 from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.testing import launch
-from cordee.train import step
+from cordee.train import train_step
 from tests.conftest import SMALL
-from tests.metal import test_brought as brought
+from tests.metal import test_brought as user_models
 
-CUT = 3
+INTERRUPTED_STEP = 3
 """The step that is interrupted; two come before it and two after it."""
 
 TINY = (
@@ -57,140 +57,140 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "experts": (MOE, 4),
     "experts, adamw": ((*MOE, "optim.name=adamw", "run.exact=true"), 4),
     "fp16": (FP16, 2),
-    "fp16, dropped": ((*FP16, f"fault.poison={CUT}:0"), 2),
-    "dropped": ((f"fault.poison={CUT}:0",), 4),
+    "fp16, dropped": ((*FP16, f"fault.poison={INTERRUPTED_STEP}:0"), 2),
+    "dropped": ((f"fault.poison={INTERRUPTED_STEP}:0",), 4),
     "a model with a norm": ((), 2),
-    "a model with a norm, dropped": ((f"fault.poison={CUT}:0",), 4),
+    "a model with a norm, dropped": ((f"fault.poison={INTERRUPTED_STEP}:0",), 4),
 }
-ENDS = {"fp16": (2.0**17, 2), "fp16, dropped": (2.0**15, 2)}
+FINAL_SCALES = {"fp16": (2.0**17, 2), "fp16, dropped": (2.0**15, 2)}
 """Loss scale and good steps at the end, where they move."""
 
 
-class Cut(Exception):
+class CollectiveError(Exception):
     """What a collective raises whose other end is gone."""
 
 
-class Cutting(TorchDispatchMode):
+class InterruptingMode(TorchDispatchMode):
     """Lets a number of collectives pass, and raises at the one after them."""
 
-    def __init__(self, passing: int) -> None:
+    def __init__(self, allowed_count: int) -> None:
         super().__init__()
-        self.seen = 0
-        self._passing = passing
+        self.op_count = 0
+        self._allowed_count = allowed_count
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Every operation comes by."""
         if func.namespace == "c10d":
-            if self.seen == self._passing:
-                raise Cut
-            self.seen += 1
+            if self.op_count == self._allowed_count:
+                raise CollectiveError
+            self.op_count += 1
         return func(*args, **(kwargs or {}))
 
 
-def live(world: World, name: str, folder: Path, layout: tuple[str, ...] = ()) -> RunState:
+def make_run_state(process: RankProcess, name: str, folder: Path, layout: tuple[str, ...] = ()) -> RunState:
     """A fresh run of a case; every rank has a folder of its own."""
-    words = (*CASES[name][0], *layout, f"run.dir={folder}")
-    given = Parts()
+    overrides = (*CASES[name][0], *layout, f"run.dir={folder}")
+    user_parts = Parts()
     if name.startswith("a model with a norm"):
-        given = Parts(**brought.parts("batch"))
-        run = settle(brought.run_of(folder, "run.exact=false", *words))
-        assert given.data is not None
-        data = describe_samples(given.data, 0)
+        user_parts = Parts(**user_models.make_parts("batch"))
+        run = resolve_config(user_models.make_run(folder, "run.exact=false", *overrides))
+        assert user_parts.data is not None
+        data = describe_samples(user_parts.data, 0)
     else:
-        run = settle(load(None, (*SMALL, *TINY, *words)).run)
-        data = lay_out_data(run)
-    plan = make_plan(run, local_cluster(), data.vocabulary, world.size)
-    state = build(run, plan, world, data, given)
-    state.scale.good_steps = GOOD_STEPS - CUT  # it would double with the interrupted step
+        run = resolve_config(load(None, (*SMALL, *TINY, *overrides)).run)
+        data = prepare_dataset(run)
+    plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
+    state = build_run_state(run, plan, process, data, user_parts)
+    state.loss_scale.good_steps = GROWTH_INTERVAL - INTERRUPTED_STEP  # it would double with the interrupted step
     return state
 
 
-def told(state: RunState) -> dict[str, Any]:
+def copy_state(state: RunState) -> dict[str, Any]:
     """What survives, in copies."""
-    tensors = {**state.tensors, **state.optimizer.tensors()}
+    tensors = {**state.model_tensors, **state.optimizer.state_tensors()}
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-        "scale": (state.scale.value, state.scale.good_steps),
-        "in a row": state.guard.in_a_row,
+        "scale": (state.loss_scale.value, state.loss_scale.good_steps),
+        "in a row": state.guard.consecutive_skips,
         "step": (state.progress.step, state.progress.tokens, state.progress.skipped),
         "sync": state.sync.state(),
     }
 
 
-def check_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+def check_same(expected: dict[str, Any], actual: dict[str, Any]) -> None:
     """To the bit."""
-    assert {**one, "tensors": 0} == {**other, "tensors": 0}
-    for name, tensor in one["tensors"].items():
-        assert _bits(tensor).equal(_bits(other["tensors"][name])), name
+    assert {**expected, "tensors": 0} == {**actual, "tensors": 0}
+    for name, tensor in expected["tensors"].items():
+        assert _byte_view(tensor).equal(_byte_view(actual["tensors"][name])), name
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _byte_view(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def interrupt(state: RunState, desk: Desk) -> int:
+def count_collectives(state: RunState, logger: RunLogger) -> int:
     """Interrupts a step at each of its collectives until it passes; how many it has."""
-    before = told(state)
-    for passing in range(200):
+    state_before = copy_state(state)
+    for allowed_count in range(200):
         try:
-            with Cutting(passing):
-                step(state, desk)
-        except Cut:
-            check_same(before, told(state))
+            with InterruptingMode(allowed_count):
+                train_step(state, logger)
+        except CollectiveError:
+            check_same(state_before, copy_state(state))
         else:
-            return passing
+            return allowed_count
     raise AssertionError("a step without an end")
 
 
-def interrupted(
-    world: World, folder: str, names: list[str], layout: tuple[str, ...] = (), again: bool = True
+def run_interrupted_cases(
+    process: RankProcess, folder: str, names: list[str], layout: tuple[str, ...] = (), is_repeatable: bool = True
 ) -> list[int]:
     """Each case undisturbed, and with one step interrupted: the same (unless the step cannot be
     done `again` in place). How many collectives that step has."""
     torch.set_num_threads(1)
     counts: list[int] = []
-    for place, name in enumerate(names):
-        found = []
-        for disturbed in (False, True):
-            home = Path(folder) / f"{place}-{disturbed}-{world.rank}"
-            state = live(world, name, home, layout)
-            desk = Desk(state, Asked())
-            for _ in range(1, CUT):
-                step(state, desk)
-            before = told(state)["tensors"]
-            if disturbed:
-                counts.append(interrupt(state, desk))
+    for index, name in enumerate(names):
+        final_states = []
+        for is_disturbed in (False, True):
+            run_folder = Path(folder) / f"{index}-{is_disturbed}-{process.rank}"
+            state = make_run_state(process, name, run_folder, layout)
+            logger = RunLogger(state, StopRequest())
+            for _ in range(1, INTERRUPTED_STEP):
+                train_step(state, logger)
+            tensors_before = copy_state(state)["tensors"]
+            if is_disturbed:
+                counts.append(count_collectives(state, logger))
             else:
-                step(state, desk)
+                train_step(state, logger)
             if "dropped" in name:
-                check_same({"tensors": before}, {"tensors": told(state)["tensors"]})
+                check_same({"tensors": tensors_before}, {"tensors": copy_state(state)["tensors"]})
             for _ in range(2):
-                step(state, desk)
-            found.append(told(state))
-            desk.close()
-        if again:
-            check_same(*found)
-        assert found[0]["scale"] == ENDS.get(name, (1.0, GOOD_STEPS - CUT))
-        assert found[0]["step"][2] == ("dropped" in name)
+                train_step(state, logger)
+            final_states.append(copy_state(state))
+            logger.close()
+        if is_repeatable:
+            check_same(*final_states)
+        assert final_states[0]["scale"] == FINAL_SCALES.get(name, (1.0, GROWTH_INTERVAL - INTERRUPTED_STEP))
+        assert final_states[0]["step"][2] == ("dropped" in name)
     return counts
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_that_is_interrupted_did_not_happen(ranks: int, tmp_path: Path) -> None:
     names = list(CASES)[:: ranks - 1]
-    for counts in launch(interrupted, str(tmp_path), names, ranks=ranks):
+    for counts in launch(run_interrupted_cases, str(tmp_path), names, ranks=ranks):
         assert dict(zip(names, counts, strict=True)) == {n: CASES[n][1] for n in names}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor", "shard"])
-def test_nor_where_an_island_is_cut(axis: str, tmp_path: Path) -> None:
+def test_an_interrupted_step_of_a_cut_island(axis: str, tmp_path: Path) -> None:
     """FSDP2 keeps what it was doing when it was interrupted: its modules are made anew for a second
     try, which is not here."""
     names, layout = ["muon", "adamw"], (f"layout.{axis}=2", "batch.microbatches=2")
-    again = axis == "tensor"
-    muon, adamw = launch(interrupted, str(tmp_path), names, layout, again, ranks=2)[0]
+    is_repeatable = axis == "tensor"
+    muon, adamw = launch(run_interrupted_cases, str(tmp_path), names, layout, is_repeatable, ranks=2)[0]
     # Parts of matrices to who computes them, and back.
-    assert muon == adamw + 2 if again else muon > adamw > 0
+    assert muon == adamw + 2 if is_repeatable else muon > adamw > 0

@@ -10,17 +10,17 @@ import torch
 
 from cordee.build import RunState
 from cordee.config.load import load
-from cordee.dist.start import World
+from cordee.dist.start import RankProcess
 from cordee.layout.axes import Layout
 from cordee.layout.stages import Stages
-from cordee.layout.tensors import tensors
-from cordee.model.moe import mixtures
+from cordee.layout.tensors import tensor_specs
+from cordee.model.moe import moe_layers
 from cordee.plan.memory import rank_state_bytes
 from cordee.plan.wires import axis_bytes
 from cordee.testing import launch
-from cordee.trial import step
-from tests.metal.layouts import DENSE, live
-from tests.metal.test_layouts import TWO, words
+from cordee.trial import trial_step
+from tests.metal.layouts import DENSE, make_run_state
+from tests.metal.test_layouts import LAYOUTS_OF_TWO, layout_overrides
 
 VOCABULARY = 64
 """Tokens of builtin:markov."""
@@ -29,113 +29,113 @@ MOE = (
     "model.moe.experts=4", "model.moe.active=2", "model.moe.width=16", "model.moe.shared=1",
     "model.moe.dense_layers=1", "model.moe.balance=loss",
 )  # fmt: skip
-AGAIN = "memory.recompute=full"
-AT_TWO = [
-    *TWO,
-    *((*words(tensor=2), lever) for lever in (AGAIN, "memory.loss_chunk=24", "model.dropout=0.1")),
-    *((*words(context=2, attention=kind), AGAIN) for kind in ("gather", "ring")),
-    *((*words(**{axis: 2}), "run.precision=bf16") for axis in ("tensor", "context", "pipeline")),
-    *((*words(shard=2), lever) for lever in ("sync.protocol=exchange", "optim.name=adamw")),
-    *((*words(shard=2, zero=zero), "run.precision=bf16") for zero in (2, 3)),
-    (*words(shard=2, zero=3), "run.precision=fp16"),
-    (*words(tensor=2), "optim.name=adamw", "model.mlp=gated"),
-    (*words(tensor=2), *MOE), (*words(context=2), *MOE, AGAIN), (*words(shard=2), *MOE),
-    (*words(expert=2), *MOE), (*words(expert=2), *MOE, AGAIN),
+RECOMPUTE = "memory.recompute=full"
+JOBS_OF_TWO = [
+    *LAYOUTS_OF_TWO,
+    *((*layout_overrides(tensor=2), lever) for lever in (RECOMPUTE, "memory.loss_chunk=24", "model.dropout=0.1")),
+    *((*layout_overrides(context=2, attention=kind), RECOMPUTE) for kind in ("gather", "ring")),
+    *((*layout_overrides(**{axis: 2}), "run.precision=bf16") for axis in ("tensor", "context", "pipeline")),
+    *((*layout_overrides(shard=2), lever) for lever in ("sync.protocol=exchange", "optim.name=adamw")),
+    *((*layout_overrides(shard=2, zero=zero), "run.precision=bf16") for zero in (2, 3)),
+    (*layout_overrides(shard=2, zero=3), "run.precision=fp16"),
+    (*layout_overrides(tensor=2), "optim.name=adamw", "model.mlp=gated"),
+    (*layout_overrides(tensor=2), *MOE), (*layout_overrides(context=2), *MOE, RECOMPUTE), (*layout_overrides(shard=2), *MOE),
+    (*layout_overrides(expert=2), *MOE), (*layout_overrides(expert=2), *MOE, RECOMPUTE),
 ]  # fmt: skip
-AT_FOUR = [
-    words(tensor=2, shard=2), words(tensor=2, pipeline=2), words(tensor=2, context=2),
-    words(context=2, shard=2, attention="ring"), words(pipeline=2, shard=2),
-    words(pipeline=2, context=2, schedule="zero_bubble"), words(context=4),
-    words(pipeline=4), words(islands=2, tensor=2), words(shard=4, zero=3),
-    (*words(pipeline=2, schedule="interleaved", tensor=2), AGAIN, "memory.recompute_every=2"),
-    (*words(tensor=2, context=2), *MOE), (*words(expert=4), *MOE),
-    *((*words(**{"expert": 2, axis: 2}), *MOE) for axis in ("shard", "tensor", "context")),
+JOBS_OF_FOUR = [
+    layout_overrides(tensor=2, shard=2), layout_overrides(tensor=2, pipeline=2), layout_overrides(tensor=2, context=2),
+    layout_overrides(context=2, shard=2, attention="ring"), layout_overrides(pipeline=2, shard=2),
+    layout_overrides(pipeline=2, context=2, schedule="zero_bubble"), layout_overrides(context=4),
+    layout_overrides(pipeline=4), layout_overrides(islands=2, tensor=2), layout_overrides(shard=4, zero=3),
+    (*layout_overrides(pipeline=2, schedule="interleaved", tensor=2), RECOMPUTE, "memory.recompute_every=2"),
+    (*layout_overrides(tensor=2, context=2), *MOE), (*layout_overrides(expert=4), *MOE),
+    *((*layout_overrides(**{"expert": 2, axis: 2}), *MOE) for axis in ("shard", "tensor", "context")),
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Counted:
+class RankBytes:
     """What one rank held after a step, by item, what it sent in that step, by axis, and how many
     rows it had for every expert of every mixture."""
 
     layout: Layout
     stages: Stages
     zero: int
-    held: dict[str, int]
-    sent: dict[str, int]
-    load: torch.Tensor
+    held_bytes: dict[str, int]
+    sent_bytes: dict[str, int]
+    expert_load: torch.Tensor
 
 
-def count(world: World, folder: str, jobs: list[tuple[str, ...]]) -> list[Counted]:
+def count_jobs(process: RankProcess, folder: str, jobs: list[tuple[str, ...]]) -> list[RankBytes]:
     """Two steps of every job, of which the second is counted."""
     torch.set_num_threads(1)
-    return [counted(live(world, folder, job)) for job in jobs]
+    return [count_bytes(make_run_state(process, folder, job)) for job in jobs]
 
 
-def counted(state: RunState) -> Counted:
-    step(state, 0)
-    before = state.engine.bytes_sent
-    step(state, 1)
-    sent = {axis: now - before[axis] for axis, now in state.engine.bytes_sent.items()}
-    loads = [moe.load for chunk in state.live.chunks for moe in mixtures(chunk)]
-    load = torch.stack(loads) if loads else torch.zeros(0, 0)
+def count_bytes(state: RunState) -> RankBytes:
+    trial_step(state, 0)
+    bytes_before = state.engine.bytes_sent
+    trial_step(state, 1)
+    sent_bytes = {axis: total_bytes - bytes_before[axis] for axis, total_bytes in state.engine.bytes_sent.items()}
+    loads = [moe.expert_load for chunk in state.model.stage_modules for moe in moe_layers(chunk)]
+    expert_load = torch.stack(loads) if loads else torch.zeros(0, 0)
     gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
     # Rules count their steps in tensors without a dim; those are no part of a parameter.
-    rule = [t for t in state.optimizer.tensors().values() if t.ndim]
-    held = {
+    optimizer_state = [t for t in state.optimizer.state_tensors().values() if t.ndim]
+    held_bytes = {
         "parameters": sum(p.nbytes for p in state.parameters.values()),
         "gradients": sum(g.nbytes for g in gradients),
-        "optimiser": sum(t.nbytes for t in rule),
+        "optimiser": sum(t.nbytes for t in optimizer_state),
     }
     del gradients
-    state.engine.begin(2, 1.0)
-    left = [p.grad for p in (*state.parameters.values(), *state.live.modules().values())]
-    assert not any(g is not None for g in left), "one step's gradients do not outlive the next"
+    state.engine.begin_step(2, 1.0)
+    remaining_grads = [p.grad for p in (*state.parameters.values(), *state.model.module_parameters().values())]
+    assert not any(g is not None for g in remaining_grads), "one step's gradients do not outlive the next"
     layout, zero = state.plan.layout, state.plan.zero
-    sent = {axis: size for axis, size in sent.items() if size}
-    return Counted(layout, state.live.stages, zero, held, sent, load)
+    sent_bytes = {axis: size for axis, size in sent_bytes.items() if size}
+    return RankBytes(layout, state.model.stages, zero, held_bytes, sent_bytes, expert_load)
 
 
-def hold(folder: Path, jobs: list[tuple[str, ...]], ranks: int) -> None:
+def check_bytes(folder: Path, jobs: list[tuple[str, ...]], ranks: int) -> None:
     """Every rank of every job holds and sends what paper says."""
     jobs = [(*DENSE, *job) for job in jobs]
-    found = launch(count, str(folder), jobs, ranks=ranks, deadline_s=280)
-    for place, job in enumerate(jobs):
-        mine = [of_rank[place] for of_rank in found]
-        for rank, seen in enumerate(mine):
+    results_by_rank = launch(count_jobs, str(folder), jobs, ranks=ranks, deadline_s=280)
+    for job_index, job in enumerate(jobs):
+        rank_results = [results[job_index] for results in results_by_rank]
+        for rank, rank_bytes in enumerate(rank_results):
             print(job[len(DENSE) :], "rank", rank)
-            run, at = load(None, job).run, seen.layout.coordinates(rank)
-            specs = tuple(tensors(run.model, VOCABULARY))
-            told = rank_state_bytes(run, specs, seen.layout, seen.stages, at)
-            assert seen.held == told
-            told = axis_bytes(run, specs, seen.layout, seen.stages, at, seen.zero)
-            if seen.layout.expert > 1:
-                planned, sent = told.pop("expert"), seen.sent.pop("expert")
-                assert sent == routed_bytes(mine, rank, run.memory.recompute == "full")
-                assert sent == pytest.approx(planned, rel=0.3), "routing is near balanced"
-            assert seen.sent == told
+            run, coords = load(None, job).run, rank_bytes.layout.coordinates(rank)
+            specs = tuple(tensor_specs(run.model, VOCABULARY))
+            planned_bytes = rank_state_bytes(run, specs, rank_bytes.layout, rank_bytes.stages, coords)
+            assert rank_bytes.held == planned_bytes
+            planned_bytes = axis_bytes(run, specs, rank_bytes.layout, rank_bytes.stages, coords, rank_bytes.zero)
+            if rank_bytes.layout.expert > 1:
+                planned_expert, sent_expert = planned_bytes.pop("expert"), rank_bytes.sent.pop("expert")
+                assert sent_expert == routed_bytes(rank_results, rank, run.memory.recompute == "full")
+                assert sent_expert == pytest.approx(planned_expert, rel=0.3), "routing is near balanced"
+            assert rank_bytes.sent == planned_bytes
 
 
-def routed_bytes(seen: list[Counted], rank: int, twice: bool) -> int:
+def routed_bytes(rank_results: list[RankBytes], rank: int, is_recomputed: bool) -> int:
     """Bytes on the axis expert by what was routed: a rank's rows for experts elsewhere, and the
     others' rows for its own on their way back; forward and backward, and the counts."""
-    layout = seen[rank].layout
-    at = layout.coordinates(rank)
-    each = seen[rank].load.shape[1] // layout.expert
+    layout = rank_results[rank].layout
+    coords = layout.coordinates(rank)
+    experts_per_rank = rank_results[rank].expert_load.shape[1] // layout.expert
     rows = 0
     for other in range(layout.expert):
-        if other != at["expert"]:
-            theirs = seen[layout.rank({**at, "expert": other})].load
-            rows += int(seen[rank].load[:, other * each : (other + 1) * each].sum())
-            rows += int(theirs[:, at["expert"] * each : (at["expert"] + 1) * each].sum())
-    microbatches, mixed = 8 // layout.workers, len(seen[rank].load)
-    counts = 8 * each * (layout.expert - 1) * microbatches * mixed
-    return (2 + twice) * rows * 32 * 4 + (1 + twice) * counts
+        if other != coords["expert"]:
+            other_load = rank_results[layout.rank({**coords, "expert": other})].expert_load
+            rows += int(rank_results[rank].expert_load[:, other * experts_per_rank : (other + 1) * experts_per_rank].sum())
+            rows += int(other_load[:, coords["expert"] * experts_per_rank : (coords["expert"] + 1) * experts_per_rank].sum())
+    microbatches, moe_count = 8 // layout.dp_size, len(rank_results[rank].expert_load)
+    counts = 8 * experts_per_rank * (layout.expert - 1) * microbatches * moe_count
+    return (2 + is_recomputed) * rows * 32 * 4 + (1 + is_recomputed) * counts
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    hold(tmp_path, AT_TWO, 2)
+    check_bytes(tmp_path, JOBS_OF_TWO, 2)
 
 
 def test_four_ranks(tmp_path: Path) -> None:
-    hold(tmp_path, AT_FOUR, 4)
+    check_bytes(tmp_path, JOBS_OF_FOUR, 4)

@@ -18,22 +18,22 @@ from hypothesis import strategies as st
 from cordee.config.load import load
 from cordee.config.model import ImageSettings, InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
-from cordee.data.loader import Loader
-from cordee.data.order import Order
-from cordee.data.prepare import inspect, prepare, resolve, verify
+from cordee.data.loader import TokenLoader
+from cordee.data.order import SampleOrder
+from cordee.data.prepare import inspect_dataset, prepare, check_sources, verify_dataset
 from cordee.data.records import check_images
 from cordee.data.shapes import FIGURES, shape_records
 from cordee.data.source import open_dataset
 from cordee.errors import DataError
 from cordee.evaluate import evaluate
 from cordee.layout.classifier import classifier_tensors
-from cordee.layout.tensors import parameters
+from cordee.layout.tensors import count_parameters
 from cordee.model.classifier import ConvClassifier, MlpClassifier, make_classifier, scaled
-from cordee.model.initial import initialise
-from cordee.optim.groups import group_of
+from cordee.model.initial import init_weights
+from cordee.optim.groups import parameter_group
 from cordee.plan.classifier import activation_bytes
-from cordee.plan.costs import microbatch_work
-from tests.conftest import cordee, digest, events, rows
+from cordee.plan.costs import microbatch_cost
+from tests.conftest import run_cordee, weights_digest, read_events, read_rows
 
 IMAGE = ImageSettings(side=9, channels=3, classes=7)
 SMALL = {
@@ -50,14 +50,14 @@ def _one_thread() -> None:
 
 def made(kind: str) -> torch.nn.Module:
     model = make_classifier(SMALL[kind])
-    initialise(model, InitialSettings(head="same", residual="same"), 0, 3)
+    init_weights(model, InitialSettings(head="same", residual="same"), 0, 3)
     return model
 
 
 def tokens_of(count: int, image: ImageSettings = IMAGE, seed: int = 0) -> torch.Tensor:
     """Rows as the loader hands them over: label, pixels, and the next label."""
     chance = np.random.default_rng(seed)
-    tokens = torch.from_numpy(chance.integers(0, 256, (count, image.record + 1)))
+    tokens = torch.from_numpy(chance.integers(0, 256, (count, image.record_bytes + 1)))
     tokens[:, 0] %= image.classes
     return tokens
 
@@ -77,11 +77,11 @@ def test_table_is_the_model(
     model = ModelSettings(kind=kind, layers=layers, width=width, image=image)  # type: ignore[arg-type]
     with torch.device("meta"):
         module = make_classifier(model)
-        logits = module(torch.zeros((2, image.record), dtype=torch.int64))
+        logits = module(torch.zeros((2, image.record_bytes), dtype=torch.int64))
     assert logits.shape == (2, classes)
-    built = [(n, tuple(p.shape), group_of(n, p.ndim)) for n, p in module.named_parameters()]
+    built = [(n, tuple(p.shape), parameter_group(n, p.ndim)) for n, p in module.named_parameters()]
     assert built == list(classifier_tensors(model))
-    assert parameters(model, 256) == sum(p.numel() for p in module.parameters())
+    assert count_parameters(model, 256) == sum(p.numel() for p in module.parameters())
 
 
 def test_sides_are_those_of_the_image_in_the_model() -> None:
@@ -91,7 +91,7 @@ def test_sides_are_those_of_the_image_in_the_model() -> None:
     for block in (module.stem, *module.blocks):
         block.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
     module(tokens_of(2))
-    assert seen == model.sides == [9, 9, 5, 3, 3, 3]
+    assert seen == model.block_sides == [9, 9, 5, 3, 3, 3]
 
 
 @KINDS
@@ -114,7 +114,7 @@ def test_neither_label_nor_neighbour_is_looked_at(kind: str) -> None:
     other[:, -1] = 200
     assert torch.equal(model(tokens[:, :-1]), model(other[:, :-1]))
     brighter = tokens.clone()
-    brighter[:, IMAGE.record - 1] = (brighter[:, IMAGE.record - 1] + 128) % 256
+    brighter[:, IMAGE.record_bytes - 1] = (brighter[:, IMAGE.record_bytes - 1] + 128) % 256
     assert not torch.equal(model(tokens[:, :-1]), model(brighter[:, :-1]))
 
 
@@ -142,7 +142,7 @@ def test_images_of_a_microbatch_do_not_meet(kind: str) -> None:
 @KINDS
 def test_start_predicts_every_class_alike(kind: str) -> None:
     model = make_classifier(SMALL[kind])
-    initialise(model, InitialSettings(), 0, 3)
+    init_weights(model, InitialSettings(), 0, 3)
     assert torch.equal(model(tokens_of(3)[:, :-1]), torch.zeros(3, 7))
 
 
@@ -158,8 +158,8 @@ class Alone:
         self.model = model
 
     @torch.no_grad()
-    def loss(self, given: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.model(given[:, :-1], given[:, 1:])
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.model(batch[:, :-1], given[:, 1:])
         return loss
 
     @torch.no_grad()
@@ -167,13 +167,13 @@ class Alone:
         found: torch.Tensor = self.model(inputs, targets)
         return found
 
-    def modes(self, training: bool) -> None:
+    def set_training(self, training: bool) -> None:
         self.model.train(training)
 
 
 def test_held_out_is_of_images() -> None:
     model = MlpClassifier(SMALL["mlp"])
-    initialise(model, InitialSettings(head="same"), 0, 3)
+    init_weights(model, InitialSettings(head="same"), 0, 3)
     batches = [tokens_of(4), tokens_of(3, seed=1)]
     found = evaluate(Alone(model), batches, (0, 1), lambda sums: sums[None], None)
     whole = torch.cat(batches)
@@ -196,8 +196,8 @@ def write(path: Path, count: int, image: ImageSettings = IMAGE, seed: int = 0) -
 
 def rows_of(folder: Path, split: str, image: ImageSettings = IMAGE) -> np.ndarray:
     source = open_dataset(folder, split)
-    ids = np.arange(source.rows(image.record))
-    return source.gather(ids, image.record)[:, :-1]
+    ids = np.arange(source.rows(image.record_bytes))
+    return source.gather(ids, image.record_bytes)[:, :-1]
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 20, 1000])
@@ -213,8 +213,8 @@ def test_every_record_is_a_row_exactly_once(tmp_path: Path, shard_bytes: int) ->
     assert every == sorted(map(bytes, np.concatenate([a, b])))
     order = [bytes(r) for r in np.concatenate([a, b])]
     assert [order.index(bytes(r)) for r in train] == sorted(order.index(bytes(r)) for r in train)
-    assert verify(tmp_path / "out")["tokens"] == 33 * 244 + 2
-    assert inspect(tmp_path / "out")["splits"]["train"]["rows"] == 26
+    assert verify_dataset(tmp_path / "out")["tokens"] == 33 * 244 + 2
+    assert inspect_dataset(tmp_path / "out")["splits"]["train"]["rows"] == 26
     again = prepare(spec, tmp_path / "again", 0.2, 3, image=IMAGE)
     assert np.array_equal(rows_of(tmp_path / "again", "held_out"), held)
     assert len(again.splits["train"].shards) == 1
@@ -224,7 +224,7 @@ def test_the_loader_hands_over_whole_records(tmp_path: Path) -> None:
     records = write(tmp_path / "a.bin", 12)
     prepare(f"records:{tmp_path}/a.bin", tmp_path / "out", 0.0, 0, image=IMAGE)
     source = open_dataset(tmp_path / "out", "train")
-    loader = Loader(source, Order(0, 12, 3, 4), IMAGE.record)
+    loader = TokenLoader(source, SampleOrder(0, 12, 3, 4), IMAGE.record_bytes)
     seen = torch.cat([loader.microbatch(0, index) for index in range(4)])
     assert seen.shape == (12, 245)
     got = sorted(bytes(r) for r in seen[:, :-1].numpy().astype(np.uint8))
@@ -252,7 +252,7 @@ def test_files_that_are_no_records(content: bytes | None, what: str, tmp_path: P
     if content is not None:
         (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(DataError, match=what):
-        resolve(f"records:{tmp_path}/a.bin", SMALL["conv"])
+        check_sources(f"records:{tmp_path}/a.bin", SMALL["conv"])
 
 
 def test_what_cannot_be_split_or_read(tmp_path: Path) -> None:
@@ -262,11 +262,11 @@ def test_what_cannot_be_split_or_read(tmp_path: Path) -> None:
         prepare(spec, tmp_path / "out", 0.1, 0, image=IMAGE)
     for path in ("records:", "records: ,"):
         with pytest.raises(DataError, match="no file of records"):
-            resolve(path, SMALL["conv"])
+            check_sources(path, SMALL["conv"])
     with pytest.raises(DataError, match="whole records"):
-        resolve(f"records:{tmp_path}", SMALL["conv"])
+        check_sources(f"records:{tmp_path}", SMALL["conv"])
     with pytest.raises(DataError, match="reads images"):
-        resolve("builtin:stdlib", SMALL["conv"])
+        check_sources("builtin:stdlib", SMALL["conv"])
     with pytest.raises(DataError, match="synthetic"):
         prepare(spec, tmp_path / "out", 0.0, 0, 100, image=IMAGE)
 
@@ -277,19 +277,19 @@ def test_a_prepared_folder_of_other_images_is_refused(tmp_path: Path) -> None:
     check_images(info, SMALL["mlp"])
     check_images(info, ModelSettings())
     with pytest.raises(DataError) as refused:
-        resolve(str(tmp_path / "out"), model_presets()["shapes-mlp"])
+        check_sources(str(tmp_path / "out"), model_presets()["shapes-mlp"])
     assert "model.image.side=9" in (refused.value.fix or "")
     assert "data.sequence=244" in (refused.value.fix or "")
     (tmp_path / "text").write_text("words " * 100)
     text = prepare(str(tmp_path / "text"), tmp_path / "words", 0.0, 0)
     assert text.images is None and "images" not in text.description()
     with pytest.raises(DataError, match="reads images"):
-        resolve(str(tmp_path / "words"), SMALL["mlp"])
+        check_sources(str(tmp_path / "words"), SMALL["mlp"])
 
 
 def test_prepare_is_a_command(tmp_path: Path) -> None:
     write(tmp_path / "a.bin", 30)
-    done = cordee(
+    done = run_cordee(
         "data", "prepare", f"records:{tmp_path}/a.bin", str(tmp_path / "out"), "--json",
         "model.image.side=9", "model.image.channels=3", "model.image.classes=7",
     )  # fmt: skip
@@ -316,7 +316,7 @@ def test_shapes_are_the_same_everywhere_and_always() -> None:
 def test_shapes_of_any_form(side: int, channels: int, classes: int) -> None:
     image = ImageSettings(side=side, channels=channels, classes=classes)
     drawn = shape_records(0, 40, image)
-    assert drawn.shape == (40, image.record) and drawn[:, 0].max() < classes
+    assert drawn.shape == (40, image.record_bytes) and drawn[:, 0].max() < classes
     # Most of the edge is ground, and something else stands out of it.
     pixels = drawn[:, 1:].reshape(40, channels, side, side).astype(int)
     edge = np.ones((side, side), dtype=bool)
@@ -382,11 +382,11 @@ def test_what_autograd_keeps_is_what_the_plan_says(kind: str, precision: str) ->
 
 def test_operations_by_hand() -> None:
     run = load(None, ["model.preset=shapes-conv", "batch.microbatch=5"]).run
-    work = microbatch_work(run, 256, "cpu")
+    work = microbatch_cost(run, 256, "cpu")
     inner = 2 * 9 * 32 * 32 * (256 + 64 + 16)
     assert work.flops == 5 * (4 * 9 * 32 * 256 + 6 * (inner + 320))
     assert work.weights == 9 * 32 + 3 * 2 * 9 * 32 * 32 + 320
-    flat = microbatch_work(load(None, ["model.preset=shapes-mlp"]).run, 256, "cpu")
+    flat = microbatch_cost(load(None, ["model.preset=shapes-mlp"]).run, 256, "cpu")
     assert flat.flops == 16 * (4 * 256 * 256 + 6 * (2 * 256 * 256 + 2560))
     assert flat.logits == 160
 
@@ -409,44 +409,44 @@ def test_same_bits_on_any_ranks(kind: str, tmp_path: Path) -> None:
     for number, layout in enumerate(layouts):
         folder = tmp_path / str(number)
         words = ("train", f"model.preset=shapes-{kind}", *EXACT, f"run.dir={folder}", *layout)
-        done = cordee(*words)
+        done = run_cordee(*words)
         assert done.returncode == 0, done.stderr[-3000:]
-        last = events(folder)[-1]
-        found.append((digest(folder), last["held_out_loss"], last["held_out_accuracy"]))
+        last = read_events(folder)[-1]
+        found.append((weights_digest(folder), last["held_out_loss"], last["held_out_accuracy"]))
     assert len(set(found)) == 1, found
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     words = ("train", "model.preset=shapes-mlp", *EXACT, "checkpoint.every=4")
-    assert cordee(*words, f"run.dir={tmp_path}/a", "launch.processes=1").returncode == 0
+    assert run_cordee(*words, f"run.dir={tmp_path}/a", "launch.processes=1").returncode == 0
     broken = (*words, f"run.dir={tmp_path}/b")
     drill = ("fault.kill=step.agree:7:1", "fault.recover=false")
-    assert cordee(*broken, "launch.processes=2", *drill).returncode == 1
-    assert cordee(*broken, "launch.processes=1").returncode == 0
-    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert run_cordee(*broken, "launch.processes=2", *drill).returncode == 1
+    assert run_cordee(*broken, "launch.processes=1").returncode == 0
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
 
 
 def test_it_learns_and_says_so(tmp_path: Path) -> None:
     """Three of the shapes, to be quick: 99 % after 120 steps."""
     folder = tmp_path / "run"
-    done = cordee(
+    done = run_cordee(
         "train", "model.preset=shapes-conv", "run.steps=100", "launch.processes=1",
         "launch.threads=1", "run.precision=fp32", "model.image.classes=3", "data.tokens=1500000",
         "evaluate.tokens=100000", "evaluate.every=60", f"run.dir={folder}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    last = events(folder)[-1]
+    last = read_events(folder)[-1]
     assert float(str(last["held_out_accuracy"])) > 0.9
     assert last["held_out_bits_per_byte"] is None and last["sample"] is None
-    assert rows(folder)[0]["bits_per_byte"] is None
-    assert float(str(rows(folder)[0]["loss"])) == pytest.approx(math.log(3), rel=1e-4)
-    assert rows(folder)[-1]["tokens"] == 100 * 64 * 257
+    assert read_rows(folder)[0]["bits_per_byte"] is None
+    assert float(str(read_rows(folder)[0]["loss"])) == pytest.approx(math.log(3), rel=1e-4)
+    assert read_rows(folder)[-1]["tokens"] == 100 * 64 * 257
     assert "of images right" in done.stderr and "images of 1 x 16 x 16" in done.stderr
     for nonsense in ("bpb", "bits per byte", "cordee sample"):
         assert nonsense not in done.stderr
-    report = cordee("report", str(folder), "--json")
+    report = run_cordee("report", str(folder), "--json")
     assert report.returncode == 0, report.stderr
     told = json.loads(report.stdout)
     assert told["held_out_accuracy"] == last["held_out_accuracy"]
     assert "nats an image" in report.stdout and "nats a token" not in report.stdout
-    assert cordee("sample", str(folder)).returncode == 2
+    assert run_cordee("sample", str(folder)).returncode == 2

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from cordee.data.builtin import MARKOV_SYMBOLS, markov_tokens, stdlib_files
-from cordee.data.loader import Loader, held_out
+from cordee.data.loader import TokenLoader, held_out_token_batches
 from cordee.data.manifest import read_info
-from cordee.data.order import Order, invert
-from cordee.data.prepare import check_length, inspect, prepare, resolve, verify
-from cordee.data.source import TokenSource, open_dataset
+from cordee.data.order import SampleOrder, invert
+from cordee.data.prepare import check_split_lengths, inspect_dataset, prepare, check_sources, verify_dataset
+from cordee.data.source import TokenDataset, open_dataset
 from cordee.errors import DataError
 
 MARKOV_START = [9, 20, 7, 43, 61, 3, 3, 0, 27, 15, 43, 34]
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 torch.set_num_threads(1)
 
 
-def stream(folder: Path, split: str) -> np.ndarray:
+def load_split_tokens(folder: Path, split: str) -> np.ndarray:
     """The tokens of a split by another reader than ours: the safetensors library."""
     shards = read_info(folder).splits[split].shards
     parts = [load_file(folder / shard.file)["tokens"] for shard in shards]
@@ -52,12 +52,12 @@ def test_one_file_gives_its_tail(tmp_path: Path) -> None:
     text = bytes(range(1, 201)) * 5
     (tmp_path / "one.txt").write_bytes(text)
     prepare(str(tmp_path / "one.txt"), tmp_path / "data", held_out=0.1, seed=0)
-    assert stream(tmp_path / "data", "train").tobytes() == text[:900] + b"\0"
-    assert stream(tmp_path / "data", "held_out").tobytes() == text[900:] + b"\0"
+    assert load_split_tokens(tmp_path / "data", "train").tobytes() == text[:900] + b"\0"
+    assert load_split_tokens(tmp_path / "data", "held_out").tobytes() == text[900:] + b"\0"
     info = prepare(str(tmp_path / "one.txt"), tmp_path / "all", held_out=0.0, seed=0)
     assert info.splits["held_out"].shards == ()
     assert open_dataset(tmp_path / "all", "held_out").rows(8) == 0
-    assert verify(tmp_path / "all")["tokens"] == 1001
+    assert verify_dataset(tmp_path / "all")["tokens"] == 1001
 
 
 def test_an_interrupted_prepare_leaves_no_half_dataset(tmp_path: Path) -> None:
@@ -79,26 +79,26 @@ def test_an_interrupted_prepare_leaves_no_half_dataset(tmp_path: Path) -> None:
     assert not target.exists()
     assert len(list(tmp_path.glob(".data.*.partial"))) == 1
     info = prepare(str(tmp_path / "text.txt"), target, held_out=0.1, seed=0)
-    assert verify(target)["fingerprint"] == info.fingerprint
+    assert verify_dataset(target)["fingerprint"] == info.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text.txt"]
 
 
 def test_a_file_that_may_not_be_read_is_named() -> None:
     # Not in tmp_path: its parents are closed to the other user whom a test run by root becomes.
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        Path(place, "open.txt").write_text("ours")
-        secret = Path(place, "secret.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "open.txt").write_text("ours")
+        secret = Path(folder, "secret.txt")
         secret.write_text("mine")
         secret.chmod(0)
         is_root = os.geteuid() == 0
         try:
             if is_root:
                 os.seteuid(65534)
-            for spec in (place, str(secret)):
-                with pytest.raises(DataError, match="cannot be read") as caught:
-                    resolve(spec)
-                assert caught.value.values["data.path"] == str(secret)
+            for spec in (folder, str(secret)):
+                with pytest.raises(DataError, match="cannot be read") as error_info:
+                    check_sources(spec)
+                assert error_info.value.values["data.path"] == str(secret)
         finally:
             if is_root:
                 os.seteuid(0)
@@ -107,18 +107,18 @@ def test_a_file_that_may_not_be_read_is_named() -> None:
 def test_too_short_for_a_row_names_the_longest_that_fits(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x" * 1000)
     info = prepare(str(tmp_path / "one.txt"), tmp_path / "data", held_out=0.1, seed=0)
-    check_length(info, 100)
-    with pytest.raises(DataError, match="held_out split") as caught:
-        check_length(info, 101)
-    assert caught.value.fix == "data.sequence=100"
-    assert caught.value.values["tokens"] == 101
+    check_split_lengths(info, 100)
+    with pytest.raises(DataError, match="held_out split") as error_info:
+        check_split_lengths(info, 101)
+    assert error_info.value.fix == "data.sequence=100"
+    assert error_info.value.values["tokens"] == 101
     with pytest.raises(DataError, match="train split"):
-        check_length(info, 5000)
+        check_split_lengths(info, 5000)
     (tmp_path / "tiny.txt").write_text("x")
-    tiny = prepare(str(tmp_path / "tiny.txt"), tmp_path / "tiny", held_out=0.1, seed=0)
+    tiny_info = prepare(str(tmp_path / "tiny.txt"), tmp_path / "tiny", held_out=0.1, seed=0)
     with pytest.raises(DataError, match=r"data\.held_out=0"):
-        check_length(tiny, 1)
-    check_length(prepare(str(tmp_path / "tiny.txt"), tmp_path / "whole", held_out=0, seed=0), 1)
+        check_split_lengths(tiny_info, 1)
+    check_split_lengths(prepare(str(tmp_path / "tiny.txt"), tmp_path / "whole", held_out=0, seed=0), 1)
 
 
 # --- rows and tensors ----------------------------------------------------------------------------
@@ -133,36 +133,36 @@ def test_too_short_for_a_row_names_the_longest_that_fits(tmp_path: Path) -> None
 def test_rows_that_straddle_shards_equal_the_concatenated_truth(
     sizes: list[int], sequence: int, dtype: str
 ) -> None:
-    truth = np.random.default_rng(0).integers(0, 200, sum(sizes)).astype(dtype)
-    source = TokenSource(np.split(truth, np.cumsum(sizes)[:-1]), dtype)
-    rows = source.rows(sequence)
-    assert source.tokens == truth.size and rows == max(0, (truth.size - 1) // sequence)
+    expected_tokens = np.random.default_rng(0).integers(0, 200, sum(sizes)).astype(dtype)
+    dataset = TokenDataset(np.split(expected_tokens, np.cumsum(sizes)[:-1]), dtype)
+    rows = dataset.rows(sequence)
+    assert dataset.tokens == expected_tokens.size and rows == max(0, (expected_tokens.size - 1) // sequence)
     ids = np.random.default_rng(1).permutation(rows)
-    expected = [truth[i * sequence : i * sequence + sequence + 1] for i in ids]
-    got = source.gather(ids, sequence)
-    assert got.dtype == np.dtype(dtype) and got.shape == (rows, sequence + 1)
-    assert np.array_equal(got, np.reshape(expected, got.shape))
+    expected = [expected_tokens[i * sequence : i * sequence + sequence + 1] for i in ids]
+    result = dataset.gather(ids, sequence)
+    assert result.dtype == np.dtype(dtype) and result.shape == (rows, sequence + 1)
+    assert np.array_equal(result, np.reshape(expected, result.shape))
     with pytest.raises((IndexError, ValueError)):
-        source.gather(np.array([rows + 1]), sequence)
+        dataset.gather(np.array([rows + 1]), sequence)
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def markov_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain") / "data"
     prepare("builtin:markov", folder, held_out=0.1, seed=5, tokens=50_000)
     return folder
 
 
 @pytest.mark.parametrize("prefetch", [0, 1])
-def test_the_loader_equals_a_naive_reference(chain: Path, prefetch: int) -> None:
-    truth = stream(chain, "train").astype(np.int64)
-    source = open_dataset(chain, "train")
-    order = Order(seed=2, rows=source.rows(64), microbatch_rows=4, microbatches=6)
-    loader = Loader(source, order, 64, prefetch=prefetch)
+def test_the_loader_equals_a_naive_reference(markov_folder: Path, prefetch: int) -> None:
+    expected_tokens = load_split_tokens(markov_folder, "train").astype(np.int64)
+    dataset = open_dataset(markov_folder, "train")
+    order = SampleOrder(seed=2, rows=dataset.rows(64), microbatch_rows=4, microbatches=6)
+    loader = TokenLoader(dataset, order, 64, prefetch=prefetch)
 
-    def naive(step: int, index: int) -> torch.Tensor:
-        ids = order.rows_of(step, index)
-        return torch.from_numpy(np.stack([truth[i * 64 : i * 64 + 65] for i in ids.tolist()]))
+    def naive_microbatch(step: int, index: int) -> torch.Tensor:
+        ids = order.microbatch_row_ids(step, index)
+        return torch.from_numpy(np.stack([expected_tokens[i * 64 : i * 64 + 65] for i in ids.tolist()]))
 
     # Shares change, steps are repeated, jumped to, and one is asked for without being begun.
     shares = [range(0, 6)] * 4 + [range(2, 5)] * 3 + [range(5, 6), range(0, 1), range(3, 3)]
@@ -170,10 +170,10 @@ def test_the_loader_equals_a_naive_reference(chain: Path, prefetch: int) -> None
         step = turn if turn % 5 else 700 - turn
         loader.begin(step, share)
         for index in range(6):
-            got = loader.microbatch(step, index)
-            assert got.dtype == torch.int64 and got.shape == (4, 65)
-            assert torch.equal(got, naive(step, index))
-        assert torch.equal(loader.microbatch(step + 3, 1), naive(step + 3, 1))
+            batch = loader.microbatch(step, index)
+            assert batch.dtype == torch.int64 and batch.shape == (4, 65)
+            assert torch.equal(batch, naive_microbatch(step, index))
+        assert torch.equal(loader.microbatch(step + 3, 1), naive_microbatch(step + 3, 1))
     with pytest.raises(DataError, match="no such microbatch"):
         loader.begin(0, range(4, 7))
     with pytest.raises(DataError, match="not contiguous"):
@@ -181,74 +181,74 @@ def test_the_loader_equals_a_naive_reference(chain: Path, prefetch: int) -> None
     loader.begin(9, range(6))
     loader.close()
     loader.begin(10, range(6))
-    assert torch.equal(loader.microbatch(10, 5), naive(10, 5))
+    assert torch.equal(loader.microbatch(10, 5), naive_microbatch(10, 5))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("microbatches", [1, 4, 7])
-def test_an_epoch_is_read_exactly_once(chain: Path, ranks: int, microbatches: int) -> None:
+def test_an_epoch_is_read_exactly_once(markov_folder: Path, ranks: int, microbatches: int) -> None:
     """Every token position of the epoch arrives once, whichever rank reads it."""
     sequence = 64
-    source = open_dataset(chain, "train")
-    rows = source.rows(sequence)
-    numbered = TokenSource([np.arange(source.tokens, dtype=np.uint32)], "uint32")
-    order = Order(seed=8, rows=rows, microbatch_rows=3, microbatches=microbatches)
-    borders = [microbatches * r // ranks for r in range(ranks + 1)]
-    loaders = [Loader(numbered, order, sequence) for _ in range(ranks)]
-    seen: list[int] = []
+    dataset = open_dataset(markov_folder, "train")
+    rows = dataset.rows(sequence)
+    position_dataset = TokenDataset([np.arange(dataset.tokens, dtype=np.uint32)], "uint32")
+    order = SampleOrder(seed=8, rows=rows, microbatch_rows=3, microbatches=microbatches)
+    bounds = [microbatches * r // ranks for r in range(ranks + 1)]
+    loaders = [TokenLoader(position_dataset, order, sequence) for _ in range(ranks)]
+    row_ids: list[int] = []
     step = 0
-    while len(seen) < rows:
+    while len(row_ids) < rows:
         for rank, loader in enumerate(loaders):
-            share = range(borders[rank], borders[rank + 1])
+            share = range(bounds[rank], bounds[rank + 1])
             loader.begin(step, share)
             for index in share:
                 batch = loader.microbatch(step, index)
                 assert torch.equal(batch, batch[:, :1] + torch.arange(sequence + 1))
-                seen += (batch[:, 0] // sequence).tolist()
+                row_ids += (batch[:, 0] // sequence).tolist()
         step += 1
-    assert sorted(seen[:rows]) == list(range(rows))
-    assert seen == order.rows_between(0, len(seen)).tolist()
+    assert sorted(row_ids[:rows]) == list(range(rows))
+    assert row_ids == order.row_ids_between(0, len(row_ids)).tolist()
 
 
-def test_a_loader_refuses_an_order_of_another_length(chain: Path) -> None:
-    source = open_dataset(chain, "train")
+def test_a_loader_refuses_an_order_of_another_length(markov_folder: Path) -> None:
+    dataset = open_dataset(markov_folder, "train")
     with pytest.raises(DataError, match="differ in their number of rows"):
-        Loader(source, Order(0, 7, 1, 1), 64)
+        TokenLoader(dataset, SampleOrder(0, 7, 1, 1), 64)
     with pytest.raises(DataError, match="prefetch"):
-        Loader(source, Order(0, source.rows(64), 1, 1), 64, prefetch=2)
+        TokenLoader(dataset, SampleOrder(0, dataset.rows(64), 1, 1), 64, prefetch=2)
 
 
 def test_a_failed_prefetch_is_seen_and_does_not_hang(
-    chain: Path, monkeypatch: pytest.MonkeyPatch
+    markov_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shard shrinks under the loader, so that row 0 is the only one left to read."""
-    parts = [open_dataset(chain, "train").slice(0, 1000)]
-    source = TokenSource(parts, "uint8")
-    rows = source.rows(64)
-    loader = Loader(source, Order(0, rows, 1, 1), 64, prefetch=1)
-    parts[0] = parts[0][:70]
-    fits = int(invert(np.array([0]), rows, seed=0)[0])
-    died: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", died.append)
-    loader.begin(fits, range(1))
+    shard_arrays = [open_dataset(markov_folder, "train").read_tokens(0, 1000)]
+    dataset = TokenDataset(shard_arrays, "uint8")
+    rows = dataset.rows(64)
+    loader = TokenLoader(dataset, SampleOrder(0, rows, 1, 1), 64, prefetch=1)
+    shard_arrays[0] = shard_arrays[0][:70]
+    valid_step = int(invert(np.array([0]), rows, seed=0)[0])
+    thread_errors: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", thread_errors.append)
+    loader.begin(valid_step, range(1))
     with pytest.raises(IndexError):
-        loader.begin(fits + 1, range(1))
-    loader.begin(fits, range(1))
-    assert loader.microbatch(fits, 0).tolist() == [parts[0][:65].tolist()]
+        loader.begin(valid_step + 1, range(1))
+    loader.begin(valid_step, range(1))
+    assert loader.microbatch(valid_step, 0).tolist() == [shard_arrays[0][:65].tolist()]
     deadline = time.monotonic() + 10
-    while not died and time.monotonic() < deadline:
+    while not thread_errors and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [args.exc_type for args in died] == [IndexError]
+    assert [args.exc_type for args in thread_errors] == [IndexError]
 
 
-def test_held_out_batches_come_in_file_order(chain: Path) -> None:
-    source = open_dataset(chain, "held_out")
-    truth = stream(chain, "held_out").astype(np.int64)
-    batches = list(held_out(source, 64, rows=8))
-    assert sum(len(batch) for batch in batches) == source.rows(64) == (truth.size - 1) // 64
+def test_held_out_batches_come_in_file_order(markov_folder: Path) -> None:
+    dataset = open_dataset(markov_folder, "held_out")
+    expected_tokens = load_split_tokens(markov_folder, "held_out").astype(np.int64)
+    batches = list(held_out_token_batches(dataset, 64, rows=8))
+    assert sum(len(batch) for batch in batches) == dataset.rows(64) == (expected_tokens.size - 1) // 64
     for number, row in enumerate(torch.cat(batches)):
-        assert np.array_equal(row.numpy(), truth[number * 64 : number * 64 + 65])
-    assert [len(batch) for batch in held_out(source, 64, rows=8, count=2)] == [8, 8]
+        assert np.array_equal(row.numpy(), expected_tokens[number * 64 : number * 64 + 65])
+    assert [len(batch) for batch in held_out_token_batches(dataset, 64, rows=8, count=2)] == [8, 8]
     assert batches[0].dtype == torch.int64
 
 
@@ -258,15 +258,15 @@ def test_held_out_batches_come_in_file_order(chain: Path) -> None:
 def test_markov_entropy_is_what_it_says() -> None:
     for seed in (0, 1):
         tokens, bits = markov_tokens(seed, 1_000_000)
-        both = tokens[:-1].astype(np.int64) * MARKOV_SYMBOLS + tokens[1:]
-        pairs = np.bincount(both, minlength=MARKOV_SYMBOLS**2).reshape(MARKOV_SYMBOLS, -1)
+        pair_codes = tokens[:-1].astype(np.int64) * MARKOV_SYMBOLS + tokens[1:]
+        pairs = np.bincount(pair_codes, minlength=MARKOV_SYMBOLS**2).reshape(MARKOV_SYMBOLS, -1)
         joint = pairs / pairs.sum()
-        given_last = pairs / pairs.sum(axis=1, keepdims=True)
-        logs = np.log2(given_last, out=np.zeros_like(given_last), where=pairs > 0)
+        conditional = pairs / pairs.sum(axis=1, keepdims=True)
+        logs = np.log2(conditional, out=np.zeros_like(conditional), where=pairs > 0)
         assert -(joint * logs).sum() == pytest.approx(bits, rel=0.01)
         # Skewed and sparse, yet every symbol is in use and one symbol alone tells little.
-        share = np.bincount(tokens, minlength=MARKOV_SYMBOLS) / tokens.size
-        assert share.min() > 0 and -(share * np.log2(share)).sum() > 5
+        frequencies = np.bincount(tokens, minlength=MARKOV_SYMBOLS) / tokens.size
+        assert frequencies.min() > 0 and -(frequencies * np.log2(frequencies)).sum() > 5
         assert (pairs > 0).sum(axis=1).max() <= 4
 
 
@@ -274,23 +274,23 @@ def test_markov_is_the_same_everywhere() -> None:
     tokens, bits = markov_tokens(1234, 100_000)
     assert tokens[:12].tolist() == MARKOV_START
     assert bits == MARKOV_BITS
-    longer, _ = markov_tokens(1234, 200_000)
-    assert np.array_equal(longer[:100_000], tokens)
+    long_tokens, _ = markov_tokens(1234, 200_000)
+    assert np.array_equal(long_tokens[:100_000], tokens)
     assert not np.array_equal(markov_tokens(1235, 100_000)[0], tokens)
     assert np.array_equal(np.unique(markov_tokens(0, 5000, symbols=2)[0]), [0, 1])
     with pytest.raises(DataError):
         markov_tokens(0, 10, symbols=257)
 
 
-def test_markov_as_a_dataset(chain: Path) -> None:
-    info = read_info(chain)
+def test_markov_as_a_dataset(markov_folder: Path) -> None:
+    info = read_info(markov_folder)
     assert info.tokenizer == "markov" and info.vocabulary == MARKOV_SYMBOLS
     assert info.splits["train"].tokens == 50_000 and info.splits["held_out"].tokens == 5556
     assert info.entropy_bits == markov_tokens(5, 10)[1]
-    assert verify(chain)["tokens"] == 55_556
-    seen = inspect(chain, sequence=64)
-    assert json.loads(json.dumps(seen)) == seen
-    assert len(seen["first_document"]) == 32
+    assert verify_dataset(markov_folder)["tokens"] == 55_556
+    description = inspect_dataset(markov_folder, sequence=64)
+    assert json.loads(json.dumps(description)) == description
+    assert len(description["first_document"]) == 32
 
 
 def test_stdlib_is_text_without_tests() -> None:
@@ -304,14 +304,14 @@ def test_stdlib_is_text_without_tests() -> None:
 
 
 def test_stdlib_as_a_dataset(tmp_path: Path) -> None:
-    resolve("builtin:stdlib")
+    check_sources("builtin:stdlib")
     info = prepare("builtin:stdlib", tmp_path / "data", held_out=0.1, seed=0)
     assert (info.name, info.vocabulary, info.dtype) == ("stdlib", 256, "uint8")
     assert info.end_of_document == 0 and info.bytes_per_token == 1.0
-    kept, trained = info.splits["held_out"].tokens, info.splits["train"].tokens
-    assert 0.09 < kept / (kept + trained) < 0.16
-    seen = inspect(tmp_path / "data")
-    first = next(path for path in (Path(source.path) for source in info.sources) if path.exists())
-    assert seen["sources"] == len(info.sources) and seen["changed_sources"] == []
-    assert seen["first_document"] and first.suffix == ".py"
-    assert abs(seen["mixing"]["distinct"] / seen["mixing"]["chance"] - 1) < 0.02
+    held_out_tokens, train_tokens = info.splits["held_out"].tokens, info.splits["train"].tokens
+    assert 0.09 < held_out_tokens / (held_out_tokens + train_tokens) < 0.16
+    description = inspect_dataset(tmp_path / "data")
+    first_path = next(path for path in (Path(source.path) for source in info.sources) if path.exists())
+    assert description["sources"] == len(info.sources) and description["changed_sources"] == []
+    assert description["first_document"] and first_path.suffix == ".py"
+    assert abs(description["mixing"]["distinct"] / description["mixing"]["chance"] - 1) < 0.02

@@ -6,40 +6,40 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cordee.dist.flat import DIRECT_BYTES, gather_flat, scatter_flat
-from cordee.dist.start import World
+from cordee.dist.flat import MAX_DIRECT_BYTES, all_gather_flat, reduce_scatter_flat
+from cordee.dist.start import RankProcess
 from cordee.testing import launch
 
-LIMIT = DIRECT_BYTES // 4
+LIMIT = MAX_DIRECT_BYTES // 4
 SIZES = (0, 1, 7, LIMIT, LIMIT + 1)
 
 
-def made(rank: int, count: int) -> torch.Tensor:
+def make_vector(rank: int, count: int) -> torch.Tensor:
     """Vector that rank `rank` brings; anyone can make it."""
     return torch.randn(count, generator=torch.Generator().manual_seed(rank))
 
 
-def both(world: World) -> None:
-    group, ranks = dist.group.WORLD, range(world.size)
+def check_collectives(process: RankProcess) -> None:
+    group, ranks = dist.group.WORLD, range(process.size)
     for count in SIZES:
         for in_place in (False, True):
-            whole = torch.full((world.size * count,), -1.0)
-            part = whole[world.rank * count :][:count] if in_place else torch.empty(count)
-            part.copy_(made(world.rank, count))
-            assert gather_flat(whole, part, group) is None
-            assert torch.equal(whole, torch.cat([made(rank, count) for rank in ranks]))
-        mine = torch.full((count,), -1.0)
-        assert scatter_flat(mine, made(world.rank, world.size * count), group) is None
-        place = slice(world.rank * count, (world.rank + 1) * count)
-        obvious = torch.zeros(count)
+            full_vector = torch.full((process.size * count,), -1.0)
+            own_part = full_vector[process.rank * count :][:count] if in_place else torch.empty(count)
+            own_part.copy_(make_vector(process.rank, count))
+            assert all_gather_flat(full_vector, own_part, group) is None
+            assert torch.equal(full_vector, torch.cat([make_vector(rank, count) for rank in ranks]))
+        output = torch.full((count,), -1.0)
+        assert reduce_scatter_flat(output, make_vector(process.rank, process.size * count), group) is None
+        own_slice = slice(process.rank * count, (process.rank + 1) * count)
+        expected_sum = torch.zeros(count)
         for rank in ranks:  # in rank order: the same bits
-            obvious += made(rank, world.size * count)[place]
-        assert torch.equal(mine, obvious)
-        scatter_flat(mine, made(world.rank, world.size * count), group, op=dist.ReduceOp.MAX)
-        theirs = [made(rank, world.size * count)[place] for rank in ranks]
-        assert torch.equal(mine, torch.stack(theirs).amax(0))
+            expected_sum += make_vector(rank, process.size * count)[own_slice]
+        assert torch.equal(output, expected_sum)
+        reduce_scatter_flat(output, make_vector(process.rank, process.size * count), group, op=dist.ReduceOp.MAX)
+        vector_parts = [make_vector(rank, process.size * count)[own_slice] for rank in ranks]
+        assert torch.equal(output, torch.stack(vector_parts).amax(0))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_they_are_copies_and_sums_in_rank_order(ranks: int) -> None:
-    launch(both, ranks=ranks, deadline_s=60)
+    launch(check_collectives, ranks=ranks, deadline_s=60)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from cordee.dist.mesh import make_mesh
-from cordee.dist.wire import Wire
+from cordee.dist.wire import AxisComm
 from cordee.errors import ConfigError, LayoutError, RunError
 from cordee.layout.axes import Layout
 from cordee.model.keras import KerasModel
-from cordee.parallel.probe import Tried, descend, probe
-from cordee.testing import World, launch
+from cordee.parallel.probe import ModelProbe, sgd_step, compare_probes
+from cordee.testing import RankProcess, launch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("keras") is None, reason='needs pip install "cordee[keras]"'
 )
 
 
-def keras_model() -> Any:
+def build_keras_model() -> Any:
     """A classifier with a BatchNorm; the same numbers each time."""
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
@@ -37,7 +37,7 @@ def keras_model() -> Any:
     ])  # fmt: skip
 
 
-def batch(rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def make_batch(rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     return x[rows], x[rows, :4].argmax(-1)
 
@@ -47,11 +47,11 @@ def summed_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def train(model: nn.Module, rows: slice, steps: int = 30) -> list[float]:
+def train_steps(model: nn.Module, rows: slice, steps: int = 30) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), 0.2)
     losses = []
     for _ in range(steps):
-        loss = summed_loss(model, *batch(rows))
+        loss = summed_loss(model, *make_batch(rows))
         (loss / 32).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,75 +60,75 @@ def train(model: nn.Module, rows: slice, steps: int = 30) -> list[float]:
 
 
 def test_it_trains_and_its_states_move() -> None:
-    theirs = keras_model()
-    model = KerasModel(theirs).train()
-    x, y = batch()
-    torch.testing.assert_close(model.eval()(x), theirs(x, training=False))
-    held = {name: b.clone() for name, b in model.named_buffers()}
-    losses = train(model.train(), slice(None))
+    raw_model = build_keras_model()
+    model = KerasModel(raw_model).train()
+    x, y = make_batch()
+    torch.testing.assert_close(model.eval()(x), raw_model(x, training=False))
+    buffers_before = {name: b.clone() for name, b in model.named_buffers()}
+    losses = train_steps(model.train(), slice(None))
     assert losses[-1] < 0.5 * losses[0]
-    assert all(not torch.equal(held[n], b) for n, b in model.named_buffers() if "moving" in n)
-    assert sum("moving" in n for n in held) == 2
-    assert torch.equal(model.give_back()(x, training=False), model.eval()(x))
+    assert all(not torch.equal(buffers_before[n], b) for n, b in model.named_buffers() if "moving" in n)
+    assert sum("moving" in n for n in buffers_before) == 2
+    assert torch.equal(model.to_keras()(x, training=False), model.eval()(x))
     assert summed_loss(model, x, y) < losses[0]
 
 
-def sharded(world: World) -> tuple[float, float, bool, str]:
+def train_sharded(process: RankProcess) -> tuple[float, float, bool, str]:
     """First and last loss of the sharded adapter, whether states moved, and what the guard says
     of the raw Keras model."""
     torch.set_num_threads(1)
-    mesh = make_mesh(Layout(shard=2), world.rank, world.device)
+    mesh = make_mesh(Layout(shard=2), process.rank, process.device)
     assert mesh.shard_mesh is not None
-    rows = slice(16 * world.rank, 16 * world.rank + 16)
-    wire = Wire(mesh.group("shard"), 2, world.rank)
+    rows = slice(16 * process.rank, 16 * process.rank + 16)
+    comm = AxisComm(mesh.group("shard"), 2, process.rank)
 
-    def wrapped(model: nn.Module) -> nn.Module:
+    def wrap_model(model: nn.Module) -> nn.Module:
         fully_shard(model, mesh=mesh.shard_mesh)
         model.set_force_sum_reduction_for_comms(True)
         model.set_gradient_divide_factor(1.0)
         return model
 
-    def guarded(model: nn.Module) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        parts = [p.detach().to_local() for p in trained]
+    def check_model(model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        local_parameters = [p.detach().to_local() for p in parameters]
 
         def step() -> None:
-            (summed_loss(model, *batch(rows)) / 32).backward()
-            grads = [None if p.grad is None else p.grad.to_local() for p in trained]
-            descend(parts, grads, 0.2)
+            (summed_loss(model, *make_batch(rows)) / 32).backward()
+            grads = [None if p.grad is None else p.grad.to_local() for p in parameters]
+            sgd_step(local_parameters, grads, 0.2)
 
-        def loss() -> Tensor:
-            found = summed_loss(model, *batch(rows)).detach()
+        def probe_loss() -> Tensor:
+            local_loss = summed_loss(model, *make_batch(rows)).detach()
             model.reshard()
-            return wire.total_now(found)
+            return comm.all_reduce_no_grad(local_loss)
 
-        probe(Tried(loss, step), parts, wire)
+        compare_probes(ModelProbe(probe_loss, step), local_parameters, comm)
 
-    model = wrapped(KerasModel(keras_model()).train())
-    guarded(model)
+    model = wrap_model(KerasModel(build_keras_model()).train())
+    check_model(model)
     model.zero_grad()
-    held = {name: b.clone() for name, b in model.named_buffers() if "moving" in name}
-    losses = train(model, rows)
-    moved = all(not torch.equal(held[n], dict(model.named_buffers())[n]) for n in held)
+    buffers_before = {name: b.clone() for name, b in model.named_buffers() if "moving" in name}
+    losses = train_steps(model, rows)
+    states_moved = all(not torch.equal(buffers_before[n], dict(model.named_buffers())[n]) for n in buffers_before)
     try:
-        guarded(wrapped(keras_model().train()))
+        check_model(wrap_model(build_keras_model().train()))
     except RunError as error:
-        return losses[0], losses[-1], moved, error.what
-    return losses[0], losses[-1], moved, ""
+        return losses[0], losses[-1], states_moved, error.message
+    return losses[0], losses[-1], states_moved, ""
 
 
 def test_sharded_it_trains_and_a_raw_keras_model_is_refused() -> None:
-    for first, last, moved, said in launch(sharded, ranks=2):
-        assert last < 0.5 * first
-        assert moved
-        assert "stale tensors" in said or "changes no parameter" in said
+    for first_loss, last_loss, states_moved, message in launch(train_sharded, ranks=2):
+        assert last_loss < 0.5 * first_loss
+        assert states_moved
+        assert "stale tensors" in message or "changes no parameter" in message
 
 
 def test_what_cannot_be_is_refused() -> None:
-    model = KerasModel(keras_model())
-    model.check(Layout(shard=2), exact=False)
+    model = KerasModel(build_keras_model())
+    model.check_layout(Layout(shard=2), exact=False)
     for layout, exact in ((Layout(tensor=2), False), (Layout(shard=2), True)):
         with pytest.raises(LayoutError):
-            model.check(layout, exact)
+            model.check_layout(layout, exact)
     with pytest.raises(ConfigError, match="no built Keras model"):
         KerasModel(nn.Linear(2, 2))

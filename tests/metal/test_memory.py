@@ -14,14 +14,14 @@ from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.run import MemorySettings, Run
 from cordee.errors import ConfigError
 from cordee.layout.axes import Layout
-from cordee.layout.tensors import tensors
-from cordee.model.initial import initialise
+from cordee.layout.tensors import tensor_specs
+from cordee.model.initial import init_weights
 from cordee.model.loss import chunked_loss, head_loss
 from cordee.model.transformer import Transformer
 from cordee.parts import Parts
-from cordee.plan.memory import Wire, rank_memory
+from cordee.plan.memory import SyncChoice, rank_memory
 from cordee.train import train as cordee_train
-from tests.conftest import SMALL, cordee, digest, rows, train
+from tests.conftest import SMALL, run_cordee, weights_digest, read_rows, train_small
 
 KINDS = [("selective", 1), ("full", 1), ("full", 2), ("selective", 3)]
 
@@ -31,9 +31,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def made(settings: ModelSettings, vocabulary: int = 256) -> Transformer:
+def make_model(settings: ModelSettings, vocabulary: int = 256) -> Transformer:
     model = Transformer(settings, vocabulary)
-    initialise(model, InitialSettings(residual="same", head="same"), 0, settings.layers)
+    init_weights(model, InitialSettings(residual="same", head="same"), 0, settings.layers)
     return model
 
 
@@ -51,73 +51,73 @@ def run_once(model: Transformer, tokens: Tensor, bf16: bool) -> tuple[Tensor, li
 
 @pytest.mark.parametrize("mlp", ["relu2", "gated"])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(("kind", "every"), KINDS)
-def test_computing_again_gives_the_same_bits(kind: str, every: int, bf16: bool, mlp: str) -> None:
-    model = made(ModelSettings(layers=3, width=32, heads=4, dropout=0.2, mlp=mlp))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("kind", "recompute_every"), KINDS)
+def test_computing_again_gives_the_same_bits(kind: str, recompute_every: int, bf16: bool, mlp: str) -> None:
+    model = make_model(ModelSettings(layers=3, width=32, heads=4, dropout=0.2, mlp=mlp))  # type: ignore[arg-type]
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     loss, grads = run_once(model, tokens, bf16)
-    model.memory = MemorySettings(recompute=kind, recompute_every=every)  # type: ignore[arg-type]
-    again, grads_again = run_once(model, tokens, bf16)
-    assert torch.equal(loss, again)
+    model.memory = MemorySettings(recompute=kind, recompute_every=recompute_every)  # type: ignore[arg-type]
+    second_loss, second_grads = run_once(model, tokens, bf16)
+    assert torch.equal(loss, second_loss)
     assert len(grads) == len(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads, second_grads, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_chunked_loss_is_the_loss(chunk: int, cap: float) -> None:
-    made_by = torch.Generator().manual_seed(0)
-    x = torch.randn(65, 24, generator=made_by, requires_grad=True)
-    head = torch.randn(50, 24, generator=made_by, requires_grad=True)
-    targets = torch.randint(0, 50, (65,), generator=made_by)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(65, 24, generator=generator, requires_grad=True)
+    head = torch.randn(50, 24, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (65,), generator=generator)
     targets[[3, 64]] = -100
-    whole = head_loss(x, head, targets, cap)
-    expected = torch.autograd.grad(whole * 0.25, (x, head))
-    parts = chunked_loss(x, head, targets, cap, chunk)
-    found = torch.autograd.grad(parts * 0.25, (x, head))
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-5)
-    for a, b in zip(found, expected, strict=True):
+    full_loss = head_loss(x, head, targets, cap)
+    expected_grads = torch.autograd.grad(full_loss * 0.25, (x, head))
+    loss = chunked_loss(x, head, targets, cap, chunk)
+    grads = torch.autograd.grad(loss * 0.25, (x, head))
+    torch.testing.assert_close(loss, full_loss, rtol=1e-6, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(chunked_loss(x, head, targets, cap, chunk), whole)
+        torch.testing.assert_close(chunked_loss(x, head, targets, cap, chunk), full_loss)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunks_in_the_model(tied: bool) -> None:
-    model = made(ModelSettings(layers=2, width=32, heads=4, tied=tied))
+    model = make_model(ModelSettings(layers=2, width=32, heads=4, tied=tied))
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     loss, grads = run_once(model, tokens, bf16=False)
     model.memory = MemorySettings(loss_chunk=17)
-    again, grads_again = run_once(model, tokens, bf16=False)
-    torch.testing.assert_close(again, loss)
-    for a, b in zip(grads_again, grads, strict=True):
+    second_loss, second_grads = run_once(model, tokens, bf16=False)
+    torch.testing.assert_close(second_loss, loss)
+    for a, b in zip(second_grads, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def peak_bytes(run: Run, vocabulary: int) -> int:
+def measure_peak_bytes(run: Run, vocabulary: int) -> int:
     """Most bytes that forward and backward of one microbatch allocate at once."""
-    model = made(run.model, vocabulary)
+    model = make_model(run.model, vocabulary)
     model.memory = run.memory
     tokens = torch.randint(0, vocabulary, (run.batch.microbatch, run.data.sequence + 1))
     run_once(model, tokens, run.run.precision == "bf16")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, enabled=run.run.precision == "bf16"):
             loss = model.loss(tokens)
         loss.backward()
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [e for e in events if e.name() == "[memory]"]
-    now = most = 0
+    current_bytes = peak_bytes = 0
     for event in sorted(changes, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current_bytes += event.nbytes()
+        peak_bytes = max(peak_bytes, current_bytes)
+    return peak_bytes
 
 
 SHAPES = ((256, 0, 0), (256, 0, 1), (8192, 0, 0), (8192, 128, 2))
 """(vocabulary, chunk of the loss, heads of keys)."""
 
 
-@pytest.mark.parametrize(("kind", "every"), [("none", 1), *KINDS[:3]])
+@pytest.mark.parametrize(("kind", "recompute_every"), [("none", 1), *KINDS[:3]])
 @pytest.mark.parametrize(
     ("shape", "precision", "rows"),
     [
@@ -128,47 +128,47 @@ SHAPES = ((256, 0, 0), (256, 0, 1), (8192, 0, 0), (8192, 128, 2))
     ],
 )  # fmt: skip
 def test_peak_is_what_the_plan_says(
-    shape: tuple[int, int, int], precision: str, rows: int, kind: str, every: int
+    shape: tuple[int, int, int], precision: str, rows: int, kind: str, recompute_every: int
 ) -> None:
     vocabulary, chunk, kv_heads = shape
     run = override(
         Run(),
         {
-            "memory.recompute": kind, "memory.recompute_every": every, "memory.loss_chunk": chunk,
+            "memory.recompute": kind, "memory.recompute_every": recompute_every, "memory.loss_chunk": chunk,
             "run.precision": precision, "batch.microbatches": 1, "batch.microbatch": rows,
             "model.layers": 6, "model.width": 128, "model.heads": 4, "model.kv_heads": kv_heads,
         },
     )  # fmt: skip
-    specs = tuple(tensors(run.model, vocabulary))
-    told = rank_memory(run, specs, Layout(), Wire("none", "identity", False), "cpu")
-    predicted = sum(told.phases["backward"].values())
-    assert 0.9 < peak_bytes(run, vocabulary) / predicted < 1.1
+    specs = tuple(tensor_specs(run.model, vocabulary))
+    prediction = rank_memory(run, specs, Layout(), SyncChoice("none", "identity", False), "cpu")
+    predicted = sum(prediction.phases["backward"].values())
+    assert 0.9 < measure_peak_bytes(run, vocabulary) / predicted < 1.1
 
 
 def test_a_run_with_less_memory_is_the_same_run(tmp_path: Path) -> None:
-    exact = ("run.exact=true", "run.steps=16", "evaluate.sample=0", "checkpoint.every=4")
-    train(tmp_path / "plain", *exact, "launch.processes=1")
-    killed = cordee(
-        "train", *SMALL, *exact, f"run.dir={tmp_path / 'less'}", "launch.processes=2",
+    exact_overrides = ("run.exact=true", "run.steps=16", "evaluate.sample=0", "checkpoint.every=4")
+    train_small(tmp_path / "plain", *exact_overrides, "launch.processes=1")
+    result = run_cordee(
+        "train", *SMALL, *exact_overrides, f"run.dir={tmp_path / 'less'}", "launch.processes=2",
         "layout.shard=2", "memory.recompute=full", "fault.kill=step.start:10:0",
         "fault.recover=false",
     )  # fmt: skip
-    assert killed.returncode == 1
+    assert result.returncode == 1
     # What is recomputed may change when the run goes on: it is no part of the descent.
-    train(tmp_path / "less", *exact, "launch.processes=2", "memory.recompute=selective")
-    assert digest(tmp_path / "less") == digest(tmp_path / "plain")
+    train_small(tmp_path / "less", *exact_overrides, "launch.processes=2", "memory.recompute=selective")
+    assert weights_digest(tmp_path / "less") == weights_digest(tmp_path / "plain")
 
 
 def test_chunks_belong_to_the_descent_and_act(tmp_path: Path) -> None:
-    words = ("run.steps=12", "run.precision=fp32", "launch.processes=1")
+    overrides = ("run.steps=12", "run.precision=fp32", "launch.processes=1")
     curves = {}
     for chunk in (0, 20):
-        train(tmp_path / str(chunk), *words, f"memory.loss_chunk={chunk}")
-        curves[chunk] = [float(str(row["loss"])) for row in rows(tmp_path / str(chunk))]
+        train_small(tmp_path / str(chunk), *overrides, f"memory.loss_chunk={chunk}")
+        curves[chunk] = [float(str(row["loss"])) for row in read_rows(tmp_path / str(chunk))]
     assert max(abs(a / b - 1) for a, b in zip(*curves.values(), strict=True)) < 1e-5
-    other = cordee("train", *SMALL, *words, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}")
-    assert other.returncode == 2
-    assert "memory.loss_chunk" in other.stderr
+    result = run_cordee("train", *SMALL, *overrides, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}")
+    assert result.returncode == 2
+    assert "memory.loss_chunk" in result.stderr
 
 
 def test_levers_are_refused_for_a_model_that_is_brought(run_dir: Path) -> None:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cordee.config.check import check
+from cordee.config.check import validate_run
 from cordee.config.load import override
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.errors import ConfigError, DataError
-from cordee.layout.tensors import buffers, tensors
+from cordee.layout.tensors import router_bias_specs, tensor_specs
 from cordee.model.attention import (
     Attention,
     RMSNorm,
@@ -26,19 +26,19 @@ from cordee.model.attention import (
     chunked_attention,
     masked_attention,
     rms_norm,
-    rotary_turns,
-    rotate,
+    rope_table,
+    apply_rope,
 )
-from cordee.model.initial import SCHEMES, initial_tensor, initialise, tensor_seed
+from cordee.model.initial import INIT_SCHEMES, initial_tensor, init_weights, tensor_seed
 from cordee.model.loss import soft_cap
 from cordee.model.mlp import squared_relu
 from cordee.model.transformer import Transformer
 from cordee.sample import generate, to_text
 
 CPU = torch.device("cpu")
-SMALL = ModelSettings(layers=2, width=32, heads=4)
+SMALL_MODEL = ModelSettings(layers=2, width=32, heads=4)
 EPS = 1e-5
-LIVELY = InitialSettings(residual="same", head="same")
+NONZERO_INIT = InitialSettings(residual="same", head="same")
 """Initial values under which every parameter has a gradient."""
 
 
@@ -48,17 +48,17 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-def made(settings: ModelSettings = SMALL, initial: InitialSettings = LIVELY) -> Transformer:
+def make_model(settings: ModelSettings = SMALL_MODEL, initial: InitialSettings = NONZERO_INIT) -> Transformer:
     model = Transformer(settings, 256)
-    initialise(model, initial, 0, settings.layers)
+    init_weights(model, initial, 0, settings.layers)
     return model
 
 
-def some_tokens(rows: int = 2, length: int = 33) -> Tensor:
+def random_tokens(rows: int = 2, length: int = 33) -> Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def value(model: Transformer, tokens: Tensor) -> float:
+def loss_value(model: Transformer, tokens: Tensor) -> float:
     return model.loss(tokens).item()
 
 
@@ -69,18 +69,18 @@ def value(model: Transformer, tokens: Tensor) -> float:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [0, 2])
 def test_parameters_are_the_table(mlp: str, tied: bool, kv_heads: int) -> None:
-    for preset in (p for p in model_presets().values() if not p.classifies):
+    for preset in (p for p in model_presets().values() if not p.is_classifier):
         settings = replace(preset, mlp=mlp, tied=tied, kv_heads=kv_heads)
         with torch.device("meta"):
             model = Transformer(settings, 256)
-        built = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-        assert built == [(spec.name, spec.shape) for spec in tensors(settings, 256)]
-        kept = {spec.name for spec in buffers(settings)}
-        assert model.state_dict().keys() == kept | {name for name, _ in built}
+        name_shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        assert name_shapes == [(spec.name, spec.shape) for spec in tensor_specs(settings, 256)]
+        buffer_names = {spec.name for spec in router_bias_specs(settings)}
+        assert model.state_dict().keys() == buffer_names | {name for name, _ in name_shapes}
 
 
 def test_hidden_width_is_obeyed() -> None:
-    assert Transformer(replace(SMALL, ffn=48), 16).blocks["0"].mlp.up.weight.shape == (48, 32)
+    assert Transformer(replace(SMALL_MODEL, ffn=48), 16).blocks["0"].mlp.up.weight.shape == (48, 32)
 
 
 # ---- fast against obvious ------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def test_hidden_width_is_obeyed() -> None:
 def test_norm_is_the_formula(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     gain = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True)
-    obvious = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * gain
-    torch.testing.assert_close(rms_norm(x, gain, torch.float64, EPS), obvious)
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * gain
+    torch.testing.assert_close(rms_norm(x, gain, torch.float64, EPS), expected)
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, torch.float64, EPS), (x, gain))
     assert torch.autograd.gradcheck(lambda a: rms_norm(a, None, torch.float64, EPS), (x,))
 
@@ -101,21 +101,21 @@ def test_norm_agrees_with_the_library(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 64).to(dtype).requires_grad_()
     gain = torch.randn(64, requires_grad=True)
     grad = torch.randn(2, 7, 64).to(dtype)
-    ours = torch.autograd.grad(rms_norm(x, gain, dtype, EPS), (x, gain), grad)
-    theirs = F.rms_norm(x.float(), (64,), gain, EPS)
-    expected = torch.autograd.grad(theirs, (x, gain), grad.float())
-    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), **near)
+    own_grads = torch.autograd.grad(rms_norm(x, gain, dtype, EPS), (x, gain), grad)
+    library_output = F.rms_norm(x.float(), (64,), gain, EPS)
+    expected_grads = torch.autograd.grad(library_output, (x, gain), grad.float())
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for a, b in zip(own_grads, expected_grads, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), **tolerance)
 
 
 def test_a_bf16_gain_is_computed_with_in_fp32() -> None:
     x, grad = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(4, 16).bfloat16()
     gain = torch.randn(16).bfloat16().requires_grad_()
-    ours = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16, EPS), (x, gain), grad)
-    wide = [t.detach().double().requires_grad_() for t in (x, gain)]
-    exact = torch.autograd.grad(rms_norm(*wide, torch.float64, EPS), wide, grad.double())
-    for a, b in zip(ours, exact, strict=True):
+    own_grads = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16, EPS), (x, gain), grad)
+    double_inputs = [t.detach().double().requires_grad_() for t in (x, gain)]
+    double_grads = torch.autograd.grad(rms_norm(*double_inputs, torch.float64, EPS), double_inputs, grad.double())
+    for a, b in zip(own_grads, double_grads, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-6)
 
@@ -134,16 +134,16 @@ def test_squared_relu_is_the_formula() -> None:
 
 def test_rotation_turns_pairs() -> None:
     x_BTHE = torch.randn(2, 6, 3, 8)
-    turned = rotate(x_BTHE, rotary_turns(6, 8, 10000.0, CPU))
+    output = apply_rope(x_BTHE, rope_table(6, 8, 10000.0, CPU))
     for position in range(6):
         for pair in range(4):
             angle = position * 10000.0 ** (-2 * pair / 8)
-            turn = torch.tensor(
+            rotation = torch.tensor(
                 [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
             )
-            where = slice(2 * pair, 2 * pair + 2)
-            expected = x_BTHE[:, position, :, where] @ turn.T
-            torch.testing.assert_close(turned[:, position, :, where], expected)
+            dims = slice(2 * pair, 2 * pair + 2)
+            expected = x_BTHE[:, position, :, dims] @ rotation.T
+            torch.testing.assert_close(output[:, position, :, dims], expected)
 
 
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
@@ -151,11 +151,11 @@ def test_chunked_attention_is_causal_attention(length: int) -> None:
     q, k, v = (torch.randn(2, length, 3, 8, requires_grad=True) for _ in range(3))
     grad = torch.randn(2, length, 3, 8)
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    obvious = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
-    fast = chunked_attention(q, k, v)
-    torch.testing.assert_close(fast, obvious, rtol=1e-4, atol=1e-5)
-    expected = torch.autograd.grad(obvious, (q, k, v), grad)
-    for a, b in zip(torch.autograd.grad(fast, (q, k, v), grad), expected, strict=True):
+    expected_output = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    output = chunked_attention(q, k, v)
+    torch.testing.assert_close(output, expected_output, rtol=1e-4, atol=1e-5)
+    expected_grads = torch.autograd.grad(expected_output, (q, k, v), grad)
+    for a, b in zip(torch.autograd.grad(output, (q, k, v), grad), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -165,68 +165,68 @@ def test_grouped_queries_are_repeated_keys(length: int) -> None:
     k, v = (torch.randn(2, length, 2, 8, requires_grad=True) for _ in range(2))
     grad = torch.randn(2, length, 6, 8)
     # Heads 0-2 share the first key head, 3-5 the second.
-    wide = [x[:, :, [0, 0, 0, 1, 1, 1]] for x in (k, v)]
-    obvious = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, *wide)), is_causal=True
+    repeated_kv = [x[:, :, [0, 0, 0, 1, 1, 1]] for x in (k, v)]
+    expected_output = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, *repeated_kv)), is_causal=True
     ).transpose(1, 2)
-    found = causal_attention(q, k, v)
-    torch.testing.assert_close(found, obvious, rtol=1e-4, atol=1e-5)
-    expected = torch.autograd.grad(obvious, (q, k, v), grad)
-    for a, b in zip(torch.autograd.grad(found, (q, k, v), grad), expected, strict=True):
+    output = causal_attention(q, k, v)
+    torch.testing.assert_close(output, expected_output, rtol=1e-4, atol=1e-5)
+    expected_grads = torch.autograd.grad(expected_output, (q, k, v), grad)
+    for a, b in zip(torch.autograd.grad(output, (q, k, v), grad), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def dense_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
     """The formula with one mask over everything; queries are the last T of S positions."""
     length, total, heads = q_BTHE.shape[1], k_BSKE.shape[1], q_BTHE.shape[2]
-    owner = torch.arange(heads) * k_BSKE.shape[2] // heads
-    score = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSKE[:, :, owner]) * q_BTHE.shape[-1] ** -0.5
+    kv_heads = torch.arange(heads) * k_BSKE.shape[2] // heads
+    score = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSKE[:, :, kv_heads]) * q_BTHE.shape[-1] ** -0.5
     age = torch.arange(total - length, total)[:, None] - torch.arange(total)
-    unseen = (age < 0) | (age >= (window or total))
-    weight = score.masked_fill(unseen, float("-inf")).softmax(-1)
-    return torch.einsum("bhts,bshe->bthe", weight, v_BSKE[:, :, owner])
+    mask = (age < 0) | (age >= (window or total))
+    weight = score.masked_fill(mask, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weight, v_BSKE[:, :, kv_heads])
 
 
-LONG = [(1100, 2300, 2, 0), (3000, 3000, 1, 300), (1500, 1500, 2, 1100), (1500, 1500, 2, 1500)]
+LONG_CASES = [(1100, 2300, 2, 0), (3000, 3000, 1, 300), (1500, 1500, 2, 1100), (1500, 1500, 2, 1500)]
 """Lengths, key heads and windows for which nothing keeps its probabilities."""
 
 
-@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("use_library", [False, True])
 @pytest.mark.parametrize(
     ("length", "total", "kv_heads", "window"),
     [
         *itertools.product((7, 129, 300), (300,), (1, 2), (0, 1, 5, 128, 170)),
         *((n, n, 1, window) for n in (7, 129) for window in (0, 1, 5, 128, 300)),
-        *LONG,
+        *LONG_CASES,
     ],
 )
 def test_windows_and_late_queries(
-    length: int, total: int, kv_heads: int, window: int, library: bool
+    length: int, total: int, kv_heads: int, window: int, use_library: bool
 ) -> None:
     q = torch.randn(1, length, 2, 8, requires_grad=True)
     k, v = (torch.randn(1, total, kv_heads, 8, requires_grad=True) for _ in range(2))
     grad = torch.randn(1, length, 2, 8)
     expected = dense_attention(q, k, v, window)
     expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
-    if library:
-        wide = (x.repeat_interleave(2 // kv_heads, 2) for x in (k, v))
-        found = masked_attention(q, *wide, window=window)
+    if use_library:
+        repeated_kv = (x.repeat_interleave(2 // kv_heads, 2) for x in (k, v))
+        output = masked_attention(q, *repeated_kv, window=window)
     else:
-        found = causal_attention(q, k, v, window)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    grads = torch.autograd.grad(found, (q, k, v), grad)
+        output = causal_attention(q, k, v, window)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(output, (q, k, v), grad)
     for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_no_mask_spans_a_long_sequence() -> None:
     q = torch.randn(1, 9000, 1, 8)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         causal_attention(q, q, q, 300)
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    largest_bytes = max(event.nbytes() for event in events if event.name() == "[memory]")
     # Distances (int64) in a chunk of 300 queries; a mask of everything would take 77 MiB.
-    assert largest <= 8 * 300 * 599 + 4096
+    assert largest_bytes <= 8 * 300 * 599 + 4096
 
 
 def test_long_sequences_agree_too() -> None:
@@ -240,62 +240,62 @@ def test_long_sequences_agree_too() -> None:
 
 
 def test_a_head_may_have_a_width_of_its_own() -> None:
-    settings = replace(SMALL, width=30, head_width=12, kv_heads=2)
-    model, tokens = made(settings), some_tokens()
-    found = model.blocks["0"].attention
-    assert found.query.weight.shape == (48, 30) and found.out.weight.shape == (30, 48)
-    assert found.key.weight.shape == (24, 30) and model(tokens).isfinite().all()
-    assert model.turns.shape[1:] == (6, 2)
+    settings = replace(SMALL_MODEL, width=30, head_width=12, kv_heads=2)
+    model, tokens = make_model(settings), random_tokens()
+    attention = model.blocks["0"].attention
+    assert attention.query.weight.shape == (48, 30) and attention.out.weight.shape == (30, 48)
+    assert attention.key.weight.shape == (24, 30) and model(tokens).isfinite().all()
+    assert model.rope_cache.shape[1:] == (6, 2)
 
 
 def test_gains_follow_the_norm() -> None:
-    module = Attention(replace(SMALL, qk_gain=True, kv_heads=2))
-    plain = Attention(replace(SMALL, kv_heads=2))
-    plain.load_state_dict(module.state_dict(), strict=False)
+    module = Attention(replace(SMALL_MODEL, qk_gain=True, kv_heads=2))
+    gainless_module = Attention(replace(SMALL_MODEL, kv_heads=2))
+    gainless_module.load_state_dict(module.state_dict(), strict=False)
     assert module.query_gain.weight.shape == module.key_gain.weight.shape == (8,)
-    x, turns = torch.randn(2, 9, 32), rotary_turns(9, 8, 1e4, CPU)
-    torch.testing.assert_close(module(x, turns), plain(x, turns))
+    x, rope = torch.randn(2, 9, 32), rope_table(9, 8, 1e4, CPU)
+    torch.testing.assert_close(module(x, rope), gainless_module(x, rope))
     torch.nn.init.normal_(module.query_gain.weight)
     torch.nn.init.normal_(module.key_gain.weight)
 
-    def placed(projected: Tensor, gain: Tensor) -> Tensor:
+    def normalise_and_rotate(projected: Tensor, gain: Tensor) -> Tensor:
         x_BTHE = projected.unflatten(-1, (-1, 8))
         unit = x_BTHE * torch.rsqrt(x_BTHE.square().mean(-1, keepdim=True) + 1e-6)
-        return rotate(unit * gain, turns)
+        return apply_rope(unit * gain, rope)
 
     q, k = (
-        placed(module.query(x), module.query_gain.weight),
-        placed(module.key(x), module.key_gain.weight),
+        normalise_and_rotate(module.query(x), module.query_gain.weight),
+        normalise_and_rotate(module.key(x), module.key_gain.weight),
     )
     expected = dense_attention(q, k, module.value(x).unflatten(-1, (-1, 8)), 0)
-    torch.testing.assert_close(module(x, turns), module.out(expected.flatten(-2)))
+    torch.testing.assert_close(module(x, rope), module.out(expected.flatten(-2)))
 
 
 def test_the_window_bounds_what_a_position_sees() -> None:
-    model, tokens = made(replace(SMALL, window=5)), some_tokens(1, 40)
-    changed = tokens.clone()
-    changed[0, 10] = (changed[0, 10] + 1) % 256
+    model, tokens = make_model(replace(SMALL_MODEL, window=5)), random_tokens(1, 40)
+    changed_tokens = tokens.clone()
+    changed_tokens[0, 10] = (changed_tokens[0, 10] + 1) % 256
     with torch.no_grad():
-        moved = (model(tokens) - model(changed)).abs().amax((0, 2)) > 1e-6
+        is_changed = (model(tokens) - model(changed_tokens)).abs().amax((0, 2)) > 1e-6
     # Two blocks, each looking 4 positions back.
-    assert moved.nonzero().flatten().tolist() == list(range(10, 10 + 2 * 4 + 1))
+    assert is_changed.nonzero().flatten().tolist() == list(range(10, 10 + 2 * 4 + 1))
 
 
 def test_every_norm_adds_the_given_eps() -> None:
     x = torch.full((1, 4), 2.0)
     torch.testing.assert_close(RMSNorm(4, 12.0)(x), x / 4)
-    model = made(replace(SMALL, norm_eps=0.5, qk_gain=True))
+    model = make_model(replace(SMALL_MODEL, norm_eps=0.5, qk_gain=True))
     norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
     assert len(norms) == 9 and {m.eps for m in norms} == {0.5}
-    module = Attention(replace(SMALL, norm_eps=1e12))
+    module = Attention(replace(SMALL_MODEL, norm_eps=1e12))
     # So large an eps leaves nothing of queries and keys: every key weighs the same.
-    y, turns = torch.randn(1, 6, 32), rotary_turns(6, 8, 1e4, CPU)
-    value = module.value(y).cumsum(1) / torch.arange(1, 7)[:, None]
-    torch.testing.assert_close(module(y, turns), module.out(value))
+    y, rope = torch.randn(1, 6, 32), rope_table(6, 8, 1e4, CPU)
+    mean_value = module.value(y).cumsum(1) / torch.arange(1, 7)[:, None]
+    torch.testing.assert_close(module(y, rope), module.out(mean_value))
 
 
 @pytest.mark.parametrize(
-    ("word", "fix"),
+    ("changes", "fix"),
     [
         ({"model.window": -1}, "model.window=0"),
         ({"model.head_width": 7}, "model.head_width=8"),
@@ -305,57 +305,57 @@ def test_every_norm_adds_the_given_eps() -> None:
         ({"model.width": 30, "model.heads": 4}, "model.width=32"),
     ],
 )
-def test_knobs_that_cannot_be_obeyed(word: dict[str, object], fix: str) -> None:
+def test_knobs_that_cannot_be_obeyed(changes: dict[str, object], fix: str) -> None:
     with pytest.raises(ConfigError, match=fix):
-        check(override(Run(), word))
+        validate_run(override(Run(), changes))
 
 
 def test_the_width_is_free_when_heads_have_their_own() -> None:
-    check(override(Run(), {"model.width": 30, "model.heads": 4, "model.head_width": 8}))
+    validate_run(override(Run(), {"model.width": 30, "model.heads": 4, "model.head_width": 8}))
 
 
 # ---- the whole -----------------------------------------------------------------------------------
 
 
 def test_positions_do_not_see_the_future() -> None:
-    model, tokens = made(), some_tokens(1, 200)
-    changed = tokens.clone()
-    changed[0, 150] = (changed[0, 150] + 1) % 256
+    model, tokens = make_model(), random_tokens(1, 200)
+    changed_tokens = tokens.clone()
+    changed_tokens[0, 150] = (changed_tokens[0, 150] + 1) % 256
     with torch.no_grad():
-        before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :150], after[:, :150])
-    assert (before[:, 150:] - after[:, 150:]).abs().max() > 1e-4
+        logits_before, logits_after = model(tokens), model(changed_tokens)
+    torch.testing.assert_close(logits_before[:, :150], logits_after[:, :150])
+    assert (logits_before[:, 150:] - logits_after[:, 150:]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        SMALL,
-        replace(SMALL, mlp="gated", tied=True),
-        replace(SMALL, qk_norm=False, logit_cap=0.0),
-        replace(SMALL, head_width=12, qk_gain=True, window=9, kv_heads=2),
+        SMALL_MODEL,
+        replace(SMALL_MODEL, mlp="gated", tied=True),
+        replace(SMALL_MODEL, qk_norm=False, logit_cap=0.0),
+        replace(SMALL_MODEL, head_width=12, qk_gain=True, window=9, kv_heads=2),
     ],
 )
 def test_loss_is_summed_cross_entropy_and_reaches_every_parameter(settings: ModelSettings) -> None:
-    model, tokens = made(settings), some_tokens()
+    model, tokens = make_model(settings), random_tokens()
     loss = model.loss(tokens)
     logits_BTV = model(tokens[:, :-1])
     assert logits_BTV.dtype == torch.float32 and logits_BTV.shape == (2, 32, 256)
-    picked = logits_BTV.log_softmax(-1).gather(-1, tokens[:, 1:, None])
-    torch.testing.assert_close(loss, -picked.sum())
+    token_log_probs = logits_BTV.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    torch.testing.assert_close(loss, -token_log_probs.sum())
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:
-    tokens = some_tokens()
-    loss = made(SMALL, InitialSettings()).loss(tokens).detach()
+    tokens = random_tokens()
+    loss = make_model(SMALL_MODEL, InitialSettings()).loss(tokens).detach()
     assert float(loss) / tokens[:, 1:].numel() == pytest.approx(math.log(256), rel=1e-5)
 
 
 def test_targets_of_minus_100_do_not_count() -> None:
-    model, tokens = made(), some_tokens()
+    model, tokens = make_model(), random_tokens()
     targets = tokens[:, 1:].clone()
     targets[:, 16:] = -100
     expected = model(tokens[:, :16], tokens[:, 1:17])
@@ -370,42 +370,42 @@ def test_soft_cap_bounds_logits_and_zero_leaves_them() -> None:
 
 
 def test_bf16_autocast_is_near_fp32_and_leaves_fp32_gradients() -> None:
-    model, tokens = made(), some_tokens()
-    plain = model.loss(tokens)
+    model, tokens = make_model(), random_tokens()
+    fp32_loss = model.loss(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(tokens)
         loss.backward()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(plain.item(), rel=2e-3)
-    assert loss.item() != plain.item()
+    assert loss.item() == pytest.approx(fp32_loss.item(), rel=2e-3)
+    assert loss.item() != fp32_loss.item()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 def test_dropout_follows_the_key_and_the_mode() -> None:
-    model, tokens = made(replace(SMALL, dropout=0.2)), some_tokens()
+    model, tokens = make_model(replace(SMALL_MODEL, dropout=0.2)), random_tokens()
     losses = []
     for key in (1, 1, 2):
         losses.append(model(tokens[:, :-1], tokens[:, 1:], key).item())
     assert losses[0] == losses[1] != losses[2]
     model.eval()
-    assert value(model, tokens) == value(made(), tokens)
+    assert loss_value(model, tokens) == loss_value(make_model(), tokens)
 
 
 def test_backward_keeps_nothing_twice() -> None:
     """What autograd keeps, in units of tokens x width: the list in the comment, and no more."""
-    settings, rows, length = replace(SMALL, layers=1, width=64), 2, 64
-    model, tokens = made(settings), some_tokens(rows, length + 1)
+    settings, rows, length = replace(SMALL_MODEL, layers=1, width=64), 2, 64
+    model, tokens = make_model(settings), random_tokens(rows, length + 1)
     model.loss(tokens)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    parameter_pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved_bytes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record_saved(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameter_pointers:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record_saved, lambda tensor: tensor):
         loss = model.loss(tokens)
     assert loss.requires_grad
     unit = rows * length * 64 * 4
@@ -413,44 +413,44 @@ def test_backward_keeps_nothing_twice() -> None:
     streams = 20 * unit
     probabilities = rows * 4 * length * length * 4
     logits = 2 * rows * length * 256 * 4
-    assert sum(kept.values()) <= 1.05 * (streams + probabilities + logits)
+    assert sum(saved_bytes.values()) <= 1.05 * (streams + probabilities + logits)
 
 
 def test_meta_construction_ends_where_plain_construction_does() -> None:
-    tokens = some_tokens()
+    tokens = random_tokens()
     with torch.device("meta"):
-        model = Transformer(SMALL, 256)
+        model = Transformer(SMALL_MODEL, 256)
         model(tokens.to("meta"))
     model.to_empty(device="cpu")
-    initialise(model, LIVELY, 0, SMALL.layers)
-    assert value(model, tokens) == value(made(), tokens)
+    init_weights(model, NONZERO_INIT, 0, SMALL_MODEL.layers)
+    assert loss_value(model, tokens) == loss_value(make_model(), tokens)
 
 
 def test_training_works_after_inference_made_the_tables() -> None:
-    model, tokens = made(), some_tokens()
+    model, tokens = make_model(), random_tokens()
     with torch.inference_mode():
         model(tokens)
     model.loss(tokens).backward()
-    longer = some_tokens(1, 65)
-    assert value(model, longer) == value(made(), longer)
+    long_tokens = random_tokens(1, 65)
+    assert loss_value(model, long_tokens) == loss_value(make_model(), long_tokens)
 
 
 # ---- initial values ------------------------------------------------------------------------------
 
-VARIANCE = {
+EXPECTED_VARIANCES = {
     "xavier": 2 / (400 + 300), "xavier_normal": 2 / (400 + 300), "kaiming": 2 / 300,
     "kaiming_normal": 2 / 300, "normal": 0.03**2, "orthogonal": 1 / 400,
 }  # fmt: skip
-FOURTH = {"xavier": 9 / 5, "kaiming": 9 / 5}
+FOURTH_MOMENTS = {"xavier": 9 / 5, "kaiming": 9 / 5}
 """Fourth moment over squared variance: 9/5 is uniform, 3 is normal."""
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(INIT_SCHEMES))
 def test_schemes_have_their_statistics(scheme: str) -> None:
     settings = InitialSettings(matrices=scheme, std=0.03, gain=1.0)
     tensor = initial_tensor("blocks.0.mlp.up.weight", (400, 300), settings, 7, 2)
     assert tensor.shape == (400, 300) and tensor.dtype == torch.float32
-    assert SCHEMES[scheme].formula and SCHEMES[scheme].source
+    assert INIT_SCHEMES[scheme].formula and INIT_SCHEMES[scheme].source
     if scheme == "zero":
         assert tensor.abs().sum() == 0
         return
@@ -460,15 +460,15 @@ def test_schemes_have_their_statistics(scheme: str) -> None:
         assert float(tensor.std()) == pytest.approx(0.03 * 0.8796, rel=0.02)
         return
     variance = float(tensor.square().mean())
-    assert variance == pytest.approx(VARIANCE[scheme], rel=0.02)
-    fourth = float(tensor.pow(4).mean()) / variance**2
-    assert fourth == pytest.approx(FOURTH.get(scheme, 3.0), rel=0.03)
+    assert variance == pytest.approx(EXPECTED_VARIANCES[scheme], rel=0.02)
+    fourth_ratio = float(tensor.pow(4).mean()) / variance**2
+    assert fourth_ratio == pytest.approx(FOURTH_MOMENTS.get(scheme, 3.0), rel=0.03)
     if scheme == "orthogonal":
         torch.testing.assert_close(tensor.T @ tensor, torch.eye(300), rtol=0, atol=1e-5)
-    doubled = initial_tensor(
+    double_tensor = initial_tensor(
         "blocks.0.mlp.up.weight", (400, 300), replace(settings, gain=2.0), 7, 2
     )
-    torch.testing.assert_close(doubled, 2 * tensor)
+    torch.testing.assert_close(double_tensor, 2 * tensor)
 
 
 def test_numbers_depend_on_seed_and_name_alone() -> None:
@@ -482,22 +482,22 @@ def test_numbers_depend_on_seed_and_name_alone() -> None:
 
 
 def test_residual_head_and_embedding_follow_their_settings() -> None:
-    def at(name: str, **changes: object) -> Tensor:
+    def initial_matrix(name: str, **changes: object) -> Tensor:
         settings = replace(InitialSettings(), **changes)  # type: ignore[arg-type]
         return initial_tensor(name, (64, 64), settings, 0, 8)
 
     for name in ("blocks.3.attention.out.weight", "blocks.3.mlp.down.weight"):
-        assert at(name).abs().sum() == 0
-        scaled, same = at(name, residual="depth_scaled"), at(name, residual="same")
-        torch.testing.assert_close(scaled, same / 4)
-    assert at("head.weight").abs().sum() == 0
-    assert float(at("head.weight", head="same").std()) == pytest.approx(64**-0.5, rel=0.05)
-    assert float(at("head.weight", head="truncated_normal").std()) < 0.02
-    assert float(at("embed.weight", embedding_std=0.5).std()) == pytest.approx(0.5, rel=0.05)
-    assert at("blocks.0.mlp.up.weight").abs().sum() > 0
-    for name, value in (("norm.weight", 1.0), ("blocks.1.mlp_norm.weight", 1.0), ("a.bias", 0.0)):
+        assert initial_matrix(name).abs().sum() == 0
+        scaled_tensor, same_tensor = initial_matrix(name, residual="depth_scaled"), initial_matrix(name, residual="same")
+        torch.testing.assert_close(scaled_tensor, same_tensor / 4)
+    assert initial_matrix("head.weight").abs().sum() == 0
+    assert float(initial_matrix("head.weight", head="same").std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(initial_matrix("head.weight", head="truncated_normal").std()) < 0.02
+    assert float(initial_matrix("embed.weight", embedding_std=0.5).std()) == pytest.approx(0.5, rel=0.05)
+    assert initial_matrix("blocks.0.mlp.up.weight").abs().sum() > 0
+    for name, expected_value in (("norm.weight", 1.0), ("blocks.1.mlp_norm.weight", 1.0), ("a.bias", 0.0)):
         vector = initial_tensor(name, (8,), InitialSettings(), 0, 8)
-        assert vector.tolist() == [value] * 8
+        assert vector.tolist() == [expected_value] * 8
 
 
 def test_a_scheme_that_does_not_exist_is_refused() -> None:
@@ -506,27 +506,27 @@ def test_a_scheme_that_does_not_exist_is_refused() -> None:
 
 
 def test_a_shard_can_be_written_from_its_rows() -> None:
-    whole, part = made(), Transformer(SMALL, 256)
-    rows = {name: p[1:3].clone() for name, p in whole.named_parameters()}
-    found: dict[str, Tensor] = {}
-    names = {id(p): name for name, p in part.named_parameters()}
-    initialise(part, LIVELY, 0, 2, write=lambda p, t: found.update({names[id(p)]: t[1:3]}))
-    assert all(torch.equal(found[name], rows[name]) for name in rows)
+    full_model, shard_model = make_model(), Transformer(SMALL_MODEL, 256)
+    expected_rows = {name: p[1:3].clone() for name, p in full_model.named_parameters()}
+    written_rows: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in shard_model.named_parameters()}
+    init_weights(shard_model, NONZERO_INIT, 0, 2, write=lambda p, t: written_rows.update({names[id(p)]: t[1:3]}))
+    assert all(torch.equal(written_rows[name], expected_rows[name]) for name in expected_rows)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
 
 def test_samples_follow_the_seed() -> None:
-    model, prompt = made(), torch.tensor([100, 101])
-    one = generate(model, prompt, 30, 16, 1.0, 3)
-    assert one.shape == (32,) and one[:2].tolist() == [100, 101]
-    assert torch.equal(one, generate(model, prompt, 30, 16, 1.0, 3))
-    assert not torch.equal(one, generate(model, prompt, 30, 16, 1.0, 4))
+    model, prompt = make_model(), torch.tensor([100, 101])
+    sample = generate(model, prompt, 30, 16, 1.0, 3)
+    assert sample.shape == (32,) and sample[:2].tolist() == [100, 101]
+    assert torch.equal(sample, generate(model, prompt, 30, 16, 1.0, 3))
+    assert not torch.equal(sample, generate(model, prompt, 30, 16, 1.0, 4))
 
 
 def test_greedy_samples_take_the_most_likely_token_of_the_window() -> None:
-    model, prompt = made(), torch.arange(5)
+    model, prompt = make_model(), torch.arange(5)
     text = generate(model, prompt, 8, 4, 0.0, 0)
     for end in range(5, 13):
         with torch.no_grad():
@@ -539,4 +539,4 @@ def test_text_shows_what_is_not_text() -> None:
     with pytest.raises(DataError):
         to_text(torch.tensor([256]))
     with pytest.raises(DataError):
-        generate(made(), torch.tensor([], dtype=torch.int64), 1, 4, 1.0, 0)
+        generate(make_model(), torch.tensor([], dtype=torch.int64), 1, 4, 1.0, 0)

@@ -13,151 +13,151 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.checkpoint.neighbour import Neighbour, neighbours
-from cordee.checkpoint.peer import Kept, fill
-from cordee.checkpoint.state import Holding
-from cordee.dist.start import World
+from cordee.checkpoint.neighbour import PeerBackup, choose_neighbours
+from cordee.checkpoint.peer import StateSnapshot, restore_from_peers
+from cordee.checkpoint.state import LocalTensor
+from cordee.dist.start import RankProcess
 from cordee.testing import launch
-from tests.metal.crew import ALL, MODEL, by_hand, check, crew, empty, halves, hold, meta
+from tests.metal.crew import ALL_BOXES, MODEL, expected_slice, check_tensors, run_with_replacement, make_empty_tensors, split_model, make_local_tensors, meta
 
 torch.set_num_threads(1)
 
 
-def shards(rank: int, step: int, ranks: int) -> list[Holding]:
+def make_shards(rank: int, step: int, ranks: int) -> list[LocalTensor]:
     """A rank's rows of everything; the 0-d step is what all hold."""
-    held = hold(halves(0, ranks)[rank], step, MODEL)
+    local_tensors = make_local_tensors(split_model(0, ranks)[rank], step, MODEL)
     return [
-        item if item.place.box else replace(item, place=replace(item.place, copies=ranks))
-        for item in held
+        item if item.local_slice.box else replace(item, local_slice=replace(item.local_slice, replica_count=ranks))
+        for item in local_tensors
     ]
 
 
-def advance(held: Sequence[Holding], step: int) -> None:
+def advance(local_tensors: Sequence[LocalTensor], step: int) -> None:
     """The tensors as a step leaves them, in place."""
-    for item in held:
-        item.part.copy_(by_hand(item.name, step, item.place.box, MODEL))
+    for item in local_tensors:
+        item.tensor.copy_(expected_slice(item.name, step, item.local_slice.box, MODEL))
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12))
 def test_the_neighbour_is_on_another_host(hosts: list[str]) -> None:
-    found = neighbours(len(hosts), hosts)
+    neighbour_ranks = choose_neighbours(len(hosts), hosts)
     if len(set(hosts)) == 1:
-        assert found == [*range(1, len(hosts)), 0]
+        assert neighbour_ranks == [*range(1, len(hosts)), 0]
         return
-    assert all(hosts[rank] != hosts[to] for rank, to in enumerate(found))
+    assert all(hosts[rank] != hosts[neighbour] for rank, neighbour in enumerate(neighbour_ranks))
     counts = {hosts.count(host) for host in hosts}
     if len(counts) == 1:
-        assert sorted(found) == list(range(len(hosts))), "each keeps one copy"
+        assert sorted(neighbour_ranks) == list(range(len(hosts))), "each keeps one copy"
 
 
-def a_host_goes(world: World) -> None:
+def lose_host(process: RankProcess) -> None:
     """Ranks 0 and 1 are a host, 2 and 3 another: the first is lost after a copy at step 4."""
-    rank, hosts = world.rank, ["a", "a", "b", "b"]
-    made = Neighbour(2, dist.group.WORLD, rank, 4, hosts)
-    assert [step for step in range(1, 7) if made.due(step)] == [2, 4, 6]
-    assert not Neighbour(0, dist.group.WORLD, rank, 4).due(2)
-    live = shards(rank, 2, 4)
-    own_bytes = sum(item.part.nbytes for item in live)
+    rank, hosts = process.rank, ["a", "a", "b", "b"]
+    backup = PeerBackup(2, dist.group.WORLD, rank, 4, hosts)
+    assert [step for step in range(1, 7) if backup.is_due(step)] == [2, 4, 6]
+    assert not PeerBackup(0, dist.group.WORLD, rank, 4).is_due(2)
+    local_tensors = make_shards(rank, 2, 4)
+    own_bytes = sum(item.tensor.nbytes for item in local_tensors)
     for step in (2, 4):
-        advance(live, step)
-        assert made.copy(step, meta(step), live)
-        assert {kept.step for kept in made.kept()} == {step} and len(made.kept()) == 2
-    assert 2 * own_bytes <= made.bytes_held <= 2.1 * own_bytes + 4096, "one moment, two ranks'"
-    assert 2 * own_bytes - 8 <= made.bytes_sent <= 2.1 * own_bytes + 8192, "twice what is its own"
-    assert made.seconds > 0
-    advance(live, 5)
+        advance(local_tensors, step)
+        assert backup.back_up(step, meta(step), local_tensors)
+        assert {snapshots.step for snapshots in backup.snapshots()} == {step} and len(backup.snapshots()) == 2
+    assert 2 * own_bytes <= backup.memory_bytes <= 2.1 * own_bytes + 4096, "one moment, two ranks'"
+    assert 2 * own_bytes - 8 <= backup.bytes_sent <= 2.1 * own_bytes + 8192, "twice what is its own"
+    assert backup.seconds > 0
+    advance(local_tensors, 5)
     if rank < 2:
-        made, live = Neighbour(2, dist.group.WORLD, rank, 4, hosts), shards(rank, 1, 4)
-    kept = [] if rank < 2 else [Kept(5, meta(5), live), *made.kept()]
-    filled = fill(live, kept, dist.group.WORLD, rank, 4)
-    assert filled is not None and filled.step == 4 and filled.meta == meta(4)
-    check(live, 4, MODEL)
+        backup, local_tensors = PeerBackup(2, dist.group.WORLD, rank, 4, hosts), make_shards(rank, 1, 4)
+    snapshots = [] if rank < 2 else [StateSnapshot(5, meta(5), local_tensors), *backup.snapshots()]
+    stats = restore_from_peers(local_tensors, snapshots, dist.group.WORLD, rank, 4)
+    assert stats is not None and stats.step == 4 and stats.meta == meta(4)
+    check_tensors(local_tensors, 4, MODEL)
     # Another layout, from the copies alone.
-    wanted = empty(ALL, MODEL)
-    assert fill(wanted, made.kept(), dist.group.WORLD, rank, 4) is not None
-    check(wanted, 4, MODEL)
-    made.back_to(3)
-    assert not made.kept() and made.bytes_held == 0
+    targets = make_empty_tensors(ALL_BOXES, MODEL)
+    assert restore_from_peers(targets, backup.snapshots(), dist.group.WORLD, rank, 4) is not None
+    check_tensors(targets, 4, MODEL)
+    backup.discard_after(3)
+    assert not backup.snapshots() and backup.memory_bytes == 0
 
 
 @pytest.mark.slow
 def test_a_host_goes_and_the_other_has_its_part() -> None:
-    launch(a_host_goes, ranks=4)
+    launch(lose_host, ranks=4)
 
 
-def replicas(world: World) -> None:
-    held = [
-        replace(item, place=replace(item.place, copies=2, copy=world.rank))
-        for item in hold(ALL, 1, MODEL)
+def check_replicas(process: RankProcess) -> None:
+    local_tensors = [
+        replace(item, local_slice=replace(item.local_slice, replica_count=2, replica_index=process.rank))
+        for item in make_local_tensors(ALL_BOXES, 1, MODEL)
     ]
-    made = Neighbour(1, dist.group.WORLD, world.rank, 2)
-    assert not made.copy(1, meta(1), held)
-    assert [kept.step for kept in made.kept()] == [1] and made.bytes_sent == 0
+    backup = PeerBackup(1, dist.group.WORLD, process.rank, 2)
+    assert not backup.back_up(1, meta(1), local_tensors)
+    assert [snapshot.step for snapshot in backup.snapshots()] == [1] and backup.bytes_sent == 0
     # One tensor that only rank 1 has is enough: then rank 1 sends.
-    if world.rank:
-        held[0] = replace(held[0], place=replace(held[0].place, copies=1))
-    assert made.copy(1, meta(1), held)
-    came = [len(kept.held) for kept in made.kept()]
-    assert came == ([len(held), 0] if world.rank else [len(held), 1])
+    if process.rank:
+        local_tensors[0] = replace(local_tensors[0], local_slice=replace(local_tensors[0].local_slice, replica_count=1))
+    assert backup.back_up(1, meta(1), local_tensors)
+    received_counts = [len(snapshot.tensors) for snapshot in backup.snapshots()]
+    assert received_counts == ([len(local_tensors), 0] if process.rank else [len(local_tensors), 1])
 
 
 def test_what_others_hold_anyway_is_not_sent() -> None:
-    launch(replicas, ranks=2)
+    launch(check_replicas, ranks=2)
 
 
-def copying(join: Any, point: Any, world: World, new: bool) -> tuple[int, int]:
+def back_up_twice(join_group: Any, fault_point: Any, process: RankProcess, is_new: bool) -> tuple[int, int]:
     """Copies at steps 4 and 8; somebody dies in the second. Then all go on, and copy again."""
-    armed = False
+    is_armed = False
 
-    def from_the_second(name: str, step: int) -> None:
-        if armed:
-            point(name, step)
+    def second_fault_point(name: str, step: int) -> None:
+        if is_armed:
+            fault_point(name, step)
 
-    rank, size = world.rank, world.size
-    live, kept = shards(rank, 1, size), list[Kept]()
-    made = Neighbour(4, None, rank, size, point=from_the_second)
-    if not new:
-        join(1)
-        made.rebind(dist.group.WORLD, rank, size)
-        advance(live, 4)
-        made.copy(4, meta(4), live)
-        armed = True
-        advance(live, 8)
+    rank, size = process.rank, process.size
+    local_tensors, snapshots = make_shards(rank, 1, size), list[StateSnapshot]()
+    backup = PeerBackup(4, None, rank, size, fault_point=second_fault_point)
+    if not is_new:
+        join_group(1)
+        backup.rebind(dist.group.WORLD, rank, size)
+        advance(local_tensors, 4)
+        backup.back_up(4, meta(4), local_tensors)
+        is_armed = True
+        advance(local_tensors, 8)
         try:
-            made.copy(8, meta(8), live)
+            backup.back_up(8, meta(8), local_tensors)
             dist.barrier()  # the victim died after all was done
         except RuntimeError:
             pass
-        armed = False
-        assert len({moment.step for moment in made.kept()}) <= 2
+        is_armed = False
+        assert len({snapshot.step for snapshot in backup.snapshots()}) <= 2
         dist.destroy_process_group()
-        kept = [Kept(8, meta(8), live), *made.kept()]
-    join(2)
-    filled = fill(live, kept, dist.group.WORLD, rank, size)
-    assert filled is not None, "a step that all cover"
-    check(live, filled.step, MODEL)
-    made.rebind(dist.group.WORLD, rank, size)
-    made.back_to(filled.step)
-    assert made.copy(filled.step, meta(filled.step), live)
-    assert {moment.step for moment in made.kept()} == {filled.step} and len(made.kept()) == 2
-    return filled.step, len(made.kept())
+        snapshots = [StateSnapshot(8, meta(8), local_tensors), *backup.snapshots()]
+    join_group(2)
+    stats = restore_from_peers(local_tensors, snapshots, dist.group.WORLD, rank, size)
+    assert stats is not None, "a step that all cover"
+    check_tensors(local_tensors, stats.step, MODEL)
+    backup.rebind(dist.group.WORLD, rank, size)
+    backup.discard_after(stats.step)
+    assert backup.back_up(stats.step, meta(stats.step), local_tensors)
+    assert {snapshot.step for snapshot in backup.snapshots()} == {stats.step} and len(backup.snapshots()) == 2
+    return stats.step, len(backup.snapshots())
 
 
-POINTS = ("copy.begin", "copy.send", "copy.sent", "copy.end")
+FAULT_POINTS = ("copy.begin", "copy.send", "copy.sent", "copy.end")
 
 
-@pytest.mark.parametrize("moment", range(4), ids=POINTS)
+@pytest.mark.parametrize("fault_index", range(4), ids=FAULT_POINTS)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_fault_at_any_message_leaves_a_step_that_all_cover(
-    victim: int, moment: int, tmp_path: Path
+    victim: int, fault_index: int, tmp_path: Path
 ) -> None:
-    found = crew(copying, tmp_path / "c", victim, moment)
-    steps = {step for step, _ in found.values()}
-    allowed = ({4}, {4}, {4, 8}, {8})[moment]
-    assert len(steps) == 1 and steps <= allowed, (steps, POINTS[moment])
+    results = run_with_replacement(back_up_twice, tmp_path / "c", victim, fault_index)
+    steps = {step for step, _ in results.values()}
+    allowed_steps = ({4}, {4}, {4, 8}, {8})[fault_index]
+    assert len(steps) == 1 and steps <= allowed_steps, (steps, FAULT_POINTS[fault_index])
 
 
 def test_ranks_that_have_all_keep_the_step_before_until_everybody_has(tmp_path: Path) -> None:
     """Ranks 2 and 3 of a ring of 5 have all messages of a copy that the death of rank 0 breaks."""
-    found = crew(copying, tmp_path / "c", 0, POINTS.index("copy.send"), ranks=5)
-    assert {step for step, _ in found.values()} == {4}
+    results = run_with_replacement(back_up_twice, tmp_path / "c", 0, FAULT_POINTS.index("copy.send"), ranks=5)
+    assert {step for step, _ in results.values()} == {4}

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cordee.build import matrix_of
+from cordee.build import muon_matrix
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
 from cordee.dist.mesh import Mesh, make_mesh
-from cordee.dist.wire import Wire
+from cordee.dist.wire import AxisComm
 from cordee.errors import CheckpointError, LayoutError
 from cordee.layout.axes import Layout
-from cordee.layout.tensors import tensors
-from cordee.model.folder import cut
-from cordee.model.initial import initialise
+from cordee.layout.tensors import tensor_specs
+from cordee.model.folder import slice_box
+from cordee.model.initial import init_weights
 from cordee.model.transformer import Transformer
 from cordee.optim.clip import (
     clip_gradients,
@@ -37,21 +37,21 @@ from cordee.optim.clip import (
     layer_norms,
     limit_parameters,
 )
-from cordee.optim.groups import Optimizers, group_of, make_optimizer, split_groups
+from cordee.optim.groups import Optimizers, parameter_group, make_optimizer, split_groups
 from cordee.optim.muon import (
     Muon,
-    _by_gram,
-    _by_products,
-    cost,
-    deal,
+    _newton_schulz_by_gram,
+    _newton_schulz,
+    orthogonalise_cost,
+    assign_owners,
     orthogonalise,
     product_dtype,
 )
-from cordee.optim.schedule import factor
-from cordee.parallel.shard import Sharding, reshard, shard
+from cordee.optim.schedule import lr_factor
+from cordee.parallel.shard import Sharding, reshard, apply_fsdp
 
 RULES = tuple(DEFAULT_LR)
-UNEVEN = ModelSettings(layers=1, width=20, heads=2, ffn=4)
+UNEVEN_MODEL = ModelSettings(layers=1, width=20, heads=2, ffn=4)
 """No dim 0 of it divides by 3 (of 4 rows the third shard has none), nor the vocabulary 7 by 2."""
 
 
@@ -61,19 +61,19 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-def made(model: ModelSettings = UNEVEN, vocabulary: int = 7) -> Transformer:
-    built = Transformer(model, vocabulary)
-    initialise(built, InitialSettings(residual="same", head="same"), 0, model.layers)
-    return built
+def make_model(model_settings: ModelSettings = UNEVEN_MODEL, vocabulary: int = 7) -> Transformer:
+    transformer = Transformer(model_settings, vocabulary)
+    init_weights(transformer, InitialSettings(residual="same", head="same"), 0, model_settings.layers)
+    return transformer
 
 
-def give_gradients(model: nn.Module, seed: int) -> None:
+def set_random_grads(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def rows_of(tensor: Tensor, size: int, rank: int) -> Tensor:
+def shard_rows(tensor: Tensor, size: int, rank: int) -> Tensor:
     """The part of `tensor` that FSDP2 gives to shard `rank` of `size`."""
     chunk = -(-tensor.shape[0] // size)
     return tensor[min(rank * chunk, len(tensor)) : min((rank + 1) * chunk, len(tensor))]
@@ -83,8 +83,8 @@ def rows_of(tensor: Tensor, size: int, rank: int) -> Tensor:
 
 
 def test_groups_are_the_table() -> None:
-    groups = split_groups(Transformer(replace(UNEVEN, mlp="gated"), 7).named_parameters())
-    for spec in tensors(replace(UNEVEN, mlp="gated"), 7):
+    groups = split_groups(Transformer(replace(UNEVEN_MODEL, mlp="gated"), 7).named_parameters())
+    for spec in tensor_specs(replace(UNEVEN_MODEL, mlp="gated"), 7):
         assert spec.name in [name for name, _ in groups[spec.group]]
 
 
@@ -99,13 +99,13 @@ def test_groups_are_the_table() -> None:
     ],
 )  # fmt: skip
 def test_foreign_names_fall_into_groups(name: str, ndim: int, group: str) -> None:
-    assert group_of(name, ndim) == group
+    assert parameter_group(name, ndim) == group
 
 
 # ---- rules ---------------------------------------------------------------------------------------
 
 
-def rule(model: nn.Module, name: str, fused: bool = False, **changes: object) -> Optimizers:
+def create_optimizer(model: nn.Module, name: str, fused: bool = False, **changes: object) -> Optimizers:
     return make_optimizer(
         OptimSettings(name=name, **changes), model.named_parameters(), fused=fused
     )  # type: ignore[arg-type]
@@ -114,9 +114,9 @@ def rule(model: nn.Module, name: str, fused: bool = False, **changes: object) ->
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_learns_a_toy(name: str, fused: bool) -> None:
-    model = made(ModelSettings(layers=1, width=16, heads=2), 16)
+    model = make_model(ModelSettings(layers=1, width=16, heads=2), 16)
     tokens = torch.randint(0, 16, (4, 17))
-    optimizer = rule(model, name, fused)
+    optimizer = create_optimizer(model, name, fused)
     assert optimizer.peak_lr == DEFAULT_LR[name]
     losses = []
     for _ in range(40):
@@ -131,77 +131,77 @@ def test_every_rule_learns_a_toy(name: str, fused: bool) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_state_is_complete_from_the_start_and_continues(name: str) -> None:
-    kept, resumed = made(), made()
-    first = rule(kept, name)
-    before = set(first.tensors())
+    reference_model, resumed_model = make_model(), make_model()
+    first_optimizer = create_optimizer(reference_model, name)
+    names_before = set(first_optimizer.state_tensors())
     for step in range(3):
-        give_gradients(kept, step)
-        first.step()
-    saved = {key: tensor.clone() for key, tensor in first.tensors().items()}
-    assert set(saved) == before
-    resumed.load_state_dict(kept.state_dict())
-    second = rule(resumed, name)
-    second.load(lambda key: saved[key])
+        set_random_grads(reference_model, step)
+        first_optimizer.step()
+    saved_state = {key: tensor.clone() for key, tensor in first_optimizer.state_tensors().items()}
+    assert set(saved_state) == names_before
+    resumed_model.load_state_dict(reference_model.state_dict())
+    second_optimizer = create_optimizer(resumed_model, name)
+    second_optimizer.load_state(lambda key: saved_state[key])
     for step in range(3, 6):
-        for model, optimizer in ((kept, first), (resumed, second)):
-            give_gradients(model, step)
+        for model, optimizer in ((reference_model, first_optimizer), (resumed_model, second_optimizer)):
+            set_random_grads(model, step)
             optimizer.step()
-    for (key, a), b in zip(first.tensors().items(), second.tensors().values(), strict=True):
+    for (key, a), b in zip(first_optimizer.state_tensors().items(), second_optimizer.state_tensors().values(), strict=True):
         assert torch.equal(a, b), key
-    for a, b in zip(kept.parameters(), resumed.parameters(), strict=True):
+    for a, b in zip(reference_model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def librarys(model: nn.Module, settings: OptimSettings, fused: bool) -> torch.optim.Optimizer:
+def make_library_optimizer(model: nn.Module, settings: OptimSettings, fused: bool) -> torch.optim.Optimizer:
     """torch.optim's class for a rule, with weight decay on matrices alone."""
     groups = split_groups(model.named_parameters())
     matrices = [p for _, p in groups["matrices"]]
-    rest = [p for _, p in (*groups["embeddings"], *groups["vectors"])]
-    parts = [
+    other_parameters = [p for _, p in (*groups["embeddings"], *groups["vectors"])]
+    param_groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": other_parameters, "weight_decay": 0.0},
     ]
     lr, betas = DEFAULT_LR[settings.name], (settings.beta1, settings.beta2)
     kernels = {"fused": True} if fused else {"foreach": True}
     momentum = settings.momentum if settings.name == "momentum" else 0.0
     match settings.name:
         case "adam":
-            return torch.optim.Adam(parts, lr, betas, settings.eps, **kernels)
+            return torch.optim.Adam(param_groups, lr, betas, settings.eps, **kernels)
         case "adamw":
-            return torch.optim.AdamW(parts, lr, betas, settings.eps, **kernels)
+            return torch.optim.AdamW(param_groups, lr, betas, settings.eps, **kernels)
         case "adafactor":
-            return torch.optim.Adafactor(parts, lr)
-    return torch.optim.SGD(parts, lr, momentum=momentum, **kernels)
+            return torch.optim.Adafactor(param_groups, lr)
+    return torch.optim.SGD(param_groups, lr, momentum=momentum, **kernels)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [name for name in RULES if name != "muon"])
 def test_a_rule_is_the_librarys_class_to_the_bit(name: str, fused: bool) -> None:
     """And zero state is what the library makes at its first step."""
-    ours, theirs = made(), made()
+    own_model, library_model = make_model(), make_model()
     settings = OptimSettings(name=name, weight_decay=0.1)  # type: ignore[arg-type]
-    a, b = rule(ours, name, fused, weight_decay=0.1), librarys(theirs, settings, fused)
+    own_optimizer, library_optimizer = create_optimizer(own_model, name, fused, weight_decay=0.1), make_library_optimizer(library_model, settings, fused)
     for step in range(4):
-        for model, optimizer in ((ours, a), (theirs, b)):
-            give_gradients(model, step)
+        for model, optimizer in ((own_model, own_optimizer), (library_model, library_optimizer)):
+            set_random_grads(model, step)
             # One parameter has no gradient for a while: its state must wait (the library's fused
             # SGD wants either all momenta or none).
             if step < 2 and not (fused and name == "momentum"):
                 next(model.parameters()).grad = None
             optimizer.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(own_model.parameters(), library_model.parameters(), strict=True):
         assert torch.equal(p, q)
-        (own,) = [part.state[p] for part in a.parts if p in part.state]
-        for key, value in own.items():
-            assert torch.equal(value, b.state[q][key]), key
-            assert value.dtype == b.state[q][key].dtype
+        (own_state,) = [part.state[p] for part in own_optimizer.rules if p in part.state]
+        for key, value in own_state.items():
+            assert torch.equal(value, library_optimizer.state[q][key]), key
+            assert value.dtype == library_optimizer.state[q][key].dtype
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_are_forgotten_or_filled_with_zeros(name: str) -> None:
-    model = made()
-    optimizer = rule(model, name)
-    give_gradients(model, 0)
+    model = make_model()
+    optimizer = create_optimizer(model, name)
+    set_random_grads(model, 0)
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     optimizer.zero_grad()
@@ -209,53 +209,53 @@ def test_gradients_are_forgotten_or_filled_with_zeros(name: str) -> None:
 
 
 def test_missing_state_starts_anew_and_a_wrong_shape_is_refused() -> None:
-    model = made()
-    optimizer = rule(model, "adamw")
-    give_gradients(model, 0)
+    model = make_model()
+    optimizer = create_optimizer(model, "adamw")
+    set_random_grads(model, 0)
     optimizer.step()
-    optimizer.load(lambda key: None)
-    assert all(tensor.abs().sum() == 0 for tensor in optimizer.tensors().values())
+    optimizer.load_state(lambda key: None)
+    assert all(tensor.abs().sum() == 0 for tensor in optimizer.state_tensors().values())
     with pytest.raises(CheckpointError):
-        optimizer.load(lambda key: torch.zeros(3, 3, 3))
+        optimizer.load_state(lambda key: torch.zeros(3, 3, 3))
 
 
 def test_names_of_state() -> None:
-    names = set(rule(made(), "muon").tensors())
+    names = set(create_optimizer(make_model(), "muon").state_tensors())
     assert "matrices/blocks.0.mlp.up.weight/momentum_buffer" in names
     assert {"embeddings/head.weight/exp_avg", "vectors/norm.weight/step"} <= names
     assert not any(name.startswith("matrices/") and "exp_avg" in name for name in names)
 
 
 def test_rates_follow_the_factor() -> None:
-    optimizer = rule(made(), "muon", lr=0.5, adam_lr=0.25)
+    optimizer = create_optimizer(make_model(), "muon", lr=0.5, adam_lr=0.25)
     optimizer.set_lr(0.5)
     optimizer.set_lr(0.1)
-    assert [g["lr"] for part in optimizer.parts for g in part.param_groups] == [0.05, 0.025]
+    assert [g["lr"] for part in optimizer.rules for g in part.param_groups] == [0.05, 0.025]
     assert optimizer.peak_lr == 0.5
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_weight_decay_is_decoupled_and_on_matrices_only(name: str) -> None:
-    model = made()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = rule(model, name, weight_decay=0.5, lr=0.1)
+    model = make_model()
+    values_before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = create_optimizer(model, name, weight_decay=0.5, lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for parameter_name, parameter in model.named_parameters():
-        decayed = group_of(parameter_name, parameter.ndim) == "matrices"
-        kept = 0.95 if decayed else 1.0
-        torch.testing.assert_close(parameter.detach(), kept * before[parameter_name])
+        has_decay = parameter_group(parameter_name, parameter.ndim) == "matrices"
+        decay_factor = 0.95 if has_decay else 1.0
+        torch.testing.assert_close(parameter.detach(), decay_factor * values_before[parameter_name])
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
 def test_plain_kernels_do_not_depend_on_where_a_tensor_is_cut(name: str) -> None:
-    base = {f"t{n}": torch.randn(n, 3) for n in (1, 5, 8, 13, 100)}
+    base_tensors = {f"t{n}": torch.randn(n, 3) for n in (1, 5, 8, 13, 100)}
 
-    def run(size: int) -> dict[str, Tensor]:
+    def train_shards(size: int) -> dict[str, Tensor]:
         parts = {
-            f"{key}.{r}": nn.Parameter(rows_of(tensor, size, r).clone())
-            for key, tensor in base.items()
+            f"{key}.{r}": nn.Parameter(shard_rows(tensor, size, r).clone())
+            for key, tensor in base_tensors.items()
             for r in range(size)
         }
         optimizer = make_optimizer(
@@ -264,17 +264,17 @@ def test_plain_kernels_do_not_depend_on_where_a_tensor_is_cut(name: str) -> None
             fused=False,
         )
         for step in range(5):
-            for key, tensor in base.items():
+            for key, tensor in base_tensors.items():
                 for r in range(size):
-                    grad = rows_of(tensor * (1 + 0.37 * step), size, r)
+                    grad = shard_rows(tensor * (1 + 0.37 * step), size, r)
                     parts[f"{key}.{r}"].grad = grad.clone()
             optimizer.step()
-        return {key: torch.cat([parts[f"{key}.{r}"].detach() for r in range(size)]) for key in base}
+        return {key: torch.cat([parts[f"{key}.{r}"].detach() for r in range(size)]) for key in base_tensors}
 
-    whole = run(1)
+    full_result = train_shards(1)
     for size in (2, 3, 7):
-        cut = run(size)
-        assert all(torch.equal(whole[key], cut[key]) for key in base), size
+        sharded_result = train_shards(size)
+        assert all(torch.equal(full_result[key], sharded_result[key]) for key in base_tensors), size
 
 
 # ---- muon ----------------------------------------------------------------------------------------
@@ -283,18 +283,18 @@ def test_plain_kernels_do_not_depend_on_where_a_tensor_is_cut(name: str) -> None
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_muon_is_the_librarys_muon(decay: float) -> None:
     shapes = ((16, 16), (64, 16), (16, 64), (1, 8), (33, 7), (96, 96))
-    start = [torch.randn(shape) for shape in shapes]
-    ours = [nn.Parameter(t.clone()) for t in start]
-    theirs = [nn.Parameter(t.clone()) for t in start]
-    a = Muon(ours, 0.02, momentum=0.95, weight_decay=decay, dtype=torch.bfloat16)
-    b = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=decay)
+    initial_values = [torch.randn(shape) for shape in shapes]
+    own_parameters = [nn.Parameter(t.clone()) for t in initial_values]
+    library_parameters = [nn.Parameter(t.clone()) for t in initial_values]
+    own_muon = Muon(own_parameters, 0.02, momentum=0.95, weight_decay=decay, dtype=torch.bfloat16)
+    library_muon = torch.optim.Muon(library_parameters, lr=0.02, momentum=0.95, weight_decay=decay)
     for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(own_parameters, library_parameters, strict=True):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
+        own_muon.step()
+        library_muon.step()
+    for p, q in zip(own_parameters, library_parameters, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
@@ -304,8 +304,8 @@ def test_orthogonalise_brings_singular_values_near_one(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    singular = torch.logspace(0, -1.5, 24)
-    result = orthogonalise((u * singular) @ v, dtype).float()
+    singular_values = torch.logspace(0, -1.5, 24)
+    result = orthogonalise((u * singular_values) @ v, dtype).float()
     assert result.shape == shape and result.is_contiguous()
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.5 and values.max() < 1.35
@@ -315,18 +315,18 @@ def test_orthogonalise_brings_singular_values_near_one(
 def test_the_iteration_on_the_gram_matrix_is_the_same_iteration() -> None:
     for decades in (0, 3, 8):
         u, _, v = torch.linalg.svd(torch.randn(24, 96), full_matrices=False)
-        wide = (u * torch.logspace(0, -decades, 24)) @ v
-        wide /= wide.norm()
-        torch.testing.assert_close(_by_gram(wide), _by_products(wide), rtol=0, atol=5e-4)
+        wide_matrix = (u * torch.logspace(0, -decades, 24)) @ v
+        wide_matrix /= wide_matrix.norm()
+        torch.testing.assert_close(_newton_schulz_by_gram(wide_matrix), _newton_schulz(wide_matrix), rtol=0, atol=5e-4)
 
 
 def test_muon_takes_more_dims_as_columns_and_refuses_vectors() -> None:
-    tall = nn.Parameter(torch.randn(6, 3, 2))
-    flat = nn.Parameter(tall.detach().reshape(6, 6).clone())
-    for parameter in (tall, flat):
+    tall_parameter = nn.Parameter(torch.randn(6, 3, 2))
+    flat_parameter = nn.Parameter(tall_parameter.detach().reshape(6, 6).clone())
+    for parameter in (tall_parameter, flat_parameter):
         parameter.grad = torch.ones(6, 6).triu().reshape(parameter.shape)
         Muon([parameter], 0.1).step()
-    assert torch.equal(tall.detach().reshape(6, 6), flat)
+    assert torch.equal(tall_parameter.detach().reshape(6, 6), flat_parameter)
     with pytest.raises(LayoutError):
         Muon([nn.Parameter(torch.zeros(3))], 0.1)
 
@@ -336,11 +336,11 @@ def test_muon_takes_more_dims_as_columns_and_refuses_vectors() -> None:
     st.integers(1, 9),
 )
 def test_dealing_is_fair(shapes: list[tuple[int, int]], size: int) -> None:
-    costs = [cost(*shape) for shape in shapes]
-    owner = deal(costs, size)
-    load = [sum(c for c, o in zip(costs, owner, strict=True) if o == r) for r in range(size)]
-    assert max(load) <= sum(costs) / size + max(costs)
-    assert owner == deal(costs, size)
+    costs = [orthogonalise_cost(*shape) for shape in shapes]
+    owners = assign_owners(costs, size)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(size)]
+    assert max(loads) <= sum(costs) / size + max(costs)
+    assert owners == assign_owners(costs, size)
 
 
 def test_products_are_in_what_the_device_is_quick_at() -> None:
@@ -351,17 +351,17 @@ def test_products_are_in_what_the_device_is_quick_at() -> None:
 # ---- norms and clipping --------------------------------------------------------------------------
 
 
-def shards_of(
+def split_grads(
     grads: Sequence[Tensor], size: int
 ) -> tuple[list[list[Tensor]], Callable[..., Tensor]]:
     """Every shard's rows, and the `whole` that any of them would be given."""
-    parts = [[rows_of(g, size, r).clone() for g in grads] for r in range(size)]
+    parts = [[shard_rows(g, size, r).clone() for g in grads] for r in range(size)]
 
-    def whole(_: Tensor) -> Tensor:
+    def gather_squares(_: Tensor) -> Tensor:
         rows = [[_row_squares(part) for part in shard] for shard in parts]
         return torch.cat([rows[r][i] for i in range(len(grads)) for r in range(size)])
 
-    return parts, whole
+    return parts, gather_squares
 
 
 def _row_squares(tensor: Tensor) -> Tensor:
@@ -385,76 +385,76 @@ def test_the_exact_norm_is_the_same_bits_for_any_sharding(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(s, generator=generator) * 10.0 ** (i - 2) for i, s in enumerate(shapes)]
-    norm = global_norm(numbered(grads), True)
+    norm = global_norm(number_tensors(grads), True)
     for size in (1, 2, 3, 5):
-        parts, whole = shards_of(grads, size)
-        pieces: list[Tensor] = []
-        global_norm(numbered(parts[0]), True, lambda rows, pieces=pieces, whole=whole: (
-            pieces.append(rows) or whole(rows)  # type: ignore[func-returns-value]
+        parts, gather_squares = split_grads(grads, size)
+        row_squares: list[Tensor] = []
+        global_norm(number_tensors(parts[0]), True, lambda rows, row_squares=row_squares, gather_squares=gather_squares: (
+            row_squares.append(rows) or gather_squares(rows)  # type: ignore[func-returns-value]
         ))  # fmt: skip
-        assert torch.equal(pieces[0], torch.cat([_row_squares(p) for p in parts[0]]))
-        assert torch.equal(global_norm(numbered(parts[0]), True, whole), norm), size
+        assert torch.equal(row_squares[0], torch.cat([_row_squares(p) for p in parts[0]]))
+        assert torch.equal(global_norm(number_tensors(parts[0]), True, gather_squares), norm), size
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     assert float(norm) == pytest.approx(expected, rel=1e-6)
-    assert float(global_norm(numbered(grads), False)) == pytest.approx(expected, rel=1e-5)
+    assert float(global_norm(number_tensors(grads), False)) == pytest.approx(expected, rel=1e-5)
     # Two ranks with halves of every tensor: what both tell adds up to the whole norm.
-    halves = [numbered([g.flatten()[r::2] for g in grads]) for r in range(2)]
-    told: list[Tensor] = []
+    halves = [number_tensors([g.flatten()[r::2] for g in grads]) for r in range(2)]
+    recorded_sums: list[Tensor] = []
     for half in halves:
-        global_norm(half, False, totals=Told(told.append))
-    total = torch.stack(told).sum(0)
-    both = global_norm(halves[0], False, totals=Told(lambda _: None, total))
-    assert float(both) == pytest.approx(expected, rel=1e-5)
+        global_norm(half, False, norm_sums=FakeNormSums(recorded_sums.append))
+    total = torch.stack(recorded_sums).sum(0)
+    total_norm = global_norm(halves[0], False, norm_sums=FakeNormSums(lambda _: None, total))
+    assert float(total_norm) == pytest.approx(expected, rel=1e-5)
 
 
-class Told:
+class FakeNormSums:
     """Totals of a world that the test holds in its hands."""
 
-    def __init__(self, tell: Callable[[Tensor], None], total: Tensor | None = None) -> None:
-        self.tell, self.total, self.names = tell, total, ["0"]
+    def __init__(self, record_sum: Callable[[Tensor], None], total: Tensor | None = None) -> None:
+        self.record_sum, self.total, self.names = record_sum, total, ["0"]
 
-    def every(self, names: Sequence[str], numbers: Tensor) -> Tensor:
-        self.tell(numbers)
+    def sum_all(self, names: Sequence[str], numbers: Tensor) -> Tensor:
+        self.record_sum(numbers)
         return numbers if self.total is None else self.total
 
-    own = every
+    sum_local = sum_all
 
 
-def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {str(place): tensor for place, tensor in enumerate(tensors)}
+def number_tensors(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
-def named_toy() -> list[tuple[str, Tensor, Tensor]]:
+def make_named_toy() -> list[tuple[str, Tensor, Tensor]]:
     names = (("embed.weight", (7, 4)), ("blocks.0.mlp.up.weight", (6, 4)), ("norm.weight", (4,)))
     return [(name, torch.randn(shape), 3 * torch.randn(shape)) for name, shape in names]
 
 
 @pytest.mark.parametrize("kind", ["norm", "value", "agc", "normalise", "none"])
 def test_clipping_does_what_it_says(kind: str) -> None:
-    named = named_toy()
-    before = [grad.clone() for _, _, grad in named]
-    norm = global_norm(numbered(before), True)
-    clip_gradients(named, ClipSettings(kind=kind, limit=0.5), norm)  # type: ignore[arg-type]
-    grads = [grad for _, _, grad in named]
-    after = float(global_norm(numbered(grads), True))
+    named_tensors = make_named_toy()
+    grads_before = [grad.clone() for _, _, grad in named_tensors]
+    norm = global_norm(number_tensors(grads_before), True)
+    clip_gradients(named_tensors, ClipSettings(kind=kind, limit=0.5), norm)  # type: ignore[arg-type]
+    grads = [grad for _, _, grad in named_tensors]
+    norm_after = float(global_norm(number_tensors(grads), True))
     if kind == "norm":
-        assert after == pytest.approx(0.5, rel=1e-5)
+        assert norm_after == pytest.approx(0.5, rel=1e-5)
     elif kind == "normalise":
-        assert after == pytest.approx(1.0, rel=1e-5)
+        assert norm_after == pytest.approx(1.0, rel=1e-5)
     elif kind == "value":
-        assert all(torch.equal(g, b.clamp(-0.5, 0.5)) for g, b in zip(grads, before, strict=True))
+        assert all(torch.equal(g, b.clamp(-0.5, 0.5)) for g, b in zip(grads, grads_before, strict=True))
     elif kind == "none":
-        assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
+        assert all(torch.equal(g, b) for g, b in zip(grads, grads_before, strict=True))
     else:
-        assert torch.equal(grads[0], before[0]), "the embedding is left alone"
-        assert not torch.equal(grads[1], before[1])
+        assert torch.equal(grads[0], grads_before[0]), "the embedding is left alone"
+        assert not torch.equal(grads[1], grads_before[1])
 
 
 def test_a_small_gradient_keeps_its_bits() -> None:
-    named = named_toy()
-    before = [grad.clone() for _, _, grad in named]
-    clip_gradients(named, ClipSettings(kind="norm", limit=1e3), global_norm(numbered(before), True))
-    assert all(torch.equal(g, b) for (_, _, g), b in zip(named, before, strict=True))
+    named_tensors = make_named_toy()
+    grads_before = [grad.clone() for _, _, grad in named_tensors]
+    clip_gradients(named_tensors, ClipSettings(kind="norm", limit=1e3), global_norm(number_tensors(grads_before), True))
+    assert all(torch.equal(g, b) for (_, _, g), b in zip(named_tensors, grads_before, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4,), (3, 2, 2)])
@@ -466,58 +466,58 @@ def test_agc_is_the_papers_formula(shape: tuple[int, ...], limit: float) -> None
     expected = grad.clone()
     for unit in range(shape[0]):
         w, g = weight[unit].norm().item(), grad[unit].norm().item()
-        most = limit * max(w, 1e-3)
-        if g > most:
-            expected[unit] *= most / g
+        max_norm = limit * max(w, 1e-3)
+        if g > max_norm:
+            expected[unit] *= max_norm / g
     clip_units(weight, grad, limit)
     torch.testing.assert_close(grad, expected)
 
 
 def test_limits_hold_after_an_update() -> None:
-    model = made()
+    model = make_model()
     limits = ClipSettings(
         matrices=ParameterLimit(norm=2.0), embeddings=ParameterLimit(value=0.1, norm=0.5)
     )
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    values_before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = split_groups(model.named_parameters())
     limit_parameters(groups, limits)
     for name, parameter in groups["matrices"]:
-        wanted = before[name] * min(1.0, 2.0 / float(before[name].norm()))
-        torch.testing.assert_close(parameter.detach(), wanted)
+        expected = values_before[name] * min(1.0, 2.0 / float(values_before[name].norm()))
+        torch.testing.assert_close(parameter.detach(), expected)
     for _, parameter in groups["embeddings"]:
         assert parameter.abs().max() <= 0.1 and parameter.norm() <= 0.5 + 1e-6
     for name, parameter in groups["vectors"]:
-        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter, values_before[name])
 
 
 def test_limits_give_the_same_bits_for_any_sharding() -> None:
-    whole = [(f"t{i}", torch.randn(29, 7) * 10**i) for i in range(3)]
+    full_tensors = [(f"t{i}", torch.randn(29, 7) * 10**i) for i in range(3)]
     limits = ClipSettings(matrices=ParameterLimit(norm=3.0))
     for size in (2, 3, 4):
-        parts = [[(n, rows_of(t, size, r).clone()) for n, t in whole] for r in range(size)]
-        seen: list[Tensor] = []
+        parts = [[(n, shard_rows(t, size, r).clone()) for n, t in full_tensors] for r in range(size)]
+        recorded_sums: list[Tensor] = []
 
         for r in range(size):
             copies = [(n, t.clone()) for n, t in parts[r]]
-            limit_parameters({"matrices": copies}, limits, Told(seen.append))
-        total = torch.stack(seen).sum(0)
+            limit_parameters({"matrices": copies}, limits, FakeNormSums(recorded_sums.append))
+        total = torch.stack(recorded_sums).sum(0)
         for r in range(size):
-            limit_parameters({"matrices": parts[r]}, limits, Told(lambda _: None, total))
-        expected = [(n, t.clone()) for n, t in whole]
+            limit_parameters({"matrices": parts[r]}, limits, FakeNormSums(lambda _: None, total))
+        expected = [(n, t.clone()) for n, t in full_tensors]
         limit_parameters({"matrices": expected}, limits)
         for i, (_, tensor) in enumerate(expected):
             assert torch.equal(torch.cat([part[i][1] for part in parts]), tensor)
 
 
 def test_norms_by_layer() -> None:
-    model = made(replace(UNEVEN, layers=2))
-    give_gradients(model, 0)
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norms = layer_norms(named)
+    model = make_model(replace(UNEVEN_MODEL, layers=2))
+    set_random_grads(model, 0)
+    named_grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = layer_norms(named_grads)
     assert list(norms) == ["embed", "blocks.0", "blocks.1", "norm", "head"]
-    whole = float(global_norm(dict(named), True))
-    assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(whole, rel=1e-5)
-    assert layer_norms(iter(named[:1])) == {"embed": pytest.approx(float(named[0][1].norm()))}
+    full_norm = float(global_norm(dict(named_grads), True))
+    assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(full_norm, rel=1e-5)
+    assert layer_norms(iter(named_grads[:1])) == {"embed": pytest.approx(float(named_grads[0][1].norm()))}
 
 
 # ---- schedule ------------------------------------------------------------------------------------
@@ -530,32 +530,32 @@ def test_norms_by_layer() -> None:
 def test_schedules_rise_once_fall_once_and_start_above_zero(
     shape: str, warmup: float, decay: float, final: float, steps: int
 ) -> None:
-    chosen = OptimSettings(schedule=shape, warmup=warmup, decay=decay, final=final)  # type: ignore[arg-type]
-    factors = [factor(chosen, step / steps, step) for step in range(steps)]
+    optim_settings = OptimSettings(schedule=shape, warmup=warmup, decay=decay, final=final)  # type: ignore[arg-type]
+    factors = [lr_factor(optim_settings, step / steps, step) for step in range(steps)]
     assert 0 < factors[0] <= 1 and all(0 <= f <= 1 for f in factors)
-    top = max(range(steps), key=lambda i: factors[i])
-    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(factors[: top + 1]))
-    assert all(a + 1e-12 >= b for a, b in itertools.pairwise(factors[top:]))
-    falls = shape in ("cosine", "linear") or (shape == "wsd" and 1.0 - decay < 1.0)
-    ends = final if falls and warmup < 1 else 1.0
-    assert factor(chosen, 1.0, steps) == pytest.approx(ends)
+    peak_step = max(range(steps), key=lambda i: factors[i])
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(factors[: peak_step + 1]))
+    assert all(a + 1e-12 >= b for a, b in itertools.pairwise(factors[peak_step:]))
+    has_decay_phase = shape in ("cosine", "linear") or (shape == "wsd" and 1.0 - decay < 1.0)
+    final_factor = final if has_decay_phase and warmup < 1 else 1.0
+    assert lr_factor(optim_settings, 1.0, steps) == pytest.approx(final_factor)
 
 
 def test_schedule_by_hand() -> None:
     wsd = OptimSettings(schedule="wsd", warmup=0.1, decay=0.4, final=0.1)
-    assert [round(factor(wsd, k / 100, k), 6) for k in (0, 4, 9, 10, 60)] == [0.01, 0.5, 1, 1, 1]
-    assert factor(wsd, 0.8, 80) == pytest.approx(0.55)
+    assert [round(lr_factor(wsd, k / 100, k), 6) for k in (0, 4, 9, 10, 60)] == [0.01, 0.5, 1, 1, 1]
+    assert lr_factor(wsd, 0.8, 80) == pytest.approx(0.55)
     cosine = replace(wsd, schedule="cosine", warmup=0.0, final=0.0)
-    assert factor(cosine, 0.5, 50) == pytest.approx(0.5)
-    assert factor(cosine, 0.0, 0) == 1.0
-    assert factor(replace(cosine, schedule="linear"), 0.25, 25) == pytest.approx(0.75)
-    assert factor(replace(cosine, schedule="constant"), 0.99, 99) == 1.0
+    assert lr_factor(cosine, 0.5, 50) == pytest.approx(0.5)
+    assert lr_factor(cosine, 0.0, 0) == 1.0
+    assert lr_factor(replace(cosine, schedule="linear"), 0.25, 25) == pytest.approx(0.75)
+    assert lr_factor(replace(cosine, schedule="constant"), 0.99, 99) == 1.0
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def _rank(rank: int, size: int, folder: str) -> None:
+def _run_rank(rank: int, size: int, folder: str) -> None:
     warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -563,81 +563,81 @@ def _rank(rank: int, size: int, folder: str) -> None:
     )
     try:
         mesh = make_mesh(Layout(shard=size), rank, "cpu")
-        _sharded_forward_is_the_forward(mesh)
-        cut = Layout(tensor=size)
-        for layout in (Layout(shard=size), cut):
+        _check_sharded_forward(mesh)
+        tensor_layout = Layout(tensor=size)
+        for layout in (Layout(shard=size), tensor_layout):
             for name in ("muon", "adamw", "momentum"):
                 for dtype in (torch.bfloat16, torch.float32):
-                    _parts_follow_the_whole(make_mesh(layout, rank, "cpu"), name, dtype)
-        _shared_work_is_the_same_work(make_mesh(Layout(island=size), rank, "cpu"))
+                    _check_parts_follow_full(make_mesh(layout, rank, "cpu"), name, dtype)
+        _check_shared_work(make_mesh(Layout(island=size), rank, "cpu"))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _sharded_forward_is_the_forward(mesh: Mesh) -> None:
+def _check_sharded_forward(mesh: Mesh) -> None:
     tokens = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))
-    plain, cut = made(), made()
+    full_model, sharded_model = make_model(), make_model()
     assert mesh.shard_mesh is not None
-    wire = Wire(mesh.group("shard"), mesh.size("shard"), mesh.index("shard"))
-    shard(cut, mesh.shard_mesh, list(cut.parts()), {}, Sharding(), wire)
-    a, b = plain.loss(tokens), cut.loss(tokens)
-    assert torch.equal(a, b)
-    a.backward()
-    b.backward()
-    reshard(cut)
-    for p, q in zip(plain.parameters(), cut.parameters(), strict=True):
+    comm = AxisComm(mesh.group("shard"), mesh.size("shard"), mesh.index("shard"))
+    apply_fsdp(sharded_model, mesh.shard_mesh, list(sharded_model.parts()), {}, Sharding(), comm)
+    full_loss, sharded_loss = full_model.loss(tokens), sharded_model.loss(tokens)
+    assert torch.equal(full_loss, sharded_loss)
+    full_loss.backward()
+    sharded_loss.backward()
+    reshard(sharded_model)
+    for p, q in zip(full_model.parameters(), sharded_model.parameters(), strict=True):
         assert isinstance(q.grad, DTensor)
         assert p.grad is not None
-        wanted = p.grad * mesh.size("shard")  # every rank gave the same samples
-        torch.testing.assert_close(q.grad.full_tensor(), wanted, rtol=1e-4, atol=1e-6)
+        expected_grad = p.grad * mesh.size("shard")  # every rank gave the same samples
+        torch.testing.assert_close(q.grad.full_tensor(), expected_grad, rtol=1e-4, atol=1e-6)
 
 
-def _parts_follow_the_whole(mesh: Mesh, name: str, dtype: torch.dtype) -> None:
+def _check_parts_follow_full(mesh: Mesh, name: str, dtype: torch.dtype) -> None:
     """Three steps with given gradients: parameters and state have the uncut bits."""
-    chosen = OptimSettings(name=name, weight_decay=0.1)  # type: ignore[arg-type]
-    plain = made()
-    specs = {spec.name: spec for spec in tensors(plain.settings, plain.vocabulary)}
-    boxes = {spec.name: spec.box(mesh.layout, mesh.at) for spec in specs.values()}
-    parts = {n: cut(p.detach(), boxes[n]).clone() for n, p in plain.named_parameters()}
-    matrices = {n: matrix_of(specs[n], mesh, False) for n in parts if specs[n].group == "matrices"}
-    one = make_optimizer(chosen, plain.named_parameters(), fused=False, muon_dtype=dtype)
-    many = make_optimizer(chosen, parts.items(), fused=False, matrices=matrices, muon_dtype=dtype)
+    optim_settings = OptimSettings(name=name, weight_decay=0.1)  # type: ignore[arg-type]
+    full_model = make_model()
+    specs = {spec.name: spec for spec in tensor_specs(full_model.settings, full_model.vocabulary)}
+    boxes = {spec.name: spec.box(mesh.layout, mesh.coords) for spec in specs.values()}
+    parts = {n: slice_box(p.detach(), boxes[n]).clone() for n, p in full_model.named_parameters()}
+    matrices = {n: muon_matrix(specs[n], mesh, False) for n in parts if specs[n].group == "matrices"}
+    full_optimizer = make_optimizer(optim_settings, full_model.named_parameters(), fused=False, muon_dtype=dtype)
+    sharded_optimizer = make_optimizer(optim_settings, parts.items(), fused=False, matrices=matrices, muon_dtype=dtype)
     for step in range(3):
-        give_gradients(plain, step)
-        for n, p in plain.named_parameters():
+        set_random_grads(full_model, step)
+        for n, p in full_model.named_parameters():
             assert p.grad is not None
-            parts[n].grad = cut(p.grad, boxes[n]).clone()
-        one.step()
-        many.step()
-    for n, p in plain.named_parameters():
-        assert torch.equal(cut(p.detach(), boxes[n]), parts[n])
-    whole, part = one.tensors(), many.tensors()
-    assert list(whole) == list(part)
-    for key, tensor in whole.items():
-        wanted = cut(tensor, boxes[key.split("/")[1]]) if tensor.ndim else tensor
-        assert torch.equal(wanted, part[key]), key
-    assert (many.sent_bytes > 0) == (name == "muon")
+            parts[n].grad = slice_box(p.grad, boxes[n]).clone()
+        full_optimizer.step()
+        sharded_optimizer.step()
+    for n, p in full_model.named_parameters():
+        assert torch.equal(slice_box(p.detach(), boxes[n]), parts[n])
+    full_state, sharded_state = full_optimizer.state_tensors(), sharded_optimizer.state_tensors()
+    assert list(full_state) == list(sharded_state)
+    for key, tensor in full_state.items():
+        expected = slice_box(tensor, boxes[key.split("/")[1]]) if tensor.ndim else tensor
+        assert torch.equal(expected, sharded_state[key]), key
+    assert (sharded_optimizer.sent_bytes > 0) == (name == "muon")
 
 
-def _shared_work_is_the_same_work(mesh: Mesh) -> None:
-    alone, shared = made(), made()
+def _check_shared_work(mesh: Mesh) -> None:
+    single_model, shared_model = make_model(), make_model()
     matrices = {
-        spec.name: matrix_of(spec, mesh, False)
-        for spec in tensors(alone.settings, alone.vocabulary)
+        spec.name: muon_matrix(spec, mesh, False)
+        for spec in tensor_specs(single_model.settings, single_model.vocabulary)
         if spec.group == "matrices"
     }
-    one = make_optimizer(OptimSettings(), alone.named_parameters(), fused=True)
-    many = make_optimizer(OptimSettings(), shared.named_parameters(), fused=True, matrices=matrices)
+    single_optimizer = make_optimizer(OptimSettings(), single_model.named_parameters(), fused=True)
+    shared_optimizer = make_optimizer(OptimSettings(), shared_model.named_parameters(), fused=True, matrices=matrices)
     for step in range(3):
-        for model, optimizer in ((alone, one), (shared, many)):
-            give_gradients(model, step)
+        for model, optimizer in ((single_model, single_optimizer), (shared_model, shared_optimizer)):
+            set_random_grads(model, step)
             optimizer.step()
-    for p, q in zip(alone.parameters(), shared.parameters(), strict=True):
+    for p, q in zip(single_model.parameters(), shared_model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert one.sent_bytes == 0 < many.sent_bytes
+    assert single_optimizer.sent_bytes == 0 < shared_optimizer.sent_bytes
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_follow_one_process_to_the_bit(size: int, tmp_path: Path) -> None:
-    mp.spawn(_rank, (size, str(tmp_path)), nprocs=size)
+    mp.spawn(_run_rank, (size, str(tmp_path)), nprocs=size)

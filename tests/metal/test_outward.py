@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cordee.checkpoint.peer import Kept, fill
-from cordee.devices import BACKENDS, HOST_ONLY
-from cordee.dist.exchange import gather_rows
-from cordee.dist.flat import outward
+from cordee.checkpoint.peer import StateSnapshot, restore_from_peers
+from cordee.devices import BACKENDS, HOST_GLOO
+from cordee.dist.exchange import all_gather_rows
+from cordee.dist.flat import to_transport_device
 from cordee.dist.mesh import make_mesh
-from cordee.dist.start import World
+from cordee.dist.start import RankProcess
 from cordee.layout.axes import AXES, Layout
 from cordee.testing import launch
-from tests.metal.crew import ALL, MODEL, check, empty, hold, meta
-from tests.metal.layouts import DENSE, Curve, curve
+from tests.metal.crew import ALL_BOXES, MODEL, check_tensors, make_empty_tensors, make_local_tensors, meta
+from tests.metal.layouts import DENSE, Curve, train_curve
 
 STEPS = 3
 MOE = (
@@ -33,34 +33,34 @@ MOE = (
 MUON = (*DENSE, "optim.name=muon")
 
 
-def join_as(world: World, folder: str, accelerated: Sequence[int]) -> None:
+def join_with_backend(process: RankProcess, folder: str, accelerated_ranks: Sequence[int]) -> None:
     """Leaves the group of all and makes another, as ranks on different devices make it."""
     dist.destroy_process_group()
-    store = dist.FileStore(f"{folder}/store-{len(accelerated)}", world.size)  # type: ignore[attr-defined]
-    backend = HOST_ONLY if world.rank in accelerated else BACKENDS["cpu"]
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    store = dist.FileStore(f"{folder}/store-{len(accelerated_ranks)}", process.size)  # type: ignore[attr-defined]
+    backend = HOST_GLOO if process.rank in accelerated_ranks else BACKENDS["cpu"]
+    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.size)
 
 
-def both(
-    world: World, folder: str, jobs: list[tuple[str, ...]], accelerated: Sequence[int]
+def train_both(
+    process: RankProcess, folder: str, jobs: list[tuple[str, ...]], accelerated_ranks: Sequence[int]
 ) -> list[tuple[Curve, Curve]]:
     """Each job's curve over plain groups, and over those of two kinds of device."""
-    plain = [curve(world, folder, words, STEPS) for words in jobs]
-    join_as(world, folder, accelerated)
-    mixed = [curve(world, folder, words, STEPS) for words in jobs]
-    return list(zip(plain, mixed, strict=True))
+    plain_curves = [train_curve(process, folder, overrides, STEPS) for overrides in jobs]
+    join_with_backend(process, folder, accelerated_ranks)
+    mixed_curves = [train_curve(process, folder, overrides, STEPS) for overrides in jobs]
+    return list(zip(plain_curves, mixed_curves, strict=True))
 
 
-def same_bits(pairs: list[tuple[Curve, Curve]]) -> None:
-    for plain, mixed in pairs:
-        assert mixed.losses == plain.losses
-        assert mixed.norms == plain.norms
-        for name, found in mixed.parameters.items():
-            assert torch.equal(found, plain.parameters[name]), name
+def check_same_bits(pairs: list[tuple[Curve, Curve]]) -> None:
+    for plain_curve, mixed_curve in pairs:
+        assert mixed_curve.losses == plain_curve.losses
+        assert mixed_curve.norms == plain_curve.norms
+        for name, tensor in mixed_curve.parameters.items():
+            assert torch.equal(tensor, plain_curve.parameters[name]), name
 
 
-@pytest.mark.parametrize("accelerated", [[0], [1]])
-def test_two_islands(accelerated: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("accelerated_ranks", [[0], [1]])
+def test_two_islands(accelerated_ranks: list[int], tmp_path: Path) -> None:
     jobs: list[tuple[str, ...]] = [
         (*DENSE, "sync.protocol=allreduce"),
         (*DENSE, "sync.protocol=exchange", "sync.codec=bf16"),
@@ -68,8 +68,8 @@ def test_two_islands(accelerated: list[int], tmp_path: Path) -> None:
         MUON,
         MOE,
     ]
-    for found in launch(both, str(tmp_path), jobs, accelerated, ranks=2):
-        same_bits(found)
+    for pairs in launch(train_both, str(tmp_path), jobs, accelerated_ranks, ranks=2):
+        check_same_bits(pairs)
 
 
 def test_islands_of_two_ranks(tmp_path: Path) -> None:
@@ -77,43 +77,43 @@ def test_islands_of_two_ranks(tmp_path: Path) -> None:
         (*DENSE, "layout.islands=2", "layout.shard=2", "sync.protocol=exchange"),
         (*MUON, "layout.islands=2", "layout.tensor=2", "sync.protocol=allreduce"),
     ]
-    for found in launch(both, str(tmp_path), jobs, [2, 3], ranks=4):
-        same_bits(found)
+    for pairs in launch(train_both, str(tmp_path), jobs, [2, 3], ranks=4):
+        check_same_bits(pairs)
 
 
-def groups(world: World, folder: str) -> dict[str, tuple[bool, bool]]:
+def inspect_groups(process: RankProcess, folder: str) -> dict[str, tuple[bool, bool]]:
     """Of some groups of islands of two: whether they carry host memory only, and whether what
     is sent over them is a copy."""
-    join_as(world, folder, [2, 3])
-    mesh = make_mesh(Layout(island=2, shard=2), world.rank, "cpu")
-    found = {}
+    join_with_backend(process, folder, [2, 3])
+    mesh = make_mesh(Layout(island=2, shard=2), process.rank, "cpu")
+    properties = {}
     for axes in (("shard",), ("island",), AXES):
-        group, tensor = mesh.group(*axes), torch.tensor([world.rank])
-        rows = gather_rows(tensor, group, mesh.size(*axes))
-        assert rows[mesh.index(*axes)].tolist() == [world.rank]
-        copied = outward(tensor, group).data_ptr() != tensor.data_ptr()
-        found[" ".join(axes[:1])] = (dist.get_backend_config(group) == HOST_ONLY, copied)
-    return found
+        group, tensor = mesh.group(*axes), torch.tensor([process.rank])
+        rows = all_gather_rows(tensor, group, mesh.size(*axes))
+        assert rows[mesh.index(*axes)].tolist() == [process.rank]
+        is_copied = to_transport_device(tensor, group).data_ptr() != tensor.data_ptr()
+        properties[" ".join(axes[:1])] = (dist.get_backend_config(group) == HOST_GLOO, is_copied)
+    return properties
 
 
 def test_only_what_crosses_islands_goes_by_host_memory(tmp_path: Path) -> None:
-    alike = (False, False)
-    for rank, found in enumerate(launch(groups, str(tmp_path), ranks=4)):
-        across = (True, True) if rank in (2, 3) else alike
-        assert found == {"shard": alike, "island": across, AXES[0]: across}
+    same_device = (False, False)
+    for rank, properties in enumerate(launch(inspect_groups, str(tmp_path), ranks=4)):
+        cross_device = (True, True) if rank in (2, 3) else same_device
+        assert properties == {"shard": same_device, "island": cross_device, AXES[0]: cross_device}
 
 
-def filled(world: World, folder: str) -> int:
+def restore_newcomer(process: RankProcess, folder: str) -> int:
     """Rank 1 is filled by rank 0."""
-    join_as(world, folder, [world.size - 1])
-    held = hold(ALL, 4, MODEL) if world.first else []
-    wanted = held or empty(ALL, MODEL)
-    kept = [Kept(4, meta(4), held)] if world.first else []
-    found = fill(wanted, kept, dist.group.WORLD, world.rank, world.size)
-    check(wanted, 4, MODEL)
-    assert found is not None
-    return found.receivers
+    join_with_backend(process, folder, [process.size - 1])
+    local_tensors = make_local_tensors(ALL_BOXES, 4, MODEL) if process.is_first else []
+    targets = local_tensors or make_empty_tensors(ALL_BOXES, MODEL)
+    snapshots = [StateSnapshot(4, meta(4), local_tensors)] if process.is_first else []
+    stats = restore_from_peers(targets, snapshots, dist.group.WORLD, process.rank, process.size)
+    check_tensors(targets, 4, MODEL)
+    assert stats is not None
+    return stats.receivers
 
 
 def test_a_newcomer_of_another_kind_is_filled(tmp_path: Path) -> None:
-    assert launch(filled, str(tmp_path), ranks=2) == [1, 1]
+    assert launch(restore_newcomer, str(tmp_path), ranks=2) == [1, 1]

@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from cordee.config.load import load
 from cordee.config.run import MemorySettings, Run
-from cordee.dist.start import World
-from cordee.dist.wire import Wire
+from cordee.dist.start import RankProcess
+from cordee.dist.wire import AxisComm
 from cordee.layout.axes import Layout
-from cordee.layout.tensors import tensors
-from cordee.model.span import Span
+from cordee.layout.tensors import tensor_specs
+from cordee.model.span import SequenceShard
 from cordee.model.transformer import Transformer
-from cordee.parallel.tensor import split_sequence
-from cordee.plan.costs import whole
-from cordee.plan.wires import tensor_bytes
+from cordee.parallel.tensor import set_sequence_parallel
+from cordee.plan.costs import all_layers
+from cordee.plan.wires import tensor_axis_bytes
 from cordee.testing import launch
 
 LEVERS = [
@@ -28,32 +28,32 @@ LEVERS = [
 ]
 
 
-def count(world: World, ranks: int) -> None:
+def check_bytes(process: RankProcess, ranks: int) -> None:
     torch.set_num_threads(1)
     for precision, dropout in (("fp32", 0.0), ("bf16", 0.1)):
-        words = ("model.width=48", "model.heads=6", "model.kv_heads=3", "model.layers=3",
+        overrides = ("model.width=48", "model.heads=6", "model.kv_heads=3", "model.layers=3",
                  "batch.microbatch=3", "data.sequence=24", f"run.precision={precision}",
                  f"model.dropout={dropout}")  # fmt: skip
         for memory in LEVERS:
-            hold(world, replace(load(None, words).run, memory=memory), ranks)
+            check_microbatch(process, replace(load(None, overrides).run, memory=memory), ranks)
 
 
-def hold(world: World, run: Run, ranks: int) -> None:
+def check_microbatch(process: RankProcess, run: Run, ranks: int) -> None:
     """One microbatch on this rank's part of the model; what it sent is what paper says."""
     layout = Layout(tensor=ranks)
     model = Transformer(run.model, 60)
     model.memory = run.memory
     model.autocast = torch.bfloat16 if run.run.precision == "bf16" else None
     parameters = dict(model.named_parameters())
-    for spec in tensors(run.model, 60):
-        box = tuple(slice(*part) for part in spec.box(layout, layout.coordinates(world.rank)))
+    for spec in tensor_specs(run.model, 60):
+        box = tuple(slice(*bounds) for bounds in spec.box(layout, layout.coordinates(process.rank)))
         parameters[spec.name].data = parameters[spec.name].data[box].clone()
-    wire = Wire(dist.group.WORLD, ranks, world.rank)
-    split_sequence(model, wire, Span(tensor=ranks, tensor_index=world.rank))
+    comm = AxisComm(dist.group.WORLD, ranks, process.rank)
+    set_sequence_parallel(model, comm, SequenceShard(tensor_size=ranks, tensor_index=process.rank))
     tokens = torch.randint(0, 60, (3, 25), generator=torch.Generator().manual_seed(1))
     model.loss(tokens).backward()
-    assert wire.bytes_sent == tensor_bytes(run, layout, [whole(run)], 60), run.memory
+    assert comm.bytes_sent == tensor_axis_bytes(run, layout, [all_layers(run)], 60), run.memory
 
 
 def test_counted_bytes_are_predicted_bytes() -> None:
-    launch(count, 3, ranks=3)
+    launch(check_bytes, 3, ranks=3)

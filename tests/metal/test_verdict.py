@@ -11,27 +11,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.begin import lay_out_data, settle
-from cordee.build import RunState, build
+from cordee.begin import prepare_dataset, resolve_config
+from cordee.build import RunState, build_run_state
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.config.load import load
-from cordee.desk import Desk
-from cordee.dist.start import World
-from cordee.fault.guard import odd_ranks
-from cordee.fault.inject import Drill
-from cordee.fault.leave import Asked
-from cordee.metrics.sinks import read_lines
+from cordee.desk import RunLogger
+from cordee.dist.start import RankProcess
+from cordee.fault.guard import find_divergent_ranks
+from cordee.fault.inject import FaultInjector
+from cordee.fault.leave import StopRequest
+from cordee.metrics.sinks import read_records
 from cordee.parts import Parts
 from cordee.plan.cluster import local_cluster
 from cordee.plan.plan import make_plan
 from cordee.testing import launch
-from cordee.train import step, whole
+from cordee.train import train_step, full_tensor
 from tests.conftest import SMALL, TINY
 
 NAN, INF = math.nan, math.inf
-SICK_STEP = 3
+FAULT_STEP = 3
 
-WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+NORM_FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "twice as long": lambda norm: 2 * norm,
     "not a number": lambda norm: norm * NAN,
     "infinite": lambda norm: norm * INF,
@@ -40,7 +40,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize(
-    ("norms", "tolerance", "odd"),
+    ("norms", "tolerance", "expected_ranks"),
     [
         ((1.0, 1.0, 1.0), 0.0, []),
         ((1.0, 1.0, 2.0), 0.0, [2]),
@@ -58,90 +58,90 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
         ((1.0, 1.0, 1.5, 1.5), 1e-3, [0, 1, 2, 3]),
     ],
 )
-def test_who_differs(norms: tuple[float, ...], tolerance: float, odd: list[int]) -> None:
-    assert odd_ranks(norms, tolerance) == odd
+def test_who_differs(norms: tuple[float, ...], tolerance: float, expected_ranks: list[int]) -> None:
+    assert find_divergent_ranks(norms, tolerance) == expected_ranks
 
 
-def steps(world: World, folder: str, wrong: str, times: int, exact: bool) -> dict[str, Any]:
+def run_steps(process: RankProcess, folder: str, fault_name: str, fault_count: int, exact: bool) -> dict[str, Any]:
     """Five steps, in which rank 1 takes the norm for something else `times` times."""
     torch.set_num_threads(1)
-    home = f"run.dir={folder}/{world.rank}"
-    words = (*SMALL, *TINY, home, "run.steps=100", f"run.exact={str(exact).lower()}")
-    run = settle(load(None, words).run)
-    data = lay_out_data(run)
-    plan = make_plan(run, local_cluster(), data.vocabulary, world.size)
-    state = build(run, plan, world, data, Parts())
-    desk, left = Desk(state, Asked()), [times if world.rank == 1 else 0]
-    honest, spoil = RunState.norm, Drill.spoil
+    run_dir_override = f"run.dir={folder}/{process.rank}"
+    overrides = (*SMALL, *TINY, run_dir_override, "run.steps=100", f"run.exact={str(exact).lower()}")
+    run = resolve_config(load(None, overrides).run)
+    data = prepare_dataset(run)
+    plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
+    state = build_run_state(run, plan, process, data, Parts())
+    logger, remaining_faults = RunLogger(state, StopRequest()), [fault_count if process.rank == 1 else 0]
+    original_norm, original_corrupt = RunState.gradient_norm, FaultInjector.corrupt_gradient
 
-    def spoiled(self: Drill, gradients: Any, number: int) -> None:
-        if wrong == "its own sum" and number == SICK_STEP and left[0]:
-            left[0] -= 1
+    def faulty_corrupt(self: FaultInjector, gradients: Any, number: int) -> None:
+        if fault_name == "its own sum" and number == FAULT_STEP and remaining_faults[0]:
+            remaining_faults[0] -= 1
             gradients[0].view(-1)[0] = NAN
 
-    def norm(self: RunState, gradients: Any) -> Tensor:
-        right = honest(self, gradients)
-        if self.progress.step + 1 != SICK_STEP or not left[0] or wrong not in WRONG:
-            return right
-        left[0] -= 1
-        return WRONG[wrong](right)
+    def faulty_norm(self: RunState, gradients: Any) -> Tensor:
+        true_norm = original_norm(self, gradients)
+        if self.progress.step + 1 != FAULT_STEP or not remaining_faults[0] or fault_name not in NORM_FAULTS:
+            return true_norm
+        remaining_faults[0] -= 1
+        return NORM_FAULTS[fault_name](true_norm)
 
-    RunState.norm, Drill.spoil = norm, spoiled  # type: ignore[method-assign]
+    RunState.gradient_norm, FaultInjector.corrupt_gradient = faulty_norm, faulty_corrupt  # type: ignore[method-assign]
     try:
-        said = []
+        verdicts = []
         for _ in range(5):
-            outcome = step(state, desk)
-            desk.record(state, outcome)
-            said.append(outcome.verdict)
+            step_result = train_step(state, logger)
+            logger.log_step(state, step_result)
+            verdicts.append(step_result.verdict)
     finally:
-        RunState.norm, Drill.spoil = honest, spoil  # type: ignore[method-assign]
-        desk.close()
+        RunState.gradient_norm, FaultInjector.corrupt_gradient = original_norm, original_corrupt  # type: ignore[method-assign]
+        logger.close()
     return {
-        "said": [(verdict.say, verdict.cause) for verdict in said],
-        "weights": weights_sha256(state.specs, lambda name: whole(state, name)),
-        "told": [e for e in read_lines(Path(run.run.dir) / "events.jsonl")
+        "said": [(verdict.say, verdict.cause) for verdict in verdicts],
+        "weights": weights_sha256(state.specs, lambda name: full_tensor(state, name)),
+        "told": [e for e in read_records(Path(run.run.dir) / "events.jsonl")
                  if e["event"].startswith("step_")],
-        "skipped": state.progress.skipped, "in a row": state.guard.in_a_row,
-        "events": [e for e in read_lines(Path(run.run.dir) / "events.jsonl")
+        "skipped": state.progress.skipped, "in a row": state.guard.consecutive_skips,
+        "events": [e for e in read_records(Path(run.run.dir) / "events.jsonl")
                    if e["event"] == "ranks_differ"],
     }  # fmt: skip
 
 
-def both(world: World, folder: str, exact: bool) -> dict[str, Any]:
+def run_all_faults(process: RankProcess, folder: str, exact: bool) -> dict[str, Any]:
     """Every wrong norm once and for good, and none."""
-    names = (*WRONG, "its own sum")
+    names = (*NORM_FAULTS, "its own sum")
     jobs = [("twice as long", 0), *((name, times) for name in names for times in (1, 2))]
     if not exact:
         jobs = [job for job in jobs if job[0] != "one bit"]
-    return {f"{n} {t}": steps(world, f"{folder}/{n}-{t}", n, t, exact) for n, t in jobs}
+    return {f"{n} {t}": run_steps(process, f"{folder}/{n}-{t}", n, t, exact) for n, t in jobs}
 
 
-def check_own(once: dict[str, Any], twice: dict[str, Any], clean: dict[str, Any]) -> None:
+def check_own(once_result: dict[str, Any], twice_result: dict[str, Any], clean_result: dict[str, Any]) -> None:
     """What is not finite is computed again; when it is so again, the rank is named that has it."""
-    assert once["weights"] == clean["weights"] and not once["skipped"]
-    assert [e["event"] for e in once["told"]] == ["step_repeated"]
-    assert twice["skipped"] == 1 and not twice["events"]
-    assert [e["event"] for e in twice["told"]] == ["step_repeated", "step_skipped"]
-    assert twice["told"][1]["rank"] == 1 and twice["told"][1]["sick"] == [{"rank": 1}]
+    assert once_result["weights"] == clean_result["weights"] and not once_result["skipped"]
+    assert [e["event"] for e in once_result["told"]] == ["step_repeated"]
+    assert twice_result["skipped"] == 1 and not twice_result["events"]
+    assert [e["event"] for e in twice_result["told"]] == ["step_repeated", "step_skipped"]
+    assert twice_result["told"][1]["rank"] == 1 and twice_result["told"][1]["sick"] == [{"rank": 1}]
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_all_do_the_same_and_say_who_differs(exact: bool, tmp_path: Path) -> None:
-    one, other = launch(both, str(tmp_path), exact, ranks=2)
-    clean = one.pop("twice as long 0")
-    other.pop("twice as long 0")
-    assert not clean["events"] and clean["skipped"] == 0
-    check_own(one.pop("its own sum 1"), one.pop("its own sum 2"), clean)
-    for job, found in one.items():
-        twin = other[job]
+    first_results, second_results = launch(run_all_faults, str(tmp_path), exact, ranks=2)
+    clean_result = first_results.pop("twice as long 0")
+    second_results.pop("twice as long 0")
+    assert not clean_result["events"] and clean_result["skipped"] == 0
+    check_own(first_results.pop("its own sum 1"), first_results.pop("its own sum 2"), clean_result)
+    for job, result in first_results.items():
+        second_result = second_results[job]
         for key in ("said", "weights", "skipped", "in a row"):
-            assert found[key] == twin[key], (job, key)
+            assert result[key] == second_result[key], (job, key)
         if job.endswith("1"):  # a passing fault costs nothing
-            assert found["weights"] == clean["weights"] and found["skipped"] == 0, job
-            assert [e["done"] for e in found["events"]] == ["the step is computed again"]
+            assert result["weights"] == clean_result["weights"] and result["skipped"] == 0, job
+            assert [e["done"] for e in result["events"]] == ["the step is computed again"]
         else:
-            assert found["skipped"] == 1 and found["weights"] != clean["weights"], job
-            assert "different gradients" in found["said"][SICK_STEP - 1][1]
-            assert len(found["events"]) == 2
-        sick = [1] if job.startswith(("not", "inf")) else [0, 1]
-        assert [who["rank"] for who in found["events"][0]["ranks"]] == sick, job
+            assert result["skipped"] == 1 and result["weights"] != clean_result["weights"], job
+            assert "different gradients" in result["said"][FAULT_STEP - 1][1]
+            assert len(result["events"]) == 2
+        expected_ranks = [1] if job.startswith(("not", "inf")) else [0, 1]
+        assert [rank_entry["rank"] for rank_entry in result["events"][0]["ranks"]] == expected_ranks, job

@@ -10,62 +10,62 @@ import pytest
 from cordee.config.load import load
 from cordee.devices import BACKENDS, DEVICES
 from cordee.errors import ConfigError
-from cordee.layout.axes import INSIDE, Layout
+from cordee.layout.axes import MODEL_AXES, Layout
 from cordee.plan import accelerators
-from cordee.plan.accelerators import Accelerators, recognise
+from cordee.plan.accelerators import Accelerators, detect_accelerators
 from cordee.plan.cluster import gpu_cluster, local_cluster
-from cordee.plan.plan import Plan, devices_of, make_plan
+from cordee.plan.plan import Plan, select_cluster, make_plan
 from cordee.plan.search import search
 
-VERSIONS = "__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = {hip}\n"
+VERSION_TEXT = "__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = {hip}\n"
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of a machine without accelerators, with a torch that is built for all of them."""
     monkeypatch.setattr(accelerators, "ROOT", tmp_path)
-    monkeypatch.setattr(accelerators, "_built", lambda what: True)
+    monkeypatch.setattr(accelerators, "_is_built_for", lambda backend: True)
     return tmp_path
 
 
-def write(root: Path, files: dict[str, str]) -> None:
+def write_files(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
 
 
-def amd(root: Path, version: int, count: int, memory_bytes: int, passed: int) -> None:
+def make_amd_devices(root: Path, version: int, count: int, memory_bytes: int, visible_count: int) -> None:
     """`count` GPUs and a CPU in the topology, `passed` of them with a device file."""
     nodes = "sys/class/kfd/kfd/topology/nodes"
-    write(root, {"dev/kfd": "", f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0\n"})
+    write_files(root, {"dev/kfd": "", f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0\n"})
     for n in range(1, count + 1):
-        told = f"simd_count 1216\ngfx_target_version {version}\ndrm_render_minor {127 + n}\n"
-        bank = f"heap_type 1\nsize_in_bytes {memory_bytes}\n"
-        write(root, {f"{nodes}/{n}/properties": told,
-                     f"{nodes}/{n}/mem_banks/0/properties": bank})  # fmt: skip
-        if n <= passed:
-            write(root, {f"dev/dri/renderD{127 + n}": ""})
+        properties = f"simd_count 1216\ngfx_target_version {version}\ndrm_render_minor {127 + n}\n"
+        bank_text = f"heap_type 1\nsize_in_bytes {memory_bytes}\n"
+        write_files(root, {f"{nodes}/{n}/properties": properties,
+                     f"{nodes}/{n}/mem_banks/0/properties": bank_text})  # fmt: skip
+        if n <= visible_count:
+            write_files(root, {f"dev/dri/renderD{127 + n}": ""})
 
 
-def intel(root: Path, driver: str, vendor: str, mapped_bytes: int) -> None:
+def make_intel_device(root: Path, driver: str, vendor: str, mapped_bytes: int) -> None:
     node = "sys/class/drm/renderD128"
     rows = f"0x0 0x{16 << 20:x} 0x1\n0x1000000000 0x{0x1000000000 + mapped_bytes - 1:x} 0x2\n"
-    write(root, {f"{node}/device/vendor": f"{vendor}\n", f"{node}/device/resource": rows,
+    write_files(root, {f"{node}/device/vendor": f"{vendor}\n", f"{node}/device/resource": rows,
                  "dev/dri/renderD128": "", f"drivers/{driver}/x": ""})  # fmt: skip
     (root / node / "device/driver").symlink_to(root / "drivers" / driver)
 
 
-def apple(monkeypatch: pytest.MonkeyPatch, **told: int) -> None:
-    numbers = {"hw.optional.arm64": 1, "sysctl.proc_translated": 0} | {
-        name.replace("__", "."): value for name, value in told.items()
+def fake_apple_machine(monkeypatch: pytest.MonkeyPatch, **sysctl_values: int) -> None:
+    sysctl_numbers = {"hw.optional.arm64": 1, "sysctl.proc_translated": 0} | {
+        name.replace("__", "."): value for name, value in sysctl_values.items()
     }
-    monkeypatch.setattr(accelerators, "sysctl_number", numbers.__getitem__)
+    monkeypatch.setattr(accelerators, "sysctl_number", sysctl_numbers.__getitem__)
     monkeypatch.setattr(accelerators, "sysctl_text", lambda name: "Apple M2 Pro")
     monkeypatch.setattr(accelerators, "host_memory_bytes", lambda: 24 << 30)
 
 
 def test_a_machine_without_any(root: Path) -> None:
-    assert recognise() is None
+    assert detect_accelerators() is None
     assert local_cluster().device == "cpu"
 
 
@@ -75,9 +75,9 @@ def test_a_machine_without_any(root: Path) -> None:
      ("", "2 GPU (as A100)")],
 )  # fmt: skip
 def test_nvidia(root: Path, model: str, name: str) -> None:
-    write(root, {f"dev/{n}": "" for n in ("nvidia0", "nvidia1", "nvidia-uvm", "nvidiactl")})
+    write_files(root, {f"dev/{n}": "" for n in ("nvidia0", "nvidia1", "nvidia-uvm", "nvidiactl")})
     if model:
-        write(
+        write_files(
             root, {"proc/driver/nvidia/gpus/0000:1:0/information": f"Model: \t {model}\nIRQ: 7\n"}
         )
     cluster = local_cluster()
@@ -86,7 +86,7 @@ def test_nvidia(root: Path, model: str, name: str) -> None:
 
 
 def test_amd_is_a_cuda_device_with_its_own_figures(root: Path) -> None:
-    amd(root, 90402, 8, 206 << 30, passed=8)
+    make_amd_devices(root, 90402, 8, 206 << 30, visible_count=8)
     cluster = local_cluster()
     assert (cluster.device, cluster.name, cluster.devices) == ("cuda", "8 MI300X", 8)
     assert cluster.memory_bytes == 206 << 30 and cluster.flops_bf16 == 1307e12
@@ -98,22 +98,22 @@ def test_amd_is_a_cuda_device_with_its_own_figures(root: Path) -> None:
 def test_amd_by_its_instructions_and_only_what_a_container_was_passed(
     root: Path, version: int, model: str
 ) -> None:
-    amd(root, version, 4, 24 << 30, passed=1)
-    assert recognise() == Accelerators("cuda", "AMD", model, 1, 24 << 30)
-    known = model.startswith("MI")
-    assert local_cluster().name == (f"1 {model}" if known else f"1 {model} (as A100)")
+    make_amd_devices(root, version, 4, 24 << 30, visible_count=1)
+    assert detect_accelerators() == Accelerators("cuda", "AMD", model, 1, 24 << 30)
+    has_figures = model.startswith("MI")
+    assert local_cluster().name == (f"1 {model}" if has_figures else f"1 {model} (as A100)")
 
 
 def test_a_card_that_torch_here_is_not_built_for_is_named_and_left(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    amd(root, 90402, 1, 206 << 30, passed=1)
-    monkeypatch.setattr(accelerators, "_built", lambda what: what != "hip")
+    make_amd_devices(root, 90402, 1, 206 << 30, visible_count=1)
+    monkeypatch.setattr(accelerators, "_is_built_for", lambda backend: backend != "hip")
     cluster = local_cluster()
     assert cluster.device == "cpu" and "its AMD GPU is left" in cluster.name
-    with pytest.raises(ConfigError, match="there is no cuda device") as told:
-        devices_of(load(None, ["launch.device=cuda"]).run, cluster)
-    assert "AMD GPU is left" in str(told.value.values)
+    with pytest.raises(ConfigError, match="there is no cuda device") as exc_info:
+        select_cluster(load(None, ["launch.device=cuda"]).run, cluster)
+    assert "AMD GPU is left" in str(exc_info.value.values)
 
 
 @pytest.mark.parametrize(
@@ -130,32 +130,32 @@ def test_intel(
     driver: str, vendor: str, mapped_bytes: int, expected: int | None,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(accelerators, "host_memory_bytes", lambda: 10 << 30)
-    intel(root, driver, vendor, mapped_bytes)
-    found = recognise()
-    assert (found and found.memory_bytes) == expected
-    if found:
+    make_intel_device(root, driver, vendor, mapped_bytes)
+    gpus = detect_accelerators()
+    assert (gpus and gpus.memory_bytes) == expected
+    if gpus:
         cluster = local_cluster()
         assert cluster.device == "xpu" and cluster.name == "1 Intel GPU (as A100)"
 
 
 def test_apple(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apple(monkeypatch)
+    fake_apple_machine(monkeypatch)
     cluster = local_cluster()
     assert (cluster.device, cluster.name) == ("mps", "1 Apple M2 Pro (as M1)")
     assert cluster.memory_bytes == 16 << 30
-    apple(monkeypatch, sysctl__proc_translated=1)
-    assert recognise() is None
+    fake_apple_machine(monkeypatch, sysctl__proc_translated=1)
+    assert detect_accelerators() is None
 
 
 def test_of_two_makers_the_one_that_torch_is_built_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(root, {"dev/nvidia0": ""})
-    intel(root, "xe", "0x8086", 16 << 30)
-    for built, maker in (("cuda", "NVIDIA"), ("xpu", "Intel"), ("", "NVIDIA")):
-        monkeypatch.setattr(accelerators, "_built", lambda what, built=built: what == built)
-        found = recognise()
-        assert found is not None and (found.maker, found.usable) == (maker, bool(built))
+    write_files(root, {"dev/nvidia0": ""})
+    make_intel_device(root, "xe", "0x8086", 16 << 30)
+    for target, vendor in (("cuda", "NVIDIA"), ("xpu", "Intel"), ("", "NVIDIA")):
+        monkeypatch.setattr(accelerators, "_is_built_for", lambda backend, target=target: backend == target)
+        gpus = detect_accelerators()
+        assert gpus is not None and (gpus.vendor, gpus.is_usable) == (vendor, bool(target))
 
 
 def test_what_torch_is_built_for_is_read_from_its_own_file(
@@ -163,15 +163,15 @@ def test_what_torch_is_built_for_is_read_from_its_own_file(
 ) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('not to be imported')")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: _Spec(tmp_path / name))
-    assert accelerators._built("cuda"), "nothing to ask"
-    text = VERSIONS.format(cuda="'12.8'", hip="None")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: FakeModuleSpec(tmp_path / name))
+    assert accelerators._is_built_for("cuda"), "nothing to ask"
+    text = VERSION_TEXT.format(cuda="'12.8'", hip="None")
     (tmp_path / "torch/version.py").write_text(text)
-    assert accelerators._built("cuda") and not accelerators._built("hip")
-    assert accelerators._built("xpu"), "an old torch does not say"
+    assert accelerators._is_built_for("cuda") and not accelerators._is_built_for("hip")
+    assert accelerators._is_built_for("xpu"), "an old torch does not say"
 
 
-class _Spec:
+class FakeModuleSpec:
     def __init__(self, folder: Path) -> None:
         self.origin = str(folder / "__init__.py")
 
@@ -199,12 +199,12 @@ def test_bits_are_refused_where_nobody_has_seen_them_repeat(kind: str) -> None:
 
 def test_islands_of_several_devices_need_messages_between_them() -> None:
     cluster = replace(gpu_cluster("M1", 1), hosts=4)
-    words = ["model.preset=small", "batch.microbatches=8"]
-    assert {c.layout for c in search(load(None, words).run, cluster).ranked} == {
+    overrides = ["model.preset=small", "batch.microbatches=8"]
+    assert {c.layout for c in search(load(None, overrides).run, cluster).candidates} == {
         Layout(island=n) for n in (1, 2, 3, 4)
     }
-    for axis in INSIDE[:2]:
-        run = load(None, [*words, f"layout.{axis}=2"]).run
+    for axis in MODEL_AXES[:2]:
+        run = load(None, [*overrides, f"layout.{axis}=2"]).run
         with pytest.raises(ConfigError, match="which mps cannot"):
             make_plan(run, cluster)
 

@@ -13,69 +13,69 @@ import pytest
 
 from cordee.errors import RunError
 from cordee.fault import supervise
-from cordee.fault.course import Post
-from cordee.fault.hold import Hold
-from cordee.fault.hosts import Meeting
+from cordee.fault.course import SupervisorConfig
+from cordee.fault.hold import RunLock
+from cordee.fault.hosts import RendezvousConfig
 from cordee.fault.members import Member
 from cordee.fault.memory import oom_kills
-from cordee.fault.pace import Rules
+from cordee.fault.pace import Timeouts
 from cordee.fault.supervise import Supervisor
 
 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Supervisor:
     """One of a host alone, whose workers are processes that wait."""
-    post = Post(
+    supervisor_config = SupervisorConfig(
         command=["-c", "import time; time.sleep(60)"], plan="{}",
-        plan_for=lambda islands, devices=(): ("{}", islands), inside=1, wants=2, spares=0,
-        threads=1, silence_s=60, start_s=60, tries=3, recover=True, hold=Hold(tmp_path / "lock"),
+        replan=lambda islands, devices=(): ("{}", islands), island_size=1, num_ranks=2, spares=0,
+        threads=1, heartbeat_timeout_s=60, startup_timeout_s=60, max_failures=3, recover=True, run_lock=RunLock(tmp_path / "lock"),
     )  # fmt: skip
-    meeting = Meeting(None, lambda me, **given: Member(me, Rules(), **given), lambda: False, "cpu")
-    return Supervisor(post, meeting)
+    rendezvous_config = RendezvousConfig(None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu")
+    return Supervisor(supervisor_config, rendezvous_config)
 
 
 def test_a_kill_by_the_kernel_is_named(
     supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, v1 = tmp_path / "own", tmp_path / "memory" / "job"
-    own.write_text("4:cpu,memory:/job\n0::/a/b\n")
-    assert oom_kills(tmp_path, own, tmp_path / "none") == 0
-    v1.mkdir(parents=True)
-    (v1 / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
-    assert oom_kills(tmp_path, own, tmp_path / "none") == 3
-    own.write_text("0::/a/b\n")
+    cgroup_file, v1_dir = tmp_path / "own", tmp_path / "memory" / "job"
+    cgroup_file.write_text("4:cpu,memory:/job\n0::/a/b\n")
+    assert oom_kills(tmp_path, cgroup_file, tmp_path / "none") == 0
+    v1_dir.mkdir(parents=True)
+    (v1_dir / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert oom_kills(tmp_path, cgroup_file, tmp_path / "none") == 3
+    cgroup_file.write_text("0::/a/b\n")
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "memory.events").write_text("low 0\noom 9\noom_kill 5\n")
-    assert oom_kills(tmp_path, own, tmp_path / "none") == 5
-    counts = iter((supervisor._ooms, supervisor._ooms + 1, supervisor._ooms + 2))
-    monkeypatch.setattr(supervise, "oom_kills", lambda: next(counts))
-    assert supervisor._how(-9) == "was killed by signal 9 (SIGKILL)"
-    assert supervisor._how(-9).endswith(", as the kernel was out of memory")
-    assert supervisor._how(-11) == "was killed by signal 11 (SIGSEGV)"
+    assert oom_kills(tmp_path, cgroup_file, tmp_path / "none") == 5
+    kill_counts = iter((supervisor._oom_count, supervisor._oom_count + 1, supervisor._oom_count + 2))
+    monkeypatch.setattr(supervise, "oom_kills", lambda: next(kill_counts))
+    assert supervisor._describe_death(-9) == "was killed by signal 9 (SIGKILL)"
+    assert supervisor._describe_death(-9).endswith(", as the kernel was out of memory")
+    assert supervisor._describe_death(-11) == "was killed by signal 11 (SIGSEGV)"
 
 
-def refusing(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
+def refuse_start(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def test_a_worker_that_the_system_refuses_is_tried_again(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start: Callable[[], bool] = supervisor._start
-    before = len(os.listdir("/proc/self/fd"))
+    start_worker: Callable[[], bool] = supervisor._start_worker
+    descriptor_count = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", refusing)
+        patch.setattr(subprocess, "Popen", refuse_start)
         with pytest.raises(RunError, match="no worker can be started"):
-            start()
-    assert len(os.listdir("/proc/self/fd")) == before
+            start_worker()
+    assert len(os.listdir("/proc/self/fd")) == descriptor_count
     try:
-        assert start()
+        assert start_worker()
         with monkeypatch.context() as patch:
-            patch.setattr(subprocess, "Popen", refusing)
-            assert not start() and not start()
+            patch.setattr(subprocess, "Popen", refuse_start)
+            assert not start_worker() and not start_worker()
         assert capsys.readouterr().err.count("cannot be started") == 1
-        monkeypatch.setattr(supervise, "AGAIN_S", 0.0)
-        supervisor._fill_up(now=False)
-        assert len(supervisor.crew.workers) == 2
+        monkeypatch.setattr(supervise, "START_RETRY_S", 0.0)
+        supervisor._start_missing(is_urgent=False)
+        assert len(supervisor.pool.workers) == 2
     finally:
-        supervisor.crew.end(0.0)
+        supervisor.pool.shutdown(0.0)

@@ -6,26 +6,26 @@ from dataclasses import replace
 
 import pytest
 
-from cordee.config.check import check
+from cordee.config.check import validate_run
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.errors import ConfigError
-from cordee.plan.cluster import Cluster, cpu_only, gpu_cluster
+from cordee.plan.cluster import Cluster, without_accelerators, gpu_cluster
 from cordee.plan.plan import Plan, make_plan
 
-H100 = gpu_cluster("H100", 8)
+H100_CLUSTER = gpu_cluster("H100", 8)
 
 
-def run_of(*words: str) -> Run:
-    return load(None, ("model.preset=xl", *words)).run
+def run_of(*overrides: str) -> Run:
+    return load(None, ("model.preset=xl", *overrides)).run
 
 
-def plan_of(cluster: Cluster, *words: str) -> Plan:
-    return make_plan(run_of(*words), cluster, processes=1)
+def plan_of(cluster: Cluster, *overrides: str) -> Plan:
+    return make_plan(run_of(*overrides), cluster, processes=1)
 
 
 @pytest.mark.parametrize(
-    "cluster", [gpu_cluster("A100", 8), cpu_only(H100), replace(H100, flops_fp8=0.0)]
+    "cluster", [gpu_cluster("A100", 8), without_accelerators(H100_CLUSTER), replace(H100_CLUSTER, flops_fp8=0.0)]
 )
 def test_fp8_is_refused_where_devices_do_not_have_it(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match=r"run\.precision=bf16"):
@@ -33,7 +33,7 @@ def test_fp8_is_refused_where_devices_do_not_have_it(cluster: Cluster) -> None:
 
 
 def test_fp8_makes_products_faster_and_nothing_else() -> None:
-    bf16, fp8 = (plan_of(H100, f"run.precision={p}").predicted for p in ("bf16", "fp8"))
+    bf16, fp8 = (plan_of(H100_CLUSTER, f"run.precision={p}").predicted for p in ("bf16", "fp8"))
     assert fp8.time_items["matrices"] == pytest.approx(bf16.time_items["matrices"] * 989 / 1979)
     assert fp8.time_items["attention"] == bf16.time_items["attention"]
     assert fp8.memory_items == bf16.memory_items
@@ -41,27 +41,27 @@ def test_fp8_makes_products_faster_and_nothing_else() -> None:
 
 
 def test_fp16_is_planned_as_bf16() -> None:
-    bf16, fp16 = (plan_of(H100, f"run.precision={p}").predicted for p in ("bf16", "fp16"))
+    bf16, fp16 = (plan_of(H100_CLUSTER, f"run.precision={p}").predicted for p in ("bf16", "fp16"))
     assert bf16 == fp16
 
 
 def test_offload_is_refused_on_a_host_and_empties_a_device() -> None:
     with pytest.raises(ConfigError, match=r"memory\.offload=none"):
-        plan_of(cpu_only(H100), "memory.offload=parameters")
-    kept, moved = (
-        plan_of(H100, f"memory.offload={kind}").predicted for kind in ("none", "parameters")
+        plan_of(without_accelerators(H100_CLUSTER), "memory.offload=parameters")
+    base, offload = (
+        plan_of(H100_CLUSTER, f"memory.offload={kind}").predicted for kind in ("none", "parameters")
     )
-    assert "optimiser" not in moved.memory_items
-    assert "parameters" not in moved.memory_items
-    assert moved.memory_items["gathered parameters"] == kept.memory_items["parameters"]
-    assert moved.memory_bytes < kept.memory_bytes
-    least = plan_of(H100, "memory.offload=parameters", "layout.zero=3").predicted
-    assert least.memory_items["gathered parameters"] < kept.memory_items["parameters"] / 2
-    assert least.memory_bytes < moved.memory_bytes / 2
+    assert "optimiser" not in offload.memory_items
+    assert "parameters" not in offload.memory_items
+    assert offload.memory_items["gathered parameters"] == base.memory_items["parameters"]
+    assert offload.memory_bytes < base.memory_bytes
+    zero3 = plan_of(H100_CLUSTER, "memory.offload=parameters", "layout.zero=3").predicted
+    assert zero3.memory_items["gathered parameters"] < base.memory_items["parameters"] / 2
+    assert zero3.memory_bytes < offload.memory_bytes / 2
 
 
 @pytest.mark.parametrize(
-    ("words", "fix"),
+    ("overrides", "fix"),
     [
         (("model.width=72", "model.heads=4"), "model.width=64"),
         (("model.width=96", "model.heads=12", "model.kv_heads=1"), "model.kv_heads=12"),
@@ -69,10 +69,10 @@ def test_offload_is_refused_on_a_host_and_empties_a_device() -> None:
         (("data.sequence=100", "batch.microbatch=2"), "data.sequence=96"),
     ],
 )
-def test_dims_of_fp8(words: tuple[str, ...], fix: str) -> None:
-    run = load(None, words).run
-    check(run)
-    with pytest.raises(ConfigError) as told:
-        check(load(None, (*words, "run.precision=fp8")).run)
-    assert told.value.fix == fix
-    check(load(None, (*words, "run.precision=fp8", fix)).run)
+def test_dims_of_fp8(overrides: tuple[str, ...], fix: str) -> None:
+    run = load(None, overrides).run
+    validate_run(run)
+    with pytest.raises(ConfigError) as exc_info:
+        validate_run(load(None, (*overrides, "run.precision=fp8")).run)
+    assert exc_info.value.fix == fix
+    validate_run(load(None, (*overrides, "run.precision=fp8", fix)).run)

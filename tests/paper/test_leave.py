@@ -8,46 +8,46 @@ from collections.abc import Iterator
 
 import pytest
 
-from cordee.fault.course import ASKED, HURRY, SIGNALS, Course
-from cordee.fault.leave import leaving
+from cordee.fault.course import STOP_EXIT_CODES, ABORT_SIGNALS, STOP_SIGNALS, RunProgress
+from cordee.fault.leave import catch_stop_signals
 
 
 @pytest.fixture(autouse=True)
-def own_actions() -> Iterator[None]:
+def restore_signal_handlers() -> Iterator[None]:
     """This process's actions, put back afterwards."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    for number, action in before.items():
-        signal.signal(number, action)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_a_wish(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with leaving() as asked:
-        assert asked.number is None
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
+    previous_handler = signal.getsignal(number)
+    with catch_stop_signals() as stop_request:
+        assert stop_request.signal_number is None
         os.kill(os.getpid(), number)
-        assert (asked.number, asked.exit_code, asked.by) == (number, 128 + number, number.name)
-        assert asked.exit_code in ASKED
-        hurried = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert hurried == (number in HURRY)
-        for gentle in set(SIGNALS) - set(HURRY):
-            os.kill(os.getpid(), gentle)  # ends nothing, and changes no wish
-        assert asked.number == number
-    assert signal.getsignal(number) is before
+        assert (stop_request.signal_number, stop_request.exit_code, stop_request.signal_name) == (number, 128 + number, number.name)
+        assert stop_request.exit_code in STOP_EXIT_CODES
+        is_default_handler = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert is_default_handler == (number in ABORT_SIGNALS)
+        for other_signal in set(STOP_SIGNALS) - set(ABORT_SIGNALS):
+            os.kill(os.getpid(), other_signal)  # ends nothing, and changes no wish
+        assert stop_request.signal_number == number
+    assert signal.getsignal(number) is previous_handler
 
 
 def test_what_a_sender_was_told_to_ignore_is_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    with leaving() as asked:
+    with catch_stop_signals() as stop_request:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert asked.number is None
+        assert stop_request.signal_number is None
 
 
-def test_two_of_a_kind_that_hurries_are_a_hurry() -> None:
-    gentle, hurry = signal.SIGUSR1, signal.SIGTERM
-    for told, hurries in (
-        ((gentle, gentle), False), ((gentle, hurry), False), ((hurry,), False),
-        ((hurry, gentle), False), ((hurry, signal.SIGINT), True), ((gentle, hurry, hurry), True),
+def test_two_abort_signals_stop_at_once() -> None:
+    usr1, term = signal.SIGUSR1, signal.SIGTERM
+    for signals, expected in (
+        ((usr1, usr1), False), ((usr1, term), False), ((term,), False),
+        ((term, usr1), False), ((term, signal.SIGINT), True), ((usr1, term, term), True),
     ):  # fmt: skip
-        assert Course(signals=[int(number) for number in told]).hurries == hurries
+        assert RunProgress(received_signals=[int(number) for number in signals]).must_stop_now == expected

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.cli.plan import run as plan_command
-from cordee.config.check import check
+from cordee.config.check import validate_run
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.errors import ConfigError, LayoutError
-from cordee.layout.axes import INSIDE, Layout
-from cordee.layout.legal import problems, rounded
+from cordee.layout.axes import MODEL_AXES, Layout
+from cordee.layout.legal import violation_texts, round_microbatches
 from cordee.plan.cluster import gpu_cluster
 from cordee.plan.plan import make_plan
 
@@ -90,24 +90,24 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_rule_names_values_and_the_nearest_fix(name: str) -> None:
-    overrides, degrees, told, fix = CASES[name]
-    found = problems(run_of(*overrides), Layout(**degrees))
-    assert any(told in reason and fix in near for reason, near in found), found
+    overrides, degrees, message, fix = CASES[name]
+    violations = violation_texts(run_of(*overrides), Layout(**degrees))
+    assert any(message in reason and fix in suggestion for reason, suggestion in violations), violations
 
 
 def test_what_is_legal_is_not_refused() -> None:
     run = run_of("batch.microbatches=16", "model.layers=8", *MOE, "data.sequence=64")
-    degrees = [Layout(**{axis: 2}) for axis in ("island", *INSIDE)]
-    pairs = [Layout(**{a: 2, b: 2}) for a in INSIDE for b in INSIDE if a < b]
-    most = Layout(island=2, pipeline=2, context=2, expert=2, shard=2, tensor=2)
-    for layout in (Layout(), *degrees, *pairs, most):
-        assert problems(run, layout) == [], layout
+    single_axes = [Layout(**{axis: 2}) for axis in ("island", *MODEL_AXES)]
+    axis_pairs = [Layout(**{a: 2, b: 2}) for a in MODEL_AXES for b in MODEL_AXES if a < b]
+    all_axes = Layout(island=2, pipeline=2, context=2, expert=2, shard=2, tensor=2)
+    for layout in (Layout(), *single_axes, *axis_pairs, all_axes):
+        assert violation_texts(run, layout) == [], layout
     for schedule in ("gpipe", "1f1b", "interleaved", "zero_bubble"):
-        other = replace(run, layout=replace(run.layout, schedule=schedule))
-        assert problems(other, Layout(pipeline=2, tensor=2)) == []
+        scheduled_run = replace(run, layout=replace(run.layout, schedule=schedule))
+        assert violation_texts(scheduled_run, Layout(pipeline=2, tensor=2)) == []
     # Islands alone may have unequal shares, and shards of one keep nothing.
-    assert problems(run_of("batch.microbatches=5"), Layout(island=3)) == []
-    assert problems(run_of("layout.zero=3"), Layout()) == []
+    assert violation_texts(run_of("batch.microbatches=5"), Layout(island=3)) == []
+    assert violation_texts(run_of("layout.zero=3"), Layout()) == []
 
 
 DEGREES = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 8])
@@ -117,7 +117,7 @@ DEGREES = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 8])
     degrees=st.tuples(DEGREES, DEGREES, DEGREES, DEGREES, DEGREES, DEGREES),
     microbatches=st.integers(1, 40),
     model=st.sampled_from([(), ("model.tied=true",), MOE, ("model.kv_heads=2",)]),
-    order=st.sampled_from([
+    extra_overrides=st.sampled_from([
         (), ("run.exact=true", "run.steps=1"), ("optim.name=adafactor",), ("layout.zero=3",),
         ("layout.schedule=interleaved",), ("layout.schedule=zero_bubble", "memory.recompute=full"),
         ("data.placement=replicate",), ("sync.codec=bf16", "layout.zero=2"),
@@ -125,65 +125,65 @@ DEGREES = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 8])
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_following_the_fixes_ends_in_a_legal_layout(
-    degrees: tuple[int, ...], microbatches: int, model: tuple[str, ...], order: tuple[str, ...]
+    degrees: tuple[int, ...], microbatches: int, model: tuple[str, ...], extra_overrides: tuple[str, ...]
 ) -> None:
-    axes = dict(zip(("island", *INSIDE), degrees, strict=True))
-    words = [f"batch.microbatches={microbatches}", *model, *order]
+    axes = dict(zip(("island", *MODEL_AXES), degrees, strict=True))
+    overrides = [f"batch.microbatches={microbatches}", *model, *extra_overrides]
     for _ in range(12):
-        found = problems(run_of(*words), Layout(**axes))
-        if not found:
+        violations = violation_texts(run_of(*overrides), Layout(**axes))
+        if not violations:
             return
-        reason, fix = found[0]
+        reason, fix = violations[0]
         key, _, value = re.split(", | ", fix)[0].partition("=")
         if key.removeprefix("layout.") in axes:
             assert axes[key.removeprefix("layout.")] != int(value), (reason, fix)
             axes[key.removeprefix("layout.")] = int(value)
         else:
-            words.append(f"{key}={value}")
-        after = [other for other, _ in problems(run_of(*words), Layout(**axes))]
-        assert reason not in after, "a fix repairs its own rule"
-    raise AssertionError(found)
+            overrides.append(f"{key}={value}")
+        reasons = [other_reason for other_reason, _ in violation_texts(run_of(*overrides), Layout(**axes))]
+        assert reason not in reasons, "a fix repairs its own rule"
+    raise AssertionError(violations)
 
 
 @given(st.integers(1, 60), st.integers(2, 12), st.sampled_from(["1f1b", "interleaved", "gpipe"]))
 @settings(deadline=None)
-def test_rounds_are_those_that_torch_takes(microbatches: int, ranks: int, schedule: str) -> None:
-    chosen = replace(run_of().layout, schedule=schedule)
+def test_microbatch_rounding_matches_torch(microbatches: int, ranks: int, schedule: str) -> None:
+    layout_settings = replace(run_of().layout, schedule=schedule)
 
-    def takes(m: int) -> bool:
+    def is_accepted(m: int) -> bool:
         if schedule == "1f1b":
             return m >= ranks
         return schedule == "gpipe" or m % max(1, m // ranks) == 0
 
-    near = rounded(chosen, ranks, microbatches)
-    assert near == next(m for m in range(microbatches, 200) if takes(m))
+    nearest_count = round_microbatches(layout_settings, ranks, microbatches)
+    assert nearest_count == next(m for m in range(microbatches, 200) if is_accepted(m))
 
 
 def test_plans_refuse_before_anything_starts() -> None:
     cluster = gpu_cluster("H100", 8)
-    for words in (("layout.tensor=3",), ("layout.pipeline=8",), ("layout.zero=3",
+    for overrides in (("layout.tensor=3",), ("layout.pipeline=8",), ("layout.zero=3",
                   "layout.tensor=2"), ("layout.context=2", "data.sequence=255")):  # fmt: skip
-        with pytest.raises(LayoutError) as raised:
-            make_plan(run_of("batch.microbatches=8", *words), cluster)
-        assert raised.value.exit_code == 2 and raised.value.fix and raised.value.values
+        with pytest.raises(LayoutError) as exc_info:
+            make_plan(run_of("batch.microbatches=8", *overrides), cluster)
+        assert exc_info.value.exit_code == 2 and exc_info.value.fix and exc_info.value.values
     with pytest.raises(ConfigError, match=r"model\.vocabulary=300"):
         make_plan(run_of("model.vocabulary=299"), cluster, vocabulary=300)
     assert make_plan(run_of("model.vocabulary=300"), cluster, vocabulary=300)
     with pytest.raises(ConfigError, match=r"layout\.chunks=2"):
-        check(run_of("layout.schedule=interleaved", "layout.chunks=1"))
+        validate_run(run_of("layout.schedule=interleaved", "layout.chunks=1"))
 
 
 def test_the_table_lists_what_is_illegal(
     tmp_path: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster = f"{tmp_path}/c.toml"
-    with open(cluster, "w") as stream:
+    cluster_path = f"{tmp_path}/c.toml"
+    with open(cluster_path, "w") as stream:
         stream.write('kind = "H100"\ndevices = 8\nhosts = 2\n')
-    assert plan_command(["tiny", "batch.microbatches=12", "--cluster", cluster]) == 0
-    told = capsys.readouterr().out
+    assert plan_command(["tiny", "batch.microbatches=12", "--cluster", cluster_path]) == 0
+    output = capsys.readouterr().out
     for line in (
         "pipeline 6, 7, 8, 16", "model.layers=5", "does not divide model.heads=4",
         "data.sequence=256", "the model has no experts", "do not divide batch.microbatches=12",
     ):  # fmt: skip
-        assert line in told
-    assert len(told.splitlines()) < 90
+        assert line in output
+    assert len(output.splitlines()) < 90

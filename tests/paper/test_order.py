@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee.data.order import MAX_ROWS, Order, invert, mixing, permute
+from cordee.data.order import MAX_ROWS, SampleOrder, invert, measure_mixing, permute
 from cordee.errors import DataError
 
 POWERS = [2**k + d for k in range(1, 41) for d in (-1, 0, 1) if 2**k + d <= MAX_ROWS]
-GOLDEN = (
+GOLDEN_ROWS = (
     [517, 84, 902, 917],
     [967, 873, 16, 188],
     [890496293934, 516699047395, 419841944300, 974255783248, 145882177970, 252370485712],
@@ -30,7 +30,7 @@ GOLDEN = (
 
 ROUNDS = 6
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _MIX_A = 0xBF58476D1CE4E5B9
 _MIX_B = 0x94D049BB133111EB
 
@@ -38,18 +38,18 @@ _MIX_B = 0x94D049BB133111EB
 def order_slow(seed: int, rows: int, position: int) -> int:
     """The obvious version of `Order.rows_at`: one position, plain integers."""
     epoch, value = divmod(position, rows)
-    a = math.isqrt(rows - 1) + 1
-    b = -(-rows // a)
-    stream = _mix_slow(_mix_slow((seed & _MASK) ^ _GOLDEN) ^ epoch)
+    left_size = math.isqrt(rows - 1) + 1
+    right_size = -(-rows // left_size)
+    stream = _mix_slow(_mix_slow((seed & _MASK) ^ _GOLDEN_RATIO) ^ epoch)
     while True:
-        left, right = divmod(value, b)
+        left, right = divmod(value, right_size)
         for number in range(ROUNDS):
-            key = _mix_slow((stream + (number + 1) * _GOLDEN) & _MASK)
+            key = _mix_slow((stream + (number + 1) * _GOLDEN_RATIO) & _MASK)
             if number % 2 == 0:
-                left = (left + _round_slow(right, key, a)) % a
+                left = (left + _round_slow(right, key, left_size)) % left_size
             else:
-                right = (right + _round_slow(left, key, b)) % b
-        value = left * b + right
+                right = (right + _round_slow(left, key, right_size)) % right_size
+        value = left * right_size + right
         if value < rows:
             return value
 
@@ -74,8 +74,8 @@ def _round_slow(half: int, key: int, modulus: int) -> int:
     count=st.integers(1, 20),
 )
 def test_fast_equals_slow(seed: int, rows: int, start: int, count: int) -> None:
-    fast = Order(seed, rows, 1, 1).rows_between(start, start + count)
-    assert fast.tolist() == [order_slow(seed, rows, p) for p in range(start, start + count)]
+    row_ids = SampleOrder(seed, rows, 1, 1).row_ids_between(start, start + count)
+    assert row_ids.tolist() == [order_slow(seed, rows, p) for p in range(start, start + count)]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -93,53 +93,53 @@ def test_awkward_lengths_lose_and_double_nothing(rows: int) -> None:
 
 
 def test_inverse_at_powers_of_two_and_their_neighbours() -> None:
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for rows in POWERS:
-        place = np.unique(np.concatenate([random.integers(0, rows, 500), [0, rows - 1]]))
-        row = permute(place, rows, seed=9, epoch=2)
-        assert row.min() >= 0 and row.max() < rows
-        assert np.unique(row).size == place.size
-        assert np.array_equal(invert(row, rows, seed=9, epoch=2), place)
+        positions = np.unique(np.concatenate([rng.integers(0, rows, 500), [0, rows - 1]]))
+        row_ids = permute(positions, rows, seed=9, epoch=2)
+        assert row_ids.min() >= 0 and row_ids.max() < rows
+        assert np.unique(row_ids).size == positions.size
+        assert np.array_equal(invert(row_ids, rows, seed=9, epoch=2), positions)
 
 
 @pytest.mark.parametrize("rows", [10**6, 2**20, 2**20 + 1, 10**7, 10**9, 2**40])
 def test_gaps_and_neighbours_look_random(rows: int) -> None:
     """Chance gives a chi-square of 255 +- 23 for the gaps and |lag-1| below 0.003."""
     for seed in range(10):
-        taken = Order(seed, rows, 1, 1).rows_between(0, min(rows, 300_000))
-        gaps = np.diff(taken) % rows
+        row_ids = SampleOrder(seed, rows, 1, 1).row_ids_between(0, min(rows, 300_000))
+        gaps = np.diff(row_ids) % rows
         counts = np.bincount(gaps * 256 // rows, minlength=256)
         expected = gaps.size / 256
         assert ((counts - expected) ** 2 / expected).sum() < 330, seed
-        assert abs(np.corrcoef(taken[:-1], taken[1:])[0, 1]) < 0.03, seed
+        assert abs(np.corrcoef(row_ids[:-1], row_ids[1:])[0, 1]) < 0.03, seed
 
 
 def test_batches_meet_as_many_parts_as_chance() -> None:
     for seed in range(10):
-        figure = mixing(Order(seed, 50_000, 1, 1))
-        assert abs(figure.distinct / figure.chance - 1) < 0.02
-        assert abs(figure.lag_one) < 0.03
+        stats = measure_mixing(SampleOrder(seed, 50_000, 1, 1))
+        assert abs(stats.distinct / stats.chance - 1) < 0.02
+        assert abs(stats.lag_one) < 0.03
     # A file read straight through is what the figure must tell apart.
-    assert mixing(Order(0, 1, 1, 1)).distinct == 1.0
+    assert measure_mixing(SampleOrder(0, 1, 1, 1)).distinct == 1.0
 
 
 def test_batch_means_spread_as_by_chance() -> None:
     rows, batch = 2**20, 32
     for seed in range(10):
-        taken = Order(seed, rows, 1, 1).rows_between(0, rows).reshape(-1, batch)
-        spread = taken.mean(axis=1).std() / (rows / np.sqrt(12 * batch))
+        batches = SampleOrder(seed, rows, 1, 1).row_ids_between(0, rows).reshape(-1, batch)
+        spread = batches.mean(axis=1).std() / (rows / np.sqrt(12 * batch))
         assert 0.9 < spread < 1.1, seed
 
 
 def test_epochs_and_seeds_are_unrelated() -> None:
     rows = 100_000
-    order = Order(1, rows, 1, 1)
-    epochs = [order.rows_between(e * rows, (e + 1) * rows) for e in range(3)]
-    epochs.append(Order(2, rows, 1, 1).rows_between(0, rows))
-    for i, one in enumerate(epochs):
-        for other in epochs[:i]:
-            assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
-            assert (one == other).sum() < 10
+    order = SampleOrder(1, rows, 1, 1)
+    epochs = [order.row_ids_between(e * rows, (e + 1) * rows) for e in range(3)]
+    epochs.append(SampleOrder(2, rows, 1, 1).row_ids_between(0, rows))
+    for i, epoch_rows in enumerate(epochs):
+        for other_rows in epochs[:i]:
+            assert abs(np.corrcoef(epoch_rows, other_rows)[0, 1]) < 0.02
+            assert (epoch_rows == other_rows).sum() < 10
 
 
 @settings(max_examples=100, deadline=None)
@@ -154,66 +154,66 @@ def test_every_row_once_an_epoch_for_any_split(
     rows: int, microbatch_rows: int, microbatches: int, ranks: list[int], seed: int
 ) -> None:
     """Ranks change from step to step; who takes which microbatch never shows in what is taken."""
-    order = Order(seed, rows, microbatch_rows, microbatches)
-    taken: list[int] = []
+    order = SampleOrder(seed, rows, microbatch_rows, microbatches)
+    row_ids: list[int] = []
     step = 0
-    while len(taken) < 3 * rows:
+    while len(row_ids) < 3 * rows:
         count = ranks[step % len(ranks)]
         borders = [microbatches * r // count for r in range(count + 1)]
         shares = [range(a, b) for a, b in pairwise(borders)]
-        taken += [row for share in shares for m in share for row in order.rows_of(step, m)]
+        row_ids += [row for share in shares for m in share for row in order.microbatch_row_ids(step, m)]
         step += 1
     for epoch in range(3):
-        assert sorted(taken[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-    assert taken == order.rows_between(0, len(taken)).tolist()
+        assert sorted(row_ids[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    assert row_ids == order.row_ids_between(0, len(row_ids)).tolist()
 
 
 def test_positions_are_contiguous_and_far_ones_cost_nothing() -> None:
-    order = Order(3, MAX_ROWS, 4, 5)
+    order = SampleOrder(3, MAX_ROWS, 4, 5)
     assert order.positions(2, 3) == range(2 * 20 + 12, 2 * 20 + 16)
     assert order.step_rows == 20
-    far = order.rows_of(10**15 // 20, 4)
-    assert far.dtype == np.int64 and far.shape == (4,)
-    assert far.tolist() == [order_slow(3, MAX_ROWS, p) for p in order.positions(10**15 // 20, 4)]
+    far_rows = order.microbatch_row_ids(10**15 // 20, 4)
+    assert far_rows.dtype == np.int64 and far_rows.shape == (4,)
+    assert far_rows.tolist() == [order_slow(3, MAX_ROWS, p) for p in order.positions(10**15 // 20, 4)]
 
 
 def test_shape_is_kept_and_mixed_epochs_agree() -> None:
-    order = Order(11, 1000, 2, 2)
+    order = SampleOrder(11, 1000, 2, 2)
     positions = np.random.default_rng(0).integers(0, 10**7, (300, 70))
-    rows = order.rows_at(positions)
+    rows = order.row_ids_at(positions)
     assert rows.shape == positions.shape
-    flat = positions.reshape(-1)[:200].tolist()
-    assert rows.reshape(-1)[:200].tolist() == [order_slow(11, 1000, p) for p in flat]
-    assert order.rows_at(np.empty(0, np.int64)).size == 0
+    flat_positions = positions.reshape(-1)[:200].tolist()
+    assert rows.reshape(-1)[:200].tolist() == [order_slow(11, 1000, p) for p in flat_positions]
+    assert order.row_ids_at(np.empty(0, np.int64)).size == 0
 
 
 def test_the_order_is_what_it_was() -> None:
     """Runs resume by step number alone: these numbers may never change."""
-    order = Order(1234, 1000, 4, 4)
-    assert order.rows_of(0, 0).tolist() == GOLDEN[0]
-    assert order.rows_of(70, 3).tolist() == GOLDEN[1]
-    assert Order(7, 2**40, 6, 1).rows_of(10**9, 0).tolist() == GOLDEN[2]
+    order = SampleOrder(1234, 1000, 4, 4)
+    assert order.microbatch_row_ids(0, 0).tolist() == GOLDEN_ROWS[0]
+    assert order.microbatch_row_ids(70, 3).tolist() == GOLDEN_ROWS[1]
+    assert SampleOrder(7, 2**40, 6, 1).microbatch_row_ids(10**9, 0).tolist() == GOLDEN_ROWS[2]
 
 
 @pytest.mark.parametrize(
-    "wrong", [(0, 1, 1), (MAX_ROWS + 1, 1, 1), (10, 0, 1), (10, 1, 0), (-3, 1, 1)]
+    "bad_counts", [(0, 1, 1), (MAX_ROWS + 1, 1, 1), (10, 0, 1), (10, 1, 0), (-3, 1, 1)]
 )
-def test_impossible_counts_are_refused(wrong: tuple[int, int, int]) -> None:
+def test_impossible_counts_are_refused(bad_counts: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="nearest fix"):
-        Order(0, *wrong)
+        SampleOrder(0, *bad_counts)
 
 
 @pytest.mark.parametrize(("step", "microbatch"), [(-1, 0), (0, 4), (0, -1)])
 def test_impossible_microbatches_are_refused(step: int, microbatch: int) -> None:
     with pytest.raises(DataError, match="no such microbatch"):
-        Order(0, 10, 1, 4).rows_of(step, microbatch)
+        SampleOrder(0, 10, 1, 4).microbatch_row_ids(step, microbatch)
 
 
-def test_paper_and_preparation_do_not_import_torch() -> None:
+def test_order_and_preparation_do_not_import_torch() -> None:
     script = (
         "import sys; import cordee.data.order, cordee.data.prepare; "
         "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

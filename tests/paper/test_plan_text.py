@@ -21,11 +21,11 @@ from cordee.config.presets import model_presets
 from cordee.errors import ConfigError
 from cordee.plan.cluster import Cluster, gpu_cluster, local_cluster, read_cluster
 from cordee.plan.plan import Plan, make_plan, without_axes
-from cordee.plan.report import compare, plan_text
+from cordee.plan.report import comparison_text, plan_text
 from cordee.plan.search import search
 from tests.paper.test_plan import CPU, run_of
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN_DIR = Path(__file__).parent.parent / "golden"
 
 GOLDEN_CASES = {
     "plan_cpu": (CPU, 256, ["model.preset=small", "batch.microbatches=8"]),
@@ -49,7 +49,7 @@ def golden_text(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "overrides", "processes", "told", "fix"),
+    ("cluster", "overrides", "processes", "message", "fix"),
     [
         (CPU, ["batch.microbatches=4"], 5, "cannot give work to 5", "batch.microbatches=5"),
         (CPU, ["batch.microbatches=9", "layout.shard=2"], 2, "do not divide",
@@ -68,12 +68,12 @@ def golden_text(name: str) -> str:
     ],
 )  # fmt: skip
 def test_refusals_name_the_nearest_fix(
-    cluster: Cluster, overrides: list[str], processes: int | None, told: str, fix: str
+    cluster: Cluster, overrides: list[str], processes: int | None, message: str, fix: str
 ) -> None:
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError) as exc_info:
         make_plan(run_of(*overrides), cluster, processes=processes)
-    assert told in str(raised.value) and fix in str(raised.value.fix)
-    assert raised.value.exit_code == 2 and raised.value.values
+    assert message in str(exc_info.value) and fix in str(exc_info.value.fix)
+    assert exc_info.value.exit_code == 2 and exc_info.value.values
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -82,28 +82,28 @@ def test_refusals_name_the_nearest_fix(
 def test_a_plan_survives_json_and_nothing_else_does() -> None:
     plan = make_plan(run_of("batch.microbatches=6", "sync.codec=bf16"), CPU, processes=4)
     assert Plan.from_json(plan.to_json()) == plan
-    good = json.loads(plan.to_json())
-    for bad in (
-        "{", "[]", {**good, "extra": 1}, {k: v for k, v in good.items() if k != "splits"},
-        {**good, "processes": "4"}, {**good, "protocol": "gossip"}, {**good, "splits": [[0, "6"]]},
-        {**good, "layout": {"island": 4}},
-        {**good, "predicted": {**good["predicted"], "step_s": "slow"}},
+    data = json.loads(plan.to_json())
+    for bad_plan in (
+        "{", "[]", {**data, "extra": 1}, {k: v for k, v in data.items() if k != "splits"},
+        {**data, "processes": "4"}, {**data, "protocol": "gossip"}, {**data, "splits": [[0, "6"]]},
+        {**data, "layout": {"island": 4}},
+        {**data, "predicted": {**data["predicted"], "step_s": "slow"}},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="not a plan"):
-            Plan.from_json(bad if isinstance(bad, str) else json.dumps(bad))
+            Plan.from_json(bad_plan if isinstance(bad_plan, str) else json.dumps(bad_plan))
 
 
 def test_clusters_from_toml(tmp_path: Path) -> None:
-    def read(text: str) -> Cluster:
+    def parse_cluster(text: str) -> Cluster:
         path = tmp_path / "c.toml"
         path.write_text(text)
         return read_cluster(path)
 
-    made = read('kind = "H200"\ndevices = 4\nhosts = 2\nlink_bytes_per_s = 1e9\n')
-    assert made == replace(gpu_cluster("H200", 4, hosts=2), link_bytes_per_s=1e9)
-    assert made.slots == 8
-    assert read('kind = "local"\ndevice = "cpu"\ncores = 3\n').cores == 3
-    for text, told in [
+    cluster = parse_cluster('kind = "H200"\ndevices = 4\nhosts = 2\nlink_bytes_per_s = 1e9\n')
+    assert cluster == replace(gpu_cluster("H200", 4, hosts=2), link_bytes_per_s=1e9)
+    assert cluster.slots == 8
+    assert parse_cluster('kind = "local"\ndevice = "cpu"\ncores = 3\n').cores == 3
+    for text, message in [
         ('kind = "H300"', "did you mean H"),
         ('kind = "H100"\nhostz = 2', "did you mean hosts"),
         ('kind = "H100"\nhosts = "two"', "a whole number"),
@@ -116,16 +116,16 @@ def test_clusters_from_toml(tmp_path: Path) -> None:
         ('kind = "H100"\nmeasured = true', "has pass_bytes_per_s and operator_s"),
         ("kind = ", "not valid TOML"),
     ]:
-        with pytest.raises(ConfigError, match=told):
-            read(text)
+        with pytest.raises(ConfigError, match=message):
+            parse_cluster(text)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_cluster(tmp_path / "missing.toml")
 
 
 def test_this_machine_is_read_without_a_library() -> None:
-    found = local_cluster()
-    assert found.cores >= 1 and found.memory_bytes > 1 << 28 and found.flops_fp32 > 1e9
-    assert found.device in ("cpu", "cuda") and found.slots >= 1
+    cluster = local_cluster()
+    assert cluster.cores >= 1 and cluster.memory_bytes > 1 << 28 and cluster.flops_fp32 > 1e9
+    assert cluster.device in ("cpu", "cuda") and cluster.slots >= 1
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_this_machine_is_read_without_a_library() -> None:
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_the_table_is_as_reviewed(name: str) -> None:
-    assert golden_text(name) == (GOLDEN / f"{name}.txt").read_text()
+    assert golden_text(name) == (GOLDEN_DIR / f"{name}.txt").read_text()
 
 
 def test_no_line_of_the_table_is_endless() -> None:
@@ -143,36 +143,36 @@ def test_no_line_of_the_table_is_endless() -> None:
 
 def test_compare_says_how_far_off() -> None:
     plan = make_plan(run_of("batch.microbatches=4"), CPU, processes=2)
-    told = plan.predicted
-    text = compare(
+    prediction = plan.predicted
+    text = comparison_text(
         plan,
-        {"step_s": 2 * told.high_s, "bytes_sent": told.bytes_sent, "memory_bytes": 3 << 20},
+        {"step_s": 2 * prediction.high_s, "bytes_sent": prediction.bytes_sent, "memory_bytes": 3 << 20},
     )
     assert "outside" in text and "to the byte" in text and "3.0 MiB" in text
-    within = compare(plan, {"step_s": told.step_s, "bytes_sent": 5.0, "memory_bytes": math.nan})
-    assert "within" in within and "1.00" in within and "memory" not in within
-    assert compare(plan, {"step_s": math.nan}).count("\n") == 0
+    match_text = comparison_text(plan, {"step_s": prediction.step_s, "bytes_sent": 5.0, "memory_bytes": math.nan})
+    assert "within" in match_text and "1.00" in match_text and "memory" not in match_text
+    assert comparison_text(plan, {"step_s": math.nan}).count("\n") == 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved, cluster = tmp_path / "plan.json", tmp_path / "c.toml"
-    cluster.write_text('kind = "H100"\ndevices = 2\n')
-    words = ["small", "batch.microbatches=6", "--cluster", str(cluster)]
-    assert plan_command([*words, "--json", "--top", "2", "--save", str(saved)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"picked", "ranked", "rejected", "assumed"}
-    assert told["ranked"][0]["layout"] == told["picked"]["layout"] and len(told["ranked"]) == 2
-    assert {"layout", "reason"} == set(told["rejected"][0])
-    assert Plan.from_json(saved.read_text()).to_dict() == told["picked"]
-    assert plan_command(words) == 0
+    plan_path, cluster_path = tmp_path / "plan.json", tmp_path / "c.toml"
+    cluster_path.write_text('kind = "H100"\ndevices = 2\n')
+    arguments = ["small", "batch.microbatches=6", "--cluster", str(cluster_path)]
+    assert plan_command([*arguments, "--json", "--top", "2", "--save", str(plan_path)]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert set(output) == {"picked", "ranked", "rejected", "assumed"}
+    assert output["ranked"][0]["layout"] == output["picked"]["layout"] and len(output["ranked"]) == 2
+    assert {"layout", "reason"} == set(output["rejected"][0])
+    assert Plan.from_json(plan_path.read_text()).to_dict() == output["picked"]
+    assert plan_command(arguments) == 0
     assert "<- pick" in capsys.readouterr().out
     assert plan_command(["--models"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in model_presets()) and "1,049,984" in listed
+    listing = capsys.readouterr().out
+    assert all(name in listing for name in model_presets()) and "1,049,984" in listing
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["smal"], "did you mean small"),
         (["small", "model.width=100"], "even multiple"),
@@ -184,10 +184,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--cluster", "/nowhere/c.toml"], "cannot be read"),
     ],
 )
-def test_the_command_refuses(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        plan_command(words)
-    assert told in str(raised.value)
+def test_the_command_refuses(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as exc_info:
+        plan_command(arguments)
+    assert message in str(exc_info.value)
 
 
 def test_the_command_needs_neither_torch_nor_numpy() -> None:
@@ -195,12 +195,12 @@ def test_the_command_needs_neither_torch_nor_numpy() -> None:
         "import sys; from cordee.cli.plan import run; run(['tiny', '--json']);"
         "print([m for m in ('torch', 'numpy') if m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr.strip() == "[]"
-    assert json.loads(done.stdout)["picked"]["processes"] >= 1
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr.strip() == "[]"
+    assert json.loads(result.stdout)["picked"]["processes"] >= 1
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
+    GOLDEN_DIR.mkdir(exist_ok=True)
     for case in GOLDEN_CASES:
-        (GOLDEN / f"{case}.txt").write_text(golden_text(case))
+        (GOLDEN_DIR / f"{case}.txt").write_text(golden_text(case))

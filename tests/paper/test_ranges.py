@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cordee.begin import settle
+from cordee.begin import resolve_config
 from cordee.cli.main import main
-from cordee.config.load import convert, flatten, known_keys, load, override
-from cordee.config.ranges import RANGES, numbers
+from cordee.config.load import convert, flatten, config_keys, load, override
+from cordee.config.ranges import RANGES, ranged_values
 from cordee.config.run import Run
 from cordee.errors import ConfigError
 
-ZERO_MEANS = frozenset((
+ZERO_KEYS = frozenset((
     "run.seed", "run.steps", "run.tokens", "run.epochs", "run.minutes", "run.loss_scale",
     "model.vocabulary", "model.kv_heads", "model.head_width", "model.window", "model.ffn",
     "model.dropout", "model.logit_cap", "model.moe.experts", "model.moe.width", "model.moe.shared",
@@ -28,60 +28,60 @@ ZERO_MEANS = frozenset((
 ))  # fmt: skip
 """Keys for which 0 has a meaning: off, no limit, the usual, nothing; or is one of many values."""
 
-NONSENSE = (-1, -0.5, -1e-9, 10**20, 1e30, 1e300, 1e-40, 5e-324)
+NONSENSE_VALUES = (-1, -0.5, -1e-9, 10**20, 1e30, 1e300, 1e-40, 5e-324)
 """Below every range, above every range, or nothing in fp32."""
 
-NUMBERS = [
+NUMBER_KEYS = [
     key
-    for key, kind in known_keys().items()
+    for key, kind in config_keys().items()
     if {int, float} & {kind, *getattr(kind, "__args__", ())}
 ]
 """Keys whose type is a number, or one among others."""
 
 
 def test_every_number_has_a_range() -> None:
-    assert set(NUMBERS) == set(RANGES)
+    assert set(NUMBER_KEYS) == set(RANGES)
 
 
 def test_defaults_are_in_their_ranges() -> None:
-    for key, value in numbers(flatten(Run())):
+    for key, value in ranged_values(flatten(Run())):
         assert value in RANGES[key], key
 
 
 @pytest.mark.parametrize("key", RANGES)
 def test_nonsense_is_refused(key: str) -> None:
     """On the command line, and in a `Run` that a caller made in Python."""
-    for value in NONSENSE:
+    for value in NONSENSE_VALUES:
         with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
-            settle(load(None, [f"{key}={value!r}"]).run)
+            resolve_config(load(None, [f"{key}={value!r}"]).run)
         with pytest.raises(ConfigError):
-            settle(override(Run(), {key: value}))
+            resolve_config(override(Run(), {key: value}))
 
 
 @pytest.mark.parametrize("key", RANGES)
 def test_no_numbers(key: str) -> None:
     for text in ("nan", "inf", "-inf", "1e400", "9" * 400, "9" * 9000, "²", ""):
-        with pytest.raises(ConfigError) as caught:
-            settle(load(None, [f"{key}={text}"]).run)
-        assert caught.value.exit_code == 2 and len(str(caught.value)) < 4000
+        with pytest.raises(ConfigError) as exc_info:
+            resolve_config(load(None, [f"{key}={text}"]).run)
+        assert exc_info.value.exit_code == 2 and len(str(exc_info.value)) < 4000
     for value in (float("nan"), float("inf")):
         with pytest.raises(ConfigError):
-            settle(override(Run(), {key: value}))
+            resolve_config(override(Run(), {key: value}))
 
 
 @pytest.mark.parametrize("key", RANGES)
 def test_zero_has_a_meaning_or_is_refused(key: str) -> None:
-    assert (0 in RANGES[key]) == (key in ZERO_MEANS)
+    assert (0 in RANGES[key]) == (key in ZERO_KEYS)
 
 
 def test_fix_is_in_the_range() -> None:
-    for key, value in RANGES.items():
-        for wrong in (-1.0, 0.0, 1e30):
-            usual: Any = flatten(Run())[key]
-            assert value.near(wrong, 1 if isinstance(usual, str) else usual) in value, key
+    for key, key_range in RANGES.items():
+        for bad_value in (-1.0, 0.0, 1e30):
+            default: Any = flatten(Run())[key]
+            assert key_range.nearest(bad_value, 1 if isinstance(default, str) else default) in key_range, key
 
 
-SLIPS = (
+BAD_OVERRIDES = (
     "clip.limit=0", "clip.matrices.value=-1", "initial.embedding_std=-1", "optim.final=-1",
     "launch.threads=1000000", "launch.threads=1000", "fault.spares=50000", "model.vocabulary=-5",
     "layout.islands=0", "layout.shard=-2", "data.prefetch=2", "batch.microbatches=100000000000",
@@ -90,16 +90,16 @@ SLIPS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("word", SLIPS)
+@pytest.mark.parametrize("setting", BAD_OVERRIDES)
 def test_slips_are_refused_before_anything_is_written(
-    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", word, f"run.dir={tmp_path / 'run'}", "launch.processes=1"]) == 2
+    assert main(["train", setting, f"run.dir={tmp_path / 'run'}", "launch.processes=1"]) == 2
     assert "nearest fix" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-TABLES = {
+BAD_TABLES = {
     "digits": "[optim]\nlr = 1" + "0" * 400,
     "more digits than Python reads": "[run]\nsteps = 1" + "0" * 5000,
     "hexadecimal digits": "[run]\nsteps = 0x" + "f" * 5000,
@@ -111,28 +111,28 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", BAD_TABLES)
 def test_numbers_of_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.toml").write_text(TABLES[name])
-    for words in (["show"], ["explain", "optim"]):
-        assert main(["config", *words, str(tmp_path / "run.toml")]) == 2, words
+    (tmp_path / "run.toml").write_text(BAD_TABLES[name])
+    for arguments in (["show"], ["explain", "optim"]):
+        assert main(["config", *arguments, str(tmp_path / "run.toml")]) == 2, arguments
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_recipes_are_in_the_ranges() -> None:
     recipes = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
-    read = 0
+    recipe_count = 0
     for path in recipes:
         try:
             run = load(str(path)).run
         except ConfigError:  # a cluster's
             continue
-        settle(run)
-        read += 1
-    assert read
+        resolve_config(run)
+        recipe_count += 1
+    assert recipe_count
 
 
-FLAGS = (
+BAD_COMMANDS = (
     "sample RUN --temperature nan", "sample RUN --temperature inf", "sample RUN --temperature -1",
     "sample RUN --tokens 0", f"sample RUN --tokens {10**30}", f"sample RUN --seed {10**30}",
     "export RUN --to hf --shard-mb nan", "export RUN --to hf --shard-mb inf",
@@ -142,16 +142,16 @@ FLAGS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", FLAGS)
+@pytest.mark.parametrize("command", BAD_COMMANDS)
 def test_flags(
-    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "run.toml").write_text("")
-    assert main(line.split()) == 2
-    said = capsys.readouterr().err
-    assert "nearest fix: --" in said and "nan" not in said.partition("fix")[2]
+    assert main(command.split()) == 2
+    stderr = capsys.readouterr().err
+    assert "nearest fix: --" in stderr and "nan" not in stderr.partition("fix")[2]
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
 
 

@@ -26,25 +26,25 @@ from cordee.config.load import dump, load
 from cordee.errors import ConfigError
 from cordee.metrics.charts import (
     Chart,
-    Line,
-    extremes,
-    figure,
+    ChartSeries,
+    downsample_extremes,
+    figure_html,
     log_labels,
     log_ticks,
-    means,
-    number,
+    downsample_means,
+    format_number,
     smooth,
     tick_labels,
     ticks,
 )
-from cordee.metrics.page import page
+from cordee.metrics.page import report_page
 from cordee.metrics.records import read_run
-from cordee.metrics.report import amount, seconds, summarise
+from cordee.metrics.report import format_amount, format_seconds, summarise
 
-VOID = {"meta", "link", "br", "rect", "line", "circle", "path"}
+VOID_TAGS = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
 
-def row(step: int, **changed: Any) -> dict[str, Any]:
+def make_row(step: int, **fields: Any) -> dict[str, Any]:
     """A line of metrics.jsonl of a run that goes well."""
     loss = 1.4 + 4.1 * math.exp(-step / 40) + 0.02 * math.sin(7 * step)
     return {
@@ -52,20 +52,20 @@ def row(step: int, **changed: Any) -> dict[str, Any]:
         "lr": 0.01, "tokens": 4096 * step, "tokens_per_s": 40960.0, "step_s": 0.1, "data_s": 0.002,
         "comm_s": 0.01, "bytes_sent": 7_600_000, "memory_bytes": 200_000_000, "mfu": None,
         "islands": 2, "quorum": 1, "skipped": False, "elapsed_s": 0.1 * step,
-    } | changed  # fmt: skip
+    } | fields  # fmt: skip
 
 
-def event(name: str, step: int = 0, **known: Any) -> dict[str, Any]:
-    return {"time": f"2026-11-14T10:{step % 60:02}:00+00:00", "event": name, "step": step, **known}
+def make_event(name: str, step: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"time": f"2026-11-14T10:{step % 60:02}:00+00:00", "event": name, "step": step, **fields}
 
 
-FINISHED = event(
+FINISHED = make_event(
     "finished", 300, weights_sha256="ab" * 32, held_out_bits_per_byte=2.25, held_out_loss=1.56,
     sample="def <script>alert(1)</script>",
 )  # fmt: skip
 
 
-def lay(
+def write_run_dir(
     folder: Path,
     rows: list[dict[str, Any]] | None = None,
     events: list[dict[str, Any]] | None = None,
@@ -73,13 +73,13 @@ def lay(
 ) -> Path:
     """Writes a run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = {
-        "metrics": [row(s) for s in range(1, 301)] if rows is None else rows,
-        "events": [event("started"), FINISHED] if events is None else events,
+    files = {
+        "metrics": [make_row(s) for s in range(1, 301)] if rows is None else rows,
+        "events": [make_event("started"), FINISHED] if events is None else events,
         "layers": layers or [],
     }
-    for name, lines in records.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+    for name, file_records in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in file_records)
         (folder / f"{name}.jsonl").write_text(text)
     (folder / "run.toml").write_text(dump(load(None, ["optim.lr=0.015", "run.steps=300"]).run))
     plan = {"predicted": {"step_s": 0.09, "bytes_sent": 7_600_000, "memory_bytes": 210_000_000}}
@@ -87,13 +87,13 @@ def lay(
     return folder
 
 
-def by_layer(blocks: dict[str, float], grow: str = "") -> list[dict[str, Any]]:
+def layer_records(blocks: dict[str, float], growing_layer: str = "") -> list[dict[str, Any]]:
     """Layer records over 300 steps; the layer `grow` grows a hundredfold."""
     return [
         {
             "step": s,
             "grad_norm": {
-                name: norm * (10 ** (2 * s / 300) if name == grow else 1)
+                name: norm * (10 ** (2 * s / 300) if name == growing_layer else 1)
                 for name, norm in {"embed": 0.2, **blocks, "norm": 0.01, "head": 0.4}.items()
             },
         }
@@ -101,40 +101,40 @@ def by_layer(blocks: dict[str, float], grow: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def verdict(folder: Path) -> str:
+def verdict_of(folder: Path) -> str:
     return summarise(read_run(folder)).verdict
 
 
-class Checker(HTMLParser):
+class HtmlChecker(HTMLParser):
     """Every tag is closed in order, and nothing points outside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.open: list[str] = []
-        self.figures = 0
+        self.open_tags: list[str] = []
+        self.figure_count = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = {name for name, _ in attrs}
         assert not names & {"src", "href", "onclick"}, (tag, attrs)
         assert tag not in ("link", "iframe", "img", "base")
-        self.figures += tag == "figure"
-        if tag not in VOID:
-            self.open.append(tag)
+        self.figure_count += tag == "figure"
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
+        if tag not in VOID_TAGS:
+            assert self.open_tags.pop() == tag
 
 
 def test_page_is_whole_and_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = lay(tmp_path / "runs" / "a", layers=by_layer({"blocks.0": 0.1, "blocks.1": 0.1}))
+    folder = write_run_dir(tmp_path / "runs" / "a", layers=layer_records({"blocks.0": 0.1, "blocks.1": 0.1}))
     assert run([str(folder)]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == "" and "Finished: 300 steps" in shown.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Finished: 300 steps" in captured.err
     text = (folder / "report.html").read_text()
-    checker = Checker()
+    checker = HtmlChecker()
     checker.feed(text)
-    assert checker.open == [] and checker.figures == 9
+    assert checker.open_tags == [] and checker.figure_count == 9
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", text)
     assert "prefers-color-scheme:dark" in text
     assert "&lt;script&gt;alert" in text and "<script>alert" not in text
@@ -148,42 +148,42 @@ def test_page_is_whole_and_stands_alone(tmp_path: Path, capsys: pytest.CaptureFi
 def test_json_is_the_one_thing_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = lay(tmp_path / "a")
+    folder = write_run_dir(tmp_path / "a")
     target = tmp_path / "mail.html"
     assert run([str(folder), "--json", "--output", str(target)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["state"] == "finished" and told["steps"] == 300 and told["last_step"] == 300
-    assert told["last_loss"] == pytest.approx(row(300)["loss"])
-    assert told["held_out_bits_per_byte"] == 2.25 and told["weights_sha256"] == "ab" * 32
-    assert told["skipped"] == 0 and "fell" in told["verdict"]
-    assert told["medians"]["step_s"] == 0.1 and told["medians"]["mfu"] is None
-    assert told["report"] == str(target) and target.exists()
+    output = json.loads(capsys.readouterr().out)
+    assert output["state"] == "finished" and output["steps"] == 300 and output["last_step"] == 300
+    assert output["last_loss"] == pytest.approx(make_row(300)["loss"])
+    assert output["held_out_bits_per_byte"] == 2.25 and output["weights_sha256"] == "ab" * 32
+    assert output["skipped"] == 0 and "fell" in output["verdict"]
+    assert output["medians"]["step_s"] == 0.1 and output["medians"]["mfu"] is None
+    assert output["report"] == str(target) and target.exists()
     assert not (folder / "report.html").exists()
 
 
 def test_verb_runs_without_torch_and_numpy(tmp_path: Path) -> None:
-    folder = lay(tmp_path / "a")
+    folder = write_run_dir(tmp_path / "a")
     code = (
         "import sys; sys.modules['torch'] = sys.modules['numpy'] = None;"
         " from cordee.cli.report import run; sys.exit(run(sys.argv[1:]))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(folder), "--json"], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["state"] == "finished"
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["state"] == "finished"
 
 
 def test_missing_run_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lay(tmp_path / "runs" / "tiny")
-    lay(tmp_path / "runs" / "muon-small")
+    write_run_dir(tmp_path / "runs" / "tiny")
+    write_run_dir(tmp_path / "runs" / "muon-small")
     monkeypatch.chdir(tmp_path)
-    for word, near in (("runs/tiiny", "tiny"), ("muon-smal", "muon-small")):
-        with pytest.raises(ConfigError) as caught:
-            run([word])
-        assert caught.value.exit_code == 2
-        assert caught.value.fix == f"cordee report {Path('runs') / near}"
-        assert not Path(word).exists()
+    for run_name, nearest_run in (("runs/tiiny", "tiny"), ("muon-smal", "muon-small")):
+        with pytest.raises(ConfigError) as exc_info:
+            run([run_name])
+        assert exc_info.value.exit_code == 2
+        assert exc_info.value.fix == f"cordee report {Path('runs') / nearest_run}"
+        assert not Path(run_name).exists()
     with pytest.raises(ConfigError, match="holds no run"):
         run(["runs"])
     with pytest.raises(ConfigError, match="which run"):
@@ -194,14 +194,14 @@ def test_missing_run_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_page_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
-    folder = lay(tmp_path / "a")
-    for wrong in (tmp_path / "no" / "such" / "x.html", folder):
+    folder = write_run_dir(tmp_path / "a")
+    for bad_path in (tmp_path / "no" / "such" / "x.html", folder):
         with pytest.raises(ConfigError):
-            run([str(folder), "--output", str(wrong)])
+            run([str(folder), "--output", str(bad_path)])
 
 
 def test_torn_line_and_strange_values_are_met(tmp_path: Path) -> None:
-    folder = lay(tmp_path / "a", events=[event("started")])
+    folder = write_run_dir(tmp_path / "a", events=[make_event("started")])
     with open(folder / "metrics.jsonl", "a") as stream:
         stream.write('[1, 2]\n"text"\n{"no": "step"}\n{"step": 301, "loss": NaN}\n')
         stream.write('{"step": 302, "loss": "high", "grad_norm": Infinity}\n{"step": 303, "los')
@@ -209,36 +209,36 @@ def test_torn_line_and_strange_values_are_met(tmp_path: Path) -> None:
     records = read_run(folder)
     assert records.steps[-1] == 302 and records.columns["loss"][-2:] == [None, None]
     summary = summarise(records)
-    assert summary.last_loss == pytest.approx(row(300)["loss"])
-    assert "<figure" in page(records, summary)
+    assert summary.last_loss == pytest.approx(make_row(300)["loss"])
+    assert "<figure" in report_page(records, summary)
 
 
-@pytest.mark.parametrize("left", [(), ("metrics.jsonl",), ("events.jsonl",), ("run.toml",)])
-def test_any_file_may_be_missing(tmp_path: Path, left: tuple[str, ...]) -> None:
-    folder = lay(tmp_path / "a")
+@pytest.mark.parametrize("present_files", [(), ("metrics.jsonl",), ("events.jsonl",), ("run.toml",)])
+def test_any_file_may_be_missing(tmp_path: Path, present_files: tuple[str, ...]) -> None:
+    folder = write_run_dir(tmp_path / "a")
     for name in ("metrics.jsonl", "events.jsonl", "layers.jsonl", "run.toml", "plan.json"):
-        if name not in left:
+        if name not in present_files:
             (folder / name).unlink()
     records = read_run(folder)
-    checker = Checker()
-    checker.feed(page(records, summarise(records)))
-    assert checker.open == []
+    checker = HtmlChecker()
+    checker.feed(report_page(records, summarise(records)))
+    assert checker.open_tags == []
 
 
 def test_any_key_may_be_missing(tmp_path: Path) -> None:
-    for key in row(1):
+    for key in make_row(1):
         if key != "step":
-            rows = [{k: v for k, v in row(s).items() if k != key} for s in range(1, 50)]
-            records = read_run(lay(tmp_path / key, rows=rows))
-            assert "</html>" in page(records, summarise(records))
-    records = read_run(lay(tmp_path / "bare", rows=[{"step": s} for s in range(1, 50)]))
-    assert "</html>" in page(records, summarise(records))
+            rows = [{k: v for k, v in make_row(s).items() if k != key} for s in range(1, 50)]
+            records = read_run(write_run_dir(tmp_path / key, rows=rows))
+            assert "</html>" in report_page(records, summarise(records))
+    records = read_run(write_run_dir(tmp_path / "bare", rows=[{"step": s} for s in range(1, 50)]))
+    assert "</html>" in report_page(records, summarise(records))
 
 
 def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
     """Steps 1-50, back to 20, on to 30: the records of 31-50 belong to no parameters."""
-    rows = [row(s) for s in range(1, 51)] + [row(s, loss=9.0) for s in range(21, 31)]
-    records = read_run(lay(tmp_path / "a", rows=rows))
+    rows = [make_row(s) for s in range(1, 51)] + [make_row(s, loss=9.0) for s in range(21, 31)]
+    records = read_run(write_run_dir(tmp_path / "a", rows=rows))
     assert records.steps == list(range(1, 31))
     assert records.columns["loss"][20:] == [9.0] * 10
     assert all(len(column) == 30 for column in records.columns.values())
@@ -248,130 +248,130 @@ def test_state_is_read_off_the_last_events_and_the_process(tmp_path: Path) -> No
     host = socket.gethostname()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        begun = event("started", pid=child.pid, host=host)
-        folder = lay(tmp_path / "a", events=[begun])
+        start_event = make_event("started", pid=child.pid, host=host)
+        folder = write_run_dir(tmp_path / "a", events=[start_event])
         assert summarise(read_run(folder)).state == "running"
     finally:
         child.kill()
         child.wait()
     assert summarise(read_run(folder)).state == "stopped"
-    assert "without a last word" in verdict(folder)
-    elsewhere = lay(tmp_path / "b", events=[event("started", pid=1, host="another")])
-    assert summarise(read_run(elsewhere)).state == "running"
-    assert summarise(read_run(elsewhere), now=time.time() + 3600).state == "stopped"
-    lay(folder, events=[begun, event("interrupted", 300, signal="SIGTERM")])
-    assert "Interrupted (SIGTERM)" in verdict(folder)
-    lay(folder, events=[begun, event("stopped", 300, cause="not finite")])
-    assert "Stopped (not finite)" in verdict(folder)
-    lay(folder, events=[begun, event("interrupted", 200), event("resumed", 200), FINISHED])
+    assert "without a last word" in verdict_of(folder)
+    remote_folder = write_run_dir(tmp_path / "b", events=[make_event("started", pid=1, host="another")])
+    assert summarise(read_run(remote_folder)).state == "running"
+    assert summarise(read_run(remote_folder), now_s=time.time() + 3600).state == "stopped"
+    write_run_dir(folder, events=[start_event, make_event("interrupted", 300, signal="SIGTERM")])
+    assert "Interrupted (SIGTERM)" in verdict_of(folder)
+    write_run_dir(folder, events=[start_event, make_event("stopped", 300, cause="not finite")])
+    assert "Stopped (not finite)" in verdict_of(folder)
+    write_run_dir(folder, events=[start_event, make_event("interrupted", 200), make_event("resumed", 200), FINISHED])
     assert summarise(read_run(folder)).state == "finished"
 
 
 def test_good_run_has_nothing_against_it(tmp_path: Path) -> None:
-    layers = by_layer({"blocks.0": 0.1, "blocks.1": 0.05})
-    summary = summarise(read_run(lay(tmp_path / "a", layers=layers)))
+    layers = layer_records({"blocks.0": 0.1, "blocks.1": 0.05})
+    summary = summarise(read_run(write_run_dir(tmp_path / "a", layers=layers)))
     assert {remark.kind for remark in summary.remarks} == {"good"}
     assert "Nothing speaks against it" in summary.verdict
     assert any("88% compute, 10% communication, 2% waiting" in r.text for r in summary.remarks)
 
 
 def test_verdict_names_what_is_wrong(tmp_path: Path) -> None:
-    flat = [row(s, loss=5.5 + 0.01 * math.sin(s)) for s in range(1, 301)]
-    assert "did not fall" in verdict(lay(tmp_path / "flat", rows=flat))
-    rose = [row(s, loss=2 + abs(s - 150) / 100) for s in range(1, 301)]
-    assert "rose again" in verdict(lay(tmp_path / "rose", rows=rose))
-    slow = [row(s, data_s=0.05) for s in range(1, 301)]
-    assert "Reading is too slow" in verdict(lay(tmp_path / "slow", rows=slow))
-    bad = [row(s, skipped=s in (7, 9), loss=None if s in (7, 9) else 2.0) for s in range(1, 301)]
-    events = [event("step_skipped", 9, cause="the loss is not finite"), FINISHED]
-    told = verdict(lay(tmp_path / "skipped", rows=bad, events=events))
-    assert "2 steps were skipped (last: 9)" in told and "the loss is not finite" in told
-    over = [event("evaluated", s, held_out_loss=1.5 + abs(s - 100) / 500) for s in (50, 100, 200)]
-    events = [*over, event("evaluated", 250, held_out_loss=1.8), FINISHED | {"held_out_loss": 1.9}]
-    assert "best at step 100" in verdict(lay(tmp_path / "over", events=events))
+    flat_rows = [make_row(s, loss=5.5 + 0.01 * math.sin(s)) for s in range(1, 301)]
+    assert "did not fall" in verdict_of(write_run_dir(tmp_path / "flat", rows=flat_rows))
+    rising_rows = [make_row(s, loss=2 + abs(s - 150) / 100) for s in range(1, 301)]
+    assert "rose again" in verdict_of(write_run_dir(tmp_path / "rose", rows=rising_rows))
+    slow_rows = [make_row(s, data_s=0.05) for s in range(1, 301)]
+    assert "Reading is too slow" in verdict_of(write_run_dir(tmp_path / "slow", rows=slow_rows))
+    skipped_rows = [make_row(s, skipped=s in (7, 9), loss=None if s in (7, 9) else 2.0) for s in range(1, 301)]
+    events = [make_event("step_skipped", 9, cause="the loss is not finite"), FINISHED]
+    verdict = verdict_of(write_run_dir(tmp_path / "skipped", rows=skipped_rows, events=events))
+    assert "2 steps were skipped (last: 9)" in verdict and "the loss is not finite" in verdict
+    evaluations = [make_event("evaluated", s, held_out_loss=1.5 + abs(s - 100) / 500) for s in (50, 100, 200)]
+    events = [*evaluations, make_event("evaluated", 250, held_out_loss=1.8), FINISHED | {"held_out_loss": 1.9}]
+    assert "best at step 100" in verdict_of(write_run_dir(tmp_path / "over", events=events))
 
 
 def test_gradients_that_explode_or_vanish_name_the_layer(tmp_path: Path) -> None:
-    even = {f"blocks.{i}": 0.1 for i in range(6)}
-    told = verdict(lay(tmp_path / "grow", layers=by_layer(even, grow="blocks.4")))
-    assert "Exploding gradients: the norm of blocks.4" in told
-    fading = by_layer(even | {"blocks.0": 1e-5})
-    told = verdict(lay(tmp_path / "fade", layers=fading))
-    assert re.search(r"Vanishing gradients: .* 10,000 times that of blocks\.0", told)
-    told = verdict(lay(tmp_path / "tower", layers=by_layer(even | {"blocks.0": 500.0})))
-    assert "Exploding gradients: the norm of blocks.0 is 5,000 times" in told
-    told = verdict(lay(tmp_path / "dead", layers=by_layer(even | {"blocks.2": 0.0})))
-    assert "No gradient reaches blocks.2" in told
-    lost = by_layer(even)
-    for record in lost:
+    even_norms = {f"blocks.{i}": 0.1 for i in range(6)}
+    verdict = verdict_of(write_run_dir(tmp_path / "grow", layers=layer_records(even_norms, growing_layer="blocks.4")))
+    assert "Exploding gradients: the norm of blocks.4" in verdict
+    fading_layers = layer_records(even_norms | {"blocks.0": 1e-5})
+    verdict = verdict_of(write_run_dir(tmp_path / "fade", layers=fading_layers))
+    assert re.search(r"Vanishing gradients: .* 10,000 times that of blocks\.0", verdict)
+    verdict = verdict_of(write_run_dir(tmp_path / "tower", layers=layer_records(even_norms | {"blocks.0": 500.0})))
+    assert "Exploding gradients: the norm of blocks.0 is 5,000 times" in verdict
+    verdict = verdict_of(write_run_dir(tmp_path / "dead", layers=layer_records(even_norms | {"blocks.2": 0.0})))
+    assert "No gradient reaches blocks.2" in verdict
+    lost_layers = layer_records(even_norms)
+    for record in lost_layers:
         record["grad_norm"]["blocks.3"] = None
-    assert "blocks.3 is not finite" in verdict(lay(tmp_path / "lost", layers=lost))
+    assert "blocks.3 is not finite" in verdict_of(write_run_dir(tmp_path / "lost", layers=lost_layers))
 
 
 def test_messages_inside_an_island_are_drawn_and_not_called_compute(tmp_path: Path) -> None:
     axes = {"tensor": 3_000_000, "sums": 500}
-    inside = [row(s, bytes_inside=axes, bytes_sent=0, islands=1) for s in range(1, 40)]
-    for name, rows, told in (("cut", inside, True), ("islands", None, False)):
-        records = read_run(lay(tmp_path / name, rows))
+    inside_rows = [make_row(s, bytes_inside=axes, bytes_sent=0, islands=1) for s in range(1, 40)]
+    for name, rows, is_drawn in (("cut", inside_rows, True), ("islands", None, False)):
+        records = read_run(write_run_dir(tmp_path / name, rows))
         summary = summarise(records)
-        drawn = page(records, summary)
-        assert summary.medians["bytes_inside"] == (3_000_500 if told else None)
-        assert ("Sent in a step inside the island" in drawn) is told
-        assert ("compute and messages inside the island" in drawn) is told
-        assert ("compute and messages" in " ".join(r.text for r in summary.remarks)) is told
-        assert ("communication between islands" in drawn) is told
+        html = report_page(records, summary)
+        assert summary.medians["bytes_inside"] == (3_000_500 if is_drawn else None)
+        assert ("Sent in a step inside the island" in html) is is_drawn
+        assert ("compute and messages inside the island" in html) is is_drawn
+        assert ("compute and messages" in " ".join(r.text for r in summary.remarks)) is is_drawn
+        assert ("communication between islands" in html) is is_drawn
 
 
 def test_shares_of_unequal_islands_are_told(tmp_path: Path) -> None:
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "before": [6, 6], "after": [9, 3], "seconds_per_microbatch": [0.01, 0.03],
         "why": "island 1 takes 3.0 times as long",
     }  # fmt: skip
-    odd = {"after": [9, "3"], "seconds_per_microbatch": [None]}
-    for name, events, told in (
-        ("even", [], False), ("odd", [odd], False), ("unequal", [known, known], True),
+    odd_fields = {"after": [9, "3"], "seconds_per_microbatch": [None]}
+    for name, changes, is_drawn in (
+        ("even", [], False), ("odd", [odd_fields], False), ("unequal", [fields, fields], True),
     ):  # fmt: skip
-        made = [event("rebalanced", 7, **each) for each in events]
-        records = read_run(lay(tmp_path / name, events=[*made, FINISHED]))
+        rebalances = [make_event("rebalanced", 7, **change) for change in changes]
+        records = read_run(write_run_dir(tmp_path / name, events=[*rebalances, FINISHED]))
         summary = summarise(records)
-        drawn = page(records, summary)
-        assert ('<td class="n">9</td><td class="n">10 ms</td><td class="n">90 ms' in drawn) is told
-        why = "From step 7 on, the last of 2 changes: island 1 takes 3.0 times as long."
-        assert (why in [r.text for r in summary.remarks]) is told
+        html = report_page(records, summary)
+        assert ('<td class="n">9</td><td class="n">10 ms</td><td class="n">90 ms' in html) is is_drawn
+        sentence = "From step 7 on, the last of 2 changes: island 1 takes 3.0 times as long."
+        assert (sentence in [r.text for r in summary.remarks]) is is_drawn
 
 
 def test_entropy_is_drawn_as_the_floor(tmp_path: Path) -> None:
-    events = [event("started", entropy_bits=2.0), FINISHED]
-    records = read_run(lay(tmp_path / "a", events=events))
-    text = page(records, summarise(records))
+    events = [make_event("started", entropy_bits=2.0), FINISHED]
+    records = read_run(write_run_dir(tmp_path / "a", events=events))
+    text = report_page(records, summarise(records))
     assert "entropy of the data <b>1.386</b>" in text, "2 bits in nats"
     assert "entropy of the data <b>2</b>" in text
 
 
 def test_long_run_of_a_deep_model_stays_small(tmp_path: Path) -> None:
-    deep = {f"blocks.{i}": 0.1 for i in range(96)}
-    folder = lay(tmp_path / "a", rows=[row(s) for s in range(1, 20_001)])
-    lines = [json.dumps({"step": s, "grad_norm": deep}) for s in range(1, 20_001, 10)]
+    norms = {f"blocks.{i}": 0.1 for i in range(96)}
+    folder = write_run_dir(tmp_path / "a", rows=[make_row(s) for s in range(1, 20_001)])
+    lines = [json.dumps({"step": s, "grad_norm": norms}) for s in range(1, 20_001, 10)]
     (folder / "layers.jsonl").write_text("\n".join(lines))
     records = read_run(folder)
-    assert len(page(records, summarise(records)).encode()) < 1_600_000
+    assert len(report_page(records, summarise(records)).encode()) < 1_600_000
 
 
 def test_figure_without_values_is_left_out() -> None:
-    assert figure(Chart(title="nothing")) == ""
-    assert figure(Chart(title="nulls", lines=[Line(label="a", x=[1, 2], y=[None, None])])) == ""
-    zeros = [Line(label="a", x=[1, 2], y=[0.0, 0.0])]
-    assert figure(Chart(title="zeros", lines=zeros, scale="log", both=False)) == ""
-    assert 'data-scale="linear"' in figure(Chart(title="zeros", lines=zeros, scale="log"))
+    assert figure_html(Chart(title="nothing")) == ""
+    assert figure_html(Chart(title="nulls", series=[ChartSeries(label="a", x=[1, 2], y=[None, None])])) == ""
+    zeros = [ChartSeries(label="a", x=[1, 2], y=[0.0, 0.0])]
+    assert figure_html(Chart(title="zeros", series=zeros, scale="log", has_scale_toggle=False)) == ""
+    assert 'data-scale="linear"' in figure_html(Chart(title="zeros", series=zeros, scale="log"))
 
 
 def test_gap_breaks_a_line_and_points_stay_inside() -> None:
     y = [1.0, 2.0, None, 4.0, 3.0]
-    drawn = figure(Chart(title="t", lines=[Line(label="a", x=range(5), y=y)], both=False))
-    path = re.search(r' d="([^"]+)"', drawn)
+    svg = figure_html(Chart(title="t", series=[ChartSeries(label="a", x=range(5), y=y)], has_scale_toggle=False))
+    path = re.search(r' d="([^"]+)"', svg)
     assert path and path[1].count("M") == 2
-    places = [int(n) for n in re.findall(r"\d+", path[1])]
-    assert len(places) == 8 and min(places) >= 0 and max(places) <= 1000
+    coordinates = [int(n) for n in re.findall(r"\d+", path[1])]
+    assert len(coordinates) == 8 and min(coordinates) >= 0 and max(coordinates) <= 1000
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
@@ -379,41 +379,41 @@ def test_ticks_are_few_even_and_inside(low: float, width: float, count: int) -> 
     high = low + width
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         return
-    at = ticks(low, high, count)
+    positions = ticks(low, high, count)
     slack = 1e-6 * (high - low)
-    assert all(low - slack <= t <= high + slack for t in at)
-    assert len(at) <= 2 * count + 2 and at == sorted(at)
-    assert len(tick_labels(at)) == len(at)
+    assert all(low - slack <= t <= high + slack for t in positions)
+    assert len(positions) <= 2 * count + 2 and positions == sorted(positions)
+    assert len(tick_labels(positions)) == len(positions)
 
 
 @given(st.floats(-12, 12), st.floats(0.05, 20))
 def test_log_ticks_are_few_and_inside(power: float, decades: float) -> None:
     low, high = 10**power, 10 ** (power + decades)
-    at = log_ticks(low, high)
-    assert 1 <= len(at) <= 12 and at == sorted(at)
-    assert all(low * 0.99 <= t <= high * 1.01 for t in at)
-    assert len(set(log_labels(at))) == len(at)
+    positions = log_ticks(low, high)
+    assert 1 <= len(positions) <= 12 and positions == sorted(positions)
+    assert all(low * 0.99 <= t <= high * 1.01 for t in positions)
+    assert len(set(log_labels(positions))) == len(positions)
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=300), st.integers(2, 50))
 def test_fewer_points_keep_the_extremes(y: list[float | None], points: int) -> None:
     x = list(range(len(y)))
-    few_x, few_y = extremes(x, y, points)
+    few_x, few_y = downsample_extremes(x, y, points)
     assert len(few_x) == len(few_y) <= max(points, 2) and few_x == sorted(few_x)
-    seen = [v for v in y if v is not None]
-    kept = [v for v in few_y if v is not None]
-    assert (min(kept), max(kept)) == (min(seen), max(seen)) if seen else not kept
+    values = [v for v in y if v is not None]
+    few_values = [v for v in few_y if v is not None]
+    assert (min(few_values), max(few_values)) == (min(values), max(values)) if values else not few_values
     assert all(y[int(i)] == v for i, v in zip(few_x, few_y, strict=True))
-    mean_x, mean_y = means(x, y, points)
+    mean_x, mean_y = downsample_means(x, y, points)
     assert len(mean_x) == len(mean_y) <= max(points, 2)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=200), st.integers(1, 30), st.booleans())
-def test_smoothing_stays_between_the_extremes(y: list[float], widest: int, log: bool) -> None:
-    x, out = smooth(list(range(len(y))), y, 50, widest=widest, log=log)
-    assert len(x) == len(out) <= 51 and x[0] == 0 and x[-1] == len(y) - 1
-    assert all(v is not None and min(y) * 0.999 <= v <= max(y) * 1.001 for v in out)
-    assert out[0] == pytest.approx(y[0]), "the first step is left alone"
+def test_smoothing_stays_between_the_extremes(y: list[float], half_width: int, log_scale: bool) -> None:
+    x, smooth_y = smooth(list(range(len(y))), y, 50, max_half_width=half_width, log_scale=log_scale)
+    assert len(x) == len(smooth_y) <= 51 and x[0] == 0 and x[-1] == len(y) - 1
+    assert all(v is not None and min(y) * 0.999 <= v <= max(y) * 1.001 for v in smooth_y)
+    assert smooth_y[0] == pytest.approx(y[0]), "the first step is left alone"
 
 
 JUNK = (
@@ -422,39 +422,39 @@ JUNK = (
 )  # fmt: skip
 
 
-def whole(folder: Path) -> str:
+def render_page(folder: Path) -> str:
     records = read_run(folder)
-    return page(records, summarise(records))
+    return report_page(records, summarise(records))
 
 
 @pytest.mark.parametrize("name", ["metrics", "events", "layers", "plan"])
 def test_any_value_may_stand_anywhere(name: str, tmp_path: Path) -> None:
     """Damaged records make no traceback: what is no number is an absence."""
-    held = event("evaluated", 200, held_out_loss=1.6, held_out_bits_per_byte=2.3)
-    begun = event("started", 1, entropy_bits=1.3)
-    layers, events = by_layer({"blocks.0": 0.1})[:2], [begun, held, FINISHED]
-    folder = lay(tmp_path / "a", [row(s) for s in (1, 2, 3)], events, layers)
+    evaluation = make_event("evaluated", 200, held_out_loss=1.6, held_out_bits_per_byte=2.3)
+    start_event = make_event("started", 1, entropy_bits=1.3)
+    layers, events = layer_records({"blocks.0": 0.1})[:2], [start_event, evaluation, FINISHED]
+    folder = write_run_dir(tmp_path / "a", [make_row(s) for s in (1, 2, 3)], events, layers)
     path = folder / ("plan.json" if name == "plan" else f"{name}.jsonl")
     lines = path.read_text().splitlines()
     for key in json.loads(lines[-1]):
         for junk in JUNK:
-            spoilt = json.dumps(json.loads(lines[-1]) | {key: "@"}).replace('"@"', junk)
-            path.write_text("\n".join([*lines[:-1], spoilt]))
-            whole(folder)
+            damaged_line = json.dumps(json.loads(lines[-1]) | {key: "@"}).replace('"@"', junk)
+            path.write_text("\n".join([*lines[:-1], damaged_line]))
+            render_page(folder)
     for junk in ("[" * 100_000, '{"step":' * 100_000, "9" * 6000, "\0", "null"):
         path.write_text("\n".join([junk, *lines]))
-        whole(folder)
+        render_page(folder)
 
 
 def test_numbers_as_a_person_writes_them() -> None:
-    assert [number(v) for v in (0, 1.5, 1234.5, 0.00002, 3e9)] == [
+    assert [format_number(v) for v in (0, 1.5, 1234.5, 0.00002, 3e9)] == [
         "0", "1.5", "1,234", "2e-5", "3e9",
     ]  # fmt: skip
     assert tick_labels([0.0, 0.005, 0.01]) == ["0.000", "0.005", "0.010"]
     assert tick_labels([0.0, 2.5, 5.0]) == ["0.0", "2.5", "5.0"]
     assert tick_labels([0.0, 20_000.0]) == ["0", "20,000"]
     assert log_labels([1e-6, 1e-3, 1.0]) == ["10⁻⁶", "10⁻³", "1"]
-    assert [seconds(v) for v in (0, 0.0981, 84.2, 150, 10_500)] == [
+    assert [format_seconds(v) for v in (0, 0.0981, 84.2, 150, 10_500)] == [
         "0 s", "98.1 ms", "84.2 s", "2 min 30 s", "2 h 55 min",
     ]  # fmt: skip
-    assert [amount(v, "B") for v in (12, 7.6e6, 2.1e9)] == ["12 B", "7.6 MB", "2.1 GB"]
+    assert [format_amount(v, "B") for v in (12, 7.6e6, 2.1e9)] == ["12 B", "7.6 MB", "2.1 GB"]

@@ -11,81 +11,81 @@ from typing import Any
 import pytest
 
 from cordee.errors import RunError
-from cordee.fault.hosts import Hosts, Meeting
-from cordee.fault.link import Link
+from cordee.fault.hosts import HostLink, RendezvousConfig
+from cordee.fault.link import Transport
 from cordee.fault.members import Member
-from cordee.fault.orders import assign
-from cordee.fault.pace import Rules
-from cordee.fault.schema import fault_of
-from tests.paper.test_link import HELLO, SECRET, until
+from cordee.fault.orders import assign_ranks
+from cordee.fault.pace import Timeouts
+from cordee.fault.schema import message_error
+from tests.paper.test_link import HELLO, SECRET, wait_until
 
 VERDICT = {"event": "joined", "says": "pid 7 is ready", "pid": 7}
-WRONG: tuple[Any, ...] = (
+WRONG_VALUES: tuple[Any, ...] = (
     None, True, -2, 10**13, 1.5, "x", "", [], [[]], [None], ["a", "a"], {}, {"a": 1}, [10**400],
 )  # fmt: skip
 
 
-def report(name: str) -> dict[str, Any]:
+def make_report(name: str) -> dict[str, Any]:
     """What a host says it has."""
     ready = [[1, 100, None, 0], [2, 101, 0, 1]]
     return {"name": name, "wants": 2, "ready": ready, "begun": True, "stranded": False,
             "device": "cpu"}  # fmt: skip
 
 
-def member(me: str) -> Member:
-    def orders(reports: Any) -> Any:
-        return assign(reports, 1, lambda islands, devices: ("{}", islands))
+def make_member(own_id: str) -> Member:
+    def assign_reports(reports: Any) -> Any:
+        return assign_ranks(reports, 1, lambda islands, devices: ("{}", islands))
 
-    return Member(me, Rules(), assign=orders, report=lambda: report(me))
+    return Member(own_id, Timeouts(), assign=assign_reports, report=lambda: make_report(own_id))
 
 
-def talk() -> list[tuple[str, str, dict[str, Any]]]:
+def record_dialogue() -> list[tuple[str, str, dict[str, Any]]]:
     """(from, to, message) of two hosts of which the second joins, calls and leaves."""
-    a, b, now, said = member("a:1#0"), member("b:1#0"), 1.0, []
-    a.found(now)
-    b.join("a:1", now)
+    a, b, now_s, messages = make_member("a:1#0"), make_member("b:1#0"), 1.0, []
+    a.bootstrap(now_s)
+    b.join("a:1", now_s)
     for tick in range(400):
-        now += 0.05
+        now_s += 0.05
         if tick in (100, 200):
-            (b if tick == 100 else a).call(VERDICT, now)
+            (b if tick == 100 else a).request_view(VERDICT, now_s)
         if tick == 300:
-            b.leave(now)
-        for one, other in ((a, b), (b, a)):
-            one.tick(now)
-            one.take_changes()
-            for to, message in one.take_outbox():
-                said.append((one.me, to, json.loads(json.dumps(message))))
-                other.hear(one.me, said[-1][2], now)
-    return said
+            b.leave(now_s)
+        for sender, receiver in ((a, b), (b, a)):
+            sender.tick(now_s)
+            sender.take_changes()
+            for target, message in sender.take_outbox():
+                messages.append((sender.own_id, target, json.loads(json.dumps(message))))
+                receiver.receive(sender.own_id, messages[-1][2], now_s)
+    return messages
 
 
-SAID = talk()
+MESSAGES = record_dialogue()
 
 
-def spoiled(value: Any) -> Iterator[Any]:
+def damaged_values(value: Any) -> Iterator[Any]:
     """The value with one part of it replaced, at any depth, or left out."""
-    yield from WRONG
+    yield from WRONG_VALUES
     if isinstance(value, dict):
         for key in value:
             yield {k: v for k, v in value.items() if k != key}
-            for part in spoiled(value[key]):
+            for part in damaged_values(value[key]):
                 yield value | {key: part}
     elif isinstance(value, list) and value:
         yield value[1:]
-        for part in spoiled(value[0]):
+        for part in damaged_values(value[0]):
             yield [part, *value[1:]]
 
 
 def test_what_hosts_say_is_in_order() -> None:
-    kinds = {message["kind"] for _, _, message in SAID}
+    kinds = {message["kind"] for _, _, message in MESSAGES}
     assert kinds >= {"beat", "propose", "promise", "accept", "accepted", "enter"}, kinds
-    for _, _, message in SAID:
-        assert fault_of({"view": message}) == "", message
+    for _, _, message in MESSAGES:
+        assert message_error({"view": message}) == "", message
     for message in (
         {"set": [3, "key", "YWI="]}, {"get": [3, "key", 0]}, {"answer": [0, ""]}, {"hello": "a"},
         {"welcome": "a"}, {"over": 143},
     ):  # fmt: skip
-        assert fault_of(message) == ""
+        assert message_error(message) == ""
 
 
 @pytest.mark.parametrize(
@@ -98,67 +98,67 @@ def test_what_hosts_say_is_in_order() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_message_has_a_fault(message: Any) -> None:
-    assert fault_of(message)
+    assert message_error(message)
 
 
 def test_no_message_that_passes_breaks_a_host() -> None:
     """Each kind that is said, each part of it spoiled."""
-    passed, seen = 0, set()
-    for sender, to, message in SAID:
-        if message["kind"] in seen and message["kind"] != "promise":
+    pass_count, seen_kinds = 0, set()
+    for sender, target, message in MESSAGES:
+        if message["kind"] in seen_kinds and message["kind"] != "promise":
             continue
-        seen.add(message["kind"])
-        for bad in spoiled(message):
-            if fault_of({"view": bad}):
+        seen_kinds.add(message["kind"])
+        for variant in damaged_values(message):
+            if message_error({"view": variant}):
                 continue
-            passed += 1
-            host = member(to)
-            host.found(1.0)
-            for now in (1.1, 1.2):
+            pass_count += 1
+            host = make_member(target)
+            host.bootstrap(1.0)
+            for now_s in (1.1, 1.2):
                 with suppress(RunError):
-                    host.hear(sender, copy.deepcopy(bad), now)
-                host.tick(now)
-    assert passed > 50
+                    host.receive(sender, copy.deepcopy(variant), now_s)
+                host.tick(now_s)
+    assert pass_count > 50
 
 
 def test_a_bad_message_ends_its_connection_with_a_reason() -> None:
-    a, b = (Link.open("127.0.0.1:0", SECRET, HELLO, fault_of=fault_of) for _ in range(2))
+    a, b = (Transport.open("127.0.0.1:0", SECRET, HELLO, message_error=message_error) for _ in range(2))
     try:
         a.send(b.id, {"hello": a.id})
-        assert until(b.receive) == [(a.id, {"hello": a.id})]
+        assert wait_until(b.receive) == [(a.id, {"hello": a.id})]
         a.send(b.id, {"view": 5})
-        (refusal,) = until(b.refused)
+        (refusal,) = wait_until(b.take_refusals)
         assert refusal.who == a.id and "not one thing" in refusal.why
-        b.dismiss(a.id, "it sent what makes no sense")
+        b.disconnect(a.id, "it sent what makes no sense")
         a.send(b.id, {"hello": "again"})  # the link itself goes on
-        assert until(b.receive) == [(a.id, {"hello": "again"})]
+        assert wait_until(b.receive) == [(a.id, {"hello": "again"})]
     finally:
         a.close()
         b.close()
 
 
 def test_a_host_that_was_made_up_is_not_dialled() -> None:
-    rules, secret = Rules(), SECRET
-    meeting = Meeting(
-        lambda: Link.open("127.0.0.1:0", secret, HELLO, fault_of=fault_of),
-        lambda me, **given: Member(me, rules, **given), lambda: False, "cpu",
+    timeouts, secret = Timeouts(), SECRET
+    rendezvous_config = RendezvousConfig(
+        lambda: Transport.open("127.0.0.1:0", secret, HELLO, message_error=message_error),
+        lambda own_id, **given: Member(own_id, timeouts, **given), lambda: False, "cpu",
     )  # fmt: skip
-    hosts = Hosts(meeting, lambda reports: {}, dict)
+    host_link = HostLink(rendezvous_config, lambda reports: {}, dict)
     try:
-        beat = next(message for _, _, message in SAID if message["kind"] == "beat")
-        hosts.member.hear("b:1#0", {**beat, "joining": True}, 2.0)
-        hosts.member._circle.joiners.append("nonsense")
-        hosts.member.tick(9.0)
-        hosts.carry()
+        heartbeat = next(message for _, _, message in MESSAGES if message["kind"] == "beat")
+        host_link.member.receive("b:1#0", {**heartbeat, "joining": True}, 2.0)
+        host_link.member._heartbeats.joiners.append("nonsense")
+        host_link.member.tick(9.0)
+        host_link.pump()
     finally:
-        hosts.close()
+        host_link.close()
 
 
 def test_keys_of_a_generation_that_cannot_be_there_yet_are_not_kept() -> None:
-    meeting = Meeting(None, lambda me, **given: Member(me, Rules(), **given), lambda: False, "cpu")
-    hosts = Hosts(meeting, lambda reports: {}, dict)
-    hosts.keys.begin(1)
-    hosts._take("b:1#0", {"set": [10**9, "k", "v"]}, 2.0)
-    assert hosts.keys.generation == 1
-    hosts._take("b:1#0", {"set": [1, "k", "v"]}, 2.0)
-    assert hosts.keys.values == {"k": "v"}
+    rendezvous_config = RendezvousConfig(None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu")
+    host_link = HostLink(rendezvous_config, lambda reports: {}, dict)
+    host_link.store.start_generation(1)
+    host_link._dispatch("b:1#0", {"set": [10**9, "k", "v"]}, 2.0)
+    assert host_link.store.generation == 1
+    host_link._dispatch("b:1#0", {"set": [1, "k", "v"]}, 2.0)
+    assert host_link.store.values == {"k": "v"}
