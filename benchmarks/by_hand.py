@@ -37,10 +37,10 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from cordee import Run
-from cordee.data.source import open_dataset
-from cordee.dist.start import RankProcess
+from cordee.data.dataset import open_dataset
+from cordee.dist.process_group import RankProcess
 from cordee.model.attention import causal_attention, rope_table
-from cordee.model.initial import init_weights
+from cordee.model.init_weights import init_weights
 from cordee.model.loss import soft_cap
 from cordee.model.moe import moe_layers
 from cordee.model.transformer import Transformer
@@ -66,7 +66,7 @@ class HandwrittenModel(nn.Module):
         self.logit_cap = run.model.logit_cap
         self.bf16 = run.run.precision == "bf16"
         rope = rope_table(
-            run.data.sequence, run.model.per_head, run.model.rope_base, torch.device("cpu")
+            run.data.sequence, run.model.width_per_head, run.model.rope_base, torch.device("cpu")
         )
         self.rope = rope if positions is None else rope[positions]
 
@@ -90,7 +90,9 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 class HandwrittenLayout:
     """The loop of one layout; `degrees` are its axes, of which one or two are not 1."""
 
-    def __init__(self, run: Run, process: RankProcess, degrees: dict[str, int], sync_each: bool) -> None:
+    def __init__(
+        self, run: Run, process: RankProcess, degrees: dict[str, int], sync_each: bool
+    ) -> None:
         """`sync_each`: sharded gradients are reduced in every microbatch, as ZeRO-2 and 3 want;
         else in the last one alone."""
         self.run, self.degrees, self.sync_each = run, degrees, sync_each
@@ -177,7 +179,9 @@ class HandwrittenLayout:
         losses: list[Tensor] = []
         inputs = (x,) if stage == 0 else ()
         is_last_stage = stage == stage_count - 1
-        self.schedule.step(*inputs, target=y if is_last_stage else None, losses=losses if is_last_stage else None)
+        self.schedule.step(
+            *inputs, target=y if is_last_stage else None, losses=losses if is_last_stage else None
+        )
         return torch.stack(losses).sum().detach() if is_last_stage else torch.zeros(())
 
     def _clip(self) -> Tensor:
@@ -189,8 +193,12 @@ class HandwrittenLayout:
             dist.all_reduce(squared_norm, group=self.mesh.get_group("pipeline"))
         else:
             expert_ids = {id(p) for p in self.experts}
-            expert_grads = [p.grad for p in self.parameters if id(p) in expert_ids and p.grad is not None]
-            other_grads = [p.grad for p in self.parameters if id(p) not in expert_ids and p.grad is not None]
+            expert_grads = [
+                p.grad for p in self.parameters if id(p) in expert_ids and p.grad is not None
+            ]
+            other_grads = [
+                p.grad for p in self.parameters if id(p) not in expert_ids and p.grad is not None
+            ]
             squared_norm = nn.utils.get_total_norm(expert_grads).square()
             dist.all_reduce(squared_norm, group=self.mesh.get_group("expert"))
             squared_norm = squared_norm + nn.utils.get_total_norm(other_grads).square()
@@ -210,7 +218,9 @@ class HandwrittenLayout:
             self.positions = self._context_positions(self.mesh["context"])
         net: nn.Module = HandwrittenModel(self.run, layer_range, self.positions)
         if "tensor" in degrees:
-            self._apply_tensor_parallel(net, self.mesh["tensor"], gather_logits="pipeline" in degrees)
+            self._apply_tensor_parallel(
+                net, self.mesh["tensor"], gather_logits="pipeline" in degrees
+            )
         if "pipeline" in degrees:
             self._make_schedule(net)
         elif "expert" in degrees:
@@ -221,7 +231,9 @@ class HandwrittenLayout:
             net = self._wrap_ddp(net, self.mesh["context"])
         elif "shard" in degrees:
             is_hybrid = "islands" in degrees
-            self._apply_fsdp(net, self.mesh["islands", "shard"] if is_hybrid else self.mesh["shard"])
+            self._apply_fsdp(
+                net, self.mesh["islands", "shard"] if is_hybrid else self.mesh["shard"]
+            )
         elif "islands" in degrees:
             net = self._wrap_ddp(net, self.mesh["islands"])
         return net
@@ -239,7 +251,9 @@ class HandwrittenLayout:
         keeps_parameters = self.run.layout.zero != 3
         for module in (*net.blocks, net):
             # The rest is needed last in a forward and first in a backward.
-            fully_shard(module, mesh=mesh, reshard_after_forward=not keeps_parameters and module is not net)
+            fully_shard(
+                module, mesh=mesh, reshard_after_forward=not keeps_parameters and module is not net
+            )
 
         def set_grad_sync(is_last: bool) -> None:
             net.set_requires_gradient_sync(is_last or self.sync_each)
@@ -258,7 +272,9 @@ class HandwrittenLayout:
                 use_local_output=gather_logits,
             ),
         }
-        present_styles = {name: style for name, style in styles.items() if getattr(net, name) is not None}
+        present_styles = {
+            name: style for name, style in styles.items() if getattr(net, name) is not None
+        }
         parallelize_module(net, mesh, present_styles)
         gather_layouts = {"input_layouts": (Shard(1),), "desired_input_layouts": (Replicate(),)}
         for block in net.blocks:
@@ -286,7 +302,9 @@ class HandwrittenLayout:
         def scaled_loss(logits: Tensor, targets: Tensor) -> Tensor:
             return cross_entropy_sum(logits, targets) / self.tokens
 
-        self.schedule = Schedule1F1B(stage, self.local_microbatches, loss_fn=scaled_loss, scale_grads=False)
+        self.schedule = Schedule1F1B(
+            stage, self.local_microbatches, loss_fn=scaled_loss, scale_grads=False
+        )
 
     def _context_positions(self, mesh: DeviceMesh) -> Tensor:
         """An early chunk and the late one that evens out the work."""
@@ -302,10 +320,14 @@ class HandwrittenLayout:
             length = q.shape[1] // 2
             keys_values = torch.stack((k, v))
             all_keys_values = collectives.all_gather_tensor_autograd(keys_values, 0, group)
-            early_chunks, late_chunks = all_keys_values.view(rank_count, *keys_values.shape).chunk(2, 3)
+            early_chunks, late_chunks = all_keys_values.view(rank_count, *keys_values.shape).chunk(
+                2, 3
+            )
             k, v = torch.cat([*early_chunks.unbind(), *reversed(late_chunks.unbind())], 2)
             outputs = []
-            for chunk, chunk_index in zip(q.chunk(2, 1), (index, 2 * rank_count - 1 - index), strict=True):
+            for chunk, chunk_index in zip(
+                q.chunk(2, 1), (index, 2 * rank_count - 1 - index), strict=True
+            ):
                 stop = (chunk_index + 1) * length
                 outputs.append(causal_attention(chunk, k[:, :stop], v[:, :stop], window))
             return torch.cat(outputs, 1)
@@ -337,20 +359,34 @@ class HandwrittenLayout:
 def token_dispatcher(group: dist.ProcessGroup, rank_count: int) -> Callable[..., Tensor]:
     """Rows to the ranks of their experts and back, around the experts' own computation."""
 
-    def dispatch(rows: Tensor, expert_counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def dispatch(
+        rows: Tensor, expert_counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         send_counts = expert_counts.view(rank_count, -1)
         receive_counts = torch.empty_like(send_counts)
         dist.all_to_all_single(receive_counts, send_counts.contiguous(), group=group)
         receive_splits, send_splits = receive_counts.sum(1).tolist(), send_counts.sum(1).tolist()
         local_rows = all_to_all_single(
-            rows.new_empty(sum(receive_splits), rows.shape[1]), rows, receive_splits, send_splits, group=group
+            rows.new_empty(sum(receive_splits), rows.shape[1]),
+            rows,
+            receive_splits,
+            send_splits,
+            group=group,
         )
-        expert_ids = torch.arange(send_counts.shape[1]).repeat(rank_count).repeat_interleave(receive_counts.flatten())
+        expert_ids = (
+            torch.arange(send_counts.shape[1])
+            .repeat(rank_count)
+            .repeat_interleave(receive_counts.flatten())
+        )
         order = expert_ids.argsort(stable=True)
         outputs = compute(local_rows[order], receive_counts.sum(0))
         rank_order_outputs = outputs[order.argsort()]
         return all_to_all_single(
-            outputs.new_empty(len(rows), outputs.shape[1]), rank_order_outputs, send_splits, receive_splits, group=group
+            outputs.new_empty(len(rows), outputs.shape[1]),
+            rank_order_outputs,
+            send_splits,
+            receive_splits,
+            group=group,
         )
 
     return dispatch

@@ -22,7 +22,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cordee.plan.profile import local_host
+from cordee.planner.profile import local_host
 
 MODELS = {
     "micro": ("model.preset=micro",),
@@ -89,7 +89,10 @@ def compare_plans(folder: Path) -> list[dict[str, Any]]:
                 lines = (folder / name / "metrics.jsonl").read_text().splitlines()
                 step_times_s = [json.loads(line)["step_s"] for line in lines]
                 steady_times_s = step_times_s[min(MIN_STEPS, len(step_times_s) - 1) :]
-                planned_s, measured_s = plan["predicted"]["step_s"], statistics.median(steady_times_s)
+                planned_s, measured_s = (
+                    plan["predicted"]["step_s"],
+                    statistics.median(steady_times_s),
+                )
                 rows.append(
                     {
                         "run": name, "threads": plan["threads"], "planned_s": planned_s,

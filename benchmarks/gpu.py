@@ -29,14 +29,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from cordee import Run, override
-from cordee.begin import prepare_dataset, resolve_config
-from cordee.data.source import open_dataset
-from cordee.dist.start import LaunchInfo, RankProcess, join_process_group
-from cordee.model.initial import init_weights
+from cordee.data.dataset import open_dataset
+from cordee.dist.process_group import LaunchInfo, RankProcess, join_process_group
+from cordee.hardware.system import peak_bytes
+from cordee.launcher.prepare import prepare_dataset, resolve_config
+from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import Plan, make_plan
-from cordee.system import peak_bytes
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import Plan, make_plan
 
 SIDES = ("cordee", "by hand")
 
@@ -102,9 +102,15 @@ class HandwrittenFsdp:
             float(loss_sum), float(grad_norm)
 
 
-def make_side(name: str, run: Run, process: RankProcess, hand_mode: str) -> CordeeLoop | HandwrittenFsdp:
+def make_side(
+    name: str, run: Run, process: RankProcess, hand_mode: str
+) -> CordeeLoop | HandwrittenFsdp:
     """One of SIDES, warmed up (compiled)."""
-    loop = CordeeLoop(run, process) if name == SIDES[0] else HandwrittenFsdp(run, process, hand_mode == "mixed")
+    loop = (
+        CordeeLoop(run, process)
+        if name == SIDES[0]
+        else HandwrittenFsdp(run, process, hand_mode == "mixed")
+    )
     loop.steps(3)
     return loop
 
@@ -158,7 +164,9 @@ def main() -> None:
         run = resolve_config(make_run(args, args.folder or folder))
         prepare_dataset(run)
         plan = make_plan(run, local_cluster(), run.model.vocabulary or 256)
-        with join_process_group(LaunchInfo(), plan.device, plan.threads, 600.0, always=True) as process:
+        with join_process_group(
+            LaunchInfo(), plan.device, plan.threads, 600.0, force_group=True
+        ) as process:
             if args.memory_of:
                 print(json.dumps(measure_memory(run, process, args)))
                 return

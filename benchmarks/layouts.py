@@ -23,9 +23,9 @@ from overhead import CordeeLoop
 from torch.profiler import ProfilerActivity, profile
 
 from cordee import Run, override
-from cordee.begin import prepare_run, prepare_dataset
-from cordee.dist.start import RankProcess
-from cordee.testing import launch
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.prepare import prepare_dataset, prepare_run
+from cordee.launcher.run_ranks import launch
 
 BASE_OVERRIDES: dict[str, Any] = {
     "run.steps": 100_000, "model.layers": 4, "model.width": 256, "model.heads": 4,
@@ -60,29 +60,41 @@ MEMORY_LEVERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute=selective": (1, {}, {"memory.recompute": "selective"}),
     "recompute=full": (1, {}, {"memory.recompute": "full"}),
     "recompute=full, every 2nd": (1, {}, {"memory.recompute": "full", "memory.recompute_every": 2}),
-    "loss_chunk=128, 8192 words": (1, LARGE_VOCABULARY, {**LARGE_VOCABULARY, "memory.loss_chunk": 128}),
+    "loss_chunk=128, 8192 words": (
+        1,
+        LARGE_VOCABULARY,
+        {**LARGE_VOCABULARY, "memory.loss_chunk": 128},
+    ),
     "compile=blocks": (1, {}, {"run.compile": "blocks"}),
     "compile=blocks, recompute=full": (
-        1, {}, {"run.compile": "blocks", "memory.recompute": "full"}
+        1,
+        {},
+        {"run.compile": "blocks", "memory.recompute": "full"},
     ),
     "shard=2 zero=2": (
-        2, {"layout.shard": 2, "layout.zero": 1}, {"layout.shard": 2, "layout.zero": 2}
+        2,
+        {"layout.shard": 2, "layout.zero": 1},
+        {"layout.shard": 2, "layout.zero": 2},
     ),
     "shard=2 zero=3": (
-        2, {"layout.shard": 2, "layout.zero": 1}, {"layout.shard": 2, "layout.zero": 3}
+        2,
+        {"layout.shard": 2, "layout.zero": 1},
+        {"layout.shard": 2, "layout.zero": 3},
     ),
-}  # fmt: skip
+}
 """Name -> (processes, the run without, the run with)."""
 
 
 def make_run(folder: str, precision: str, overrides: dict[str, Any]) -> Run:
-    """A run of MODEL with `words`."""
-    return override(Run(), {**BASE_OVERRIDES, "run.dir": folder, "run.precision": precision, **overrides})
+    """A run of MODEL with `overrides`."""
+    return override(
+        Run(), {**BASE_OVERRIDES, "run.dir": folder, "run.precision": precision, **overrides}
+    )
 
 
 def race(sides: list[Any], process: RankProcess, blocks: int, steps: int) -> dict[str, list[float]]:
-    """Time of the second side / time of the first, in each block of `steps` steps: by the clock,
-    and of this rank's processor (which a busy machine disturbs less)."""
+    """Time of the second side / time of the first, in each block of `steps` steps: by the
+    clock, and of this rank's processor (which a busy machine disturbs less)."""
     ratios: dict[str, list[float]] = {"ratios": [], "cpu": []}
     for block in range(blocks):
         times_s = [(0.0, 0.0), (0.0, 0.0)]

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cordee.data.builtin import stdlib_files
+from cordee.data.corpora import stdlib_files
+from cordee.data.dataset import TokenDataset, map_shard, open_dataset
 from cordee.data.loader import TokenLoader
 from cordee.data.order import SampleOrder
 from cordee.data.prepare import prepare
-from cordee.data.source import TokenDataset, map_shard, open_dataset
 
 CASES = ((1024, 32), (256, 16))
 CORPUS_BYTES = 96 << 20
@@ -33,7 +33,9 @@ TURN_S = 0.15
 TARGET = 0.95
 
 
-def make_loader_side(source: TokenDataset, sequence: int, batch: int, prefetch: int) -> Callable[[], int]:
+def make_loader_side(
+    source: TokenDataset, sequence: int, batch: int, prefetch: int
+) -> Callable[[], int]:
     """A function that delivers one batch and returns its tokens; steps go on from call to call."""
     order = SampleOrder(seed=1, rows=source.rows(sequence), microbatch_rows=batch, microbatches=1)
     source.gather(np.arange(order.rows), sequence)  # touches every page of this map
@@ -91,7 +93,10 @@ def compare(folder: Path, sequence: int, batch: int) -> dict[str, object]:
 
     def ratio(name: str) -> float:
         pairs = zip(speeds[name], speeds["random"], strict=True)
-        return round(statistics.median(loader_speed / random_speed for loader_speed, random_speed in pairs), 3)
+        return round(
+            statistics.median(loader_speed / random_speed for loader_speed, random_speed in pairs),
+            3,
+        )
 
     return {
         "sequence": sequence,
@@ -130,7 +135,9 @@ def main() -> None:
         for case in cases:
             cells = {
                 name: f"{median_speed} ({lowest_speed}-{highest_speed})"
-                for name, (lowest_speed, median_speed, highest_speed) in case["mtokens_per_s"].items()  # type: ignore
+                for name, (lowest_speed, median_speed, highest_speed) in case[
+                    "mtokens_per_s"
+                ].items()  # type: ignore
             }
             print(f"sequence {case['sequence']:>5}, batch {case['batch']:>3}".rjust(30), end="")
             print(f" {cells['loader']:>20} {cells['random']:>20} {case['ratio']:>7}", end="")

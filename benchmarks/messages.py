@@ -1,4 +1,4 @@
-"""Gathers and scatters of sums by direct messages (dist/flat.py) against the library's own.
+"""Gathers and scatters of sums by direct messages (dist/collectives.py) against the library's own.
 
     python benchmarks/messages.py [--json] [--ranks 2,4] [--blocks N]
 
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import all_gather_flat, reduce_scatter_flat
-from cordee.dist.start import RankProcess
-from cordee.testing import launch
+from cordee.dist.collectives import all_gather_flat, reduce_scatter_flat
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.run_ranks import launch
 
 SHARD_BYTES = [1 << power for power in (12, 14, 16, 18, 19, 20, 22)]
 CALLS = 10
@@ -44,10 +44,18 @@ def race(process: RankProcess, blocks: int) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     group, results = dist.group.WORLD, {}
     for shard_bytes in SHARD_BYTES:
-        shard, full_tensor = torch.randn(shard_bytes // 4), torch.randn(process.size * shard_bytes // 4)
+        shard, full_tensor = (
+            torch.randn(shard_bytes // 4),
+            torch.randn(process.size * shard_bytes // 4),
+        )
         sides: dict[str, tuple[Any, Any, Tensor, Tensor]] = {
             "gather": (dist.all_gather_into_tensor, all_gather_flat, full_tensor, shard),
-            "scatter of sums": (dist.reduce_scatter_tensor, reduce_scatter_flat, shard, full_tensor),
+            "scatter of sums": (
+                dist.reduce_scatter_tensor,
+                reduce_scatter_flat,
+                shard,
+                full_tensor,
+            ),
         }
         for name, (library_call, direct_call, *tensors) in sides.items():
             calls = [partial(side, *tensors, group=group) for side in (library_call, direct_call)]
@@ -70,7 +78,10 @@ def main() -> None:
     for rank_count in map(int, args.ranks.split(",")):
         for name, row in launch(race, args.blocks, ranks=rank_count, deadline_s=400)[0].items():
             ratio, library_us, direct_us = row
-            print(f"{name:<26}{rank_count}  {ratio:5.2f}  {library_us:7.0f} -> {direct_us:6.0f} us", flush=True)
+            print(
+                f"{name:<26}{rank_count}  {ratio:5.2f}  {library_us:7.0f} -> {direct_us:6.0f} us",
+                flush=True,
+            )
             results[f"{name} on {rank_count}"] = [round(value, 3) for value in row]
     if args.json:
         print(json.dumps(results))

@@ -5,8 +5,8 @@
 Both sides have the same model, batch, precision, threads and update rule (AdamW, fused), read the
 same tokens, clip by global norm and write a line a step. Blocks of steps alternate; the ratio is
 the median over blocks of hand-written time / Cordée's time, so more than 1 is faster than by hand.
-`exact_cost` is the time run.exact adds on two processes; `memory` compares peak resident bytes of
-separate processes, what the libraries take before training subtracted.
+`exact_cost` is the time run.exact adds on two processes; `memory_ratio` compares peak resident
+bytes of separate processes, what the libraries take before training subtracted.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cordee import Run, override
-from cordee.begin import prepare_run, prepare_dataset
-from cordee.build import RunState, build_run_state
-from cordee.data.source import open_dataset
-from cordee.desk import RunLogger
-from cordee.dist.start import RankProcess
-from cordee.fault.leave import StopRequest
-from cordee.model.initial import init_weights
+from cordee.data.dataset import open_dataset
+from cordee.dist.process_group import RankProcess
+from cordee.hardware.system import peak_bytes, resident_bytes
+from cordee.launcher.prepare import prepare_dataset, prepare_run
+from cordee.launcher.run_ranks import launch
+from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.system import peak_bytes, resident_bytes
-from cordee.testing import launch
-from cordee.train import train_step
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.training.build import RunState, build_run_state
+from cordee.training.run_logger import RunLogger
+from cordee.training.stop_request import StopRequest
+from cordee.training.user_parts import Parts
+from cordee.training.worker import train_step
 
 STEPS_PER_BLOCK = 2
 
@@ -132,12 +132,17 @@ class HandwrittenLoop:
             self.log_file.flush()
 
 
-def race(process: RankProcess, folder: str, blocks: int, opponent: str, precision: str) -> list[float]:
+def race(
+    process: RankProcess, folder: str, blocks: int, opponent: str, precision: str
+) -> list[float]:
     """Alternates blocks of both sides; the ratio (other side / Cordée) of each block, on rank 0."""
     run = make_run(folder, process.size, precision)
     if opponent == "exact":
         torch.set_num_threads(1)
-        sides = [CordeeLoop(make_run(folder, process.size, precision, exact=True), process), CordeeLoop(run, process)]
+        sides = [
+            CordeeLoop(make_run(folder, process.size, precision, exact=True), process),
+            CordeeLoop(run, process),
+        ]
     else:
         sides = [CordeeLoop(run, process), HandwrittenLoop(run, process)]
     for side in sides:

@@ -9,15 +9,16 @@ For the table of docs/performance.md, alone on a quiet machine of two cores (abo
 
 The clock starts when SIGKILL (or SIGSTOP) is sent, at a random moment of a step, and is read when a
 step of a later generation is in metrics.jsonl (looked at every millisecond): `first` by whoever is
-left, `full` with two islands again. A process that is to take a place is warm before the fault.
-Trials of all systems take turns; a table's figure is the median (smallest - largest). `same`: the
-run's digest (a rival's: every step's loss) is that of a run without faults, bit by bit.
+left, `make_pieces` with two islands again. A process that is to take a place is warm before the
+fault. Trials of all systems take turns; a table's figure is the median (smallest - largest).
+`same`: the run's digest (a rival's: every step's loss) is that of a run without faults, bit by bit.
 
-Systems: `spare` (two workers, a warm spare), `cold` (no spare), `hosts` (two supervisors of one
-worker and a spare each, on loopback; a dead host is started again at once, a frozen one wakes after
-it was replaced), `cost` (no fault: step time with the supervisor and its spare running and stopped
-in turns, and what they use), and those of rivals.py: `torchrun`, `torchrun-stop`, and, with the
-interpreter of an environment that has them, `torchft`, `torchft-all`, `nvrx`, `nvrx-launcher`.
+Systems: `measure_spare` (two workers, a warm spare), `measure_cold` (no spare), `measure_hosts`
+(two supervisors of one worker and a spare each, on loopback; a dead host is started again at once,
+a frozen one wakes after it was replaced), `measure_cost` (no fault: step time with the supervisor
+and its spare running and stopped in turns, and what they use), and those of rivals.py:
+`measure_torchrun`, `torchrun-stop`, and, with the interpreter of an environment that has them,
+`measure_torchft`, `torchft-all`, `measure_nvrx`, `nvrx-launcher`.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ from benchmarks.watched import (
     DeadlineExceeded,
     FaultTrial,
     RunMonitor,
-    find_live_address,
     child_pids,
-    train_command,
     cpu_s,
-    kill_tree,
+    find_live_address,
     free_port,
-    subreaper,
-    with_digest_check,
+    is_settled,
+    kill_tree,
+    median_step_s,
     member_pids,
     send_signal,
-    is_settled,
-    median_step_s,
+    subreaper,
     thread_cpu_s,
+    train_command,
     wait_for_rows,
+    with_digest_check,
 )
-from cordee.metrics.sinks import last_event
+from cordee.report.metrics_writer import last_event
 
 TURNS, TURN_STEPS = 60, 10
 """Of the two sides of `cost`. A checkpoint is due every 10 steps, so each turn has one."""
@@ -101,7 +102,9 @@ class RecoveryBench:
                 self.digest = final_digest(run)
         return self.digest
 
-    def inject_fault(self, run: RunMonitor, fault: str, inject: Callable[[], None], full_islands: int = 2) -> FaultTrial:
+    def inject_fault(
+        self, run: RunMonitor, fault: str, inject: Callable[[], None], full_islands: int = 2
+    ) -> FaultTrial:
         """One fault at a random moment of a step, and how the run came back."""
         run.read_new_rows()
         step_s = median_step_s(run)
@@ -109,14 +112,20 @@ class RecoveryBench:
         return FaultTrial(fault, *run.measure_recovery(inject, full_islands), step_s)
 
 
-def wait_until_settled(run: RunMonitor, hosts: list[subprocess.Popen[bytes]], spare_count: int) -> None:
+def wait_until_settled(
+    run: RunMonitor, hosts: list[subprocess.Popen[bytes]], spare_count: int
+) -> None:
     """Waits until two islands compute and every host has its warm spares."""
-    run.wait_until(lambda: is_settled(run, hosts, 2, spare_count), 90, "two islands and warm spares", 0.1)
+    run.wait_until(
+        lambda: is_settled(run, hosts, 2, spare_count), 90, "two islands and warm spares", 0.1
+    )
 
 
 def final_digest(run: RunMonitor) -> str:
     """Waits for the end of a run; its digest. Late: it did not end well."""
-    run.wait_until(lambda: all(p.poll() is not None for p in run.processes), 600, "the end of a run")
+    run.wait_until(
+        lambda: all(p.poll() is not None for p in run.processes), 600, "the end of a run"
+    )
     last_record = last_event(run.folder)
     if last_record.get("event") != "finished":
         raise DeadlineExceeded(f"a run ended as {last_record}\n{run.log_tail()}")
@@ -126,7 +135,9 @@ def final_digest(run: RunMonitor) -> str:
 # ---- Cordée --------------------------------------------------------------------------------------
 
 
-def rank_killer(run: RunMonitor, rank: int, signal_number: int = signal.SIGKILL) -> Callable[[], None]:
+def rank_killer(
+    run: RunMonitor, rank: int, signal_number: int = signal.SIGKILL
+) -> Callable[[], None]:
     """A strike at a rank of the newest generation."""
     pid = member_pids(run.folder)[rank]
     return lambda: send_signal(pid, signal_number)
@@ -164,7 +175,9 @@ def measure_cold(bench: RecoveryBench) -> list[FaultTrial]:
         for rank in (1, 0):
             wait_until_settled(run, [host], 0)
             wait_for_rows(run, len(run.rows) + 20)
-            trials.append(bench.inject_fault(run, f"cold: kill rank {rank}", rank_killer(run, rank)))
+            trials.append(
+                bench.inject_fault(run, f"cold: kill rank {rank}", rank_killer(run, rank))
+            )
         return with_digest_check(trials, final_digest(run) == bench.clean_digest())
 
 
@@ -194,7 +207,9 @@ def measure_hosts(bench: RecoveryBench) -> list[FaultTrial]:
         trials.append(bench.inject_fault(run, "hosts: kill follower", kill_follower))
         wait_until_settled(run, [leader, follower], 1)
         frozen_pids = (follower.pid, *child_pids(follower.pid))
-        trials.append(bench.inject_fault(run, "hosts: SIGSTOP follower", freeze_follower, full_islands=1))
+        trials.append(
+            bench.inject_fault(run, "hosts: SIGSTOP follower", freeze_follower, full_islands=1)
+        )
         for pid in frozen_pids:
             send_signal(pid, signal.SIGCONT)
         wait_until_settled(run, [leader, follower], 1)
@@ -223,7 +238,9 @@ def measure_cost(bench: RecoveryBench) -> dict[str, float]:
         supervisor_pids = [host.pid, *(pid for pid in child_pids(host.pid) if pid not in rank_pids)]
 
         def cpu_used_s() -> float:
-            return sum(map(cpu_s, supervisor_pids)) + sum(thread_cpu_s(pid, CHANNEL_THREAD) for pid in rank_pids)
+            return sum(map(cpu_s, supervisor_pids)) + sum(
+                thread_cpu_s(pid, CHANNEL_THREAD) for pid in rank_pids
+            )
 
         for _ in range(TURNS):
             for signal_number, times_s in step_times_s.items():
@@ -286,14 +303,19 @@ def summarise_trials(trials: list[FaultTrial]) -> dict[str, dict[str, Any]]:
         beyond_step_s = [t.first_s - t.step_s for t in fault_trials]
         digest_checks = [t.same for t in fault_trials if t.same is not None]
         summary[fault] = {
-            "n": len(fault_trials), "first_s": spread(first_times_s), "full_s": spread([t.full_s for t in fault_trials]),
-            "step_s": spread([t.step_s for t in fault_trials]), "beyond_a_step_s": spread(beyond_step_s),
+            "n": len(fault_trials),
+            "first_s": spread(first_times_s),
+            "full_s": spread([t.full_s for t in fault_trials]),
+            "step_s": spread([t.step_s for t in fault_trials]),
+            "beyond_a_step_s": spread(beyond_step_s),
             "goal_s": GOALS_S.get(fault),
             "times_faster_than_torchrun": (
-                round(median(t.first_s for t in restart_trials) / median(first_times_s), 1) if restart_trials else None
+                round(median(t.first_s for t in restart_trials) / median(first_times_s), 1)
+                if restart_trials
+                else None
             ),
             "same": f"{digest_checks.count(True)} of {len(digest_checks)}",
-        }  # fmt: skip
+        }
     return summary
 
 
@@ -313,7 +335,9 @@ def main() -> None:
     parser.add_argument("--rivals", metavar="PYTHON", help="of an environment with them")
     args = parser.parse_args()
     names, python = args.only.split(","), find_interpreter(args.rivals)
-    if missing_systems := {name: package for name, package in missing_packages(python).items() if name in names}:
+    if missing_systems := {
+        name: package for name, package in missing_packages(python).items() if name in names
+    }:
         names = [name for name in names if name not in missing_systems]
         missing_text = ", ".join(f"{name} ({package})" for name, package in missing_systems.items())
         print(f"left out, as --rivals names no interpreter with: {missing_text}", file=sys.stderr)

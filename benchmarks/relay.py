@@ -35,7 +35,8 @@ def parse_address(address: str) -> tuple[str, int]:
 
 @dataclass(eq=False)
 class ConnectionPair:
-    """One connection on both sides of the relay; `owed` says that an end was swallowed."""
+    """One connection on both sides of the relay; `has_swallowed_end` says that an end was
+    swallowed."""
 
     client_writer: asyncio.StreamWriter
     server_writer: asyncio.StreamWriter | None = None
@@ -88,7 +89,9 @@ class Relay:
 
     def blackhole(self, *directions: str) -> None:
         """Swallows all bytes, and ends, in these directions (default: both); nobody is told."""
-        self._run_in_loop(partial(setattr, self, "_dropped_directions", frozenset(directions or (FORWARD, BACK))))
+        self._run_in_loop(
+            partial(setattr, self, "_dropped_directions", frozenset(directions or (FORWARD, BACK)))
+        )
 
     def flip(self, offset: int, direction: str = FORWARD, bit: int = 0) -> None:
         """Flips a bit in the nth byte (from 0, from now on) that goes this way, once."""
@@ -154,12 +157,16 @@ class Relay:
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
-    async def _relay_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _relay_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         pair = ConnectionPair(writer)
         self._pairs.add(pair)
         try:
             try:
-                server_reader, pair.server_writer = await asyncio.open_connection(*parse_address(self._target))
+                server_reader, pair.server_writer = await asyncio.open_connection(
+                    *parse_address(self._target)
+                )
             except OSError:
                 while self._dropped_directions:  # a cut network does not tell that nobody listens
                     await asyncio.sleep(0.01)
@@ -179,7 +186,11 @@ class Relay:
                     side.close()
 
     async def _forward(
-        self, pair: ConnectionPair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str
+        self,
+        pair: ConnectionPair,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        direction: str,
     ) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_CHUNKS)
         write_task = asyncio.ensure_future(self._write_chunks(pair, queue, writer, direction))
@@ -272,7 +283,9 @@ def main() -> None:
         print(relay.address, flush=True)
         schedule = [(args.reset_after, relay.reset), (args.heal_after, relay.heal)]
         start_s = time.monotonic()
-        for after_s, action in sorted((entry for entry in schedule if entry[0] is not None), key=lambda entry: entry[0]):
+        for after_s, action in sorted(
+            (entry for entry in schedule if entry[0] is not None), key=lambda entry: entry[0]
+        ):
             time.sleep(max(0.0, start_s + after_s - time.monotonic()))
             action()
         try:

@@ -51,7 +51,9 @@ def run_attempt(
     assert call is not None
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     attempt_store = dist.PrefixStore(str(call.iteration), store)
-    dist.init_process_group("gloo", store=attempt_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo", store=attempt_store, rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
     train(model, optimizer, folder, steps, call.iteration)
     dist.destroy_process_group()
 

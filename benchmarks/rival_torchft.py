@@ -79,7 +79,9 @@ def main() -> None:
             new_step = manager.current_step()
             if rank == 0 and new_step > step:
                 participants = manager.num_participants()
-                metrics_file.write(metrics_row(new_step, loss_sum, manager._quorum_id, participants, [os.getpid()]))
+                metrics_file.write(
+                    metrics_row(new_step, loss_sum, manager._quorum_id, participants, [os.getpid()])
+                )
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ No benchmark by itself. torchrun runs in this environment; torchft 0.2.0 and nvi
 it): nothing here imports them. All train restarted.py's model on two gloo processes; every system
 is set for as fast a recovery as its options allow, which is said at each.
 
-`torchrun`: restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout 10 s. `torchrun-stop`:
-the same, SIGSTOP; twice, given 120 s. `torchft`: two replica groups of one process, heartbeats
-every 25 ms, dead after 200 ms, group timeout 5 s; the killed one is started again at once by this
-benchmark, as torchft leaves that to a scheduler; goes on with half the batch meanwhile.
-`torchft-all`: the same, but no step is committed without both. `nvrx`: in-process restart, two
-active ranks and a third in reserve, intervals of 50 ms, no last call. `nvrx-launcher`: ft_launcher
-in torchrun's place, monitor interval 50 ms.
+`measure_torchrun`: restarted.py, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, group timeout 10 s.
+`torchrun-stop`: the same, SIGSTOP; twice, given 120 s. `measure_torchft`: two replica groups of one
+process, heartbeats every 25 ms, dead after 200 ms, group timeout 5 s; the killed one is started
+again at once by this benchmark, as torchft leaves that to a scheduler; goes on with half the batch
+meanwhile. `torchft-all`: the same, but no step is committed without both. `measure_nvrx`:
+in-process restart, two active ranks and a third in reserve, intervals of 50 ms, no last call.
+`nvrx-launcher`: ft_launcher in torchrun's place, monitor interval 50 ms.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks.watched import (
     FaultTrial,
     RunMonitor,
     free_port,
-    subreaper,
-    with_digest_check,
-    send_signal,
     median_step_s,
+    send_signal,
+    subreaper,
     wait_for_rows,
+    with_digest_check,
 )
 
 if TYPE_CHECKING:
@@ -71,9 +71,19 @@ def clean_losses(bench: RecoveryBench, name: str, start_system: StartSystem) -> 
 def elastic_command(python: str, launcher: tuple[str, ...], folder: Path) -> list[str]:
     """restarted.py under a launcher with as many restarts as it likes."""
     return [
-        python, "-m", *launcher, "--standalone", "--nproc-per-node", "2", "--max-restarts", "9",
-        str(BENCHMARKS_DIR / "restarted.py"), str(folder), str(COMPARED_STEPS), str(GROUP_TIMEOUT_S),
-    ]  # fmt: skip
+        python,
+        "-m",
+        *launcher,
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "9",
+        str(BENCHMARKS_DIR / "restarted.py"),
+        str(folder),
+        str(COMPARED_STEPS),
+        str(GROUP_TIMEOUT_S),
+    ]
 
 
 def start_torchrun(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
@@ -94,10 +104,14 @@ def measure_torchrun(bench: RecoveryBench, signal_number: int = signal.SIGKILL) 
             recovery_s = run.measure_recovery(lambda: send_signal(pid, signal_number), 2)
         except DeadlineExceeded as error:
             print(f"torchrun: {error}", file=sys.stderr)
-        trials = [FaultTrial(f"torchrun: {'kill' if is_kill else 'SIGSTOP'} rank 1", *recovery_s, step_s)]
+        trials = [
+            FaultTrial(f"torchrun: {'kill' if is_kill else 'SIGSTOP'} rank 1", *recovery_s, step_s)
+        ]
         if not is_kill or math.isnan(recovery_s[0]):
             return trials
-        return with_digest_check(trials, read_losses(run) == clean_losses(bench, "torchrun", start_torchrun))
+        return with_digest_check(
+            trials, read_losses(run) == clean_losses(bench, "torchrun", start_torchrun)
+        )
 
 
 def measure_torchrun_stop(bench: RecoveryBench) -> list[FaultTrial]:
@@ -107,11 +121,21 @@ def measure_torchrun_stop(bench: RecoveryBench) -> list[FaultTrial]:
 
 # ---- torchft -------------------------------------------------------------------------------------
 
-LIGHTHOUSE_FLAGS = ("--heartbeat_timeout_ms", "200", "--join_timeout_ms", "200", "--quorum_tick_ms", "10")
+LIGHTHOUSE_FLAGS = (
+    "--heartbeat_timeout_ms",
+    "200",
+    "--join_timeout_ms",
+    "200",
+    "--quorum_tick_ms",
+    "10",
+)
 
 
 def start_rival(
-    bench: RecoveryBench, run: RunMonitor, arguments: list[str], environment: dict[str, str] | None = None
+    bench: RecoveryBench,
+    run: RunMonitor,
+    arguments: list[str],
+    environment: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """A process of the rivals' environment; its temporary files lie in the run's folder."""
     base_environment = {
@@ -136,7 +160,13 @@ def measure_torchft(bench: RecoveryBench, min_replicas: int = 1) -> list[FaultTr
 
     def start_groups(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[bytes]]:
         lighthouse = Path(bench.rival_python).with_name("torchft_lighthouse")
-        arguments = ["--bind", f"127.0.0.1:{port}", "--min_replicas", str(min_replicas), *LIGHTHOUSE_FLAGS]
+        arguments = [
+            "--bind",
+            f"127.0.0.1:{port}",
+            "--min_replicas",
+            str(min_replicas),
+            *LIGHTHOUSE_FLAGS,
+        ]
         run.start([str(lighthouse), *arguments], {"RUST_LOG": "warn"})
         return [start_replica(bench, run, rank, port, min_replicas) for rank in (0, 1)]
 
@@ -167,7 +197,9 @@ def start_nvrx(bench: RecoveryBench, run: RunMonitor) -> list[subprocess.Popen[b
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
     arguments = ["-m", "benchmarks.rival_nvrx", str(run.folder), str(COMPARED_STEPS)]
     return [
-        start_rival(bench, run, arguments, {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_rival(
+            bench, run, arguments, {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(3)
     ]
 
@@ -179,10 +211,19 @@ def start_nvrx_launcher(bench: RecoveryBench, run: RunMonitor) -> list[subproces
         "--ft-workload-check-interval", "0.05", "--ft-enable-nic-monitor", "false",
         "--workers-stop-timeout", "1",
     )  # fmt: skip
-    return [start_rival(bench, run, elastic_command(bench.rival_python, launcher, run.folder)[1:], TORCHRUN_ENVIRONMENT)]
+    return [
+        start_rival(
+            bench,
+            run,
+            elastic_command(bench.rival_python, launcher, run.folder)[1:],
+            TORCHRUN_ENVIRONMENT,
+        )
+    ]
 
 
-def measure_kill(bench: RecoveryBench, fault: str, name: str, start_system: StartSystem) -> list[FaultTrial]:
+def measure_kill(
+    bench: RecoveryBench, fault: str, name: str, start_system: StartSystem
+) -> list[FaultTrial]:
     """SIGKILL of rank 1; what the extension's processes leave behind is ended with the run."""
     with subreaper(), bench.new_run() as run:
         start_system(bench, run)
@@ -206,9 +247,13 @@ def measure_nvrx_launcher(bench: RecoveryBench) -> list[FaultTrial]:
 # ---- all of them ---------------------------------------------------------------------------------
 
 RIVALS: dict[str, Callable[[RecoveryBench], list[FaultTrial]]] = {
-    "torchrun": measure_torchrun, "torchrun-stop": measure_torchrun_stop, "torchft": measure_torchft,
-    "torchft-all": measure_torchft_all, "nvrx": measure_nvrx, "nvrx-launcher": measure_nvrx_launcher,
-}  # fmt: skip
+    "torchrun": measure_torchrun,
+    "torchrun-stop": measure_torchrun_stop,
+    "torchft": measure_torchft,
+    "torchft-all": measure_torchft_all,
+    "nvrx": measure_nvrx,
+    "nvrx-launcher": measure_nvrx_launcher,
+}
 RIVAL_PACKAGES = {
     "torchft": "torchft", "torchft-all": "torchft", "nvrx": "nvidia_resiliency_ext",
     "nvrx-launcher": "nvidia_resiliency_ext",
@@ -226,5 +271,7 @@ def missing_packages(python: str) -> dict[str, str]:
     if python:
         code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
         command = [python, "-c", code, *sorted(set(RIVAL_PACKAGES.values()))]
-        packages = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+        packages = subprocess.run(
+            command, capture_output=True, text=True, timeout=60
+        ).stdout.split()
     return {name: package for name, package in RIVAL_PACKAGES.items() if package not in packages}

@@ -33,15 +33,15 @@ from benchmarks.recovery import final_digest
 from benchmarks.watched import (
     DeadlineExceeded,
     RunMonitor,
-    find_live_address,
-    worker_name,
     child_pids,
-    train_command,
-    read_events,
+    find_live_address,
     free_port,
-    subreaper,
-    is_listening,
     is_alive,
+    is_listening,
+    read_events,
+    subreaper,
+    train_command,
+    worker_name,
 )
 
 SILENCE_S = 5.0
@@ -73,7 +73,8 @@ def signal_sender(pid: int) -> Callable[[int], None]:
 
 
 class Soak:
-    """The run, its hosts, and what was done to it. `back_s`: seconds to the next step, by fault."""
+    """The run, its hosts, and what was done to it. `recovery_times_s`: seconds to the next step, by
+    fault."""
 
     def __init__(self, run: RunMonitor, overrides: list[str], hosts: int, seed: int) -> None:
         self.run, self.overrides, self.seed = run, overrides, seed
@@ -95,7 +96,9 @@ class Soak:
         if self.hosts:
             flags = ["--join", find_live_address(self.run.folder, "")]
         environment = {"TMPDIR": str(self.temporary_folder)}
-        self.hosts.append(self.run.start([*train_command(self.run.folder, *self.overrides), *flags], environment))
+        self.hosts.append(
+            self.run.start([*train_command(self.run.folder, *self.overrides), *flags], environment)
+        )
 
     def worker_names(self) -> dict[int, str]:
         """Living workers of all hosts, by pid, with what they call themselves."""
@@ -109,14 +112,20 @@ class Soak:
 
     def is_whole(self) -> bool:
         """Whether every host is up and has a rank."""
-        names_by_host = [[worker_name(child) for child in child_pids(host.pid)] for host in self.hosts]
-        return len(names_by_host) == self.host_count and all(any(map(str.strip, names)) for names in names_by_host)
+        names_by_host = [
+            [worker_name(child) for child in child_pids(host.pid)] for host in self.hosts
+        ]
+        return len(names_by_host) == self.host_count and all(
+            any(map(str.strip, names)) for names in names_by_host
+        )
 
     def check_hosts(self) -> None:
         """Late: a supervisor ended that nobody killed, before the run was over."""
         for host in self.hosts:
             if host.poll() not in (None, 0):
-                raise DeadlineExceeded(f"a supervisor left with {host.returncode}\n{self.run.log_tail()}")
+                raise DeadlineExceeded(
+                    f"a supervisor left with {host.returncode}\n{self.run.log_tail()}"
+                )
 
     # ---- faults ----
 
@@ -138,12 +147,18 @@ class Soak:
             case "kill":
                 self._expect_recovery(fault, lambda: signal_victim(signal.SIGKILL))
             case "twice":
-                self._expect_recovery(fault, lambda: self._kill_twice(signal_victim, pause_s, fraction))
+                self._expect_recovery(
+                    fault, lambda: self._kill_twice(signal_victim, pause_s, fraction)
+                )
             case "all":
                 senders = [signal_sender(pid) for pid in self.worker_names()]
-                self._expect_recovery(fault, lambda: [send_signal(signal.SIGKILL) for send_signal in senders])
+                self._expect_recovery(
+                    fault, lambda: [send_signal(signal.SIGKILL) for send_signal in senders]
+                )
             case "spare":
-                for spare_pid in [p for p, name in self.worker_names().items() if name == "ready"][:1]:
+                for spare_pid in [p for p, name in self.worker_names().items() if name == "ready"][
+                    :1
+                ]:
                     signal_sender(spare_pid)(signal.SIGKILL)
                     self._expect_progress(fault)
             case "short stop":
@@ -155,13 +170,17 @@ class Soak:
                 self._expect_recovery(fault, lambda: signal_victim(signal.SIGSTOP))
                 signal_victim(signal.SIGCONT)
             case "leave" if len(ranks) > 1:
-                self.draining_host = next((host for host in self.hosts if pid in child_pids(host.pid)), None)
+                self.draining_host = next(
+                    (host for host in self.hosts if pid in child_pids(host.pid)), None
+                )
                 self._expect_recovery(fault, lambda: signal_victim(signal.SIGTERM))
             case "supervisor":
                 self._kill_host(self.draining_host or self.hosts[int(fraction * len(self.hosts))])
                 self.draining_host = None
 
-    def _kill_twice(self, signal_first: Callable[[int], None], pause_s: float, fraction: float) -> None:
+    def _kill_twice(
+        self, signal_first: Callable[[int], None], pause_s: float, fraction: float
+    ) -> None:
         signal_first(signal.SIGKILL)
         time.sleep(pause_s)
         if survivors := sorted(pid for pid, name in self.worker_names().items() if name):
@@ -197,13 +216,20 @@ class Soak:
         furthest_step = max(self.run.rows, default=0)
         first_s, _ = self.run.measure_recovery(inject, 1, RECOVERY_LIMIT_S)
         self.recovery_times_s.setdefault(fault, []).append(first_s)
-        self.run.wait_until(lambda: max(self.run.rows) > furthest_step, RECOVERY_LIMIT_S, f"progress after {fault}")
+        self.run.wait_until(
+            lambda: max(self.run.rows) > furthest_step, RECOVERY_LIMIT_S, f"progress after {fault}"
+        )
 
     def _expect_progress(self, fault: str) -> None:
         """A fault that may change nothing: the next row must come."""
         self.run.read_new_rows()
         start_s, old_row = time.monotonic(), self.run.last_row
-        self.run.wait_until(lambda: self.run.last_row is not old_row, RECOVERY_LIMIT_S, f"a step after {fault}", 0.002)
+        self.run.wait_until(
+            lambda: self.run.last_row is not old_row,
+            RECOVERY_LIMIT_S,
+            f"a step after {fault}",
+            0.002,
+        )
         self.recovery_times_s.setdefault(fault, []).append(time.monotonic() - start_s)
 
     # ---- the whole ----
@@ -259,7 +285,9 @@ def find_problems(soak: Soak, clean_digest: str, steps: int) -> list[str]:
         capture_output=True, text=True,
     )  # fmt: skip
     if ledger_result.returncode:
-        problems.append(f"the ledger does not prove exactly-once: {ledger_result.stdout}{ledger_result.stderr}")
+        problems.append(
+            f"the ledger does not prove exactly-once: {ledger_result.stdout}{ledger_result.stderr}"
+        )
     soak.seen_pids |= {int(m["pid"]) for e in read_events(folder) for m in e.get("members", ())}
     return [*problems, *find_leftovers(soak)]
 

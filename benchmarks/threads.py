@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from cordee.dist.start import LIFELINE_VARIABLE, PARENT_VARIABLE
-from cordee.metrics.sinks import read_records
+from cordee.dist.process_group import LIFELINE_VARIABLE, PARENT_VARIABLE
+from cordee.report.metrics_writer import read_records
 
 BASE_OVERRIDES = (
     "model.preset=micro", "model.layers=4", "model.width=128", "model.heads=4",
@@ -48,7 +48,7 @@ GOAL_RATIO = 1.3
 
 @dataclass(frozen=True)
 class ThreadCase:
-    """Ranks and threads on all of `cores`; `spins`: with the library's own way to wait."""
+    """Ranks and threads on all of `usable_cores`; `spins`: with the library's own way to wait."""
 
     name: str
     uses_ranks: bool
@@ -60,7 +60,9 @@ class ThreadCase:
         return [f"launch.processes={rank_count}", f"launch.threads={threads}"]
 
 
-def measure_step_s(case: ThreadCase, condition: str, cores: Sequence[int], overrides: Sequence[str]) -> float:
+def measure_step_s(
+    case: ThreadCase, condition: str, cores: Sequence[int], overrides: Sequence[str]
+) -> float:
     """Median seconds of a step."""
     case_cores = list(cores[:-1] if condition == "fewer" else cores)
     with tempfile.TemporaryDirectory() as home, ExitStack() as cleanup:
@@ -108,8 +110,16 @@ def main() -> None:
     # As many microbatches as all cores and one fewer can share evenly: the same work for each.
     common_multiple = math.lcm(len(cores), len(cores) - 1)
     microbatches = common_multiple * -(-8 // common_multiple)
-    overrides = [*BASE_OVERRIDES, f"batch.microbatches={microbatches}", f"run.steps={args.steps}", *args.words]
-    cases = [ThreadCase(f"1 rank x {len(cores)} threads", False), ThreadCase(f"{len(cores)} ranks x 1", True)]
+    overrides = [
+        *BASE_OVERRIDES,
+        f"batch.microbatches={microbatches}",
+        f"run.steps={args.steps}",
+        *args.words,
+    ]
+    cases = [
+        ThreadCase(f"1 rank x {len(cores)} threads", False),
+        ThreadCase(f"{len(cores)} ranks x 1", True),
+    ]
     if args.spin:
         cases.append(ThreadCase(f"1 rank x {len(cores)} that spin", False, True))
     turns = [(case, condition) for case in cases for condition in CONDITIONS]
@@ -119,7 +129,9 @@ def main() -> None:
             rounds_by_case[case.name].append({})
         first_turn = round_number * len(CONDITIONS) % len(turns) + round_number % len(CONDITIONS)
         for case, condition in turns[first_turn:] + turns[:first_turn]:
-            rounds_by_case[case.name][-1][condition] = measure_step_s(case, condition, cores, overrides)
+            rounds_by_case[case.name][-1][condition] = measure_step_s(
+                case, condition, cores, overrides
+            )
     results = {}
     for case in cases:
         rounds = rounds_by_case[case.name]
@@ -134,7 +146,9 @@ def main() -> None:
         result_text = "  ".join(f"{key} {value}" for key, value in results[case.name].items())
         print(f"{case.name:24s} {result_text}", file=sys.stderr)
     if args.json:
-        print(json.dumps({"cores": len(cores), "rounds": args.rounds, "goal": GOAL_RATIO, **results}))
+        print(
+            json.dumps({"cores": len(cores), "rounds": args.rounds, "goal": GOAL_RATIO, **results})
+        )
 
 
 if __name__ == "__main__":

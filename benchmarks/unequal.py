@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cordee.metrics.sinks import last_event, read_records
-from cordee.testing import throttle
+from cordee.launcher.run_ranks import throttle
+from cordee.report.metrics_writer import last_event, read_records
 
 BASE_OVERRIDES = (
     "run.exact=true", "model.layers=4", "model.width=128", "model.heads=4", "data.sequence=256",
@@ -45,8 +45,10 @@ def rank_pid(folder: Path, rank: int) -> int:
     return int(memberships[-1][rank]["pid"])
 
 
-def measure_run(folder: Path, overrides: list[str], slow_step: int | None, speed_fraction: float) -> dict[str, Any]:
-    """A run in which island 1 is slow from step `slow_from` on (None: never)."""
+def measure_run(
+    folder: Path, overrides: list[str], slow_step: int | None, speed_fraction: float
+) -> dict[str, Any]:
+    """A run in which island 1 is slow from step `slow_step` on (None: never)."""
     command = [sys.executable, "-m", "cordee", "train", f"run.dir={folder}", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     begin_step = 0
@@ -54,7 +56,11 @@ def measure_run(folder: Path, overrides: list[str], slow_step: int | None, speed
         while process.poll() is None and begin_step < max(1, slow_step or 0):
             time.sleep(0.005)
             begin_step = len(read_records(folder / "metrics.jsonl"))
-        with nullcontext() if slow_step is None else throttle(rank_pid(folder, 1), speed_fraction, PERIOD_S):
+        with (
+            nullcontext()
+            if slow_step is None
+            else throttle(rank_pid(folder, 1), speed_fraction, PERIOD_S)
+        ):
             exit_code = process.wait()
     finally:
         process.kill()  # its ranks die with it
@@ -104,7 +110,9 @@ def main() -> None:
         speed = result.pop("tokens_per_s")
         result["of_both_speeds"] = round(speed / full_speed, 3)
         if slowdowns := result["times_slower"]:
-            result["of_measured_speeds"] = round(speed / (equal_speed * (1 + 1 / slowdowns[-1]) / 2), 3)
+            result["of_measured_speeds"] = round(
+                speed / (equal_speed * (1 + 1 / slowdowns[-1]) / 2), 3
+            )
         result["digest"] = "same" if result["digest"] == reference_digest else result["digest"]
         result_text = "  ".join(f"{key} {value}" for key, value in result.items())
         print(f"{name:24s} {result_text}", file=sys.stderr)

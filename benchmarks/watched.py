@@ -1,7 +1,7 @@
 """A training run as seen from outside: its rows as they come, its processes, and faults by signal.
 
 Used by `recovery.py`, `rivals.py` and `soak.py`. Nothing of the run is asked or changed: what it
-writes and what /proc says is all that is known here. Whatever happens, `household` leaves no
+writes and what /proc says is all that is known here. Whatever happens, `subreaper` leaves no
 process behind.
 """
 
@@ -75,9 +75,9 @@ class JsonLinesTail:
 
 
 class RunMonitor:
-    """A run that was started with `start`; more processes of it (other hosts) may follow.
+    """A run that was started with `run_command`; more processes of it (other hosts) may follow.
 
-    `rows` are all rows that were seen, by step, the newest of each; `last` is the newest.
+    `read_rows` are all rows that were seen, by step, the newest of each; `last_row` is the newest.
     """
 
     def __init__(self, folder: Path, log_path: Path) -> None:
@@ -107,7 +107,11 @@ class RunMonitor:
         return new_rows
 
     def wait_until(
-        self, condition: Callable[[], bool], deadline_s: float, description: str, poll_s: float = 0.01
+        self,
+        condition: Callable[[], bool],
+        deadline_s: float,
+        description: str,
+        poll_s: float = 0.01,
     ) -> None:
         """Waits, looking at rows meanwhile. Late: it did not happen; the run's words are told."""
         end_s = time.monotonic() + deadline_s
@@ -128,8 +132,8 @@ class RunMonitor:
     def measure_recovery(
         self, inject: Callable[[], object], full_islands: int, deadline_s: float = 120.0
     ) -> tuple[float, float]:
-        """Seconds from `strike` to the next committed step of a new generation, and of one with
-        `full` islands. Late: it did not come back."""
+        """Seconds from `inject` to the next committed step of a new generation, and of one with
+        `full_islands` islands. Late: it did not come back."""
         self.read_new_rows()
         old_generation = self.last_row.get("quorum", 0)
         start_s = time.monotonic()
@@ -261,7 +265,15 @@ processor has; so a digest holds for all of one kind."""
 
 def train_command(folder: Path, *overrides: str) -> list[str]:
     """The command line of a run in `folder`."""
-    return [sys.executable, "-m", "cordee", "train", *BASE_OVERRIDES, *overrides, f"run.dir={folder}"]
+    return [
+        sys.executable,
+        "-m",
+        "cordee",
+        "train",
+        *BASE_OVERRIDES,
+        *overrides,
+        f"run.dir={folder}",
+    ]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -283,8 +295,10 @@ def worker_name(pid: int) -> str:
     return ""
 
 
-def is_settled(run: RunMonitor, hosts: Sequence[subprocess.Popen[bytes]], islands: int, spare_count: int) -> bool:
-    """Whether `full` islands compute and every host's spares have imported everything."""
+def is_settled(
+    run: RunMonitor, hosts: Sequence[subprocess.Popen[bytes]], islands: int, spare_count: int
+) -> bool:
+    """Whether `islands` islands compute and every host's spares have imported everything."""
     run.read_new_rows()
     names_by_host = [[worker_name(child) for child in child_pids(host.pid)] for host in hosts]
     rank_count = sum(name.startswith("rank") for host_names in names_by_host for name in host_names)

@@ -1,4 +1,4 @@
-"""`python -m cordee`, or this file by its path, is the `cordee` command.
+"""`python -m cordee`, or this file by its path, is the `run_cordee` command.
 
 Neither imports what lies in the current folder: a user's cordee.py or random.py there is not ours.
 """

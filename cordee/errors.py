@@ -13,7 +13,7 @@ MAX_DIGITS, MAX_LETTERS = 40, 2000
 
 
 class CordeeError(Exception):
-    """Base of all errors meant for the user: `what`, the `values` involved, the nearest `fix`.
+    """Base of all errors meant for the user: `message`, the `values` involved, the nearest `fix`.
 
     `exit_code` is 2 when the command or its input is wrong (nothing was started or written),
     1 when a run that had started failed.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 import cordee
-from cordee.model.keras import KerasModel
+from cordee.hf.keras import KerasModel
 
 
 def samples(count, seed):

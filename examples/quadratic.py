@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from cordee import launch
-from cordee.dist.exchange import TreeAllReduce
-from cordee.layout.split import fold, split_evenly
-from cordee.sync.codecs import IdentityCodec
+from cordee.dist.codecs import IdentityCodec
+from cordee.dist.tree_all_reduce import TreeAllReduce
+from cordee.layout.microbatches import fold, split_evenly
 
 SIZE, RATE, BLOCKS = 1000, 0.01, 4
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from cordee.layout.boxes import Box, full_box
-from cordee.testing import PRELOAD_MODULES
+from cordee.launcher.run_ranks import PRELOAD_MODULES
+from cordee.layout.slices import Box, full_box
 
 PRELOAD_MODULES += [
     "torch.distributed.fsdp", "torch.distributed.pipelining", "hypothesis", "pytest",
@@ -73,7 +73,9 @@ def run_cordee(
 def clean_environment() -> dict[str, str]:
     """The environment without a launcher's variables, with the package importable anywhere."""
     root = str(Path(__file__).resolve().parent.parent)
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return {**variables, "PYTHONPATH": root}
 
 
@@ -130,7 +132,9 @@ def partitions(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
         dim = draw(st.integers(0, len(shape) - 1))
         start, stop = box[dim]
         cut_index = draw(st.integers(start, stop))
-        tiles += [(*box[:dim], part, *box[dim + 1 :]) for part in ((start, cut_index), (cut_index, stop))]
+        tiles += [
+            (*box[:dim], part, *box[dim + 1 :]) for part in ((start, cut_index), (cut_index, stop))
+        ]
     return tiles
 
 

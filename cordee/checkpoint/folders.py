@@ -41,7 +41,9 @@ def scan_step_folders(folder: Path) -> list[StepFolder]:
                 path = folder / entry.name
                 is_complete = os.path.lexists(path / MANIFEST)
                 step, generation = int(match[1]), int(match[2])
-                folders.append(StepFolder(step=step, generation=generation, path=path, is_complete=is_complete))
+                folders.append(
+                    StepFolder(step=step, generation=generation, path=path, is_complete=is_complete)
+                )
     return sorted(folders, key=lambda f: (f.step, f.generation), reverse=True)
 
 

@@ -30,7 +30,7 @@ import torch
 import xxhash
 
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, first_coverage_error, full_box
+from cordee.layout.slices import Box, first_coverage_error, full_box
 
 FORMAT = "cordee-checkpoint-2"
 CHUNK_BYTES = 8 << 20
@@ -70,10 +70,11 @@ class SaveStatus(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """The box of the tensor `name` that begins at `start` and has the shape of `tensor`.
+    """The box of the tensor `module_name` that begins at `run_command` and has the shape of
+    `tensor`.
 
-    `start` has an entry for every dim of `global_shape`, so () for a scalar. Each element of a
-    tensor belongs to one piece of one rank; what is missing or held twice makes the commit fail.
+    `run_command` has an entry for every dim of `global_shape`, so () for a scalar. Each element of
+    a tensor belongs to one piece of one rank; what is missing or held twice makes the commit fail.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Piece:
 @dataclass(frozen=True, kw_only=True)
 class PieceEntry:
     """A piece as the manifest knows it; `dtype` is a safetensors code, `shape` the global one,
-    `size` that of the piece, which begins at `start`."""
+    `size` that of the piece, which begins at `run_command`."""
 
     name: str
     dtype: str
@@ -96,7 +97,9 @@ class PieceEntry:
     @property
     def box(self) -> Box:
         """Which part of the tensor it is."""
-        return tuple((begin, begin + size) for begin, size in zip(self.start, self.size, strict=True))
+        return tuple(
+            (begin, begin + size) for begin, size in zip(self.start, self.size, strict=True)
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -110,7 +113,8 @@ class PieceEntry:
 
     @property
     def key(self) -> str:
-        """The name inside the file: `name`, or `name#0,128` if it is not the whole tensor."""
+        """The name inside the file: `module_name`, or `name#0,128` if it is not the whole
+        tensor."""
         if self.size == self.shape:
             return self.name
         return f"{self.name}#{','.join(str(index) for index in self.start)}"
@@ -135,9 +139,13 @@ class PieceEntry:
             stop > size for (_, stop), size in zip(self.box, self.shape, strict=True)
         ):
             raise ValueError(f"{self.name}: a piece outside the tensor's {list(self.shape)}")
-        cut_dims = sum(span != dim for span, dim in zip(self.box, full_box(self.shape), strict=True))
+        cut_dims = sum(
+            span != dim for span, dim in zip(self.box, full_box(self.shape), strict=True)
+        )
         if cut_dims > CUT_DIMS_LIMIT:
-            raise ValueError(f"{self.name}: cut along {cut_dims} dims; the limit is {CUT_DIMS_LIMIT}")
+            raise ValueError(
+                f"{self.name}: cut along {cut_dims} dims; the limit is {CUT_DIMS_LIMIT}"
+            )
 
 
 def make_entry(piece: Piece) -> PieceEntry:
@@ -246,13 +254,16 @@ def encode_checked_json(body: Mapping[str, Any]) -> bytes:
 
 
 def decode_checked_json(raw: bytes) -> object:
-    """The body of a sealed text. ValueError unless it is, byte for byte, what `seal` makes.
+    """The body of a sealed text. ValueError unless it is, byte for byte, what `encode_checked_json`
+    makes.
 
     Comparing the whole text finds flips that mean the same to a JSON reader (1e5 and 1E5).
     """
     try:
         document = json.loads(raw.decode("ascii"))
-        format_name, sha256, body = parse_fields(document, {"format": str, "sha256": str, "body": dict})
+        format_name, sha256, body = parse_fields(
+            document, {"format": str, "sha256": str, "body": dict}
+        )
         if format_name != FORMAT:
             raise ValueError(
                 f"has the format {format_name[:40]!r}, and this version reads {FORMAT!r};"
@@ -290,11 +301,15 @@ def parse_file_entry(value: object) -> FileEntry:
         if any(type(number) is not int for number in itertools.chain(*numbers)):
             raise ValueError(f"{name}: a shape, start or size that is not whole numbers")
         shape, start, size = map(tuple, numbers)
-        entries.append(PieceEntry(name=tensor_name, dtype=dtype, shape=shape, start=start, size=size))
+        entries.append(
+            PieceEntry(name=tensor_name, dtype=dtype, shape=shape, start=start, size=size)
+        )
     if not all(type(chunk) is str and len(chunk) == 32 for chunk in chunks):
         raise ValueError(f"{name}: a checksum that is not 32 hex digits")
     file_entry = FileEntry(file=name, bytes=size_bytes, chunks=tuple(chunks), pieces=tuple(entries))
-    if file_entry.file_layout.size_bytes != size_bytes or len(chunks) != -(-size_bytes // CHUNK_BYTES):
+    if file_entry.file_layout.size_bytes != size_bytes or len(chunks) != -(
+        -size_bytes // CHUNK_BYTES
+    ):
         raise ValueError(f"{name}: size, chunks and pieces contradict each other")
     return file_entry
 
@@ -307,8 +322,12 @@ def locate_pieces(files: Iterable[FileEntry]) -> dict[str, list[PieceLocation]]:
         if file_entry.file in file_names:
             raise ValueError(f"{file_entry.file} is listed twice")
         file_names.add(file_entry.file)
-        for entry, offset_bytes in zip(file_entry.pieces, file_entry.file_layout.offsets_bytes, strict=True):
-            locations_by_name.setdefault(entry.name, []).append(PieceLocation(entry, file_entry.file, offset_bytes))
+        for entry, offset_bytes in zip(
+            file_entry.pieces, file_entry.file_layout.offsets_bytes, strict=True
+        ):
+            locations_by_name.setdefault(entry.name, []).append(
+                PieceLocation(entry, file_entry.file, offset_bytes)
+            )
     for name, locations in locations_by_name.items():
         first = locations[0].entry
         if any((p.entry.dtype, p.entry.shape) != (first.dtype, first.shape) for p in locations):
@@ -316,7 +335,9 @@ def locate_pieces(files: Iterable[FileEntry]) -> dict[str, list[PieceLocation]]:
         fault = first_coverage_error((p.entry.box for p in locations), first.shape)
         if fault:
             index, count_text = list(fault[0]), f"held {fault[1]} times" if fault[1] else "missing"
-            raise ValueError(f"{name}: the element at {index} of {list(first.shape)} is {count_text}")
+            raise ValueError(
+                f"{name}: the element at {index} of {list(first.shape)} is {count_text}"
+            )
     return locations_by_name
 
 

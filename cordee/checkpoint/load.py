@@ -30,17 +30,19 @@ from cordee.checkpoint.format import (
     FileEntry,
     PieceLocation,
     chunk_checksum,
-    parse_fields,
+    locate_pieces,
     open_regular_file,
+    parse_fields,
     parse_file_entry,
     read_checked_json,
-    locate_pieces,
 )
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, intersection, relative_box, box_shape, full_box
+from cordee.layout.slices import Box, box_shape, full_box, intersection, relative_box
 
 BLOCK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
-MAX_READ_BYTES = 8 << 20  # rows up to this size are read together, and this much at once if not in place
+MAX_READ_BYTES = (
+    8 << 20
+)  # rows up to this size are read together, and this much at once if not in place
 MAX_GAP_BYTES = 64 << 10  # a shorter gap costs less to read than a second read
 
 
@@ -95,7 +97,7 @@ class Checkpoint:
         return self._locations[name]
 
     def _read_piece(self, location: PieceLocation, box: Box, output: torch.Tensor) -> None:
-        """Fills `into` with `part`, a box within the piece."""
+        """Fills `output` with `box`, a box within the piece."""
         file_name = location.file
         try:
             with open_regular_file(self.path / file_name) as source:
@@ -104,7 +106,9 @@ class Checkpoint:
                     raise _damage_error(self.path, file_name, "has changed since it was opened")
                 _read_box(source, location, box, output)
         except OSError as error:
-            raise _damage_error(self.path, file_name, f"cannot be read: {error.strerror or error}") from error
+            raise _damage_error(
+                self.path, file_name, f"cannot be read: {error.strerror or error}"
+            ) from error
 
 
 def list_complete(folder: Path) -> list[Path]:
@@ -113,7 +117,9 @@ def list_complete(folder: Path) -> list[Path]:
     CheckpointError if the folder cannot be listed.
     """
     try:
-        return [step_folder.path for step_folder in scan_step_folders(folder) if step_folder.is_complete]
+        return [
+            step_folder.path for step_folder in scan_step_folders(folder) if step_folder.is_complete
+        ]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -167,7 +173,12 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
     if verify:
         _check_chunks(path, entries)
     return Checkpoint(
-        step=step, generation=generation, meta=meta, path=path, _locations=locations, _file_stats=file_stats
+        step=step,
+        generation=generation,
+        meta=meta,
+        path=path,
+        _locations=locations,
+        _file_stats=file_stats,
     )
 
 
@@ -186,7 +197,7 @@ def _damage_error(path: Path, file: str, reason: str) -> CheckpointError:
 
 
 def _read_exactly(source: io.FileIO, buffer: memoryview) -> None:
-    """Reads until `into` is full. OSError at the end of the file."""
+    """Reads until `buffer` is full. OSError at the end of the file."""
     while buffer:
         count = source.readinto(buffer)
         if not count:
@@ -195,7 +206,7 @@ def _read_exactly(source: io.FileIO, buffer: memoryview) -> None:
 
 
 def _read_box(source: io.FileIO, location: PieceLocation, box: Box, output: torch.Tensor) -> None:
-    """Fills `into` with `part`, a box within the piece, in as few reads as are worth it."""
+    """Fills `output` with `box`, a box within the piece, in as few reads as are worth it."""
     # One dim more in front, so that a scalar has one too.
     shape, box, output = (1, *location.entry.size), ((0, 1), *box), output[None]
     item_bytes = output.element_size()
@@ -205,17 +216,27 @@ def _read_box(source: io.FileIO, location: PieceLocation, box: Box, output: torc
     level, span_bytes = len(shape) - 1, item_bytes
     while level:
         run_bytes = span_bytes + (box[level][1] - box[level][0] - 1) * strides_bytes[level]
-        if strides_bytes[level - 1] > MAX_READ_BYTES or strides_bytes[level - 1] - run_bytes > MAX_GAP_BYTES:
+        if (
+            strides_bytes[level - 1] > MAX_READ_BYTES
+            or strides_bytes[level - 1] - run_bytes > MAX_GAP_BYTES
+        ):
             break
         level, span_bytes = level - 1, run_bytes
     row_bytes, inner_box = strides_bytes[level], box[level + 1 :]
-    lead_bytes = sum(start * stride for (start, _), stride in zip(inner_box, strides_bytes[level + 1 :], strict=True))
+    lead_bytes = sum(
+        start * stride
+        for (start, _), stride in zip(inner_box, strides_bytes[level + 1 :], strict=True)
+    )
     inner_index = tuple(slice(*dim) for dim in inner_box)
     batch_rows = max(1, MAX_READ_BYTES // row_bytes)
     first, last = box[level]
     for index in itertools.product(*(range(*dim) for dim in box[:level])):
-        offset_bytes = sum(i * stride for i, stride in zip(index, strides_bytes[:level], strict=True))
-        output_rows = output[tuple(i - start for i, (start, _) in zip(index, box[:level], strict=True))]
+        offset_bytes = sum(
+            i * stride for i, stride in zip(index, strides_bytes[:level], strict=True)
+        )
+        output_rows = output[
+            tuple(i - start for i, (start, _) in zip(index, box[:level], strict=True))
+        ]
         for row in range(first, last, batch_rows):
             target = output_rows[row - first : min(row + batch_rows, last) - first]
             run_bytes = span_bytes + (len(target) - 1) * row_bytes
@@ -255,7 +276,9 @@ def _check_header(path: Path, entry: FileEntry) -> tuple[int, int]:
                 )
             _read_exactly(source, memoryview(file_header))
     except OSError as error:
-        raise _damage_error(path, entry.file, f"cannot be read: {error.strerror or error}") from error
+        raise _damage_error(
+            path, entry.file, f"cannot be read: {error.strerror or error}"
+        ) from error
     if file_header != expected_header:
         raise _damage_error(path, entry.file, "its header is not the one that the manifest implies")
     return file_stat.st_size, file_stat.st_mtime_ns
@@ -267,13 +290,17 @@ def _check_chunks(path: Path, files: Sequence[FileEntry]) -> None:
     thread_count = min(4, os.cpu_count() or 1, len(tasks))
     with ThreadPoolExecutor(thread_count) as pool:
         shares = [tasks[k::thread_count] for k in range(thread_count)]
-        failures = [failure for failure in pool.map(_find_bad_chunk, repeat(path), shares) if failure]
+        failures = [
+            failure for failure in pool.map(_find_bad_chunk, repeat(path), shares) if failure
+        ]
     if failures:
         file, _, reason = min(failures)
         raise _damage_error(path, file, reason)
 
 
-def _find_bad_chunk(path: Path, tasks: Sequence[tuple[FileEntry, int]]) -> tuple[str, int, str] | None:
+def _find_bad_chunk(
+    path: Path, tasks: Sequence[tuple[FileEntry, int]]
+) -> tuple[str, int, str] | None:
     """The first bad chunk among these: its file, its first byte, what is wrong."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     for entry, start in tasks:
@@ -290,6 +317,8 @@ def _find_bad_chunk(path: Path, tasks: Sequence[tuple[FileEntry, int]]) -> tuple
                 for piece, offset in zip(entry.pieces, entry.file_layout.offsets_bytes, strict=True)
                 if offset < stop and offset + piece.size_bytes > start
             ]
-            names = ", ".join(piece_keys[:3]) + (f" and {len(piece_keys) - 3} more" if piece_keys[3:] else "")
+            names = ", ".join(piece_keys[:3]) + (
+                f" and {len(piece_keys) - 3} more" if piece_keys[3:] else ""
+            )
             return entry.file, start, f"bytes {start} to {stop} are not what was written ({names})"
     return None

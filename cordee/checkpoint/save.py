@@ -1,9 +1,9 @@
 """Writes a checkpoint while training goes on: stage, hash and write, part file, manifest, prune.
 
-`begin` copies into buffers that stay (the only stall), a daemon thread hashes and writes, and the
-rename of the manifest by rank 0 is the commit. Not here: agreement between ranks; the caller calls
-`commit` once every rank says WRITTEN, and `finish` afterwards. Traded away: host memory, one copy
-of what this rank writes (pinned memory may round that up to a power of two).
+`run_train` copies into buffers that stay (the only stall), a daemon thread hashes and writes, and
+the rename of the manifest by rank 0 is the commit. Not here: agreement between ranks; the caller
+calls `commit` once every rank says WRITTEN, and `finish` afterwards. Traded away: host memory, one
+copy of what this rank writes (pinned memory may round that up to a power of two).
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from cordee.checkpoint.format import (
     SaveStatus,
     canonical_json,
     chunk_checksum,
-    make_entry,
-    parse_fields,
+    encode_checked_json,
     file_name,
+    locate_pieces,
+    make_entry,
     make_file_layout,
+    parse_fields,
     parse_file_entry,
     part_file_name,
     read_checked_json,
-    encode_checked_json,
-    locate_pieces,
 )
-from cordee.devices import DEVICES
 from cordee.errors import CheckpointError
+from cordee.hardware.devices import DEVICES
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommitReport:
-    """A durable checkpoint: its size, seconds from `begin`, and what could not be pruned, if so."""
+    """A durable checkpoint: its size, seconds from `run_train`, and what could not be pruned, if
+    so."""
 
     step: int
     path: Path
@@ -59,7 +60,9 @@ class CommitReport:
     warning: str | None = None
 
 
-_OWN_FILE_NAME = re.compile(rf"(rank-[0-9]{{5,9}}\.(safetensors|json)|{re.escape(MANIFEST)})(\.tmp)?")
+_OWN_FILE_NAME = re.compile(
+    rf"(rank-[0-9]{{5,9}}\.(safetensors|json)|{re.escape(MANIFEST)})(\.tmp)?"
+)
 """Names of the files that saves write into a checkpoint's folder."""
 
 
@@ -80,19 +83,30 @@ class Saver:
     """Saves of one rank, one at a time: begin, poll or join, commit (rank 0), finish.
 
     `folder` is the run's `checkpoints`; its parent must exist, so that a run that was deleted or
-    unmounted is not made anew somewhere else. `keep` complete checkpoints remain. `point(name,
-    step)` is called where a fault may be injected; an OSError it raises counts as the disk's.
+    unmounted is not made anew somewhere else. `keep_count` complete checkpoints remain.
+    `point(name, step)` is called where a fault may be injected; an OSError it raises counts as the
+    disk's.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world_size: int, keep_count: int, fault_point: Callable[[str, int], None]
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        keep_count: int,
+        fault_point: Callable[[str, int], None],
     ) -> None:
         if not 0 <= rank < world_size or keep_count < 1:
             raise CheckpointError(
                 "a saver needs 0 <= rank < world and keeps at least one checkpoint",
                 values={"rank": rank, "world": world_size, "keep": keep_count},
             )
-        self._folder, self._rank, self._world_size, self._keep_count = Path(folder), rank, world_size, keep_count
+        self._folder, self._rank, self._world_size, self._keep_count = (
+            Path(folder),
+            rank,
+            world_size,
+            keep_count,
+        )
         self._fault_point = fault_point
         self._staging_buffer = torch.empty(0, dtype=torch.uint8)
         self._job: _SaveJob | None = None
@@ -231,12 +245,16 @@ class Saver:
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         pin_memory = any(DEVICES[device.type].pinning for device in devices)
         header, offsets_bytes, size_bytes = job.file_layout
-        if self._staging_buffer.numel() < size_bytes or (pin_memory and not self._staging_buffer.is_pinned()):
+        if self._staging_buffer.numel() < size_bytes or (
+            pin_memory and not self._staging_buffer.is_pinned()
+        ):
             self._staging_buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one first
             self._staging_buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pin_memory)
         self._staging_buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for entry, offset, tensor in zip(job.entries, offsets_bytes, tensors, strict=True):
-            region = self._staging_buffer[offset : offset + entry.size_bytes].view(DTYPES[entry.dtype])
+            region = self._staging_buffer[offset : offset + entry.size_bytes].view(
+                DTYPES[entry.dtype]
+            )
             region.view(entry.size).copy_(tensor.detach(), non_blocking=pin_memory)
         for device in devices:
             if DEVICES[device.type].streams:
@@ -309,10 +327,14 @@ class Saver:
         except OSError as error:
             return f"nothing was pruned: {error.strerror or error}"
         job_key = (job.step, job.generation)
-        older_paths = [f.path for f in step_folders if f.is_complete and (f.step, f.generation) < job_key]
+        older_paths = [
+            f.path for f in step_folders if f.is_complete and (f.step, f.generation) < job_key
+        ]
         stale_paths = older_paths[self._keep_count - 1 :] + _stale_folders(step_folders, job)
         leftover_names = [path.name for path in stale_paths if not _remove_checkpoint(path)]
-        return f"these could not be removed: {', '.join(leftover_names)}" if leftover_names else None
+        return (
+            f"these could not be removed: {', '.join(leftover_names)}" if leftover_names else None
+        )
 
 
 def _stale_folders(step_folders: Sequence[StepFolder], job: _SaveJob) -> list[Path]:
@@ -337,7 +359,9 @@ def _check_json(value: Any, depth: int = 0) -> None:
 def _read_part_file(job: _SaveJob, rank: int) -> dict[str, Any]:
     """What one rank wrote, as its part file says. ValueError or CheckpointError if not so."""
     field_types = {"step": int, "generation": int, "file": dict}
-    step, generation, file_fields = parse_fields(read_checked_json(job.path / part_file_name(rank)), field_types)
+    step, generation, file_fields = parse_fields(
+        read_checked_json(job.path / part_file_name(rank)), field_types
+    )
     if (step, generation, file_fields.get("file")) != (job.step, job.generation, file_name(rank)):
         raise ValueError(f"the part file of rank {rank} is of another save")
     if os.stat(job.path / file_name(rank)).st_size != file_fields.get("bytes"):
@@ -348,7 +372,7 @@ def _read_part_file(job: _SaveJob, rank: int) -> dict[str, Any]:
 def _write_checked_json(
     path: Path, body: Mapping[str, Any], before_rename: Callable[[], None] = lambda: None
 ) -> None:
-    """Temporary file, fsync, `between`, rename, fsync of the folder. OSError, ValueError."""
+    """Temporary file, fsync, `before_rename`, rename, fsync of the folder. OSError, ValueError."""
     raw = encode_checked_json(body)
     if len(raw) > JSON_LIMIT_BYTES:
         raise ValueError(f"{path.name} would have {len(raw)} bytes; limit {JSON_LIMIT_BYTES}")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from cordee.config.load import LoadedRun, config_keys, load
 from cordee.config.paths import expand_home
 from cordee.config.ranges import Range
-from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
 
 SECTIONS = frozenset(key.partition(".")[0] for key in config_keys())
@@ -60,9 +59,9 @@ def parse_arguments(
     max_positionals: int = 0,
     sections: Sequence[str] | None = None,
 ) -> ParsedArguments:
-    """Parses `argv`; at most `rest` words may be neither a file nor an override.
+    """Parses `argv`; at most `max_positionals` words may be neither a file nor an override.
 
-    `settings` are the sections whose keys the verb takes, None: every one. A verb that takes only
+    `sections` are the sections whose keys the verb takes, None: every one. A verb that takes only
     some takes no file either: all its other words are names and paths, whatever is in them.
     """
     # Intermixed: words may stand before and after a flag.
@@ -79,7 +78,9 @@ def parse_arguments(
             values={"word": extra_words[0], "command": arg_parser.prog},
             fix=f"{arg_parser.usage}, with overrides as key=value",
         )
-    return ParsedArguments(flags, files[0] if files else None, tuple(overrides), tuple(map(expand_home, positionals)))
+    return ParsedArguments(
+        flags, files[0] if files else None, tuple(overrides), tuple(map(expand_home, positionals))
+    )
 
 
 def _classify_word(word: str, sections: Sequence[str] | None) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from cordee.begin import resolve_config
 from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.config.load import dump, explain_key, flatten
 from cordee.errors import ConfigError
+from cordee.launcher.prepare import resolve_config
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +28,9 @@ def run(argv: list[str]) -> int:
             print(json.dumps({"key": key, "text": text}) if args.flags.json else text)
         case ("show",):
             resolved_run = resolve_config(load_result.run)
-            print(json.dumps(flatten(resolved_run)) if args.flags.json else dump(resolved_run), end="")
+            print(
+                json.dumps(flatten(resolved_run)) if args.flags.json else dump(resolved_run), end=""
+            )
         case _:
             raise ConfigError(
                 "config explains a key or shows a run",

@@ -38,7 +38,9 @@ def run(argv: list[str]) -> int:
     )
     arg_parser.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
     arg_parser.add_argument("--seed", type=int, default=0, help="chooses what is held out")
-    arg_parser.add_argument("--weights", default="", help='of a mixture "one;two": numbers, as in 7,3')
+    arg_parser.add_argument(
+        "--weights", default="", help='of a mixture "one;two": numbers, as in 7,3'
+    )
     arg_parser.add_argument("--tokens", type=int, default=0, help="size of a synthetic source")
     arg_parser.add_argument("--step", type=int, help="of a run, from 1")
     arg_parser.add_argument("--sample", type=int, help="a row's number in the training split")

@@ -18,13 +18,13 @@ from importlib import metadata
 from pathlib import Path
 
 from cordee.cli.arguments import make_parser, parse_arguments
-from cordee.dist.start import RankProcess, python_command
+from cordee.dist.process_group import RankProcess, python_command
 from cordee.errors import CordeeError
-from cordee.machine import probe_machine
-from cordee.metrics.sinks import read_records
-from cordee.plan.cluster import local_cluster
-from cordee.plan.devices import fastest_precision
-from cordee.plan.profile import profile_text, read_profile, local_host
+from cordee.launcher.local_cluster import probe_machine
+from cordee.planner.cluster import local_cluster
+from cordee.planner.devices import fastest_precision
+from cordee.planner.profile import local_host, profile_text, read_profile
+from cordee.report.metrics_writer import read_records
 
 SMALL_RUN = (
     "data.path=builtin:markov", "data.tokens=40000", "data.sequence=32", "model.preset=micro",
@@ -139,7 +139,7 @@ def _run_check(label: str, check: Callable[[], str]) -> Finding:
 
 
 def _check_exchange() -> str:
-    from cordee.testing import launch
+    from cordee.launcher.run_ranks import launch
 
     sums = launch(add_on_ranks, ranks=2, deadline_s=60.0)
     if sums[0] != sums[1]:
@@ -152,9 +152,9 @@ def add_on_ranks(world: RankProcess) -> float:
     import torch
     import torch.distributed as dist
 
-    from cordee.dist.exchange import TreeAllReduce
-    from cordee.layout.split import TreeSum, fold, split_evenly
-    from cordee.sync.codecs import IdentityCodec
+    from cordee.dist.codecs import IdentityCodec
+    from cordee.dist.tree_all_reduce import TreeAllReduce
+    from cordee.layout.microbatches import TreeSum, fold, split_evenly
 
     leaves = [torch.randn(10_001, generator=torch.Generator().manual_seed(i)) for i in range(7)]
     ranges = split_evenly(7, world.size)
@@ -174,7 +174,9 @@ def _check_restart() -> str:
         _run_training(clean_dir, 0)
         _run_training(killed_dir, 1, "fault.kill=step.agree:13:1", "fault.recover=false")
         _run_training(killed_dir, 0)
-        digests = {read_records(f / "events.jsonl")[-1]["weights_sha256"] for f in (clean_dir, killed_dir)}
+        digests = {
+            read_records(f / "events.jsonl")[-1]["weights_sha256"] for f in (clean_dir, killed_dir)
+        }
     if len(digests) != 1:
         raise RuntimeError("the killed run ended in other bits than the undisturbed one")
     return "the same bits as the undisturbed run"

@@ -24,7 +24,11 @@ def run(argv: list[str]) -> int:
     names = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]
     digest = weights_sha256(names, lambda name: checkpoint.read(MODEL_PREFIX + name))
     if args.flags.json:
-        fields = {"weights_sha256": digest, "step": checkpoint.step, "checkpoint": str(checkpoint.path)}
+        fields = {
+            "weights_sha256": digest,
+            "step": checkpoint.step,
+            "checkpoint": str(checkpoint.path),
+        }
         print(json.dumps(fields))
     else:
         print(digest)

@@ -8,21 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cordee.begin import dataset_dir_of
-from cordee.cli.places import find_run
+from cordee.cli.run_paths import find_run
 from cordee.config.load import RUN_FILE, load
 from cordee.config.run import Run
+from cordee.data.dataset import open_dataset
 from cordee.data.ledger import check_ledger, find_uses
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.order import SampleOrder
-from cordee.data.source import open_dataset
 from cordee.errors import ConfigError
-from cordee.metrics.lines import record_step
-from cordee.metrics.sinks import read_records
+from cordee.launcher.prepare import dataset_dir_of
+from cordee.report.jsonl import record_step
+from cordee.report.metrics_writer import read_records
 
 
 def print_ledger(run_word: str, flags: Namespace) -> int:
-    """Prints what is asked of the run `word`; 1 when its records do not prove exactly-once."""
+    """Prints what is asked of the run `run_word`; 1 when its records do not prove exactly-once."""
     folder = find_run("data ledger", run_word)
     run = load(str(folder / RUN_FILE)).run
     info = read_run_dataset(run, folder)
@@ -40,7 +40,9 @@ def print_ledger(run_word: str, flags: Namespace) -> int:
     if flags.sample is not None:
         uses = [asdict(use) for use in find_uses(order, flags.sample, steps)]
         source = _source_of(order, info, flags.sample)
-        return _print_fields({"sample": flags.sample, **source, "steps": steps, "uses": uses}, flags.json)
+        return _print_fields(
+            {"sample": flags.sample, **source, "steps": steps, "uses": uses}, flags.json
+        )
     proof = check_ledger(order, rows)
     fields = {"holds": proof.is_exactly_once, "samples": order.rows, **asdict(proof)}
     fields |= {"epochs": round(proof.epochs, 4), **_source_counts(order, info, proof.steps)}
@@ -85,10 +87,14 @@ def read_run_dataset(run: Run, folder: Path) -> DatasetInfo:
 def make_order(run: Run, info: DatasetInfo) -> SampleOrder:
     """The order of a run's samples."""
     source, batch = open_dataset(info.folder, "train", verify=False), run.batch
-    return source.sample_order(run.run.seed, run.data.sequence, batch.microbatch, batch.microbatches)
+    return source.sample_order(
+        run.run.seed, run.data.sequence, batch.microbatch, batch.microbatches
+    )
 
 
-def _step_samples(order: SampleOrder, steps: int, step: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _step_samples(
+    order: SampleOrder, steps: int, step: int, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     if not 1 <= step <= steps:
         raise ConfigError(
             "the run has no such step",

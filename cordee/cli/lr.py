@@ -1,7 +1,7 @@
 """`cordee lr`: a learning rate by experiment on this run's own data and model, as a band.
 
-Not here: the experiment (`optim/search.py`) and training (`trial.losses_at`). It sets nothing: it
-prints a table and the command that uses the rate, and it ends with 1 when the experiment cannot
+Not here: the experiment (`optim/lr_search.py`) and training (`trial.losses_at`). It sets nothing:
+it prints a table and the command that uses the rate, and it ends with 1 when the experiment cannot
 tell. All parts of the update rule are scaled together, so muon's command names both its rates.
 """
 
@@ -15,16 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import ParsedArguments, check_flags, make_parser, parse_arguments, print_to_stderr
-from cordee.cli.places import refuse_overwrite
+from cordee.cli.arguments import ParsedArguments, check_flags, make_parser, parse_arguments
+from cordee.cli.run_paths import refuse_overwrite
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.ranges import MAX_COUNT, Range
 from cordee.config.run import Run
-from cordee.metrics.png import BLUE, ORANGE, RED, Plot, Series, draw
-from cordee.metrics.report import format_amount, format_seconds
-from cordee.metrics.sinks import write_atomically
-from cordee.optim.search import LRSearchResult, LRSearchSettings, TrainFn, find_lr
-from cordee.plan.recipe import resolve_for_machine
+from cordee.dist.streams import print_to_stderr
+from cordee.optim.lr_search import LRSearchResult, LRSearchSettings, TrainFn, find_lr
+from cordee.planner.recipe import resolve_for_machine
+from cordee.report.metrics_writer import write_atomically
+from cordee.report.png import BLUE, ORANGE, RED, Plot, Series, draw
+from cordee.report.summary import format_amount, format_seconds
 
 REPORT_EVERY_S = 10.0
 """Seconds between lines that say how far the search is."""
@@ -48,11 +49,13 @@ def run(argv: Sequence[str]) -> int:
         "--seeds", type=int, default=defaults.seeds, metavar="N",
         help=f"runs of each rate (default {defaults.seeds})",
     )  # fmt: skip
-    arg_parser.add_argument("--json", action="store_true", help="print the finding as one JSON object")
+    arg_parser.add_argument(
+        "--json", action="store_true", help="print the finding as one JSON object"
+    )
     args = parse_arguments(arg_parser, argv)
     check_flags(arg_parser, args.flags, {"steps": Range(1, MAX_COUNT), "seeds": Range(1, 1000)})
-    from cordee.begin import resolve_config, read_vocabulary_size
-    from cordee.machine import measure_cluster
+    from cordee.launcher.local_cluster import measure_cluster
+    from cordee.launcher.prepare import read_vocabulary_size, resolve_config
 
     run_config = resolve_config(args.load().run)
     cluster, _ = measure_cluster(run_config.launch.probe)
@@ -104,7 +107,9 @@ def train_command(result: LRSearchResult, run: Run, args: ParsedArguments) -> st
     """The command that trains with the suggestion; None when there is none."""
     if result.suggestion is None:
         return None
-    other_overrides = [w for w in args.overrides if w.partition("=")[0] not in ("optim.lr", "optim.adam_lr")]
+    other_overrides = [
+        w for w in args.overrides if w.partition("=")[0] not in ("optim.lr", "optim.adam_lr")
+    ]
     rates = [f"optim.lr={result.suggestion:.3g}"]
     if run.optim.name == "muon":
         rates.append(f"optim.adam_lr={run.optim.adam_lr * result.suggestion / peak_lr(run):.3g}")
@@ -118,7 +123,9 @@ def result_table(result: LRSearchResult, step_tokens: int) -> str:
     cell_width = max([12, *map(len, headings)])
     lines = []
     if result.rows:
-        lines.append("learning rate  " + "  ".join(f"{heading:>{cell_width}}" for heading in headings))
+        lines.append(
+            "learning rate  " + "  ".join(f"{heading:>{cell_width}}" for heading in headings)
+        )
     for row in result.rows:
         by_steps = dict(zip(row.steps, row.losses, strict=True))
         cells = []
@@ -184,7 +191,9 @@ def make_plot(result: LRSearchResult) -> Plot:
         y_label="loss",
         series=[
             Series(label="range test", x=test_rates, y=clipped_losses, kind="faint", colour=BLUE),
-            Series(label="smoothed", x=test_rates, y=[min(p.smoothed, ceiling) for p in range_test]),
+            Series(
+                label="smoothed", x=test_rates, y=[min(p.smoothed, ceiling) for p in range_test]
+            ),
             *dots,
         ],
         band=result.band,
@@ -194,7 +203,7 @@ def make_plot(result: LRSearchResult) -> Plot:
 
 def _make_sweep(run: Run, budget: int, print_line: Callable[[str], None]) -> TrainFn:
     """Training runs of this run's model and data; tells every so often how many steps are done."""
-    from cordee.trial import measure_losses
+    from cordee.training.lr_trial import measure_losses
 
     steps_done, last_report_s = 0, time.monotonic()
 
@@ -213,7 +222,9 @@ def _make_sweep(run: Run, budget: int, print_line: Callable[[str], None]) -> Tra
 def _with_elapsed_time(print_line: Callable[[str], None]) -> Callable[[str], None]:
     """Lines with the time since the start before them."""
     start_s = time.monotonic()
-    return lambda text: print_line(f"{format_seconds(round(time.monotonic() - start_s)):>12}  {text}")
+    return lambda text: print_line(
+        f"{format_seconds(round(time.monotonic() - start_s)):>12}  {text}"
+    )
 
 
 def _finite_or_none(value: Any) -> Any:

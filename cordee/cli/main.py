@@ -1,4 +1,4 @@
-"""The `cordee` command: verbs, help and exit codes. A verb imports only its own file.
+"""The `run_cordee` command: verbs, help and exit codes. A verb imports only its own file.
 
 Exit codes: 0 done, 1 failed, 2 the command or its input is wrong (nothing was started or written).
 A run that was asked to leave by a signal ends with 128 + its number, as a shell says it.
@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import NoReturn
 
 from cordee import __version__
-from cordee.dist.streams import tolerate_broken_pipes, print_to_stderr
+from cordee.dist.streams import print_to_stderr, tolerate_broken_pipes
 from cordee.errors import ConfigError, CordeeError
-from cordee.system import check_system
+from cordee.hardware.system import check_system
 
 VERBS = {
     "train": "train, or go on with a run: cordee train [CONFIG.toml] [key=value ...]",
@@ -76,7 +76,7 @@ def program() -> NoReturn:
     tolerate_broken_pipes()
     with suppress(ConfigError):  # a system that will not do, of which `main` tells
         check_system()
-        importlib.import_module("cordee.dist.start").set_passive_wait()
+        importlib.import_module("cordee.dist.process_group").set_passive_wait()
     code = main()
     try:
         sys.stdout.flush()

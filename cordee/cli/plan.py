@@ -12,24 +12,32 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.arguments import ParsedArguments, make_parser, parse_arguments, print_to_stderr
-from cordee.cli.places import refuse_overwrite, atomic_write
-from cordee.config.check import validate_run
-from cordee.config.hub import with_hub_shape
+from cordee.cli.arguments import ParsedArguments, make_parser, parse_arguments
+from cordee.cli.run_paths import atomic_write, refuse_overwrite
+from cordee.config.from_hf import with_hub_shape
 from cordee.config.model import ModelSettings
 from cordee.config.paths import expand_home
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
+from cordee.config.validate import validate_run
+from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
-from cordee.layout.census import count_model_tensors
+from cordee.launcher.local_cluster import measure_cluster
+from cordee.layout.counts import count_model_tensors
 from cordee.layout.tensors import count_parameters
-from cordee.machine import measure_cluster
-from cordee.plan.cluster import Cluster, read_cluster
-from cordee.plan.plan import Plan, select_cluster, plan_of_candidate, is_plan_file, make_plan, without_axes
-from cordee.plan.rank import RankView, view_rank
-from cordee.plan.recipe import resolve_for_machine
-from cordee.plan.report import assumptions, count_text, job_text, plan_text, rank_text
-from cordee.plan.search import Ranking, search
+from cordee.planner.cluster import Cluster, read_cluster
+from cordee.planner.plan import (
+    Plan,
+    is_plan_file,
+    make_plan,
+    plan_of_candidate,
+    select_cluster,
+    without_axes,
+)
+from cordee.planner.rank import RankView, view_rank
+from cordee.planner.recipe import resolve_for_machine
+from cordee.planner.report import assumptions, count_text, job_text, plan_text, rank_text
+from cordee.planner.search import Ranking, search
 
 
 def run(argv: list[str]) -> int:
@@ -46,18 +54,26 @@ def run(argv: list[str]) -> int:
         "[CONFIG.toml | PRESET] [key=value ...] [--cluster FILE] [--top N] [--vocabulary N]"
         " [--models] [--json] [--save FILE] [--no-probe] [--dry-run --rank R]",
     )
-    arg_parser.add_argument("--cluster", metavar="FILE", help="devices as TOML instead of this machine")
+    arg_parser.add_argument(
+        "--cluster", metavar="FILE", help="devices as TOML instead of this machine"
+    )
     arg_parser.add_argument("--top", type=int, default=8, metavar="N", help="rows of the table")
-    arg_parser.add_argument("--vocabulary", type=int, default=256, metavar="N", help="tokens, 256: bytes")
+    arg_parser.add_argument(
+        "--vocabulary", type=int, default=256, metavar="N", help="tokens, 256: bytes"
+    )
     arg_parser.add_argument("--models", action="store_true", help="list the presets")
     arg_parser.add_argument("--json", action="store_true", help="one JSON object")
     arg_parser.add_argument("--save", metavar="FILE", help="write the picked plan as JSON")
     arg_parser.add_argument("--no-probe", action="store_true", help="do not measure this machine")
-    arg_parser.add_argument("--dry-run", action="store_true", help="build one rank's modules on meta")
+    arg_parser.add_argument(
+        "--dry-run", action="store_true", help="build one rank's modules on meta"
+    )
     arg_parser.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
     args = parse_arguments(arg_parser, argv, max_positionals=1)
     if args.flags.models:
-        print(_models_text(_check_at_least("--vocabulary", args.flags.vocabulary, 2), args.flags.json))
+        print(
+            _models_text(_check_at_least("--vocabulary", args.flags.vocabulary, 2), args.flags.json)
+        )
         return 0
     run_config = _load_run(args)
     validate_run(run_config)
@@ -73,7 +89,9 @@ def run(argv: list[str]) -> int:
     plan = replace(make_plan(run_config, cluster, vocabulary), profile=profile)
     rank_view = None
     if rank is not None:
-        rank_view = view_rank(run_config, plan, rank, count_model_tensors(run_config.model, vocabulary))
+        rank_view = view_rank(
+            run_config, plan, rank, count_model_tensors(run_config.model, vocabulary)
+        )
     if args.flags.save:
         _save_plan(Path(expand_home(args.flags.save)), plan)
     if rank_view is not None:
@@ -115,7 +133,9 @@ def _parse_rank(args: ParsedArguments, run_config: Run) -> int | None:
     if args.flags.dry_run is not (rank is not None):
         flag_values = {"--dry-run": args.flags.dry_run, "--rank": rank}
         raise ConfigError(
-            "--dry-run and --rank go together", values=flag_values, fix=f"--dry-run --rank {rank or 0}"
+            "--dry-run and --rank go together",
+            values=flag_values,
+            fix=f"--dry-run --rank {rank or 0}",
         )
     if args.flags.dry_run and run_config.model.hub:
         raise ConfigError(
@@ -130,8 +150,8 @@ def _dry_run_text(
     run: Run, cluster: Cluster, plan: Plan, rank_view: RankView, vocabulary: int, as_json: bool
 ) -> str:
     """One rank of the plan: by the tables, and as its modules were built."""
-    from cordee.rehearse import dry_run
-    from cordee.system import peak_bytes
+    from cordee.hardware.system import peak_bytes
+    from cordee.training.dry_run import dry_run
 
     measurements = {**dry_run(run, plan, rank_view.rank, vocabulary), "memory": peak_bytes()}
     if as_json:
@@ -168,7 +188,9 @@ def _model_line(name: str, model: ModelSettings, count: int) -> str:
 def _plan_document(
     run: Run, cluster: Cluster, plan: Plan, ranking: Ranking, top: int
 ) -> dict[str, object]:
-    ranked_plans = [plan_of_candidate(run, cluster, c, "").to_dict() for c in ranking.candidates[:top]]
+    ranked_plans = [
+        plan_of_candidate(run, cluster, c, "").to_dict() for c in ranking.candidates[:top]
+    ]
     for row in ranked_plans:
         del row["why"], row["splits"], row["stages"]
     return {

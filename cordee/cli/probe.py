@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
+from cordee.cli.arguments import make_parser, parse_arguments
+from cordee.dist.streams import print_to_stderr
 from cordee.errors import RunError
-from cordee.machine import probe_machine
-from cordee.plan.cluster import local_cluster
-from cordee.plan.devices import fastest_precision, precision_text
-from cordee.plan.profile import Profile, profile_path, spread_text, local_host
+from cordee.launcher.local_cluster import probe_machine
+from cordee.planner.cluster import local_cluster
+from cordee.planner.devices import fastest_precision, precision_text
+from cordee.planner.profile import Profile, local_host, profile_path, spread_text
 
 
 def run(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
 """`cordee report RUN`: a run's folder as one page that can be mailed, and as one JSON object.
 
-Not here: what the page says (`metrics/report.py`) and how it looks (`metrics/page.py`). It reads
+Not here: what the page says (`report/summary.py`) and how it looks (`report/html.py`). It reads
 files only, so that it works on a run that lives, ended or was killed, and on a login node.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
-from cordee.cli.places import find_run, refuse_overwrite, atomic_write
+from cordee.cli.arguments import make_parser, parse_arguments
+from cordee.cli.run_paths import atomic_write, find_run, refuse_overwrite
 from cordee.config.paths import expand_home
+from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
-from cordee.metrics.page import TITLE_SUFFIX, report_page
-from cordee.metrics.records import read_run
-from cordee.metrics.report import summarise
+from cordee.report.html import TITLE_SUFFIX, report_page
+from cordee.report.reader import read_run
+from cordee.report.summary import summarise
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,7 +32,9 @@ def run(argv: Sequence[str]) -> int:
     arg_parser.add_argument(
         "--output", metavar="FILE", help="where to write it (default RUN/report.html)"
     )
-    arg_parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    arg_parser.add_argument(
+        "--json", action="store_true", help="print the summary as one JSON object"
+    )
     args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
     folder = find_run("report", args.run_word)
     target = Path(expand_home(args.flags.output)) if args.flags.output else folder / "report.html"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
-from cordee.begin import dataset_dir_of
 from cordee.cli.arguments import check_flags, make_parser, parse_arguments
-from cordee.cli.places import refuse_user_model, load_run
+from cordee.cli.run_paths import load_run, refuse_user_model
 from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.data.manifest import read_info
 from cordee.errors import ConfigError
+from cordee.launcher.prepare import dataset_dir_of
 
 FLAG_RANGES = {
     "tokens": Range(1, 10**6), "temperature": Range(0, 1e6), "seed": Range(0, 2**63 - 1),
@@ -28,7 +28,9 @@ def run(argv: list[str]) -> int:
     )
     arg_parser.add_argument("--prompt", default="def ", help="text to go on from")
     arg_parser.add_argument("--tokens", type=int, default=300, help="how many tokens to write")
-    arg_parser.add_argument("--temperature", type=float, default=0.8, help="0 is always the likeliest")
+    arg_parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 is always the likeliest"
+    )
     arg_parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
     arg_parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
@@ -54,25 +56,34 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _generate_text(run_word: str, run_config: Run, vocabulary: int, flags: Namespace) -> tuple[str, int]:
+def _generate_text(
+    run_word: str, run_config: Run, vocabulary: int, flags: Namespace
+) -> tuple[str, int]:
     """Builds the model, loads it and lets it write: (text, step of the weights)."""
     import torch
 
     from cordee.cli.weights import open_weights, read_parameters
-    from cordee.model.hub import empty_model, read_hub
+    from cordee.hf.model import empty_model, read_hub
     from cordee.model.transformer import Transformer
-    from cordee.sample import generate, to_text
+    from cordee.training.generate import generate, to_text
 
     checkpoint = open_weights("sample", run_word)
     hub = read_hub(run_config.model.hub) if run_config.model.hub else None
     model = Transformer(run_config.model, vocabulary) if hub is None else empty_model(hub, "cpu")
     # A tied parameter is stored once.
     load_result = model.load_state_dict(read_parameters(checkpoint), strict=False)
-    mismatched_names = [*load_result.unexpected_keys, *(set(load_result.missing_keys) - set(hub.tied_parameters if hub else ()))]
+    mismatched_names = [
+        *load_result.unexpected_keys,
+        *(set(load_result.missing_keys) - set(hub.tied_parameters if hub else ())),
+    ]
     if mismatched_names:
         raise ConfigError(
             "the run's weights are not those of the model that its run.toml describes",
-            values={"RUN": run_word, "tensor": mismatched_names[0], "differ": len(mismatched_names)},
+            values={
+                "RUN": run_word,
+                "tensor": mismatched_names[0],
+                "differ": len(mismatched_names),
+            },
             fix="cordee export, and a few lines with the model that made them",
         )
     model.eval()

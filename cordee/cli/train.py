@@ -9,10 +9,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from cordee.begin import prepare_run, launch_local_ranks
-from cordee.cli.arguments import make_parser, parse_arguments, print_to_stderr
-from cordee.dist.start import exit_with_parent
-from cordee.metrics.sinks import last_event
+from cordee.cli.arguments import make_parser, parse_arguments
+from cordee.dist.process_group import exit_with_parent
+from cordee.dist.streams import print_to_stderr
+from cordee.launcher.prepare import launch_local_ranks, prepare_run
+from cordee.report.metrics_writer import last_event
 
 HOST_FLAGS = {
     "listen": ("HOST:PORT", "where other hosts may join this run (launch.listen)"),
@@ -42,7 +43,9 @@ def run(argv: list[str]) -> int:
         arg_parser.add_argument(f"--{flag}", metavar=metavar, help=help_text)
     arg_parser.add_argument("--no-probe", action="store_true", help="do not measure this machine")
     args = parse_arguments(arg_parser, argv)
-    extra_overrides = [f"launch.{flag}={word}" for flag in HOST_FLAGS if (word := getattr(args.flags, flag))]
+    extra_overrides = [
+        f"launch.{flag}={word}" for flag in HOST_FLAGS if (word := getattr(args.flags, flag))
+    ]
     extra_overrides += ["launch.probe=false"] if args.flags.no_probe else []
     args = replace(args, overrides=(*args.overrides, *extra_overrides))
     prepared_run = prepare_run(args.load().run)
@@ -56,12 +59,14 @@ def run(argv: list[str]) -> int:
         if prepared_run.is_launcher:
             exit_code = launch_local_ranks(prepared_run.run, prepared_run.plan)
         else:
-            from cordee.parts import Parts  # here torch comes in
-            from cordee.train import run_worker
+            from cordee.training.user_parts import Parts  # here torch comes in
+            from cordee.training.worker import run_worker
 
             exit_code = run_worker(prepared_run, Parts()).exit_code
     else:
-        print_to_stderr(f"the run in {folder} is finished; for another one: cordee train run.dir=...")
+        print_to_stderr(
+            f"the run in {folder} is finished; for another one: cordee train run.dir=..."
+        )
         exit_code = 0
     if is_first and not prepared_run.launch_info.store_file:
         _print_result(folder, exit_code, args.flags.json)

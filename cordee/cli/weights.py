@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cordee.checkpoint.load import Checkpoint, find_newest, open_checkpoint
-from cordee.cli.arguments import print_to_stderr
-from cordee.cli.places import checkpoint_folder
+from cordee.cli.run_paths import checkpoint_folder
+from cordee.dist.streams import print_to_stderr
 from cordee.errors import CheckpointError
 
 MODEL_PREFIX = "model/"

@@ -31,9 +31,12 @@ from cordee.errors import ConfigError
 RUN_FILE = "run.toml"
 """A run's resolved settings, in its folder."""
 PATH_KEYS = {
-    "run.dir": expand_home, "launch.secret": expand_home, "model.hub": expand_home, "initial.weights": expand_home,
+    "run.dir": expand_home,
+    "launch.secret": expand_home,
+    "model.hub": expand_home,
+    "initial.weights": expand_home,
     "data.path": expand_home_of_each,
-}  # fmt: skip
+}
 """Keys that name files, and what makes their `~` a home folder."""
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
@@ -93,7 +96,9 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
         raise _unknown_value("model.preset", preset, list(presets))
     run = expand_paths(override(replace(Run(), model=presets[preset]), values))
     implied_values = {k: v for k, v in implied_settings(run.model).items() if k not in values}
-    return LoadedRun(override(run, implied_values), {key: origin for key, (_, origin) in entries.items()})
+    return LoadedRun(
+        override(run, implied_values), {key: origin for key, (_, origin) in entries.items()}
+    )
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:
@@ -136,12 +141,16 @@ def read_toml(path: Path) -> dict[str, Any]:
             fix="mend that line; text values need quotes",
         ) from error
     except OSError as error:
-        toml_names = [file.name for file in path.parent.glob("*.toml") if file.is_file() and file != path]
+        toml_names = [
+            file.name for file in path.parent.glob("*.toml") if file.is_file() and file != path
+        ]
         matches = difflib.get_close_matches(path.name, toml_names, n=1)
         raise ConfigError(
             f"the file cannot be read: {error.strerror}",
             values={"file": str(path)},
-            fix=f"did you mean {path.with_name(matches[0])}?" if matches else "give a TOML file's path",
+            fix=f"did you mean {path.with_name(matches[0])}?"
+            if matches
+            else "give a TOML file's path",
         ) from error
 
 
@@ -158,7 +167,8 @@ def split_override(text: str) -> tuple[str, str]:
 
 
 def convert(key: str, value: Any, type_hint: Any) -> Any:
-    """`value` (text or from TOML) as `kind`; ConfigError names key, value and what is allowed."""
+    """`value` (text or from TOML) as `type_hint`; ConfigError names key, value and what is
+    allowed."""
     if isinstance(value, int) and abs(value) >= 2**64:  # no key is that long, no sentence either
         raise _wrong_type(key, value, type_hint)
     if get_origin(type_hint) in (Union, types.UnionType):
@@ -208,13 +218,13 @@ def flatten(run: Run) -> dict[str, Any]:
 
 
 def recorded_settings(file: Path) -> dict[str, Any]:
-    """The table `recorded` of a run's file; empty when there is none."""
+    """The table `recorded_settings` of a run's file; empty when there is none."""
     table: dict[str, Any] = read_toml(file).get(RECORDED_TABLE, {}) if file.exists() else {}
     return table
 
 
 def dump(run: Run, records: Mapping[str, str] | None = None) -> str:
-    """The run as TOML text that `load` reads back to an equal run; `told` is what it records."""
+    """The run as TOML text that `load` reads back to an equal run; `records` is what it records."""
     lines: list[str] = []
     section = None
     for key, value in flatten(run).items():
@@ -224,7 +234,11 @@ def dump(run: Run, records: Mapping[str, str] | None = None) -> str:
             section = table
         lines.append(f"{name} = {_toml_text(value)}")
     if records:
-        lines += ["", f"[{RECORDED_TABLE}]", *(f"{_toml_text(key)} = {_toml_text(records[key])}" for key in records)]
+        lines += [
+            "",
+            f"[{RECORDED_TABLE}]",
+            *(f"{_toml_text(key)} = {_toml_text(records[key])}" for key in records),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -272,7 +286,9 @@ def type_name(type_hint: Any) -> str:
         return " | ".join(type_name(option) for option in get_args(type_hint))
     if get_origin(type_hint) is Literal:
         return " | ".join(_toml_text(value) for value in get_args(type_hint))
-    return {int: "int", float: "float", str: "text", bool: "true | false"}.get(type_hint, str(type_hint))
+    return {int: "int", float: "float", str: "text", bool: "true | false"}.get(
+        type_hint, str(type_hint)
+    )
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The model's knobs: its shape, its experts, its images, and how its parameters start.
 
-Not here: any other knob (`run.py`, whose tree these are part of), named sizes (`presets.py`). 0
-means "the usual" or "off" where the sentence says so.
+Not here: any other knob (`measure_run.py`, whose tree these are part of), named sizes
+(`presets.py`). 0 means "the usual" or "off" where the sentence says so.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class InitialSettings:
         "xavier", "xavier_normal", "kaiming", "kaiming_normal", "orthogonal", "truncated_normal",
         "normal", "zero",
     ] = "xavier"  # fmt: skip
-    """How weight matrices start (see the table in model/initial.py)."""
+    """How weight matrices start (see the table in model/init_weights.py)."""
     residual: Literal["same", "depth_scaled", "zero"] = "zero"
     """Matrices that write into the residual stream: as the others, divided by sqrt(2 x layers), or
     zero (each block starts as the identity)."""

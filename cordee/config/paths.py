@@ -1,6 +1,6 @@
 """Paths as users write them, and names beside a path that nobody else has.
 
-Not here: what a path is of. Every verb and every key that names a file goes through `home`.
+Not here: what a path is of. Every verb and every key that names a file goes through `expand_home`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def expand_home_of_each(path_spec: str) -> str:
     them; a name that exists as it stands is one path."""
     if os.path.lexists(path_spec):
         return expand_home(path_spec)
-    return _LEADING_TILDE.sub(lambda match: match["before"] + match["space"] + expand_home(match["home"]), path_spec)
+    return _LEADING_TILDE.sub(
+        lambda match: match["before"] + match["space"] + expand_home(match["home"]), path_spec
+    )
 
 
 def make_temporary_path(path: Path, ending: str = ".part") -> Path:

@@ -70,7 +70,7 @@ def _byte_models() -> dict[str, ModelSettings]:
 
 
 def _classifier_models() -> dict[str, ModelSettings]:
-    """Of images; see `implied`."""
+    """Of images; see `implied_settings`."""
     return {
         "shapes-mlp": ModelSettings(preset="shapes-mlp", kind="mlp", layers=3, width=256),  # 0.2 M
         "shapes-conv": ModelSettings(preset="shapes-conv", kind="conv", layers=3, width=32),

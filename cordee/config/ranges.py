@@ -31,8 +31,8 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Range:
-    """From `least` to `most`, both included unless `above` or `below` says that it is only a bound.
-    A number that is not 0 is one that fp32 can hold."""
+    """From `minimum` to `maximum`, both included unless `excludes_minimum` or `excludes_maximum`
+    says that it is only a bound. A number that is not 0 is one that fp32 can hold."""
 
     minimum: float
     maximum: float
@@ -45,8 +45,13 @@ class Range:
         return is_large_enough and is_small_enough and (value == 0 or abs(value) >= SMALLEST_NORMAL)
 
     def __str__(self) -> str:
-        minimum_text = f"{'above' if self.excludes_minimum else 'at least'} {_bound_text(self.minimum)}"
-        return f"{minimum_text} and {'below' if self.excludes_maximum else 'at most'} {_bound_text(self.maximum)}"
+        minimum_text = (
+            f"{'above' if self.excludes_minimum else 'at least'} {_bound_text(self.minimum)}"
+        )
+        return (
+            f"{minimum_text} and {'below' if self.excludes_maximum else 'at most'}"
+            f" {_bound_text(self.maximum)}"
+        )
 
     def nearest(self, value: float, default: float) -> float:
         """A value in the range: the end that is nearer, where that is one, else the usual one."""
@@ -143,7 +148,7 @@ RANGES: Mapping[str, Range] = {
 
 
 def check_ranges(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ConfigError for the first number beside its range; `usual` are the defaults."""
+    """ConfigError for the first number beside its range; `defaults` are the defaults."""
     for key, value in ranged_values(values):
         if value not in (allowed_range := RANGES[key]):
             default = defaults[key] if not isinstance(defaults[key], str) else 1

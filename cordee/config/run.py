@@ -22,7 +22,7 @@ FAULT_POINTS = (
     "copy.begin", "copy.send", "copy.sent", "copy.end", "save.stage", "save.write", "save.part",
     "save.manifest", "save.rename", "save.delete",
 )  # fmt: skip
-"""Where a drill can strike (fault/inject.py)."""
+"""Where a drill can strike (training/fault_injection.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

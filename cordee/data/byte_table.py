@@ -17,14 +17,16 @@ ByteArray = NDArray[np.uint8]
 
 
 def ngram_bits_per_byte(train_bytes: ByteArray, rows: ByteArray, order: int = NGRAM_ORDER) -> float:
-    """Mean bits per byte of `rows` [rows, length]: each byte but a row's first, from up to `order`
-    bytes before it in the row; counts are those of `trained` [bytes]."""
+    """Mean bits per byte of `rows` [rows, length]: each byte but a row's first, from up to
+    `order` bytes before it in the row; counts are those of `train_bytes` [bytes]."""
     windows = _context_windows(rows, order)
     probability = np.full(windows.shape[0], 1 / 256)
     for length in range(order + 1):
         mask = windows[:, order] >= length
         contexts, targets = _context_keys(windows[mask], length, order)
-        context_counts, distinct_counts, target_counts = _look_up(_count_ngrams(train_bytes, length), contexts, targets)
+        context_counts, distinct_counts, target_counts = _look_up(
+            _count_ngrams(train_bytes, length), contexts, targets
+        )
         denominator = context_counts + distinct_counts
         mixture = (target_counts + distinct_counts * probability[mask]) / np.maximum(denominator, 1)
         probability[mask] = np.where(denominator > 0, mixture, probability[mask])
@@ -37,8 +39,12 @@ def _context_windows(rows: ByteArray, order: int) -> NDArray[np.int64]:
     row_count, length = rows.shape
     padded_rows = np.concatenate([np.zeros((row_count, order), np.uint8), rows], axis=1)
     columns = [padded_rows[:, i + 1 : i + length].reshape(-1) for i in range(order)]
-    context_lengths = np.broadcast_to(np.minimum(np.arange(1, length), order), (row_count, length - 1))
-    return np.stack([*columns, context_lengths.reshape(-1), rows[:, 1:].reshape(-1)], axis=1).astype(np.int64)
+    context_lengths = np.broadcast_to(
+        np.minimum(np.arange(1, length), order), (row_count, length - 1)
+    )
+    return np.stack(
+        [*columns, context_lengths.reshape(-1), rows[:, 1:].reshape(-1)], axis=1
+    ).astype(np.int64)
 
 
 def _context_keys(
@@ -82,4 +88,8 @@ def _look_up(
     pair_keys = contexts * 256 + targets
     pair_index = np.minimum(np.searchsorted(pairs, pair_keys), pairs.size - 1)
     target_counts = np.where(pairs[pair_index] == pair_keys, counts[pair_index], 0)
-    return np.where(has_context, totals[context_index], 0), np.where(has_context, distinct_counts[context_index], 0), target_counts
+    return (
+        np.where(has_context, totals[context_index], 0),
+        np.where(has_context, distinct_counts[context_index], 0),
+        target_counts,
+    )

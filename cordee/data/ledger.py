@@ -36,7 +36,9 @@ def step_digest(digests: Sequence[int]) -> str:
 
 def expected_step_digest(order: SampleOrder, step: int) -> str:
     """The word that step `step` (from 0) must have."""
-    return step_digest([microbatch_digest(order.microbatch_row_ids(step, m)) for m in range(order.microbatches)])
+    return step_digest(
+        [microbatch_digest(order.microbatch_row_ids(step, m)) for m in range(order.microbatches)]
+    )
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ MAX_MISSING = 1_000_000
 
 @dataclass
 class LedgerCheck:
-    """What a run's records prove. `steps` were recorded, `skipped` of them changed no parameter;
-    `unproved` have no word; `wrong` have another than the order's, `missing` have no row and
-    `again` have more than one. `epochs` is how often every sample was drawn (a part: the last)."""
+    """What a run's records prove. `run_steps` were recorded, `skipped` of them changed no
+    parameter; `unproved` have no word; `wrong` have another than the order's, `missing_packages`
+    have no row and `again` have more than one. `epochs` is how often every sample was drawn (a
+    part: the last)."""
 
     steps: int = 0
     skipped: list[int] = field(default_factory=list)

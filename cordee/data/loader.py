@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cordee.data.dataset import TokenDataset
 from cordee.data.order import SampleOrder
-from cordee.data.source import TokenDataset
-from cordee.devices import DEVICES
 from cordee.errors import DataError
+from cordee.hardware.devices import DEVICES
 
 # Row ids computed ahead in one go: they cost 40 ns each so, and 4 us each for a batch of 32 alone.
 ID_BLOCK_ROWS = 16_384
@@ -36,7 +36,7 @@ class _StepRows:
 
 @dataclass
 class _GatherRequest:
-    """A step to gather, and the answer; `gathered` stays None if gathering failed."""
+    """A step to gather, and the answer; `rows` stays None if gathering failed."""
 
     step: int
     indices: range
@@ -65,7 +65,11 @@ class TokenLoader:
         if order.rows != dataset.rows(sequence):
             raise DataError(
                 "the order and the source differ in their number of rows",
-                values={"order": order.rows, "source": dataset.rows(sequence), "sequence": sequence},
+                values={
+                    "order": order.rows,
+                    "source": dataset.rows(sequence),
+                    "sequence": sequence,
+                },
                 fix=f"SampleOrder(rows={dataset.rows(sequence)})",
             )
         if prefetch not in (0, 1):
@@ -80,7 +84,9 @@ class TokenLoader:
         # The step at hand: tokens (rows, sequence + 1) in the native dtype, of these microbatches.
         self._step = -1
         self._indices = range(0)
-        self._step_rows = _StepRows(np.empty(0, np.int64), np.empty((0, sequence + 1), dataset.dtype))
+        self._step_rows = _StepRows(
+            np.empty(0, np.int64), np.empty((0, sequence + 1), dataset.dtype)
+        )
         # Row ids of some steps, (steps, rows of the range), first step, microbatches.
         self._id_block: tuple[NDArray[np.int64], int, range] = (
             np.empty((0, 0), np.int64),
@@ -96,7 +102,11 @@ class TokenLoader:
 
     def begin(self, step: int, indices: range) -> None:
         """Gather the microbatches `indices` (contiguous) of a step: one order, one gather."""
-        self._step_rows = self._take_prefetch(step, indices) if self._next_request else self._gather_step(step, indices)
+        self._step_rows = (
+            self._take_prefetch(step, indices)
+            if self._next_request
+            else self._gather_step(step, indices)
+        )
         self._step, self._indices = step, indices
         if self._requests is not None:
             self._next_request = _GatherRequest(step + 1, indices)
@@ -106,7 +116,9 @@ class TokenLoader:
         """Microbatch `index` of a step, int64 (microbatch_rows, sequence + 1), on the device."""
         if step != self._step or index not in self._indices:
             row_ids = self._order.microbatch_row_ids(step, index)
-            return self._to_device(self._to_host_buffer(self._dataset.gather(row_ids, self._sequence)))
+            return self._to_device(
+                self._to_host_buffer(self._dataset.gather(row_ids, self._sequence))
+            )
         if len(self._indices) == 1:
             return self._to_device(self._step_rows.tokens)
         return self._to_device(self._step_rows.tokens[self._row_slice(index)])
@@ -144,7 +156,9 @@ class TokenLoader:
     def _gather_step(self, step: int, indices: range) -> _StepRows:
         if not indices:
             no_ids = np.empty(0, np.int64)
-            return _StepRows(no_ids, self._to_host_buffer(self._dataset.gather(no_ids, self._sequence)))
+            return _StepRows(
+                no_ids, self._to_host_buffer(self._dataset.gather(no_ids, self._sequence))
+            )
         block_ids, first_step, block_indices = self._id_block
         if block_indices != indices or not 0 <= step - first_step < len(block_ids):
             self._id_block = block_ids, first_step, _ = self._compute_id_block(step, indices)

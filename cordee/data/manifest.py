@@ -1,8 +1,8 @@
 """dataset.json: what a dataset folder says of itself, under a fingerprint of its own.
 
-Not here: tokens and checksums (`source`), making a folder (`prepare`, `shards`). Traded away: a
-schema language; the fingerprint refuses what was altered, and the classes below refuse what is not
-of this format.
+Not here: tokens and checksums (`source`), making a folder (`prepare`, `make_shards`). Traded away:
+a schema language; the fingerprint refuses what was altered, and the classes below refuse what is
+not of this format.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of `train` or `held_out`, in order, and their tokens together."""
+    """The shards of `train` or `held_out_token_batches`, in order, and their tokens together."""
 
     shards: tuple[Shard, ...]
     tokens: int
@@ -72,9 +72,10 @@ class DatasetInfo:
     """What `dataset.json` says, and the `folder` it lies in.
 
     `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
-    that any model can reach, in bits per token, where it is known. `held_out` is the fraction
-    that was asked for. `skipped` counts files left out, by reason. `images` are the form of images
-    (the fields of ImageSettings) where the tokens are such; `parts` the sources of a mixture.
+    that any model can reach, in bits per token, where it is known. `held_out_token_batches` is the
+    fraction that was asked for. `skipped` counts files left out, by reason. `images` are the form
+    of images (the fields of ImageSettings) where the tokens are such; `make_parts` the sources of a
+    mixture.
     """
 
     folder: Path
@@ -105,7 +106,7 @@ class DatasetInfo:
         return {"format": FORMAT, **content}
 
     def rows_by_source(self, split: str, sequence: int) -> list[int]:
-        """Rows of `sequence` tokens (and one target more) in each source; see `TokenSource`."""
+        """Rows of `sequence` tokens (and one target more) in each source; see `TokenDataset`."""
         return [
             count_rows(sum(shard.tokens for shard in shards), sequence)
             for shards in self.shards_by_source(split)
@@ -156,7 +157,10 @@ def read_info(folder: Path) -> DatasetInfo:
     try:
         content = json.loads(text)
         format_name = content.pop("format")
-        if format_name == FORMAT and compute_fingerprint(content | {"format": format_name}) == content["fingerprint"]:
+        if (
+            format_name == FORMAT
+            and compute_fingerprint(content | {"format": format_name}) == content["fingerprint"]
+        ):
             content["sources"] = tuple(SourceFile(**source) for source in content["sources"])
             content["parts"] = tuple(MixtureSource(**part) for part in content.get("parts", ()))
             content["splits"] = {name: _parse_split(content["splits"][name]) for name in SPLITS}

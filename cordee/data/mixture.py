@@ -54,7 +54,7 @@ def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """`rows[s]` rows of source s, drawn with weight `weights[s]` (whole, see `whole_weights`).
+    """`rows[s]` rows of source s, drawn with weight `weights[s]` (whole, see `integer_weights`).
 
     A row's id is its number when sources stand one after another. The smallest mixture has one
     source. DataError: a source without a row.
@@ -80,12 +80,14 @@ class MixtureOrder:
     def row_ids_at(self, positions: _I64) -> _I64:
         """The row id of each position, int64 (n,)."""
         block, offset = np.divmod(positions, BLOCK_POSITIONS)
-        draws = block * BLOCK_POSITIONS + permute(offset, BLOCK_POSITIONS, stream_seed(self.seed, 0), block)
+        draws = block * BLOCK_POSITIONS + permute(
+            offset, BLOCK_POSITIONS, stream_seed(self.seed, 0), block
+        )
         return self._ids_of_draws(draws, shuffled=True)
 
     def unshuffled_row_ids(self, start: int, stop: int) -> _I64:
         """Row ids of draws [start, stop) without any shuffling: sources by weight, rows in their
-        own order. Below `once` no row comes twice."""
+        own order. Below `max_draws_without_repeat` no row comes twice."""
         return self._ids_of_draws(np.arange(start, stop, dtype=np.int64), shuffled=False)
 
     @property
@@ -94,7 +96,9 @@ class MixtureOrder:
         low, high = 0, sum(self.rows)
         while low < high:
             midpoint = (low + high + 1) // 2
-            fits = all(n <= rows for n, rows in zip(self.draw_counts(midpoint), self.rows, strict=True))
+            fits = all(
+                n <= rows for n, rows in zip(self.draw_counts(midpoint), self.rows, strict=True)
+            )
             low, high = (midpoint, high) if fits else (low, midpoint - 1)
         return low
 
@@ -119,7 +123,9 @@ class MixtureOrder:
         row_ids = self.row_ids_at(np.arange(block_start, positions, dtype=np.int64))
         sources = np.searchsorted(self.starts, row_ids, side="right") - 1
         tail_counts = np.bincount(sources, minlength=len(self.rows))
-        return tuple(n + int(m) for n, m in zip(self.draw_counts(block_start), tail_counts, strict=True))
+        return tuple(
+            n + int(m) for n, m in zip(self.draw_counts(block_start), tail_counts, strict=True)
+        )
 
     def source_index(self, row: int) -> int:
         """The number of the source that an id belongs to."""
@@ -134,7 +140,9 @@ class MixtureOrder:
         for epoch in range(-(-self.draw_counts(block_end)[source] // rows)):
             draw = epoch * rows + int(invert(local_rows, rows, seed, epoch)[0])
             block, offset = divmod(self._root_draw(source, draw), BLOCK_POSITIONS)
-            position_offset = invert(np.array([offset], np.int64), BLOCK_POSITIONS, stream_seed(self.seed, 0), block)
+            position_offset = invert(
+                np.array([offset], np.int64), BLOCK_POSITIONS, stream_seed(self.seed, 0), block
+            )
             if (position := block * BLOCK_POSITIONS + int(position_offset[0])) < stop:
                 yield position, epoch
 
@@ -176,7 +184,11 @@ class MixtureOrder:
             first, last = (first, midpoint) if source < midpoint else (midpoint, last)
         for is_left, left_weight, total_weight in reversed(path):
             # The first n with floor((n + 1) * left / whole) = draw + 1; of the others alike.
-            draw = -(-(draw + 1) * total_weight // left_weight) - 1 if is_left else draw * total_weight // (total_weight - left_weight)
+            draw = (
+                -(-(draw + 1) * total_weight // left_weight) - 1
+                if is_left
+                else draw * total_weight // (total_weight - left_weight)
+            )
         return draw
 
 

@@ -30,8 +30,8 @@ class SampleOrder:
 
     Step s (from 0) takes the positions [s*B, (s+1)*B), B = microbatches * microbatch_rows, and
     microbatch m its contiguous slice of them. Position p is place p % rows of epoch p // rows, and
-    every epoch is its own permutation of [0, rows). With a `mixture`, of `rows` rows in all, it is
-    the row that the mixture has there. Raises DataError for counts out of range.
+    every epoch is its own permutation of [0, rows). With a `mixture`, of `read_rows` rows in all,
+    it is the row that the mixture has there. Raises DataError for counts out of range.
     """
 
     seed: int
@@ -92,7 +92,9 @@ class SampleOrder:
         out = np.empty(flat_positions.size, dtype=np.int64)
         for begin in range(0, flat_positions.size, _BLOCK_ROWS):
             if self.mixture is not None:
-                out[begin : begin + _BLOCK_ROWS] = self.mixture.row_ids_at(flat_positions[begin : begin + _BLOCK_ROWS])
+                out[begin : begin + _BLOCK_ROWS] = self.mixture.row_ids_at(
+                    flat_positions[begin : begin + _BLOCK_ROWS]
+                )
                 continue
             epoch, offset = np.divmod(flat_positions[begin : begin + _BLOCK_ROWS], self.rows)
             if epoch[0] == epoch[-1] and (epoch == epoch[0]).all():
@@ -122,7 +124,8 @@ class MixingStats:
 
 
 def measure_mixing(order: SampleOrder, batches: int = 512) -> MixingStats:
-    """The mixing figures of the order's first `batches` * 32 positions (at most one epoch)."""
+    """The mixing figures of the order's first `batches` * 32 positions (at most one
+    epoch)."""
     width = min(32, order.rows)
     batches = max(1, min(batches, order.rows // width))
     rows = order.row_ids_between(0, batches * width)

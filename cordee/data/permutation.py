@@ -28,9 +28,9 @@ _SHIFT_32 = np.uint64(32)
 def permute(position: _I64, rows: int, seed: int, epoch: int | _I64 = 0) -> _I64:
     """Row at each place of an epoch's permutation of [0, rows); int64 (n,) to int64 (n,).
 
-    A Feistel network (Luby and Rackoff 1988) over Z_a x Z_b with a*b just above `rows`, and cycle
-    walking (Black and Rogaway 2002) for the few values in between: fewer than 1 in sqrt(rows).
-    `epoch` is one number, or an array with one entry or as many as `place`.
+    A Feistel network (Luby and Rackoff 1988) over Z_a x Z_b with a*b just above `rows`, and
+    cycle walking (Black and Rogaway 2002) for the few values in between: fewer than 1 in
+    sqrt(rows). `epoch` is one number, or an array with one entry or as many as `position`.
     """
     return _cycle_walk(position, rows, _round_keys(seed, epoch), _feistel_forward)
 

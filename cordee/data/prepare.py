@@ -15,17 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings, ModelSettings
-from cordee.data.builtin import (
+from cordee.data.corpora import (
     MARKOV,
     MARKOV_SYMBOLS,
     MARKOV_TOKENS,
     SHAPES,
+    check_corpus,
     find_corpus,
     markov_tokens,
-    check_corpus,
 )
-from cordee.data.manifest import SPLITS, DatasetInfo, Shard, list_changed_sources, is_dataset, read_info
-from cordee.data.mixed import is_mixture, prepare_mixture, check_mixture
+from cordee.data.dataset import CHECKSUM_BLOCK_BYTES, check_shard, map_shard, open_dataset
+from cordee.data.manifest import (
+    SPLITS,
+    DatasetInfo,
+    Shard,
+    is_dataset,
+    list_changed_sources,
+    read_info,
+)
+from cordee.data.mixture_writer import check_mixture, is_mixture, prepare_mixture
 from cordee.data.order import measure_mixing
 from cordee.data.records import (
     check_images,
@@ -36,9 +44,8 @@ from cordee.data.records import (
     write_shapes,
 )
 from cordee.data.shapes import SHAPES_IMAGES
-from cordee.data.shards import SHARD_BYTES, ShardWriter, atomic_folder, write_manifest
-from cordee.data.source import CHECKSUM_BLOCK_BYTES, check_shard, map_shard, open_dataset
-from cordee.data.text import write_text
+from cordee.data.text_writer import write_text
+from cordee.data.writer import SHARD_BYTES, ShardWriter, atomic_folder, write_manifest
 from cordee.errors import DataError
 
 
@@ -56,10 +63,10 @@ def prepare(
 
     `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
     dataset already is returned as it is. With semicolons it is a mixture of such sources, drawn by
-    `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training: whole
-    documents by keyed hash from 10 documents on, else the tail of each; of images, random ones.
-    `tokens` is the length of a synthetic train split, and of no other source; `image` is the form
-    of images. DataError for whatever cannot be read or done.
+    `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training:
+    whole documents by keyed hash from 10 documents on, else the tail of each; of images, random
+    ones. `tokens` is the length of a synthetic train split, and of no other source; `image` is the
+    form of images. DataError for whatever cannot be read or done.
     """
     _check_arguments(path_spec, held_out, tokens, weights)
     if is_dataset(Path(path_spec)):
@@ -79,15 +86,25 @@ def prepare(
         held_out_tokens = round(train_tokens * held_out / (1.0 - held_out))
         chain, entropy_bits = markov_tokens(seed, train_tokens + held_out_tokens)
         with atomic_folder(folder) as staging_folder:
-            content = _write_markov(staging_folder, (chain[:train_tokens], chain[train_tokens:]), shard_bytes)
-            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": entropy_bits})
+            content = _write_markov(
+                staging_folder, (chain[:train_tokens], chain[train_tokens:]), shard_bytes
+            )
+            write_manifest(
+                staging_folder, {**content, **split_fields, "entropy_bits": entropy_bits}
+            )
     elif is_images(path_spec):
         with atomic_folder(folder) as staging_folder:
             if path_spec == SHAPES:
-                train_images = SHAPES_IMAGES if tokens is None else max(1, tokens // image.record_bytes)
-                content = write_shapes(staging_folder, train_images, held_out, seed, image, shard_bytes)
+                train_images = (
+                    SHAPES_IMAGES if tokens is None else max(1, tokens // image.record_bytes)
+                )
+                content = write_shapes(
+                    staging_folder, train_images, held_out, seed, image, shard_bytes
+                )
             else:
-                content = write_records(staging_folder, path_spec, held_out, seed, image, shard_bytes)
+                content = write_records(
+                    staging_folder, path_spec, held_out, seed, image, shard_bytes
+                )
             write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
     else:
         corpus = find_corpus(path_spec)
@@ -274,14 +291,19 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "sources": len(info.sources),
         "changed_sources": list_changed_sources(info),
         "skipped": dict(info.skipped),
-        "first_document": first_document if info.tokenizer == "bytes" else head_tokens[:32].tolist(),
+        "first_document": first_document
+        if info.tokenizer == "bytes"
+        else head_tokens[:32].tolist(),
         "mixing": asdict(measure_mixing(order)) if order and not info.parts else None,
     }
 
 
 def _describe_sources(info: DatasetInfo, sequence: int) -> list[dict[str, Any]]:
     """Of each source of a mixture: its name, weight, share of what is drawn, and rows."""
-    total_weight, row_counts = sum(part.weight for part in info.parts), info.rows_by_source("train", sequence)
+    total_weight, row_counts = (
+        sum(part.weight for part in info.parts),
+        info.rows_by_source("train", sequence),
+    )
     return [
         {
             "name": part.name, "weight": part.weight, "share": round(part.weight / total_weight, 6),

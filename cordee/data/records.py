@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings, ModelSettings
-from cordee.data.builtin import SHAPES, philox_words
+from cordee.data.corpora import SHAPES, philox_words
 from cordee.data.manifest import SPLITS, DatasetInfo
 from cordee.data.shapes import shape_records
-from cordee.data.shards import ShardWriter
+from cordee.data.writer import ShardWriter
 from cordee.errors import DataError
 
 RECORDS = "records:"
@@ -69,10 +69,14 @@ def find_records(path_spec: str, image: ImageSettings) -> list[RecordFile]:
         if left or not count or not stat.S_ISREG(status.st_mode):
             raise DataError(
                 "the file does not hold whole records of a label and its pixels",
-                values={"file": name, "bytes": status.st_size, "bytes of a record": image.record_bytes,
-                        "left over": left},
+                values={
+                    "file": name,
+                    "bytes": status.st_size,
+                    "bytes of a record": image.record_bytes,
+                    "left over": left,
+                },
                 fix="model.image.side and model.image.channels as the file has them",
-            )  # fmt: skip
+            )
         files.append(RecordFile(Path(name), count, status.st_size, status.st_mtime_ns))
     if not files:
         raise DataError(

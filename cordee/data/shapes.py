@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cordee.config.model import ImageSettings
-from cordee.data.builtin import SHAPES, philox_words
+from cordee.data.corpora import SHAPES, philox_words
 from cordee.errors import DataError
 
 SHAPES_IMAGES = 20_000
@@ -62,8 +62,9 @@ _PIECE = 512  # images drawn at once: their work fits into the second-level cach
 
 
 def shape_records(seed: int, count: int, image: ImageSettings) -> NDArray[np.uint8]:
-    """`count` images of `image.side` and `image.channels`, uint8 (count, image.record): the label
-    first. DataError for more classes than there are shapes, or too few pixels to draw them."""
+    """`count` images of `image.make_side` and `image.channels`, uint8 (count, image.record): the
+    label first. DataError for more classes than there are shapes, or too few pixels to draw
+    them."""
     if image.classes > len(FIGURES) or image.side < LEAST_SIDE:
         raise DataError(
             f"{SHAPES} draws {len(FIGURES)} shapes on {LEAST_SIDE} x {LEAST_SIDE} pixels or more",

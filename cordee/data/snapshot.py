@@ -2,7 +2,7 @@
 
 The marker lies in the dataset folder and appears with it, whole. What a run finds in the place of
 its snapshot is used, removed and made anew only as far as the marker proves. Not here: when that is
-asked (`begin`), what a dataset folder is (`prepare`).
+asked (`run_train`), what a dataset folder is (`prepare`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Literal
 import xxhash
 
 from cordee.config.run import Run
-from cordee.data.builtin import BUILTINS, list_files
+from cordee.data.corpora import BUILTINS, list_files
+from cordee.data.dataset import fsync_path
 from cordee.data.manifest import FORMAT, MANIFEST, DatasetInfo, is_dataset, read_info
-from cordee.data.mixed import is_mixture, split_sources
+from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_split_lengths, prepare
 from cordee.data.records import RECORDS, check_images, is_images
-from cordee.data.shards import atomic_folder
-from cordee.data.source import fsync_path
+from cordee.data.writer import atomic_folder
 
 MARKER_FILE = "snapshot.json"
 MARKER_FORMAT = "cordee-snapshot-1"
@@ -38,7 +38,7 @@ there, untouched; or something else, which is nobody's to remove."""
 @dataclass(frozen=True)
 class SnapshotMarker:
     """What `snapshot.json` says: the `request`, a digest of the `sources` as they were then, the
-    `files` with their bytes, and the folder itself: its `path` and its `inode`."""
+    `nonempty_folders` with their bytes, and the folder itself: its `path` and its `inode`."""
 
     request: Mapping[str, Any]
     sources: str
@@ -64,30 +64,43 @@ def make_request(run: Run) -> dict[str, Any]:
 
 def classify_snapshot(snapshot_folder: Path, run: Run) -> SnapshotState:
     """What lies in the place of the run's snapshot."""
-    if not os.path.lexists(snapshot_folder) or (snapshot_folder.is_dir() and not any(snapshot_folder.iterdir())):
+    if not os.path.lexists(snapshot_folder) or (
+        snapshot_folder.is_dir() and not any(snapshot_folder.iterdir())
+    ):
         return "free"
     marker = read_marker(snapshot_folder)
     if marker is None or not _is_unmodified(snapshot_folder, marker):
         return "other"
-    is_same = marker.request == make_request(run) and marker.sources == _digest_sources(run.data.path)
+    is_same = marker.request == make_request(run) and marker.sources == _digest_sources(
+        run.data.path
+    )
     return "same" if is_same and is_dataset(snapshot_folder) else "own"
 
 
 def matches_request(snapshot_folder: Path, run: Run) -> bool:
-    """Whether a snapshot of what the run asks for lies in `place`, be its sources as they may."""
+    """Whether a snapshot of what the run asks for lies in `snapshot_folder`, be its sources as they
+    may."""
     marker = read_marker(snapshot_folder)
-    return marker is not None and is_dataset(snapshot_folder) and marker.request == make_request(run)
+    return (
+        marker is not None and is_dataset(snapshot_folder) and marker.request == make_request(run)
+    )
 
 
 def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
-    """Makes the run's snapshot in `place`, or nothing; a former one of its own there is replaced
-    once the new one is whole. DataError as `prepare`, and when the run cannot use it."""
+    """Makes the run's snapshot in `snapshot_folder`, or nothing; a former one of its own there is
+    replaced once the new one is whole. DataError as `prepare`, and when the run cannot use it."""
     data, image = run.data, run.model.image
     tokens, source_digest = data.tokens or None, _digest_sources(data.path)
     with atomic_folder(snapshot_folder) as staging_folder:
         dataset_folder = staging_folder / "dataset"
         prepare(
-            data.path, dataset_folder, data.held_out, run.run.seed, tokens, image=image, weights=data.weights
+            data.path,
+            dataset_folder,
+            data.held_out,
+            run.run.seed,
+            tokens,
+            image=image,
+            weights=data.weights,
         )
         info = read_info(dataset_folder)
         check_images(info, run.model)
@@ -95,17 +108,21 @@ def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
         for entry in list(dataset_folder.iterdir()):
             os.rename(entry, staging_folder / entry.name)
         dataset_folder.rmdir()
-        files = {name: (staging_folder / name).stat().st_size for name in _list_files(staging_folder)}
+        files = {
+            name: (staging_folder / name).stat().st_size for name in _list_files(staging_folder)
+        }
         inode = os.stat(staging_folder).st_ino
-        marker = SnapshotMarker(make_request(run), source_digest, files, _real_path(snapshot_folder), inode)
+        marker = SnapshotMarker(
+            make_request(run), source_digest, files, _real_path(snapshot_folder), inode
+        )
         _write_marker(staging_folder, marker)
         remove_snapshot(snapshot_folder)
     return read_info(snapshot_folder)
 
 
 def remove_snapshot(snapshot_folder: Path) -> None:
-    """Removes the snapshot in `place`, file by file as its marker lists them; nothing when it is
-    not one that was made there and left as it was. OSError: the disk refuses."""
+    """Removes the snapshot in `snapshot_folder`, file by file as its marker lists them; nothing
+    when it is not one that was made there and left as it was. OSError: the disk refuses."""
     marker = read_marker(snapshot_folder)
     if marker is None or not _is_unmodified(snapshot_folder, marker):
         return
@@ -152,11 +169,16 @@ def _is_unmodified(snapshot_folder: Path, marker: SnapshotMarker) -> bool:
     try:
         identity = (_real_path(snapshot_folder), os.stat(snapshot_folder).st_ino)
         # A removal that was cut short leaves folders without files.
-        names = set(_list_files(snapshot_folder)) - {MARKER_FILE, *(str(Path(name).parent) for name in marker.files)}
+        names = set(_list_files(snapshot_folder)) - {
+            MARKER_FILE,
+            *(str(Path(name).parent) for name in marker.files),
+        }
         return (
             identity == (marker.path, marker.inode)
             and names <= marker.files.keys()
-            and all((snapshot_folder / name).lstat().st_size == marker.files[name] for name in names)
+            and all(
+                (snapshot_folder / name).lstat().st_size == marker.files[name] for name in names
+            )
         )
     except OSError:
         return False
@@ -175,7 +197,10 @@ def _list_files(folder: Path) -> list[str]:
     for parent, folders, files in os.walk(folder):
         link_names = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         empty_names = ["."] if not folders and not files and Path(parent) != folder else []
-        names += [os.path.relpath(os.path.join(parent, n), folder) for n in [*files, *link_names, *empty_names]]
+        names += [
+            os.path.relpath(os.path.join(parent, n), folder)
+            for n in [*files, *link_names, *empty_names]
+        ]
     return names
 
 

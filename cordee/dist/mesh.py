@@ -4,7 +4,7 @@ A group holds the ranks that differ only in the named axes, in rank order. Only 
 rank belongs to are made, so 16,384 ranks cost no more than two. Not here: how a model is cut
 (`parallel/`). Traded away: axes of degree 1 get no group, because a collective of one is the
 identity. Where devices are of different kinds, the groups that cross islands carry host memory only
-(`devices.HOST_ONLY`), and those inside an island carry its devices' as ever.
+(`devices.HOST_GLOO`), and those inside an island carry its devices' as ever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cordee.devices import BACKENDS, HOST_GLOO
+from cordee.hardware.devices import BACKENDS, HOST_GLOO
 from cordee.layout.axes import AXES, MODEL_AXES, Layout
 
 DATA_AXES = ("island", "expert", "shard")
@@ -42,7 +42,7 @@ GROUP_AXES = (
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of one rank. `at` are its coordinates."""
+    """The groups of one rank. `coords` are its coordinates."""
 
     layout: Layout
     rank: int
@@ -52,7 +52,9 @@ class Mesh:
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """Ranks that differ from this one only in `axes`; None stands for this rank alone."""
-        active_axes = tuple(axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1)
+        active_axes = tuple(
+            axis for axis in AXES if axis in axes and getattr(self.layout, axis) > 1
+        )
         return self.groups[active_axes] if active_axes else None
 
     def size(self, *axes: str) -> int:
@@ -79,7 +81,8 @@ class Mesh:
 def make_mesh(layout: Layout, rank: int, device: str, force_shard_mesh: bool = False) -> Mesh:
     """Builds the groups; every rank must call it at the same point (torch's rule).
 
-    `shard_always`: make the shard mesh also of one rank (FSDP2 is then used for what else it does).
+    `force_shard_mesh`: make the shard mesh also of one rank (FSDP2 is then used for what else it
+    does).
     """
     coords, device_type = layout.coordinates(rank), device.split(":")[0]
     group_by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -90,18 +93,26 @@ def make_mesh(layout: Layout, rank: int, device: str, force_shard_mesh: bool = F
             continue
         ranks = ranks_along(layout, coords, active_axes)
         if ranks not in group_by_ranks:
-            group_by_ranks[ranks] = _make_group(ranks, layout.size, None if "island" in active_axes else device_type)
+            group_by_ranks[ranks] = _make_group(
+                ranks, layout.size, None if "island" in active_axes else device_type
+            )
         groups[active_axes] = group_by_ranks[ranks]
     shard_mesh = None
     if layout.shard > 1 or force_shard_mesh:
         shard_ranks = ranks_along(layout, coords, ("shard",))
-        group = groups[("shard",)] if layout.shard > 1 else _make_group(shard_ranks, layout.size, device_type)
-        shard_mesh = DeviceMesh.from_group(group, device_type, list(shard_ranks), mesh_dim_names=("shard",))
+        group = (
+            groups[("shard",)]
+            if layout.shard > 1
+            else _make_group(shard_ranks, layout.size, device_type)
+        )
+        shard_mesh = DeviceMesh.from_group(
+            group, device_type, list(shard_ranks), mesh_dim_names=("shard",)
+        )
     return Mesh(layout, rank, coords, groups, shard_mesh)
 
 
 def ranks_along(layout: Layout, coords: Mapping[str, int], axes: Sequence[str]) -> tuple[int, ...]:
-    """Ranks that share the coordinates `at` but for `axes`, in rank order."""
+    """Ranks that share the coordinates `coords` but for `axes`, in rank order."""
     return tuple(layout.rank({**coords, **position}) for position in axis_coordinates(layout, axes))
 
 
@@ -113,14 +124,18 @@ def axis_coordinates(layout: Layout, axes: Sequence[str]) -> Iterator[dict[str, 
         yield dict(zip(ordered_axes, indices, strict=True))
 
 
-def _make_group(ranks: tuple[int, ...], world_size: int, device_type: str | None) -> dist.ProcessGroup:
-    """`kind`: the device of all these ranks; None where they are on several islands."""
+def _make_group(
+    ranks: tuple[int, ...], world_size: int, device_type: str | None
+) -> dist.ProcessGroup:
+    """`device_type`: the device of all these ranks; None where they are on several islands."""
     if len(ranks) == world_size:
         world_group = dist.group.WORLD
         assert world_group is not None
         return world_group
     needs_own_backend = device_type is not None and dist.get_backend_config() == HOST_GLOO
-    backend = BACKENDS[device_type] if needs_own_backend and device_type else None  # None: as all ranks' group
+    backend = (
+        BACKENDS[device_type] if needs_own_backend and device_type else None
+    )  # None: as all ranks' group
     group: dist.ProcessGroup = dist.new_group(
         list(ranks), backend=backend, use_local_synchronization=True
     )

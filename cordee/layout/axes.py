@@ -1,9 +1,9 @@
 """Degrees of the axes: rank <-> coordinates, islands, groups.
 
-Not here: what a tensor's slice is (`tensors.py`), why a layout is illegal (`legal.py`) or what it
-costs (`plan/`). An island is a
-set of ranks that holds one copy of the model; ranks of one island are neighbours in rank order, so
-that fast links stay inside. Traded away: arbitrary rank orders.
+Not here: what a tensor's slice is (`tensor_specs.py`), why a layout is illegal (`legal.py`) or what
+it costs (`plan/`). An island is a set of ranks that holds one copy of the model; ranks of one
+island are neighbours in rank order, so that fast links stay inside. Traded away: arbitrary rank
+orders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ DATA_AXES = ("island", "expert", "shard")
 
 @dataclass(frozen=True)
 class Layout:
-    """The degree of every axis. `size` ranks in all; each method is O(axes) but `groups`."""
+    """The degree of every axis. `size` ranks in all; each method is O(axes) but
+    `inspect_groups`."""
 
     island: int = 1
     pipeline: int = 1
@@ -56,7 +57,9 @@ class Layout:
         if not 0 <= rank < self.size:
             nearest_rank = min(max(rank, 0), self.size - 1)
             raise LayoutError(
-                "no such rank", values={"rank": rank, "ranks": self.size}, fix=f"rank {nearest_rank}"
+                "no such rank",
+                values={"rank": rank, "ranks": self.size},
+                fix=f"rank {nearest_rank}",
             )
         position = {}
         for axis in reversed(AXES):
@@ -91,7 +94,9 @@ class Layout:
 
     def describe(self) -> str:
         """As a person writes it: `2 islands x shard 2`, `one process`."""
-        axis_texts = [f"{axis} {getattr(self, axis)}" for axis in MODEL_AXES if getattr(self, axis) > 1]
+        axis_texts = [
+            f"{axis} {getattr(self, axis)}" for axis in MODEL_AXES if getattr(self, axis) > 1
+        ]
         if self.size == 1:
             return "one process"
         noun = "island" if self.island == 1 else "islands"
@@ -112,7 +117,11 @@ def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
             nearest_count = max(1, round(process_count / product)) * product
             raise LayoutError(
                 "the axes do not divide the processes",
-                values={"launch.processes": process_count, **_explicit_degrees(degrees), "product": product},
+                values={
+                    "launch.processes": process_count,
+                    **_explicit_degrees(degrees),
+                    "product": product,
+                },
                 fix=f"launch.processes={nearest_count}",
             )
         islands = process_count // product

@@ -1,8 +1,8 @@
 """Shapes of the image classifiers' parameters.
 
 The planner counts from this and a test holds it equal to the modules (model/classifier.py), as
-`tensors.py` does for the transformer. Traded away: channels that grow as the image shrinks; every
-block has the same width, so that one number says how large a model is.
+`tensor_specs.py` does for the transformer. Traded away: channels that grow as the image shrinks;
+every block has the same width, so that one number says how large a model is.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from cordee.layout.tensors import tensor_specs
 class LayerRange:
     """The layers of one stage: [start, stop) blocks, and whether embedding or head are with them.
 
-    `first` and `last` are the layers as tensors know them: -1 is the embedding's, the number of
-    blocks the head's.
+    `first_layer` and `last_layer` are the layers as tensors know them: -1 is the embedding's, the
+    number of blocks the head's.
     """
 
     start: int
@@ -41,7 +41,8 @@ class LayerRange:
 
 @dataclass(frozen=True)
 class Stages:
-    """`parts[s]` are the [start, stop) layers of stage s; `ranks` share them as `schedule` says."""
+    """`parts[s]` are the [start, stop) layers of stage s; `rank_coordinates` share them as
+    `run_schedule` says."""
 
     block_ranges: tuple[tuple[int, int], ...]
     ranks: int
@@ -64,13 +65,18 @@ class Stages:
 
     def layer_ranges(self, rank: int) -> list[LayerRange]:
         """What the pipeline coordinate `rank` holds, stage by stage."""
-        return [LayerRange(*self.block_ranges[stage], stage == 0, stage == self.last_stage) for stage in self.rank_stages(rank)]
+        return [
+            LayerRange(*self.block_ranges[stage], stage == 0, stage == self.last_stage)
+            for stage in self.rank_stages(rank)
+        ]
 
     def stage_of(self, layer: int) -> int:
         """The stage that holds block `layer`; -1 and the number of layers are the two ends."""
         if layer < 0:
             return 0
-        stages = (stage for stage, (start, stop) in enumerate(self.block_ranges) if start <= layer < stop)
+        stages = (
+            stage for stage, (start, stop) in enumerate(self.block_ranges) if start <= layer < stop
+        )
         return next(stages, self.last_stage)
 
     def rank_of_layer(self, layer: int) -> int:
@@ -79,7 +85,8 @@ class Stages:
 
 
 def stage_count(settings: LayoutSettings, ranks: int) -> int:
-    """Stages of a pipeline over `ranks`: one, `chunks` or two a rank, by the schedule."""
+    """Stages of a pipeline over `ranks`: one, `chunks` or two a rank, by the
+    schedule."""
     if ranks == 1:
         return 1
     stages_per_rank = {"interleaved": settings.chunks, "zero_bubble": 2}.get(settings.schedule, 1)
@@ -89,11 +96,14 @@ def stage_count(settings: LayoutSettings, ranks: int) -> int:
 def make_stages(
     model: ModelSettings, vocabulary: int, settings: LayoutSettings, ranks: int
 ) -> Stages:
-    """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a layer)."""
+    """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a
+    layer)."""
     if ranks == 1:
         return Stages(((0, model.layers),), 1, settings.schedule)
     blocks, head_cost = layer_costs(model, vocabulary)
-    block_ranges = partition_costs([*blocks[:-1], blocks[-1] + head_cost], stage_count(settings, ranks))
+    block_ranges = partition_costs(
+        [*blocks[:-1], blocks[-1] + head_cost], stage_count(settings, ranks)
+    )
     return Stages(tuple(block_ranges), ranks, settings.schedule)
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import Layout
-from cordee.layout.boxes import Box
 from cordee.layout.classifier import classifier_tensors
-from cordee.layout.split import shard_rows
+from cordee.layout.microbatches import shard_rows
+from cordee.layout.slices import Box
 
 CUT_AXES = ("expert", "tensor", "shard")
 """Axes that cut tensors, in the order in which they do."""
@@ -26,7 +26,7 @@ CUT_AXES = ("expert", "tensor", "shard")
 @dataclass(frozen=True)
 class TensorRule:
     """One kind of parameter. `group` is how optimiser and limits treat it; `tensor`, `expert` and
-    `shard` are the dims that those axes cut; `when` is the choice that makes it exist."""
+    `apply_fsdp` are the dims that those axes cut; `condition` is the choice that makes it exist."""
 
     pattern: str
     shape: tuple[str, ...]
@@ -44,33 +44,82 @@ TENSOR_TABLE = (
     TensorRule("blocks.{layer}.attention.key.weight", ("kv", "width"), "matrices", tensor=0),
     TensorRule("blocks.{layer}.attention.value.weight", ("kv", "width"), "matrices", tensor=0),
     TensorRule("blocks.{layer}.attention.out.weight", ("width", "queries"), "matrices", tensor=1),
-    TensorRule("blocks.{layer}.attention.query_gain.weight", ("head",), "vectors", condition="qk_gain"),
-    TensorRule("blocks.{layer}.attention.key_gain.weight", ("head",), "vectors", condition="qk_gain"),
+    TensorRule(
+        "blocks.{layer}.attention.query_gain.weight", ("head",), "vectors", condition="qk_gain"
+    ),
+    TensorRule(
+        "blocks.{layer}.attention.key_gain.weight", ("head",), "vectors", condition="qk_gain"
+    ),
     TensorRule("blocks.{layer}.mlp_norm.weight", ("width",), "vectors"),
-    TensorRule("blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0, condition="dense"),
-    TensorRule("blocks.{layer}.mlp.gate.weight", ("ffn", "width"), "matrices", tensor=0,
-        condition="dense gated"),
-    TensorRule("blocks.{layer}.mlp.down.weight", ("width", "ffn"), "matrices", tensor=1, condition="dense"),
-    TensorRule("blocks.{layer}.moe.up", ("experts", "expert", "width"), "matrices",
-        expert=0, shard=1, condition="moe"),
-    TensorRule("blocks.{layer}.moe.gate", ("experts", "expert", "width"), "matrices",
-        expert=0, shard=1, condition="moe gated"),
-    TensorRule("blocks.{layer}.moe.down", ("experts", "width", "expert"), "matrices",
-        expert=0, shard=1, condition="moe"),
-    TensorRule("blocks.{layer}.moe.router.weight", ("experts", "width"), "embeddings", condition="moe"),
-    TensorRule("blocks.{layer}.moe.shared.up.weight", ("shared", "width"), "matrices", tensor=0,
-        condition="moe shared"),
-    TensorRule("blocks.{layer}.moe.shared.gate.weight", ("shared", "width"), "matrices", tensor=0,
-        condition="moe shared gated"),
-    TensorRule("blocks.{layer}.moe.shared.down.weight", ("width", "shared"), "matrices", tensor=1,
-        condition="moe shared"),
+    TensorRule(
+        "blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0, condition="dense"
+    ),
+    TensorRule(
+        "blocks.{layer}.mlp.gate.weight",
+        ("ffn", "width"),
+        "matrices",
+        tensor=0,
+        condition="dense gated",
+    ),
+    TensorRule(
+        "blocks.{layer}.mlp.down.weight", ("width", "ffn"), "matrices", tensor=1, condition="dense"
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.up",
+        ("experts", "expert", "width"),
+        "matrices",
+        expert=0,
+        shard=1,
+        condition="moe",
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.gate",
+        ("experts", "expert", "width"),
+        "matrices",
+        expert=0,
+        shard=1,
+        condition="moe gated",
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.down",
+        ("experts", "width", "expert"),
+        "matrices",
+        expert=0,
+        shard=1,
+        condition="moe",
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.router.weight", ("experts", "width"), "embeddings", condition="moe"
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.shared.up.weight",
+        ("shared", "width"),
+        "matrices",
+        tensor=0,
+        condition="moe shared",
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.shared.gate.weight",
+        ("shared", "width"),
+        "matrices",
+        tensor=0,
+        condition="moe shared gated",
+    ),
+    TensorRule(
+        "blocks.{layer}.moe.shared.down.weight",
+        ("width", "shared"),
+        "matrices",
+        tensor=1,
+        condition="moe shared",
+    ),
     TensorRule("norm.weight", ("width",), "vectors"),
     TensorRule("head.weight", ("vocabulary", "width"), "embeddings", tensor=0, condition="untied"),
-)  # fmt: skip
+)
 
 
 _GROUP_PATTERNS = [
-    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group) for row in TENSOR_TABLE
+    (re.compile(re.escape(row.pattern).replace(r"\{layer\}", r"\d+")), row.group)
+    for row in TENSOR_TABLE
 ]
 _EMBEDDING_PATTERN = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._]|$)")
 
@@ -78,8 +127,9 @@ _EMBEDDING_PATTERN = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._
 @dataclass(frozen=True)
 class TensorSpec:
     """One parameter of one model: name, whole shape, group, the block it belongs to (-1 before the
-    first, `layers` after the last), and which dim each axis cuts. Along axes in `complete` every
-    rank that holds it computes its whole gradient (foreign models, whose stream is not split)."""
+    first, `layers` after the last), and which dim each axis cuts. Along axes in `full_grad_axes`
+    every rank that holds it computes its whole gradient (foreign models, whose stream is not
+    split)."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,7 +158,8 @@ class TensorSpec:
         ]
 
     def box(self, layout: Layout, coords: Mapping[str, int], last_axis: str = "shard") -> Box:
-        """What the rank at coordinates `at` holds of it; `upto`: the last axis that cuts."""
+        """What the rank at coordinates `coords` holds of it; `last_axis`: the last axis that
+        cuts."""
         box = [(0, size) for size in self.shape]
         for axis, dim in self.cuts(layout):
             if CUT_AXES.index(axis) > CUT_AXES.index(last_axis):

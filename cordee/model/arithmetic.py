@@ -1,8 +1,8 @@
 """What this device computes, to the last bit: a fingerprint, and a square root that is portable.
 
 Two processors with the same fingerprint may go on with each other's exact runs. Not here: who
-compares (`rendezvous.py`, `resume.py`), the environment that chooses code (`dist/start.py`). Traded
-away: a proof; a few dozen operations at odd shapes stand for all.
+compares (`rendezvous.py`, `resume.py`), the environment that chooses code
+(`dist/process_group.py`). Traded away: a proof; a few dozen operations at odd shapes stand for all.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def arithmetic_fingerprint(device: str, precision: str, arithmetic: str) -> str:
     What a device may add in any order (by atomic operations) is left out: the same device must
     always give the same.
     """
-    thread_count, digest, torch_device = torch.get_num_threads(), hashlib.sha256(), torch.device(device)
+    thread_count, digest, torch_device = (
+        torch.get_num_threads(),
+        hashlib.sha256(),
+        torch.device(device),
+    )
     generator = torch.Generator().manual_seed(1)
     dtype = autocast_dtype(precision) or torch.float32
     torch.set_num_threads(1)
@@ -81,7 +85,9 @@ def _all_results(draw: _RandomTensors, dtype: torch.dtype) -> Iterator[Tensor]:
         a, b = draw(rows, inner, dtype=dtype), draw(inner, columns, dtype=dtype)
         yield from _forward_and_grads(a @ b, a, b)
     for heads, positions, width in ATTENTION_SHAPES:
-        yield from _attention_results(*(draw(heads, positions, width, dtype=dtype) for _ in range(3)))
+        yield from _attention_results(
+            *(draw(heads, positions, width, dtype=dtype) for _ in range(3))
+        )
     for width in ROW_WIDTHS:
         yield from _function_results(draw(33, width))
     yield from _adamw_results(draw)
@@ -126,15 +132,29 @@ def _adamw_results(draw: _RandomTensors) -> Iterator[Tensor]:
         steps = [torch.zeros(()) for _ in parameters]
         for _ in range(2):
             grads = [draw(*p.shape).detach() for p in parameters]
-            adamw(parameters, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=0.9, beta2=0.95,
-                  lr=0.01, weight_decay=0.1, eps=1e-8, maximize=False, foreach=True,
-                  fused=False)  # fmt: skip
+            adamw(
+                parameters,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                steps,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.95,
+                lr=0.01,
+                weight_decay=0.1,
+                eps=1e-8,
+                maximize=False,
+                foreach=True,
+                fused=False,
+            )
     yield from (*parameters, *exp_avgs, *exp_avg_sqs)
 
 
 @contextmanager
 def portable_sqrt(enabled: bool) -> Iterator[None]:
-    """While it is `on`, square roots on CPUs are 1 / (1 / sqrt(x)), of operations that every
+    """While it is `enabled`, square roots on CPUs are 1 / (1 / sqrt(x)), of operations that every
     processor rounds alike; the library's begin with an estimate that differs between makers."""
     if not enabled:
         yield

@@ -37,7 +37,9 @@ bytes would be 1 GiB at 32,768 positions)."""
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products compute in: the autocast type when it is on, else the type of x."""
     device_type = x.device.type
-    is_enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    is_enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+        device_type
+    )
     return torch.get_autocast_dtype(device_type) if is_enabled else x.dtype
 
 
@@ -208,7 +210,9 @@ def causal_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int
     if use_chunked or window or length < key_count:
         if group_size > 1:  # the library's kernels take groups or a mask, not both
             k_BSKE, v_BSKE = (x.repeat_interleave(group_size, 2) for x in (k_BSKE, v_BSKE))
-        return (chunked_attention if use_chunked else masked_attention)(q_BTHE, k_BSKE, v_BSKE, window)
+        return (chunked_attention if use_chunked else masked_attention)(
+            q_BTHE, k_BSKE, v_BSKE, window
+        )
     q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
     out_BHTE = F.scaled_dot_product_attention(
         q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=group_size > 1

@@ -94,7 +94,7 @@ class ConvClassifier(nn.Module):
 
 
 def make_classifier(settings: ModelSettings) -> nn.Module:
-    """The classifier of `settings.kind` (mlp or conv); call `initialise` after construction."""
+    """The classifier of `settings.kind` (mlp or conv); call `init_weights` after construction."""
     return ConvClassifier(settings) if settings.kind == "conv" else MlpClassifier(settings)
 
 

@@ -39,7 +39,7 @@ def head_loss(
     x: Tensor, head_VD: Tensor, targets: Tensor, cap: float,
     loss_fn: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
 ) -> Tensor:  # fmt: skip
-    """Summed loss in nats, fp32, of x [..., D]; `summed` takes (logits [N, V], targets [N])."""
+    """Summed loss in nats, fp32, of x [..., D]; `loss_fn` takes (logits [N, V], targets [N])."""
     logits_NV = capped_logits(x, head_VD, cap).flatten(0, -2)
     return loss_fn(logits_NV, targets.flatten())
 

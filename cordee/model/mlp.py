@@ -44,7 +44,7 @@ def activation(up: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class MLP(nn.Module):
-    """down(bent(up(x), gate(x))) with `hidden` features between; no bias."""
+    """down(bent(up(x), gate(x))) with `hidden_mask` features between; no bias."""
 
     def __init__(self, settings: ModelSettings, hidden: int) -> None:
         super().__init__()

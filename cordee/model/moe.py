@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cordee.config.model import ModelSettings
 from cordee.model.attention import compute_dtype
 from cordee.model.mlp import MLP, activation
-from cordee.model.span import ActivationHook, identity
+from cordee.model.sequence_shard import ActivationHook, identity
 
 ExpertFn = Callable[[Tensor, Tensor], Tensor]
 """Rows [S, D], sorted by expert, and how many each expert has [E], to the experts' outputs."""
@@ -43,9 +43,10 @@ class MoE(nn.Module):
 
     `aux_scale` is the gradient of the balance loss: what the summed cross-entropy is multiplied by
     before its backward (one over the step's tokens, times the loss scale). The loss that is
-    reported never contains it. `load` counts the assignments of the backwards since
-    `forget_load`. Seams: `deal` computes rows where their experts are, `total` sums over the ranks
-    that split a sequence, `enter` and `leave` stand around the shared experts.
+    reported never contains it. `expert_load` counts the assignments of the backwards since
+    `reset_expert_load`. Seams: `dispatch` computes rows where their experts are,
+    `sum_over_sequence` sums over the ranks that split a sequence, `gather_sequence` and
+    `scatter_sum` stand around the shared experts.
     """
 
     bias: Tensor | None
@@ -69,7 +70,9 @@ class MoE(nn.Module):
         self.shared = MLP(settings, shared_width) if shared_width else None
         has_bias = settings.moe.balance == "bias"
         self.register_buffer("bias", torch.zeros(experts) if has_bias else None)
-        self.register_buffer("expert_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "expert_load", torch.zeros(experts, dtype=torch.int64), persistent=False
+        )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
@@ -78,10 +81,15 @@ class MoE(nn.Module):
         scores_NE = self._router_scores(x_ND)
         expert_ids_NK, weights_NK = self._route(scores_NE)
         order_S, counts_E, sizes_E = self._sort_by_expert(expert_ids_NK, weights_NK)
-        inverse_P, may_drop = inverse_permutation(order_S, expert_ids_NK.numel()), self.settings.capacity > 0
+        inverse_P, may_drop = (
+            inverse_permutation(order_S, expert_ids_NK.numel()),
+            self.settings.capacity > 0,
+        )
         rows_SD = permute_rows(x_ND, order_S // top_k, inverse_P, may_drop)
         expert_out_SD = self.dispatch(rows_SD, sizes_E, self.run_experts)
-        expert_out_NKD = permute_rows(expert_out_SD, inverse_P, order_S, may_drop).view(len(x_ND), top_k, -1)
+        expert_out_NKD = permute_rows(expert_out_SD, inverse_P, order_S, may_drop).view(
+            len(x_ND), top_k, -1
+        )
         out_ND = (expert_out_NKD * weights_NK.to(expert_out_NKD.dtype).unsqueeze(-1)).sum(1)
         out_BTD = out_ND.view(x_BTD.shape)
         if self.shared is not None:
@@ -105,7 +113,8 @@ class MoE(nn.Module):
         return torch.cat([_expert_mlp(*operands) for operands in matrices])
 
     def run_experts_grouped(self, rows_SD: Tensor, sizes_E: Tensor) -> Tensor:
-        """`experts` in one kernel a matrix, in the rows' type, and without waiting for sizes."""
+        """`run_experts` in one kernel a matrix, in the rows' type, and without waiting for
+        sizes."""
         assert GROUPED_MM is not None
         ends_E = sizes_E.cumsum(0, dtype=torch.int32)
 
@@ -154,7 +163,9 @@ class MoE(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return expert_ids_NK, weights_NK
 
-    def _sort_by_expert(self, expert_ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sort_by_expert(
+        self, expert_ids_NK: Tensor, weights_NK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(places sorted by expert [S], assignments of each expert, those that it takes).
 
         Within an expert by token; with a capacity by falling weight, and those beyond it are out.
@@ -170,7 +181,10 @@ class MoE(nn.Module):
         sorted_experts_P, by_expert_P = experts_P[by_weight_P].sort(stable=True)
         counts_E = _count_ids(sorted_experts_P, expert_ids_E)
         starts_E = counts_E.cumsum(0) - counts_E
-        queue_index_P = torch.arange(len(sorted_experts_P), device=sorted_experts_P.device) - starts_E[sorted_experts_P]
+        queue_index_P = (
+            torch.arange(len(sorted_experts_P), device=sorted_experts_P.device)
+            - starts_E[sorted_experts_P]
+        )
         return by_weight_P[by_expert_P][queue_index_P < limit], counts_E, counts_E.clamp(max=limit)
 
     def capacity(self, tokens: int) -> int:
@@ -217,7 +231,9 @@ class _AttachAuxLoss(torch.autograd.Function):
         return grad, torch.full((), ctx.scale, device=grad.device), None, None, None
 
 
-attach_aux_loss: Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor] = _AttachAuxLoss.apply
+attach_aux_loss: Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor] = (
+    _AttachAuxLoss.apply
+)
 """(out, aux, scale, load, counts) to out; see `_Noted`."""
 
 
@@ -243,14 +259,14 @@ def permute_rows(x: Tensor, index: Tensor, inverse: Tensor, has_missing: bool = 
     """Rows x[index] of x [n, ...], with a gradient made of gathers alone.
 
     Row i of x went to the rows back[i K], ..., back[i K + K - 1] of the result, K = len(back) / n.
-    `missing`: an index one beyond the end may occur and stands for a row of zeros.
+    `has_missing`: an index one beyond the end may occur and stands for a row of zeros.
     """
     rows: Tensor = _PermuteRows.apply(x, index, inverse, has_missing)  # type: ignore[no-untyped-call]
     return rows
 
 
 def inverse_permutation(order_S: Tensor, size: int) -> Tensor:
-    """Where each of `places` places stands in `order_S`; len(order_S) if it does not."""
+    """Where each of `size` places stands in `order_S`; len(order_S) if it does not."""
     inverse_P = torch.full((size,), len(order_S), dtype=order_S.dtype, device=order_S.device)
     inverse_P[order_S] = torch.arange(len(order_S), device=order_S.device)
     return inverse_P
@@ -272,11 +288,13 @@ def reset_expert_load(model: nn.Module) -> None:
         moe.expert_load.zero_()
 
 
-def sum_expert_load(layers: Iterable[MoE], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+def sum_expert_load(
+    layers: Iterable[MoE], sum_over_ranks: Callable[[Tensor], Tensor]
+) -> Tensor | None:
     """The step's loads, a row [E] for each module with a bias; None if none has.
 
-    `total` sums an int64 tensor over all ranks that saw other samples or positions; it is called
-    once, or not at all.
+    `sum_over_ranks` sums an int64 tensor over all ranks that saw other samples or positions; it is
+    called once, or not at all.
     """
     loads = [moe.expert_load for moe in layers if moe.bias is not None]
     return sum_over_ranks(torch.stack(loads)) if loads else None
@@ -286,8 +304,8 @@ def sum_expert_load(layers: Iterable[MoE], sum_over_ranks: Callable[[Tensor], Te
 def update_router_bias(layers: Iterable[MoE], loads: Tensor | None, rate: float) -> None:
     """With a committed step: bias += rate x sign(mean load - load) (Wang et al. 2024).
 
-    `loads` are the `total_loads` of the same modules. Those without a bias are left alone. Loads
-    start anew.
+    `loads` are the `sum_expert_load` of the same modules. Those without a bias are left alone.
+    Loads start anew.
     """
     if loads is None:
         return

@@ -1,7 +1,7 @@
 """From run.precision to the type that products are computed in.
 
 Parameters, gradients and sums stay fp32 whatever it is; what shards gather may be narrower
-(`parallel/shard.py`). Not here: the scale of the loss (`optim/scale.py`), products in fp8
+(`parallel/fsdp.py`). Not here: the scale of the loss (`optim/loss_scale.py`), products in fp8
 (`fp8.py`). Traded away: types layer by layer; autocast's own lists say what stays fp32.
 
 Shape suffixes: V rows of an embedding, D width.
@@ -28,7 +28,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
             return torch.float16
         case "bf16" | "fp8":
             return torch.bfloat16
-    raise ValueError(f"run.precision={precision} is not resolved (plan/devices.py)")
+    raise ValueError(f"run.precision={precision} is not resolved (planner/devices.py)")
 
 
 def autocast_to(device: str, dtype: torch.dtype | None) -> torch.autocast:
@@ -52,7 +52,9 @@ class _EmbeddingRows(torch.autograd.Function):
         """The table's gradient [V, D], in its type."""
         (indices,) = ctx.saved_tensors
         rows, grad_fp32 = ctx.shape[0], grad.float()
-        table_grad_VD = torch.ops.aten.embedding_dense_backward(grad_fp32, indices, rows, ctx.padding, False)
+        table_grad_VD = torch.ops.aten.embedding_dense_backward(
+            grad_fp32, indices, rows, ctx.padding, False
+        )
         return table_grad_VD.to(ctx.dtype), None, None
 
 

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
+from cordee.model.activation_checkpoint import run_block
 from cordee.model.attention import Attention, RMSNorm, rope_table
 from cordee.model.loss import capped_logits, chunked_loss, head_loss, summed_cross_entropy
 from cordee.model.mlp import MLP
 from cordee.model.moe import MoE
 from cordee.model.precision import embedding_rows
-from cordee.model.recompute import run_block
-from cordee.model.span import ActivationHook, SequenceShard, dropout, identity
+from cordee.model.sequence_shard import ActivationHook, SequenceShard, dropout, identity
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)); dropout on what is added.
 
-    `enter` and `leave` are where tensor parallelism gathers a split sequence and scatters sums;
-    experts work on the split one.
+    `gather_sequence` and `scatter_sum` are where tensor parallelism gathers a split sequence and
+    scatters sums; experts work on the split one.
     """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
@@ -64,22 +64,26 @@ class Block(nn.Module):
     def _dropout(self, x_BTD: Tensor, key: int, site: int) -> Tensor:
         if not (self.dropout and self.training):
             return x_BTD
-        return dropout(x_BTD, self.dropout, mix_key(key, 2 * self.layer + site), self.sequence_shard)
+        return dropout(
+            x_BTD, self.dropout, mix_key(key, 2 * self.layer + site), self.sequence_shard
+        )
 
 
 class Transformer(nn.Module):
     """A causal language model over `vocabulary` tokens, or one stage of it; parameters as in
     `layout/tensors.py`.
 
-    Nothing is drawn here that counts: call `initialise` after construction (also after
-    construction on the meta device and `to_empty`). `memory` trades time for memory; `part` are the
-    blocks of this stage, of which the first has the embedding and the last the head. The seams are
-    the identity until a layout needs them.
+    Nothing is drawn here that counts: call `init_weights` after construction (also after
+    construction on the meta device and `to_empty`). `memory` trades time for memory; `layer_range`
+    are the blocks of this stage, of which the first has the embedding and the last the head. The
+    seams are the identity until a layout needs them.
     """
 
     rope_cache: Tensor
 
-    def __init__(self, settings: ModelSettings, vocabulary: int, layer_range: range | None = None) -> None:
+    def __init__(
+        self, settings: ModelSettings, vocabulary: int, layer_range: range | None = None
+    ) -> None:
         super().__init__()
         layer_range = range(settings.layers) if layer_range is None else layer_range
         is_first, is_last = layer_range.start == 0, layer_range.stop == settings.layers
@@ -162,7 +166,9 @@ class Transformer(nn.Module):
             head_width, base = self.settings.width_per_head, self.settings.rope_base
             self.rope_cache = rope_table(length, head_width, base, device)
         positions = self.sequence_shard.attention_positions(length)
-        return self.rope_cache[:length] if positions is None else self.rope_cache[positions.to(device)]
+        return (
+            self.rope_cache[:length] if positions is None else self.rope_cache[positions.to(device)]
+        )
 
 
 def embed_tokens(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:

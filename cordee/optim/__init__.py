@@ -1,3 +1,5 @@
-"""Gradients after they are agreed: `schedule`, `clip`, `muon`, `groups` (who is updated by what).
+"""Gradients after they are agreed: `run_schedule`, `clip`, `muon`, `inspect_groups` (who is updated
+by what).
 
-The learning rate by experiment: `compare` (what noise lets one tell), `search` (the experiment)."""
+The learning rate by experiment: `comparison_text` (what noise lets one tell), `run_search` (the
+experiment)."""

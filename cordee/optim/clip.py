@@ -1,8 +1,8 @@
 """What gradients and parameters may be: clipping, limits, norms. In place, without host syncs.
 
-Not here: the verdict on a step whose norm is not finite (`fault/guard.py`), and processes. All
-functions take this rank's own parts; what only all ranks of an island together know comes through
-one of two callables of the caller's:
+Not here: the verdict on a step whose norm is not finite (`training/step_guard.py`), and processes.
+All functions take this rank's own parts; what only all ranks of an island together know comes
+through one of two callables of the caller's:
 
 - `whole`: the per-row vectors of all tensors, one after another -> the same of the unsharded;
 - `totals`: (names of tensors here, a number of each) -> the sums over all parts of these tensors,
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cordee.config.run import ClipSettings
-from cordee.devices import DEVICES
+from cordee.hardware.devices import DEVICES
 
 UnshardRows = Callable[[Tensor], Tensor] | None
 
@@ -61,14 +61,17 @@ def row_squares(tensor: Tensor) -> Tensor:
 
 
 def global_norm(
-    grads: Mapping[str, Tensor], exact: bool, unshard_rows: UnshardRows = None, norm_sums: NormSums | None = None
+    grads: Mapping[str, Tensor],
+    exact: bool,
+    unshard_rows: UnshardRows = None,
+    norm_sums: NormSums | None = None,
 ) -> Tensor:
     """Norm of all gradients together, 0-d: fp32, or fp64 when exact. Give them in model order.
 
     exact: squared norms of rows, then one fp64 sum over the vector of all rows. A row's own sum
-    does not depend on who holds the row, and `whole` brings the rows of all shards into one order,
-    so the bits are those of one process. Not exact: the library's norms, completed by `totals`
-    (less traffic, bits that depend on the layout).
+    does not depend on who holds the row, and `unshard_rows` brings the rows of all shards into one
+    order, so the bits are those of one process. Not exact: the library's norms, completed by
+    `norm_sums` (less traffic, bits that depend on the layout).
     """
     if exact:
         rows = torch.cat([row_squares(grad) for grad in grads.values()])
@@ -83,7 +86,8 @@ def global_norm(
 def clip_gradients(
     named_gradients: Sequence[tuple[str, Tensor, Tensor]], settings: ClipSettings, norm: Tensor
 ) -> None:
-    """Treats gradients in place; `named` are (name, parameter, gradient), this rank's parts.
+    """Treats gradients in place; `named_gradients` are (name, parameter, gradient), this rank's
+    parts.
 
     norm: all times min(1, limit / norm). normalise: all divided by the norm. value: elements to
     [-limit, limit]. agc: see `clip_units`. none: nothing. `norm` is `global_norm` of the gradients
@@ -134,9 +138,9 @@ def limit_parameters(
 ) -> None:
     """After an update, in place: clamps elements and scales tensors down to their group's limits.
 
-    `groups` are matrices, embeddings and vectors, with this rank's parts of parameters; a group
-    without limits costs nothing. Norms have the same bits for any number of shards: squares are
-    rounded to a grid on which their sums are exact (up to 1,400 times the limit).
+    `groups` are matrices, embeddings and vectors, with this rank's parts of parameters; a
+    group without limits costs nothing. Norms have the same bits for any number of shards: squares
+    are rounded to a grid on which their sums are exact (up to 1,400 times the limit).
     """
     for group, named_tensors in groups.items():
         limit = getattr(settings, group)
@@ -148,7 +152,11 @@ def limit_parameters(
             grid_steps = NORM_GRID / limit.norm**2
             squares = [(_to_float64(row_squares(t)) * grid_steps).round_().sum() for t in tensors]
             counts = torch.stack(squares) if squares else torch.zeros(0)
-            counts = norm_sums.sum_local([name for name, _ in named_tensors], counts) if norm_sums else counts
+            counts = (
+                norm_sums.sum_local([name for name, _ in named_tensors], counts)
+                if norm_sums
+                else counts
+            )
         if limit.norm and tensors:
             scale = (NORM_GRID / counts.clamp(min=1.0)).sqrt_().clamp(max=1.0)
             torch._foreach_mul_(tensors, list(scale.to(tensors[0]).unbind()))
@@ -171,7 +179,7 @@ def layer_norms(
 ) -> dict[str, float]:
     """Gradient norm of each layer ('embed', 'blocks.0', ..., 'norm', 'head'); one host sync.
 
-    Of this rank's parts, or of the whole model with `totals`.
+    Of this rank's parts, or of the whole model with `norm_sums`.
     """
     grads = dict(named_grads)
     if not grads:

@@ -1,9 +1,9 @@
 """Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, dealt over ranks.
 
 `prepare` sends all messages and changes nothing that survives; `step` is this rank's own work. Not
-here: embeddings and vectors (AdamW's, see `groups.py`). The bits of an update do not depend on who
-computes it: every matrix is orthogonalised by itself, from a fresh contiguous copy, by the same
-products. Traded away: batched products of equal shapes, whose bits would depend on the batch.
+here: embeddings and vectors (AdamW's, see `inspect_groups.py`). The bits of an update do not depend
+on who computes it: every matrix is orthogonalised by itself, from a fresh contiguous copy, by the
+same products. Traded away: batched products of equal shapes, whose bits would depend on the batch.
 
 The library's `torch.optim.Muon` gives the same bits for whole parameters in bf16 (a test holds the
 two equal); it neither shares the work nor takes shards.
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import all_gather_flat, to_transport_device
+from cordee.dist.collectives import all_gather_flat, to_transport_device
 from cordee.errors import LayoutError
-from cordee.optim.rules import OptimizerState, UpdateRule
+from cordee.optim.update_rules import OptimizerState, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X: chosen by Jordan et al. for slope at zero."""
@@ -57,7 +57,9 @@ def product_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_bf16 = any(is_supported is True for name, is_supported in capabilities.items() if "bf16" in name)
+    has_bf16 = any(
+        is_supported is True for name, is_supported in capabilities.items() if "bf16" in name
+    )
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -69,8 +71,8 @@ MatrixSlice = tuple[tuple[int, int], tuple[int, int]]
 class MatrixSpec:
     """How a parameter is one matrix, or several stacked in dim 0, and who has which part of it.
 
-    `ranks` share the work: they hold the same (`parts` is empty), or rank i holds `parts[i]` of
-    each [rows, columns] matrix.
+    `rank_coordinates` share the work: they hold the same (`slices` is empty), or rank i holds
+    `parts[i]` of each [rows, columns] matrix.
     """
 
     rows: int
@@ -112,7 +114,9 @@ def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
     of the first and 8 of the second 76 / 57 ms (torch.optim.Muon, bf16 only: 54 ms).
     """
     is_tall = update.shape[0] > update.shape[1]
-    matrix = (update.T if is_tall else update).to(dtype).clone(memory_format=torch.contiguous_format)
+    matrix = (
+        (update.T if is_tall else update).to(dtype).clone(memory_format=torch.contiguous_format)
+    )
     matrix.div_(matrix.norm().clamp(min=MIN_NORM))
     if dtype == torch.float32 and 2 * matrix.shape[0] <= matrix.shape[1]:
         matrix = _newton_schulz_by_gram(matrix)
@@ -173,7 +177,7 @@ class Muon(UpdateRule):
     `matrices[i]` says how the i-th parameter is held; without it each is one whole matrix, and
     nobody shares. Work is dealt over the ranks of a matrix: each orthogonalises its own, whole, and
     results go back. All results are held until the step, one copy of the matrices in `dtype`; the
-    momentum that follows is not held but computed again. `sent_bytes` and `shared_s` count what
+    momentum that follows is not held but computed again. `sent_bytes` and `exchange_s` count what
     this rank handed to the network and how long that took, waiting for others included.
     """
 
@@ -213,13 +217,19 @@ class Muon(UpdateRule):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     matrix = self._matrices[parameter]
-                    tasks = (slice_tasks if matrix.slices else full_tasks).setdefault(matrix.ranks, [])
+                    tasks = (slice_tasks if matrix.slices else full_tasks).setdefault(
+                        matrix.ranks, []
+                    )
                     tasks += self._tasks(parameter, matrix)
             momentum = group["momentum"]
             for ranks, tasks in full_tasks.items():
-                updates.append(MuonUpdate(group, tasks, self._orthogonalise_full(tasks, momentum, ranks)))
+                updates.append(
+                    MuonUpdate(group, tasks, self._orthogonalise_full(tasks, momentum, ranks))
+                )
             for ranks, tasks in slice_tasks.items():
-                updates.append(MuonUpdate(group, tasks, self._orthogonalise_slices(tasks, momentum, ranks)))
+                updates.append(
+                    MuonUpdate(group, tasks, self._orthogonalise_slices(tasks, momentum, ranks))
+                )
         return updates
 
     def init_state(self, parameter: Tensor) -> OptimizerState:
@@ -253,12 +263,16 @@ class Muon(UpdateRule):
         next_momentum = task.momentum.lerp(task.grad, 1 - momentum)
         return task.grad.lerp(next_momentum, momentum).flatten(1).to(self.dtype)
 
-    def _orthogonalise_full(self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup) -> list[Tensor]:
+    def _orthogonalise_full(
+        self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup
+    ) -> list[Tensor]:
         """Everybody holds every matrix; each computes its own, one gather gives all to all."""
         owners = assign_owners([job.cost for job in tasks], ranks.size)
         task_owners = list(zip(tasks, owners, strict=True))
         own_tasks = (job for job, o in task_owners if o == ranks.rank)
-        own_results = [orthogonalise(self._nesterov_update(job, momentum), self.dtype) for job in own_tasks]
+        own_results = [
+            orthogonalise(self._nesterov_update(job, momentum), self.dtype) for job in own_tasks
+        ]
         if ranks.size == 1:
             return own_results
         sizes = [[job.grad.numel() for job, o in task_owners if o == r] for r in range(ranks.size)]
@@ -279,7 +293,9 @@ class Muon(UpdateRule):
         pieces = [list(torch.split(b[: sum(s)], s)) if s else [] for b, s in by_rank]
         return [pieces[o].pop(0) for _, o in task_owners]
 
-    def _orthogonalise_slices(self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup) -> list[Tensor]:
+    def _orthogonalise_slices(
+        self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup
+    ) -> list[Tensor]:
         """Everybody holds a part of every matrix: parts go to the owner and come back."""
         all_ranks = range(ranks.size)
         owners = assign_owners([job.cost for job in tasks], ranks.size)
@@ -288,12 +304,18 @@ class Muon(UpdateRule):
         own_tasks = tasks_by_owner[ranks.rank]
         # Elements that cross: `sent[r]` from here to r, `held[r][i]` of my i-th matrix from r.
         send_sizes = [sum(tasks[j].grad.numel() for j in js) for js in tasks_by_owner]
-        slice_sizes = [[_slice_elements(tasks[j].matrix.slices[r]) for j in own_tasks] for r in all_ranks]
+        slice_sizes = [
+            [_slice_elements(tasks[j].matrix.slices[r]) for j in own_tasks] for r in all_ranks
+        ]
         receive_sizes = [sum(h) for h in slice_sizes]
 
         flat = torch.cat([self._nesterov_update(tasks[j], momentum).flatten() for j in task_order])
-        blocks = torch.split(self._all_to_all(flat, send_sizes, receive_sizes, ranks), receive_sizes)
-        slices_by_rank = [torch.split(b, h) if h else () for b, h in zip(blocks, slice_sizes, strict=True)]
+        blocks = torch.split(
+            self._all_to_all(flat, send_sizes, receive_sizes, ranks), receive_sizes
+        )
+        slices_by_rank = [
+            torch.split(b, h) if h else () for b, h in zip(blocks, slice_sizes, strict=True)
+        ]
         results = []
         for i, j in enumerate(own_tasks):
             matrix = tasks[j].matrix
@@ -309,7 +331,9 @@ class Muon(UpdateRule):
             for j, result in zip(own_tasks, results, strict=True)
             for (top, bottom), (left, right) in [tasks[j].matrix.slices[r]]
         ]
-        flat = self._all_to_all(torch.cat(result_slices or [flat[:0]]), receive_sizes, send_sizes, ranks)
+        flat = self._all_to_all(
+            torch.cat(result_slices or [flat[:0]]), receive_sizes, send_sizes, ranks
+        )
         own_slices = torch.split(flat, [tasks[j].grad.numel() for j in task_order])
         slice_of_task = dict(zip(task_order, own_slices, strict=True))
         return [slice_of_task[j] for j in range(len(tasks))]

@@ -1,7 +1,7 @@
 """The learning rate over a run, as a factor on the peak.
 
 Not here: what progress is (steps, tokens or minutes, whichever limit is nearest: the caller's), the
-peak itself (`groups.py`). A pure function, so that a resumed run needs no state of it.
+peak itself (`inspect_groups.py`). A pure function, so that a resumed run needs no state of it.
 """
 
 from __future__ import annotations
@@ -42,5 +42,9 @@ def _decay_factor(settings: OptimSettings, progress: float) -> float:
     if progress <= start:
         return 1.0
     decay_progress = (progress - start) / (1.0 - start)
-    remainder = 0.5 + 0.5 * math.cos(math.pi * decay_progress) if settings.schedule == "cosine" else 1.0 - decay_progress
+    remainder = (
+        0.5 + 0.5 * math.cos(math.pi * decay_progress)
+        if settings.schedule == "cosine"
+        else 1.0 - decay_progress
+    )
     return settings.final + (1.0 - settings.final) * remainder

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.dist.flat import all_gather_flat
-from cordee.layout.split import context_chunks
+from cordee.dist.collectives import all_gather_flat
+from cordee.layout.microbatches import context_chunks
 from cordee.model.attention import QUERY_CHUNK, causal_attention, hidden_mask, visible_range
 
 
@@ -91,7 +91,7 @@ _all_gather_kv: Callable[[Tensor, GatherAttention], Tensor] = _AllGatherKV.apply
 
 @dataclass(frozen=True)
 class _PendingTransfer:
-    """A message under way. `sent` is held until it has left."""
+    """A message under way. `send_buffer` is held until it has left."""
 
     works: list[dist.Work]
     send_buffer: Tensor
@@ -129,9 +129,13 @@ class RingAttention:
         receive_buffer = torch.empty_like(tensor)
         next_rank, previous_rank = (self.index + 1) % self.size, (self.index - 1) % self.size
         send_op = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=next_rank)
-        receive_op = dist.P2POp(dist.irecv, receive_buffer, group=self.group, group_peer=previous_rank)
+        receive_op = dist.P2POp(
+            dist.irecv, receive_buffer, group=self.group, group_peer=previous_rank
+        )
         self.bytes_sent += tensor.nbytes
-        return _PendingTransfer(dist.batch_isend_irecv([send_op, receive_op]), tensor, receive_buffer)
+        return _PendingTransfer(
+            dist.batch_isend_irecv([send_op, receive_op]), tensor, receive_buffer
+        )
 
     def blocks(self, local_block: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of every rank's block, ours first; the next travels meanwhile."""
@@ -250,14 +254,20 @@ def _chunk_shifts(chunks: tuple[range, range]) -> list[tuple[range, int]]:
 def _to_rows(x_BTHE: Tensor, heads_per_key: int) -> Tensor:
     """[B, T, H, E] to [N, R, E]: the heads that share a key head stand side by side."""
     batch, length, heads, width = x_BTHE.shape
-    x_BKTGE = x_BTHE.view(batch, length, heads // heads_per_key, heads_per_key, width).transpose(1, 2)
-    return x_BKTGE.reshape(batch * heads // heads_per_key, length * heads_per_key, width).contiguous()
+    x_BKTGE = x_BTHE.view(batch, length, heads // heads_per_key, heads_per_key, width).transpose(
+        1, 2
+    )
+    return x_BKTGE.reshape(
+        batch * heads // heads_per_key, length * heads_per_key, width
+    ).contiguous()
 
 
 def _from_rows(x_NRE: Tensor, batch: int, heads_per_key: int) -> Tensor:
-    """The way back from `_rows`."""
+    """The way back from `_to_rows`."""
     count, row_count, width = x_NRE.shape
-    x_BTKGE = x_NRE.view(batch, count // batch, row_count // heads_per_key, heads_per_key, width).transpose(1, 2)
+    x_BTKGE = x_NRE.view(
+        batch, count // batch, row_count // heads_per_key, heads_per_key, width
+    ).transpose(1, 2)
     return x_BTKGE.flatten(2, 3)
 
 
@@ -273,5 +283,6 @@ def _scores(q_NRE: Tensor, k_NCE: Tensor, mask_RC: Tensor | None) -> Tensor:
 
 def _scaled_matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale x a @ b of batches. Not `bmm`: selective recomputation keeps what that gives
-    (model/recompute.py), and a tile's scores are as many as the probabilities it does not keep."""
+    (model/activation_checkpoint.py), and a tile's scores are as many as the probabilities it does
+    not keep."""
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=scale)

@@ -1,9 +1,9 @@
 """Runs a step's microbatches on this rank: forward, backward, and sums in the order asked for.
 
 Two ways to add: plain (into `.grad`, as a hand-written loop does) and canonical (a tree over
-microbatch index, layout/split.py), which the exchange needs. The loss is divided by the global
-token count before backward, so every sum is already the mean. Not here: pipelines (`pipeline.py`
-gives this interface its second member).
+microbatch index, layout/microbatches.py), which the exchange needs. The loss is divided by the
+global token count before backward, so every sum is already the mean. Not here: pipelines
+(`pipeline.py` gives this interface its second member).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cordee.data.ledger import microbatch_digest
-from cordee.devices import DEVICES
-from cordee.dist.exchange import PartialSums, all_gather_rows, do_nothing
 from cordee.dist.mesh import Mesh
+from cordee.dist.tree_all_reduce import PartialSums, all_gather_rows, do_nothing
 from cordee.errors import ConfigError
+from cordee.hardware.devices import DEVICES
+from cordee.hf.safetensors_io import slice_box
 from cordee.layout.axes import AXES
-from cordee.layout.split import TreeSum
-from cordee.model.folder import slice_box
-from cordee.model.initial import seeded_rng
-from cordee.model.moe import reset_expert_load, moe_layers, update_router_bias, sum_expert_load
+from cordee.layout.microbatches import TreeSum
+from cordee.model.init_weights import seeded_rng
+from cordee.model.moe import moe_layers, reset_expert_load, sum_expert_load, update_router_bias
 from cordee.model.precision import autocast_to
-from cordee.parallel import shard
-from cordee.parallel.apply import LocalModel
-from cordee.parallel.shard import Sharding, local_tensor
-from cordee.parallel.sums import GradientReducer
+from cordee.parallel import fsdp
+from cordee.parallel.fsdp import Sharding, local_tensor
+from cordee.parallel.grad_reduce import GradientReducer
+from cordee.parallel.parallelize import LocalModel
 
 Batch = tuple[Tensor, ...]
 
@@ -57,7 +57,7 @@ class MicrobatchLoader(Protocol):
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What an engine needs to know of a run. `tokens` are the targets of a whole step."""
+    """What an engine needs to know of a run. `step_tokens` are the targets of a whole step."""
 
     microbatches: range
     total_microbatches: int
@@ -73,24 +73,36 @@ class StepSpec:
 class Engine:
     """Forward and backward of this rank's microbatches."""
 
-    def __init__(self, local_model: LocalModel, loader: MicrobatchLoader, mesh: Mesh, step_spec: StepSpec) -> None:
+    def __init__(
+        self, local_model: LocalModel, loader: MicrobatchLoader, mesh: Mesh, step_spec: StepSpec
+    ) -> None:
         self.local_model = local_model
         self.loader = loader
         self.mesh = mesh
         self.step_spec = step_spec
         self.is_sharded = mesh.shard_mesh is not None
         self.module_parameters = local_model.module_parameters()
-        self.parameters = {n: local_tensor(p.detach()).requires_grad_() for n, p in self.module_parameters.items()}
+        self.parameters = {
+            n: local_tensor(p.detach()).requires_grad_() for n, p in self.module_parameters.items()
+        }
         self.device = torch.device(step_spec.device)
         self.buffers = local_model.buffers()
         self._moved_buffers: dict[str, Tensor] = {}
         self._reduces_after_backward = self.is_sharded and step_spec.sharding.reduces_after_backward
         self._reduced_gradients: list[Tensor] = []
-        self.gradient_reducer = GradientReducer(mesh, [local_model.specs[name] for name in self.parameters])
+        self.gradient_reducer = GradientReducer(
+            mesh, [local_model.specs[name] for name in self.parameters]
+        )
         self._tree_sum = TreeSum(step_spec.microbatches, step_spec.total_microbatches)
         # Found once: to look through all modules in every microbatch costs 1 % of a small step.
-        self._moe_layers = [moe for stage_module in local_model.stage_modules for moe in moe_layers(stage_module)]
-        self._fsdp_modules = [fsdp_module for stage_module in local_model.stage_modules for fsdp_module in shard.fsdp_modules(stage_module)]
+        self._moe_layers = [
+            moe for stage_module in local_model.stage_modules for moe in moe_layers(stage_module)
+        ]
+        self._fsdp_modules = [
+            fsdp_module
+            for stage_module in local_model.stage_modules
+            for fsdp_module in fsdp.fsdp_modules(stage_module)
+        ]
         self._is_training = False
         self.pipeline_bytes = 0
         """Bytes that this rank has sent from stage to stage."""
@@ -106,7 +118,7 @@ class Engine:
         self, step: int, scale: float = 1.0, on_forward: Callable[[], None] = do_nothing
     ) -> tuple[list[Tensor], PartialSums]:
         """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
-        are `scale` times the gradient). `reached` is called after each forward."""
+        are `scale` times the gradient). `on_forward` is called after each forward."""
         self.begin_step(step, scale)
         self._on_forward = on_forward
         is_canonical = self.step_spec.sharding.canonical
@@ -116,7 +128,7 @@ class Engine:
         for index in self.step_spec.microbatches:
             if self.is_sharded and not self.step_spec.sharding.reduces_after_backward:
                 is_last = index == self.step_spec.microbatches.stop - 1
-                shard.set_gradient_sync(self._fsdp_modules, is_last, self.step_spec.sharding)
+                fsdp.set_gradient_sync(self._fsdp_modules, is_last, self.step_spec.sharding)
             losses.append(self._run_microbatch(step, index, scale))
             if is_canonical:
                 self._tree_sum.feed(partial_sums, index, self.pop_full_gradients(), _add_in_place)
@@ -143,7 +155,9 @@ class Engine:
         if self._device_events:
             self._device_events[-1].synchronize()
             pairs = zip(self._device_events[::2], self._device_events[1::2], strict=True)
-            elapsed_ms: float = sum(start_event.elapsed_time(end_event) for start_event, end_event in pairs)
+            elapsed_ms: float = sum(
+                start_event.elapsed_time(end_event) for start_event, end_event in pairs
+            )
             return elapsed_ms / 1e3
         return time.perf_counter() - self._start_s - self.data_s
 
@@ -179,8 +193,12 @@ class Engine:
         gradients, self._reduced_gradients = self._reduced_gradients, []
         if not self._reduces_after_backward:
             gradients = [
-                torch.zeros_like(local_parameter) if parameter.grad is None else local_tensor(parameter.grad)
-                for parameter, local_parameter in zip(self.module_parameters.values(), self.parameters.values(), strict=True)
+                torch.zeros_like(local_parameter)
+                if parameter.grad is None
+                else local_tensor(parameter.grad)
+                for parameter, local_parameter in zip(
+                    self.module_parameters.values(), self.parameters.values(), strict=True
+                )
             ]
         self._clear_gradients(self.module_parameters.values())
         self.gradient_reducer.reduce(gradients)
@@ -228,7 +246,11 @@ class Engine:
 
     def dropout_key(self, step: int, index: int) -> int:
         """What decides which elements dropout drops in a microbatch."""
-        return microbatch_key(self.step_spec.seed, step, index) if self.step_spec.takes_dropout_key else 0
+        return (
+            microbatch_key(self.step_spec.seed, step, index)
+            if self.step_spec.takes_dropout_key
+            else 0
+        )
 
     # ---- without gradients ----
 
@@ -237,26 +259,43 @@ class Engine:
         """Summed loss in nats of int64 [rows, sequence + 1], or of a batch of the run's own loss;
         the same on all ranks of an island."""
         if not isinstance(batch, Tensor):
-            return self.call_model(self.local_model.stage_modules[0], tuple(t.to(self.device) for t in batch))
+            return self.call_model(
+                self.local_model.stage_modules[0], tuple(t.to(self.device) for t in batch)
+            )
         tokens = batch.to(self.device)
-        local_loss = self.infer(self.select_positions(tokens[:, :-1]), self.select_positions(tokens[:, 1:]))
-        return local_loss if self.local_model.sequence_shard.context_size == 1 else self.local_model.comms["context"].all_reduce_no_grad(local_loss)
+        local_loss = self.infer(
+            self.select_positions(tokens[:, :-1]), self.select_positions(tokens[:, 1:])
+        )
+        return (
+            local_loss
+            if self.local_model.sequence_shard.context_size == 1
+            else self.local_model.comms["context"].all_reduce_no_grad(local_loss)
+        )
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """fp32 [B, T, V] of int64 [B, T], whole on every rank; T may be anything."""
         length = tokens_BT.shape[1]
         context_size = self.local_model.sequence_shard.context_size
-        length_multiple = self.local_model.sequence_shard.tensor_size * (2 * context_size if context_size > 1 else 1)
-        padded_tokens = torch.nn.functional.pad(tokens_BT.to(self.device), (0, -length % length_multiple))
+        length_multiple = self.local_model.sequence_shard.tensor_size * (
+            2 * context_size if context_size > 1 else 1
+        )
+        padded_tokens = torch.nn.functional.pad(
+            tokens_BT.to(self.device), (0, -length % length_multiple)
+        )
         output = self.infer(self.select_positions(padded_tokens), None)
         if self.local_model.sequence_shard.tensor_size > 1:
             output = self.local_model.comms["tensor"].all_gather_no_grad(output, 2)
         if context_size > 1:
             position_order = self.local_model.comms["context"].all_gather_no_grad(
-                self.select_positions(torch.arange(padded_tokens.shape[1], device=self.device)[None]), 1
+                self.select_positions(
+                    torch.arange(padded_tokens.shape[1], device=self.device)[None]
+                ),
+                1,
             )
-            output = self.local_model.comms["context"].all_gather_no_grad(output, 1)[:, position_order[0].argsort()]
+            output = self.local_model.comms["context"].all_gather_no_grad(output, 1)[
+                :, position_order[0].argsort()
+            ]
         return output[:, :length]
 
     @torch.no_grad()
@@ -264,7 +303,9 @@ class Engine:
         """Forward of this rank's positions: the loss, or logits of its part of the vocabulary."""
         return self.call_model(self.local_model.stage_modules[0], (inputs, targets))
 
-    def call_model(self, model: nn.Module, batch: tuple[Tensor | None, ...], dropout_key: int = 0) -> Tensor:
+    def call_model(
+        self, model: nn.Module, batch: tuple[Tensor | None, ...], dropout_key: int = 0
+    ) -> Tensor:
         """The model, or the run's own loss, of a batch."""
         with autocast_to(self.device.type, self.step_spec.autocast):
             if self.local_model.loss_function is not None:
@@ -272,10 +313,17 @@ class Engine:
             else:
                 output = model(*batch, dropout_key) if dropout_key else model(*batch)
         sharding = self.step_spec.sharding
-        if self.is_sharded and sharding.is_user_module and not sharding.gathers_before_forward and model is self.local_model.stage_modules[0]:
-            shard.check_unit_order(self.local_model.comms["shard"], -1)
+        if (
+            self.is_sharded
+            and sharding.is_user_module
+            and not sharding.gathers_before_forward
+            and model is self.local_model.stage_modules[0]
+        ):
+            fsdp.check_unit_order(self.local_model.comms["shard"], -1)
         if self.local_model.is_user_module and batch[-1] is not None:
-            return check_summed_loss(output, "model" if self.local_model.loss_function is None else "loss")
+            return check_summed_loss(
+                output, "model" if self.local_model.loss_function is None else "loss"
+            )
         assert isinstance(output, Tensor)
         return output
 
@@ -339,8 +387,14 @@ class Engine:
     def _reduce_over_shards(self) -> None:
         """Adds the whole gradients that are there, summed over shards, to this rank's parts."""
         local_parameters = list(self.parameters.values())
-        shard_gradients = shard.reduce_scatter_gradients(self.pop_full_gradients(), local_parameters, self.local_model.comms["shard"])
-        self._reduced_gradients = _add_in_place(self._reduced_gradients, shard_gradients) if self._reduced_gradients else shard_gradients
+        shard_gradients = fsdp.reduce_scatter_gradients(
+            self.pop_full_gradients(), local_parameters, self.local_model.comms["shard"]
+        )
+        self._reduced_gradients = (
+            _add_in_place(self._reduced_gradients, shard_gradients)
+            if self._reduced_gradients
+            else shard_gradients
+        )
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
         """Sums whole numbers over all ranks that have this rank's layers."""
@@ -359,7 +413,7 @@ class Engine:
 
 
 def check_summed_loss(loss: object, part_name: str) -> Tensor:
-    """What a caller's `part`, the loss or the model, returned; ConfigError when it is not one
+    """What a caller's `part_name`, the loss or the model, returned; ConfigError when it is not one
     number from which gradients flow (they do not in an evaluation)."""
     problem = ""
     if not isinstance(loss, Tensor):

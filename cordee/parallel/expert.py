@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cordee.dist.wire import AxisComm
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.model.moe import ExpertFn, inverse_permutation, moe_layers, permute_rows
 
 
 def set_expert_dispatch(model: nn.Module, expert_comm: AxisComm, sequence_comm: AxisComm) -> None:
     """Sets the seams of a model whose mixtures hold this rank's experts.
 
-    `experts`: the ranks that share the experts; `sequence`: those that split a sequence (axes
-    context and tensor), whose tokens one balance loss counts.
+    `expert_comm`: the ranks that share the experts; `sequence_comm`: those that split a sequence
+    (axes context and tensor), whose tokens one balance loss counts.
     """
     dispatcher = TokenDispatcher(expert_comm)
     for moe in moe_layers(model):
@@ -31,7 +31,7 @@ def set_expert_dispatch(model: nn.Module, expert_comm: AxisComm, sequence_comm: 
 
 
 class TokenDispatcher:
-    """The seam `deal` of a mixture whose experts lie on the ranks of `wire`."""
+    """The seam `deal` of a mixture whose experts lie on the ranks of `comm`."""
 
     def __init__(self, comm: AxisComm) -> None:
         self.comm = comm
@@ -40,17 +40,29 @@ class TokenDispatcher:
         """Outputs of rows sorted by expert, in their order, wherever their experts are."""
         rank_count = self.comm.size
         send_counts_RL = sizes_E.view(rank_count, -1)
-        receive_counts_RL = self.comm.all_to_all_no_grad(send_counts_RL, [1] * rank_count, [1] * rank_count)
-        send_rows, receive_rows = torch.stack((send_counts_RL.sum(1), receive_counts_RL.sum(1))).tolist()
+        receive_counts_RL = self.comm.all_to_all_no_grad(
+            send_counts_RL, [1] * rank_count, [1] * rank_count
+        )
+        send_rows, receive_rows = torch.stack(
+            (send_counts_RL.sum(1), receive_counts_RL.sum(1))
+        ).tolist()
         input_AD = self.comm.all_to_all(rows_SD, send_rows, receive_rows)
         order_A = order_by_expert(receive_counts_RL, len(input_AD))
         inverse_order_A = inverse_permutation(order_A, len(order_A))
-        output_AD = compute(permute_rows(input_AD, order_A, inverse_order_A), receive_counts_RL.sum(0))
-        return self.comm.all_to_all(permute_rows(output_AD, inverse_order_A, order_A), receive_rows, send_rows)
+        output_AD = compute(
+            permute_rows(input_AD, order_A, inverse_order_A), receive_counts_RL.sum(0)
+        )
+        return self.comm.all_to_all(
+            permute_rows(output_AD, inverse_order_A, order_A), receive_rows, send_rows
+        )
 
 
 def order_by_expert(receive_counts_RL: Tensor, row_count: int) -> Tensor:
     """Order [rows] that sorts rows that lie by (source rank, expert) by (expert, source rank)."""
-    expert_ids_RL = torch.arange(receive_counts_RL.shape[1], device=receive_counts_RL.device).expand_as(receive_counts_RL)
-    experts_A = expert_ids_RL.flatten().repeat_interleave(receive_counts_RL.flatten(), output_size=row_count)
+    expert_ids_RL = torch.arange(
+        receive_counts_RL.shape[1], device=receive_counts_RL.device
+    ).expand_as(receive_counts_RL)
+    experts_A = expert_ids_RL.flatten().repeat_interleave(
+        receive_counts_RL.flatten(), output_size=row_count
+    )
     return experts_A.sort(stable=True).indices

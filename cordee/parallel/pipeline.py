@@ -24,16 +24,23 @@ from torch.distributed.pipelining import (
 )
 
 from cordee.config.run import Run
-from cordee.dist.exchange import PartialSums, do_nothing
 from cordee.dist.mesh import Mesh
-from cordee.parallel.apply import LocalModel
+from cordee.dist.tree_all_reduce import PartialSums, do_nothing
 from cordee.parallel.engine import Engine, MicrobatchLoader, StepSpec
+from cordee.parallel.parallelize import LocalModel
 
 
 class PipelineEngine(Engine):
     """Forward and backward of this rank's stages."""
 
-    def __init__(self, local_model: LocalModel, loader: MicrobatchLoader, mesh: Mesh, step_spec: StepSpec, run: Run) -> None:
+    def __init__(
+        self,
+        local_model: LocalModel,
+        loader: MicrobatchLoader,
+        mesh: Mesh,
+        step_spec: StepSpec,
+        run: Run,
+    ) -> None:
         super().__init__(local_model, loader, mesh, step_spec)
         self.width = run.model.width
         self.microbatch_rows = run.batch.microbatch
@@ -59,7 +66,9 @@ class PipelineEngine(Engine):
         self._loss_scale = scale / self.step_spec.step_tokens
         has_first, has_last = self.has_end_stages
         microbatches = self.step_spec.microbatches
-        dropout_keys = torch.tensor([self.dropout_key(step, index) for index in microbatches], dtype=torch.int64)
+        dropout_keys = torch.tensor(
+            [self.dropout_key(step, index) for index in microbatches], dtype=torch.int64
+        )
         schedule_arguments: dict[str, Any] = {"key": dropout_keys}
         inputs: tuple[Tensor, ...] = ()
         losses: list[Tensor] = []
@@ -70,7 +79,11 @@ class PipelineEngine(Engine):
                 schedule_arguments["targets_BT"] = self.select_positions(tokens[:, 1:])
         target = torch.zeros(len(microbatches)) if has_last else None
         self._schedule.step(
-            *inputs, target=target, losses=losses if has_last else None, return_outputs=False, **schedule_arguments
+            *inputs,
+            target=target,
+            losses=losses if has_last else None,
+            return_outputs=False,
+            **schedule_arguments,
         )
         self._count_bytes(len(microbatches))
         return [loss.detach() / self._loss_scale for loss in losses], self.reduce_in_island()
@@ -95,18 +108,26 @@ class PipelineEngine(Engine):
                 dist.send(x, group=self.pipeline_group, group_dst=next_rank)
         return self._broadcast_output(x, inputs, targets, stages.rank_of(stages.last_stage))
 
-    def _broadcast_output(self, stage_output: Tensor, inputs: Tensor, targets: Tensor | None, owner: int) -> Tensor:
+    def _broadcast_output(
+        self, stage_output: Tensor, inputs: Tensor, targets: Tensor | None, owner: int
+    ) -> Tensor:
         """The last stage's result, broadcast."""
         vocabulary = self.local_model.all_specs["embed.weight"].shape[0] // self.mesh.size("tensor")
         shape = () if targets is not None else (*inputs.shape, vocabulary)
-        output = stage_output if owner == self.mesh.coords["pipeline"] else torch.empty(shape, device=self.device)
+        output = (
+            stage_output
+            if owner == self.mesh.coords["pipeline"]
+            else torch.empty(shape, device=self.device)
+        )
         dist.broadcast(output, group=self.pipeline_group, group_src=owner)
         return output
 
     def _make_schedule(self, schedule_name: str, positions: int) -> Any:
         stages = [
             self._make_stage(stage_module, stage, positions)
-            for stage_module, stage in zip(self.local_model.stage_modules, self.stage_indices, strict=True)
+            for stage_module, stage in zip(
+                self.local_model.stage_modules, self.stage_indices, strict=True
+            )
         ]
         # The loss is summed and divided by the step's tokens: nothing is left to scale.
         schedule_arguments: dict[str, Any] = {"loss_fn": self._scaled_loss, "scale_grads": False}

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.dist.wire import AxisComm
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.model.moe import moe_layers
-from cordee.model.span import SequenceShard
+from cordee.model.sequence_shard import SequenceShard
 from cordee.model.transformer import Block, Transformer, embed_tokens
 
 IGNORE_INDEX = -100
 """Target of a position that does not count."""
 
 
-def set_sequence_parallel(model: Transformer, comm: AxisComm, sequence_shard: SequenceShard) -> None:
+def set_sequence_parallel(
+    model: Transformer, comm: AxisComm, sequence_shard: SequenceShard
+) -> None:
     """Sets the seams of a model whose matrices hold this rank's part."""
     modules: list[Transformer | Block] = [model, *model.parts()]
     for module in modules:
@@ -73,7 +75,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         valid_N = targets_N != IGNORE_INDEX
         local_mask_N = (local_targets_N >= 0) & (local_targets_N < columns) & valid_N
         index_N1 = local_targets_N.masked_fill(~local_mask_N, 0).unsqueeze(-1)
-        target_logits_N = shifted_NV.gather(-1, index_N1).squeeze(-1).masked_fill(~local_mask_N, 0.0)
+        target_logits_N = (
+            shifted_NV.gather(-1, index_N1).squeeze(-1).masked_fill(~local_mask_N, 0.0)
+        )
         probs_NV = shifted_NV.exp()
         sums_2N = comm.all_reduce_no_grad(torch.stack((probs_NV.sum(-1), target_logits_N)))
         losses_N = (sums_2N[0].log() - sums_2N[1]).masked_fill(~valid_N, 0.0)

@@ -18,7 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.conftest import SMALL, clean_environment, run_cordee, weights_digest, read_events, read_rows, train_small
+from tests.conftest import (
+    SMALL,
+    clean_environment,
+    read_events,
+    read_rows,
+    run_cordee,
+    train_small,
+    weights_digest,
+)
 
 STEPS = 160
 LONG_RUN = (
@@ -157,18 +165,30 @@ class HostGroup:
         for host in self.hosts:
             host.cleanup()
 
-    def start_first(self, *arguments: str, ranks: int = 1, prefix: Sequence[str] = ()) -> HostProcess:
+    def start_first(
+        self, *arguments: str, ranks: int = 1, prefix: Sequence[str] = ()
+    ) -> HostProcess:
         """The first host."""
         return self._start_host(ranks, prefix, f"launch.listen={self.address}", *arguments)
 
     def join(
-        self, *arguments: str, join_address: str = "", ranks: int = 1, prefix: Sequence[str] = (), **options: Any
+        self,
+        *arguments: str,
+        join_address: str = "",
+        ranks: int = 1,
+        prefix: Sequence[str] = (),
+        **options: Any,
     ) -> HostProcess:
-        """One more host, as soon as there is a run to join; `own`: another folder, another path."""
+        """One more host, as soon as there is a run to join; `options`: another folder, another
+        path."""
         self.wait_until(lambda: (self.folder / "members.id").exists(), 60)
-        return self._start_host(ranks, prefix, f"launch.join={join_address or self.address}", *arguments, **options)
+        return self._start_host(
+            ranks, prefix, f"launch.join={join_address or self.address}", *arguments, **options
+        )
 
-    def _start_host(self, ranks: int, prefix: Sequence[str], *arguments: str, **options: Any) -> HostProcess:
+    def _start_host(
+        self, ranks: int, prefix: Sequence[str], *arguments: str, **options: Any
+    ) -> HostProcess:
         folder = options.pop("folder", self.folder)
         arguments = (f"launch.processes={ranks}", *self.arguments, *arguments)
         host = HostProcess(folder, *arguments, prefix=prefix, **options)

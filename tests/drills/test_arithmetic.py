@@ -17,17 +17,24 @@ from torch import nn
 from cordee.cli.main import main
 from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.model.arithmetic import arithmetic_fingerprint, library_versions, portable_sqrt
-from cordee.plan.arithmetic import AVX2_FLAGS
-from cordee.plan.cluster import processor_flags
-from tests.conftest import SMALL, TINY, clean_environment, run_cordee, weights_digest, read_events
+from cordee.planner.arithmetic import AVX2_FLAGS
+from cordee.planner.cluster import processor_flags
+from tests.conftest import SMALL, TINY, clean_environment, read_events, run_cordee, weights_digest
 from tests.drills.hosts import HostGroup
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "arithmetic.json").read_text())
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default"}
 """Another processor: PyTorch's loops without vector instructions."""
 
-OVERRIDES = (*SMALL, *TINY, "run.exact=true", "run.steps=4", "evaluate.sample=0", "evaluate.tokens=0",
-         "launch.processes=1")  # fmt: skip
+OVERRIDES = (
+    *SMALL,
+    *TINY,
+    "run.exact=true",
+    "run.steps=4",
+    "evaluate.sample=0",
+    "evaluate.tokens=0",
+    "launch.processes=1",
+)
 
 
 def cpu_vendor() -> str:
@@ -51,7 +58,10 @@ def test_unlike_processors_end_with_the_same_bits(arithmetic: str, run_dir: Path
     assert f"bits    of {arithmetic} (as asked)" in result.stderr
     actual_digest = weights_digest(run_dir)[: len(expected_digest)]
     if actual_digest != expected_digest and cpu_vendor() != "GenuineIntel":
-        pytest.xfail(f"{cpu_vendor()} ends with {actual_digest}: not measured there before ({expected_digest})")
+        pytest.xfail(
+            f"{cpu_vendor()} ends with {actual_digest}: not measured there before"
+            f" ({expected_digest})"
+        )
     assert actual_digest == expected_digest
 
 
@@ -59,7 +69,7 @@ def test_a_caller_that_has_imported_torch_is_not_refused(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing is wider than AVX2, auto would take avx2: too late in this process."""
-    monkeypatch.setattr("cordee.begin.processor_flags", lambda: AVX2_FLAGS)
+    monkeypatch.setattr("cordee.launcher.prepare.processor_flags", lambda: AVX2_FLAGS)
     assert main(["train", *OVERRIDES, f"run.dir={run_dir}"]) == 0
     assert 'arithmetic = "native"' in (run_dir / RUN_FILE).read_text()
     assert main(["train", *OVERRIDES, f"run.dir={run_dir}-2", "run.arithmetic=avx2"]) == 2
@@ -80,7 +90,11 @@ def test_portable_roots_are_roots() -> None:
     native_roots = x.sqrt()
     with portable_sqrt(True):
         special_roots = torch.tensor([0.0, 1.0, 4.0, float("inf"), -1.0]).sqrt().tolist()
-        roots, foreach_roots, double_roots = x.sqrt(), torch._foreach_sqrt([x])[0], x.double().sqrt()
+        roots, foreach_roots, double_roots = (
+            x.sqrt(),
+            torch._foreach_sqrt([x])[0],
+            x.double().sqrt(),
+        )
         in_place_roots, out_roots = x.clone().sqrt_(), torch.sqrt(x, out=torch.empty_like(x))
         y = x.clone().requires_grad_()
         y.sqrt().sum().backward()
@@ -152,7 +166,9 @@ def test_a_checkpoint_of_another_processor_is_not_gone_on_with(stopped_run: Path
     file = stopped_run / RUN_FILE
     file.write_text(file.read_text().partition("\n[recorded]")[0])
     old_events = (stopped_run / "events.jsonl").read_bytes()
-    result = run_cordee("train", *OVERRIDES, "launch.processes=2", f"run.dir={stopped_run}", **OTHER_PROCESSOR)
+    result = run_cordee(
+        "train", *OVERRIDES, "launch.processes=2", f"run.dir={stopped_run}", **OTHER_PROCESSOR
+    )
     assert result.returncode == 2, result.stderr
     assert "other code would compute them" in result.stderr
     assert "run.arithmetic=compatible" in result.stderr
@@ -180,10 +196,19 @@ def test_ranks_of_a_launcher_that_differ_end_alike(run_dir: Path) -> None:
     command = [sys.executable, "-m", "cordee", "train", *OVERRIDES[:-1], f"run.dir={run_dir}"]
     ranks = [
         subprocess.Popen(
-            command, env={**clean_environment(), **launcher_environment, "RANK": rank, "LOCAL_RANK": rank, **environment},
-            stderr=subprocess.PIPE, text=True,
-        ) for rank, environment in (("0", {}), ("1", OTHER_PROCESSOR))
-    ]  # fmt: skip
+            command,
+            env={
+                **clean_environment(),
+                **launcher_environment,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                **environment,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, environment in (("0", {}), ("1", OTHER_PROCESSOR))
+    ]
     stderr_texts = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], stderr_texts
     assert all("arithmetic on rank 1=" in text for text in stderr_texts)

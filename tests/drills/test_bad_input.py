@@ -32,10 +32,7 @@ CASES = {
     "loss scaling with bf16": (("run.loss_scale=1024",), "run.loss_scale=0"),
     "a scale that rounds": (("run.loss_scale=1000", "run.precision=fp16"), "run.loss_scale=1024"),
     "dims of fp8": (("run.precision=fp8", "model.ffn=100"), "model.ffn=96"),
-    "offload on a CPU": (
-        ("memory.offload=parameters", "launch.device=cpu"),
-        "memory.offload=none",
-    ),
+    "offload on a CPU": (("memory.offload=parameters", "launch.device=cpu"), "memory.offload=none"),
     "missing file": (("nowhere.toml",), "nowhere.toml"),
     "a name of nobody": (("launch.listen=no.such.host.invalid:7433",), "no.such.host.invalid"),
     "another machine's address": (("launch.listen=192.0.2.7:0",), "192.0.2.7"),
@@ -106,7 +103,9 @@ def test_folder_of_another_run(run_dir: Path) -> None:
     result = run_cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "optim.lr=0.5")
     assert result.returncode == 2
     assert "optim.lr" in result.stderr and "0.5" in result.stderr
-    never_result = run_cordee("train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "run.resume=never")
+    never_result = run_cordee(
+        "train", *SMALL, f"run.dir={run_dir}", "run.steps=3", "run.resume=never"
+    )
     assert never_result.returncode == 2
 
 
@@ -127,7 +126,13 @@ def test_changed_data_is_said_and_harmless(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     overrides = [word for word in SMALL if not word.startswith("data.") or "sequence" in word]
-    command = ("train", *overrides, f"data.path={text}", f"run.dir={tmp_path / 'run'}", "run.steps=12")
+    command = (
+        "train",
+        *overrides,
+        f"data.path={text}",
+        f"run.dir={tmp_path / 'run'}",
+        "run.steps=12",
+    )
     drill = ("fault.kill=step.start:10:0", "fault.recover=false")
     kill_result = run_cordee(*command, "checkpoint.every=4", *drill)
     assert kill_result.returncode != 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import SMALL, run_cordee, weights_digest, read_events, read_rows, train_small
+from tests.conftest import SMALL, read_events, read_rows, run_cordee, train_small, weights_digest
 
 EXACT_OVERRIDES = ("run.exact=true", "run.steps=24", "evaluate.sample=0", "evaluate.tokens=0")
 
@@ -42,7 +42,9 @@ def test_bf16_on_the_wire_halves_the_bytes_and_keeps_the_curve(tmp_path: Path) -
 
 def test_replicated_work_is_compared_and_gives_the_same_bits(tmp_path: Path) -> None:
     train_small(tmp_path / "one", *EXACT_OVERRIDES, "launch.processes=1")
-    train_small(tmp_path / "two", *EXACT_OVERRIDES, "launch.processes=2", "data.placement=replicate")
+    train_small(
+        tmp_path / "two", *EXACT_OVERRIDES, "launch.processes=2", "data.placement=replicate"
+    )
     assert weights_digest(tmp_path / "one") == weights_digest(tmp_path / "two")
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cordee.checkpoint.format import encode_checked_json, decode_checked_json
+from cordee.checkpoint.format import decode_checked_json, encode_checked_json
 from cordee.checkpoint.save import Saver
 from cordee.cli.main import main
-from tests.conftest import SMALL, TINY, weights_digest, read_events, read_rows
+from tests.conftest import SMALL, TINY, read_events, read_rows, weights_digest
 
 OVERRIDES = (
     *SMALL, *TINY, "run.steps=8", "checkpoint.every=2", "evaluate.tokens=0", "evaluate.sample=0",
@@ -68,9 +68,13 @@ def newest_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / "step-00000004.g1"
 
 
-FORGED_EVENT = b'{"event": "finished", "step": 8, "tokens": 1024, "saved": true, "weights_sha256": "0"}'
+FORGED_EVENT = (
+    b'{"event": "finished", "step": 8, "tokens": 1024, "saved": true, "weights_sha256": "0"}'
+)
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "backup": lambda run: shutil.copytree(newest_checkpoint(run), f"{newest_checkpoint(run)}.g2.bak"),
+    "backup": lambda run: shutil.copytree(
+        newest_checkpoint(run), f"{newest_checkpoint(run)}.g2.bak"
+    ),
     "half a number": lambda run: os.mkdir(f"{newest_checkpoint(run)}.5"),
     "copied by a file manager": lambda run: os.mkdir(f"{newest_checkpoint(run)} (copy)"),
     "a large generation": lambda run: os.mkdir(f"{newest_checkpoint(run)}{'9' * 17}"),
@@ -88,11 +92,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         f"{name} is {kind}": replace_file(name, by)
         for name in ("metrics.jsonl", "events.jsonl", "plan.json")
         for kind, by in (
-            ("a pipe", os.mkfifo), ("a folder", os.mkdir),
+            ("a pipe", os.mkfifo),
+            ("a folder", os.mkdir),
             ("endless", lambda path: path.symlink_to("/dev/zero")),
         )
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoil", DAMAGES.values(), ids=DAMAGES)
@@ -103,7 +108,10 @@ def test_the_same_command_goes_on(
     assert run_train(run) == 0
     event_records = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()
             if line.startswith(b"{") and b"NaN" not in line]  # fmt: skip
-    assert event_records[-1]["event"] == "finished" and event_records[-1]["weights_sha256"] == interrupted_run[1]
+    assert (
+        event_records[-1]["event"] == "finished"
+        and event_records[-1]["weights_sha256"] == interrupted_run[1]
+    )
 
 
 def change_manifest(run: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -129,7 +137,10 @@ UNFIT_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "the progress in it of step 2",
     ),
     "folder of another step": (rename_checkpoint, "not of this folder"),
-    "no manifest": (lambda run: (newest_checkpoint(run) / "manifest.json").unlink(), "no manifest.json"),
+    "no manifest": (
+        lambda run: (newest_checkpoint(run) / "manifest.json").unlink(),
+        "no manifest.json",
+    ),
     "link": (link_checkpoint, "is a link"),
 }
 
@@ -149,7 +160,9 @@ def test_an_unfit_checkpoint_is_named_and_an_older_one_taken(
     (rejection,) = [e for e in read_events(run) if str(e["event"]).startswith("checkpoint_")
                and reason in str(e.get("cause"))]  # fmt: skip
     (resume_event,) = [e for e in read_events(run) if e["event"] == "resumed"]
-    assert resume_event["checkpoint"] == "step-00000002.g1" and str(rejection["path"]).startswith("step-")
+    assert resume_event["checkpoint"] == "step-00000002.g1" and str(rejection["path"]).startswith(
+        "step-"
+    )
 
 
 def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cordee.fault.course import ABORT_SIGNALS
-from tests.conftest import weights_digest, read_events, read_rows, train_small
-from tests.drills.live import BackgroundRun, check_same_descent
+from cordee.elastic.run_progress import ABORT_SIGNALS
+from tests.conftest import read_events, read_rows, train_small, weights_digest
+from tests.drills.background_run import BackgroundRun, check_same_descent
 
 STEPS = 40
 OVERRIDES = ("run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "checkpoint.every=10",
@@ -28,7 +28,9 @@ def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 def island_counts(folder: Path) -> list[int]:
     """How many islands computed, each number once for as long as it stayed."""
     counts = [int(str(row["islands"])) for row in read_rows(folder)]
-    return [count for previous, count in zip([0, *counts], counts, strict=False) if count != previous]
+    return [
+        count for previous, count in zip([0, *counts], counts, strict=False) if count != previous
+    ]
 
 
 @pytest.mark.parametrize("start", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -41,7 +43,9 @@ def test_who_is_told_to_leave_leaves_and_nobody_takes_its_place(
             pid = run.pids_by_rank()[rank]
             os.kill(pid, signal.SIGTERM)
             run.wait_until(lambda pid=pid: pid not in run.worker_names())  # type: ignore[misc]
-            assert "it was told to leave by SIGTERM" in str(run.wait_until(lambda: run.events_named("left")))
+            assert "it was told to leave by SIGTERM" in str(
+                run.wait_until(lambda: run.events_named("left"))
+            )
         assert run.wait_exit() == 0, run.output[-3000:]
         assert not run.events_named("lost") and not run.events_named("joined")
     assert island_counts(run_dir) == list(range(start, 1, -1))
@@ -49,7 +53,9 @@ def test_who_is_told_to_leave_leaves_and_nobody_takes_its_place(
 
 
 @pytest.mark.slow
-def test_islands_leave_die_and_are_replaced_in_one_run(reference_digest: str, run_dir: Path) -> None:
+def test_islands_leave_die_and_are_replaced_in_one_run(
+    reference_digest: str, run_dir: Path
+) -> None:
     """3, told: 2, killed: 1 until another worker is ready, 2."""
     with BackgroundRun(run_dir, *OVERRIDES, "launch.processes=3", "fault.spares=0") as run:
         run.wait_for_step(5)
@@ -84,7 +90,9 @@ def test_all_leave_in_good_order_and_come_back(
         if told not in ABORT_SIGNALS:  # as a terminal does that is closed
             run.process.send_signal(told)
         assert run.wait_exit() == 128 + told, run.output[-3000:]
-        assert read_events(run_dir)[-1]["event"] == "interrupted" and read_events(run_dir)[-1]["saved"]
+        assert (
+            read_events(run_dir)[-1]["event"] == "interrupted" and read_events(run_dir)[-1]["saved"]
+        )
     step_count = len(read_rows(run_dir))
     train_small(run_dir, *overrides)
     (resume_event,) = [event for event in read_events(run_dir) if event["event"] == "resumed"]
@@ -93,7 +101,9 @@ def test_all_leave_in_good_order_and_come_back(
 
 
 @pytest.mark.slow
-def test_the_last_worker_that_is_told_to_leave_takes_all_along(reference_digest: str, run_dir: Path) -> None:
+def test_the_last_worker_that_is_told_to_leave_takes_all_along(
+    reference_digest: str, run_dir: Path
+) -> None:
     overrides = (*OVERRIDES, "launch.processes=2", "layout.shard=2", "fault.spares=0")
     with BackgroundRun(run_dir, *overrides) as run:
         run.wait_for_step(12)
@@ -117,7 +127,9 @@ def test_a_cut_island_that_loses_a_rank(
 ) -> None:
     """Alone it waits until it is whole again; else the other island goes on."""
     overrides = (f"launch.processes={processes}", "layout.shard=2", f"fault.kill={kill}")
-    with BackgroundRun(run_dir, *OVERRIDES, *overrides, f"fault.spares={spares}", "fault.copy_every=5") as run:
+    with BackgroundRun(
+        run_dir, *OVERRIDES, *overrides, f"fault.spares={spares}", "fault.copy_every=5"
+    ) as run:
         if spares:
             run.wait_for_spares(spares)
         assert run.wait_exit() == 0, run.output[-3000:]
@@ -138,7 +150,13 @@ def test_an_island_of_any_axis_that_loses_a_rank_is_made_whole_by_a_spare(
 ) -> None:
     """What the dead rank alone held comes from its neighbour's memory. The same layout adds in the
     same order, so that even here, where bits are not promised over layouts, they are the same."""
-    overrides = [*OVERRIDES[1:], *axis.split(), "launch.processes=2", "fault.copy_every=5", "run.steps=24"]
+    overrides = [
+        *OVERRIDES[1:],
+        *axis.split(),
+        "launch.processes=2",
+        "fault.copy_every=5",
+        "run.steps=24",
+    ]
     train_small(tmp_path / "clean", *overrides)
     with BackgroundRun(tmp_path / "run", *overrides, "fault.kill=step.agree:17:1") as run:
         run.wait_for_spares(1)

@@ -15,12 +15,12 @@ from tests.conftest import (
     SMALL,
     TINY,
     clean_environment,
-    run_cordee,
-    weights_digest,
     read_events,
     read_rows,
+    run_cordee,
     train_small,
     wait_for_step,
+    weights_digest,
 )
 
 EXACT_OVERRIDES = ("run.exact=true", "run.steps=60", "evaluate.sample=0")
@@ -44,7 +44,9 @@ def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
     ids=lambda words: " ".join(words),
 )  # fmt: skip
-def test_same_bits_on_any_ranks(layout: tuple[str, ...], reference_digest: str, run_dir: Path) -> None:
+def test_same_bits_on_any_ranks(
+    layout: tuple[str, ...], reference_digest: str, run_dir: Path
+) -> None:
     train_small(run_dir, *EXACT_OVERRIDES, *layout)
     assert weights_digest(run_dir) == reference_digest
     assert [row["step"] for row in read_rows(run_dir)] == list(range(1, 61))
@@ -60,7 +62,9 @@ def test_same_bits_with_dropout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["step.commit:33:0", "save.rename:40:0"])
-def test_killed_at_a_point_ends_in_the_same_bits(point: str, reference_digest: str, run_dir: Path) -> None:
+def test_killed_at_a_point_ends_in_the_same_bits(
+    point: str, reference_digest: str, run_dir: Path
+) -> None:
     command = ("train", *SMALL, *EXACT_OVERRIDES, f"run.dir={run_dir}", "checkpoint.every=10")
     kill_result = run_cordee(*command, "launch.processes=2", f"fault.kill={point}", NO_REPLACEMENT)
     assert kill_result.returncode == 1

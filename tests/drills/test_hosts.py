@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, TINY, run_cordee, read_events, train_small
+from tests.conftest import SMALL, TINY, read_events, run_cordee, train_small
 from tests.drills.hosts import (
     LONG_RUN,
     HostGroup,
+    all_exit_within,
     check_run,
     clean_digest,
     free_port,
-    all_exit_within,
 )
-from tests.drills.wires import NetworkNamespaces, require_namespaces
+from tests.drills.network_namespaces import NetworkNamespaces, require_namespaces
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def wait_for_islands(host_group: HostGroup, islands: int) -> None:
     host_group.wait_for_step(host_group.last_step + 5)
 
 
-def test_hosts_are_killed_and_join_again_the_founder_too(reference_digest: str, run_dir: Path) -> None:
+def test_hosts_are_killed_and_join_again_the_founder_too(
+    reference_digest: str, run_dir: Path
+) -> None:
     with HostGroup(run_dir) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         wait_for_islands(host_group, 2)
@@ -60,7 +62,9 @@ def test_hosts_are_killed_and_join_again_the_founder_too(reference_digest: str, 
     assert event_names.count("host_silent") == 2
 
 
-def test_who_may_not_join_is_told_why_and_disturbs_nobody(reference_digest: str, run_dir: Path) -> None:
+def test_who_may_not_join_is_told_why_and_disturbs_nobody(
+    reference_digest: str, run_dir: Path
+) -> None:
     secret_path = run_dir.with_name("secret")
     secret_path.write_text("ab" * 32)
     secret_path.chmod(0o600)
@@ -102,7 +106,9 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(reference_digest: str,
 
 
 @pytest.mark.slow
-def test_a_frozen_host_is_fenced_and_comes_back_the_founder_too(reference_digest: str, run_dir: Path) -> None:
+def test_a_frozen_host_is_fenced_and_comes_back_the_founder_too(
+    reference_digest: str, run_dir: Path
+) -> None:
     with HostGroup(run_dir) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         for host, workers_first in ((joiner, False), (founder, True)):
@@ -136,12 +142,18 @@ def test_one_to_four_to_two_to_three_to_four_islands(reference_digest: str, run_
         wait_for_islands(host_group, 2)
         last_host = host_group.join(ranks=2, join_address=host_group.listen_address(third_host))
         wait_for_islands(host_group, 4)
-        assert [single_host.wait_exit(), third_host.wait_exit(), last_host.wait_exit()] == [0, 0, 0], host_group.transcript()
+        assert [single_host.wait_exit(), third_host.wait_exit(), last_host.wait_exit()] == [
+            0,
+            0,
+            0,
+        ], host_group.transcript()
     check_run(run_dir, reference_digest)
 
 
 @pytest.mark.slow
-def test_all_are_asked_to_leave_at_once_and_the_last_one_saves(reference_digest: str, run_dir: Path) -> None:
+def test_all_are_asked_to_leave_at_once_and_the_last_one_saves(
+    reference_digest: str, run_dir: Path
+) -> None:
     with HostGroup(run_dir) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         wait_for_islands(host_group, 2)
@@ -179,11 +191,16 @@ def test_a_host_is_lost_without_a_word(reference_digest: str, run_dir: Path, who
     """Its wire is taken away, then it dies: nobody gets a last packet."""
     require_namespaces()
     with NetworkNamespaces(2) as net, HostGroup(run_dir, address=f"{net.ip(0)}:7000") as host_group:
-        hosts = [host_group.start_first(prefix=net.command_prefix(0)), host_group.join(prefix=net.command_prefix(1))]
+        hosts = [
+            host_group.start_first(prefix=net.command_prefix(0)),
+            host_group.join(prefix=net.command_prefix(1)),
+        ]
         host_group.wait_for_islands(2)
         old_sent_bytes = net.sent_bytes(1)
         host_group.wait_for_step(host_group.last_step + 5)
-        assert net.sent_bytes(1) - old_sent_bytes > 100_000, "gradients do not travel over this wire"
+        assert net.sent_bytes(1) - old_sent_bytes > 100_000, (
+            "gradients do not travel over this wire"
+        )
         net.unplug(who)
         worker_pids = hosts[who].kill()
         host_group.wait_for_next_step()
@@ -210,7 +227,9 @@ def test_what_is_left_of_an_island_is_saved_and_waits(reference_digest: str, run
         assert "no island is whole: 1 of 2 ranks are ready here" in joiner.output
         joiner.kill()
     (save_event,) = [event for event in read_events(run_dir) if event["event"] == "rescued"]
-    assert 0 <= int(str(save_event["step"])) - int(str(save_event["state_of_step"])) <= 5, save_event
+    assert 0 <= int(str(save_event["step"])) - int(str(save_event["state_of_step"])) <= 5, (
+        save_event
+    )
     with HostGroup(run_dir, *overrides) as host_group:
         assert host_group.start_first(ranks=2).wait_exit() == 0, host_group.transcript()
     event_records = check_run(run_dir, reference_digest)
@@ -236,8 +255,14 @@ def test_partitions_heal(kind: str, times_s: tuple[int, ...], steps: int, tmp_pa
     require_namespaces()
     overrides, run_dir = (*TINY, f"run.steps={steps}"), tmp_path / "run"
     reference_digest = clean_digest(tmp_path / "clean", *overrides)
-    with NetworkNamespaces(2) as net, HostGroup(run_dir, *overrides, address=f"{net.ip(0)}:7000") as host_group:
-        hosts = [host_group.start_first(prefix=net.command_prefix(0)), host_group.join(prefix=net.command_prefix(1))]
+    with (
+        NetworkNamespaces(2) as net,
+        HostGroup(run_dir, *overrides, address=f"{net.ip(0)}:7000") as host_group,
+    ):
+        hosts = [
+            host_group.start_first(prefix=net.command_prefix(0)),
+            host_group.join(prefix=net.command_prefix(1)),
+        ]
         for host_index, time_s in zip((1, 0), times_s, strict=False):
             wait_for_islands(host_group, 2)
             time.sleep(2)  # deadlines follow from heartbeats that were seen

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, clean_environment, weights_digest, read_events, read_rows, train_small
+from tests.conftest import (
+    SMALL,
+    clean_environment,
+    read_events,
+    read_rows,
+    train_small,
+    weights_digest,
+)
 
 OVERRIDES = ("run.exact=true", "run.steps=60", "evaluate.sample=0", "checkpoint.every=10")
 
@@ -25,14 +32,22 @@ def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_found_by_the_time_that_steps_take(reference_digest: str, run_dir: Path) -> None:
+def test_a_rank_that_hangs_is_found_by_the_time_that_steps_take(
+    reference_digest: str, run_dir: Path
+) -> None:
     result = train_small(
-        run_dir, *OVERRIDES, "launch.processes=2", "fault.kill=!step.start:40:1", "fault.silence_s=60"
+        run_dir,
+        *OVERRIDES,
+        "launch.processes=2",
+        "fault.kill=!step.start:40:1",
+        "fault.silence_s=60",
     )
     assert weights_digest(run_dir) == reference_digest
     loss_events = [e for e in read_events(run_dir) if e["event"] in ("stuck", "lost")]
     assert [e["event"] for e in loss_events] == ["stuck", "lost"], loss_events
-    assert {e["rank"] for e in loss_events} == {1} and {e["phase"] for e in loss_events} == {"step.start"}
+    assert {e["rank"] for e in loss_events} == {1} and {e["phase"] for e in loss_events} == {
+        "step.start"
+    }
     assert "did not leave generation" in result.stderr
     assert [row["step"] for row in read_rows(run_dir)] == list(range(1, 61))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL, run_cordee, read_rows, train_small
+from tests.conftest import SMALL, read_rows, run_cordee, train_small
 
 
 def ledger(run: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
@@ -26,7 +26,9 @@ def test_layouts_leave_the_same_words(layout: str, tmp_path: Path) -> None:
     overrides = ("run.steps=6", "evaluate.sample=0", "model.layers=2", "data.prefetch=1")
     train_small(tmp_path / "one", *overrides[:3], "launch.processes=1")
     train_small(tmp_path / "cut", *overrides, "launch.processes=2", layout)
-    reference_samples, layout_samples = ([row["samples"] for row in read_rows(tmp_path / name)] for name in ("one", "cut"))
+    reference_samples, layout_samples = (
+        [row["samples"] for row in read_rows(tmp_path / name)] for name in ("one", "cut")
+    )
     assert reference_samples == layout_samples
     assert ledger(tmp_path / "cut")["holds"]
 

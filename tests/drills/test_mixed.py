@@ -1,6 +1,6 @@
 """Hosts on devices of different kinds in one run: who is let in, what is said, and the samples.
 
-The other kind is a name here (`called.py`): what an accelerator computes is tested on one
+The other kind is a name here (`worker_name.py`): what an accelerator computes is tested on one
 (tests/gpu), and how messages reach it in tests/metal.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_cordee, read_events, read_rows
+from tests.conftest import read_events, read_rows, run_cordee
 from tests.drills.hosts import HostGroup
 
-CUDA_PREFIX = (sys.executable, "-m", "tests.drills.called", "cuda")
+CUDA_PREFIX = (sys.executable, "-m", "tests.drills.rendezvous_by_call", "cuda")
 TOLERANT_OVERRIDES = ("run.exact=false", "run.precision=fp32", "sync.protocol=exchange")
 
 
@@ -54,7 +54,10 @@ def test_bits_are_promised_to_like_devices_only(run_dir: Path) -> None:
 @pytest.mark.slow
 def test_islands_of_two_ranks(run_dir: Path) -> None:
     with HostGroup(run_dir, *TOLERANT_OVERRIDES, "layout.shard=2") as host_group:
-        founder, joiner = host_group.start_first(ranks=2, prefix=CUDA_PREFIX), host_group.join(ranks=2)
+        founder, joiner = (
+            host_group.start_first(ranks=2, prefix=CUDA_PREFIX),
+            host_group.join(ranks=2),
+        )
         host_group.wait_for_islands(2)
         host_group.wait_for_step(host_group.last_step + 3)
         assert [founder.wait_exit(), joiner.wait_exit()] == [0, 0], host_group.transcript()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_cordee, weights_digest, read_events, read_rows, train_small
-from tests.drills.live import BackgroundRun, check_same_descent
+from tests.conftest import read_events, read_rows, run_cordee, train_small, weights_digest
+from tests.drills.background_run import BackgroundRun, check_same_descent
 
 OVERRIDES = ("run.exact=true", "evaluate.sample=0", "checkpoint.every=10", "run.epochs=3",
          "data.tokens=0", "data.weights=3,1")  # fmt: skip
@@ -20,7 +20,9 @@ def mixture_overrides(tmp_path: Path) -> tuple[str, ...]:
     """A run of three epochs over a text and a folder of shards."""
     (tmp_path / "one.txt").write_text("the quick brown fox jumps over it. " * 120)
     (tmp_path / "two.txt").write_text("0123456789 and so on; " * 140)
-    result = run_cordee("data", "prepare", "two.txt", "shards", "--held-out", "0.2", folder=tmp_path)
+    result = run_cordee(
+        "data", "prepare", "two.txt", "shards", "--held-out", "0.2", folder=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     return (*OVERRIDES, f"data.path={tmp_path}/one.txt;{tmp_path}/shards")
 
@@ -50,7 +52,9 @@ def test_a_mixture_is_the_same_on_any_islands_over_any_kill(
     step = ledger(tmp_path / "run", "--step", "4")
     sample = step["samples"][1][0]
     sample_answer = ledger(tmp_path / "run", "--sample", str(sample))
-    assert {(use["step"], use["microbatch"], use["row"]) for use in sample_answer["uses"]} >= {(4, 1, 0)}
+    assert {(use["step"], use["microbatch"], use["row"]) for use in sample_answer["uses"]} >= {
+        (4, 1, 0)
+    }
     assert sample_answer["source"].endswith(("one.txt", "shards"))
 
 
@@ -64,6 +68,11 @@ def test_other_weights_are_another_run(mixture_overrides: tuple[str, ...], run_d
 
 def test_a_prepared_folder_on_two_ranks(mixture_overrides: tuple[str, ...], tmp_path: Path) -> None:
     """The ranks' launcher reads it where it lies."""
-    overrides = ("data.tokens=0", f"data.path={tmp_path}/shards", "run.steps=4", "evaluate.sample=0")
+    overrides = (
+        "data.tokens=0",
+        f"data.path={tmp_path}/shards",
+        "run.steps=4",
+        "evaluate.sample=0",
+    )
     train_small(tmp_path / "run", *overrides, "launch.processes=2")
     assert ledger(tmp_path / "run")["holds"]

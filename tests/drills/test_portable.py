@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import clean_environment, run_cordee, weights_digest, read_events, train_small
-from tests.drills.live import BackgroundRun, check_same_descent
+from tests.conftest import clean_environment, read_events, run_cordee, train_small, weights_digest
+from tests.drills.background_run import BackgroundRun, check_same_descent
 
 SITE_CUSTOMIZE = """
 import ctypes, os, signal, socket
@@ -43,7 +43,7 @@ OVERRIDES = ("run.exact=true", "run.steps=90", "evaluate.sample=0", "checkpoint.
 
 @pytest.fixture
 def python_path(tmp_path: Path) -> str:
-    """Where Python finds `WITHOUT`, and the package."""
+    """Where Python finds `SITE_CUSTOMIZE`, and the package."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE_CUSTOMIZE)

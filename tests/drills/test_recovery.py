@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import weights_digest, read_events, train_small
-from tests.drills.live import BackgroundRun, check_same_descent
+from tests.conftest import read_events, train_small, weights_digest
+from tests.drills.background_run import BackgroundRun, check_same_descent
 
 STEPS = 48
 OVERRIDES = (
@@ -36,7 +36,9 @@ def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights_digest(folder)
 
 
-def graded_params(fast_value: str, *slow_values: str, nightly: tuple[str, ...] = ()) -> list[object]:
+def graded_params(
+    fast_value: str, *slow_values: str, nightly: tuple[str, ...] = ()
+) -> list[object]:
     """Parameters: one that is fast, some that a change has to pass, repetitions of these."""
     return [
         fast_value,
@@ -58,7 +60,9 @@ KILLS_WITH_SPARES = graded_params(
 
 
 @pytest.mark.parametrize("kills", KILLS_WITH_SPARES)
-def test_a_warm_spare_takes_the_place_of_the_dead(kills: str, reference_digest: str, run_dir: Path) -> None:
+def test_a_warm_spare_takes_the_place_of_the_dead(
+    kills: str, reference_digest: str, run_dir: Path
+) -> None:
     """A kill in each generation, and a spare for each of them."""
     count = len(kills.split(","))
     overrides = (f"fault.kill={kills}", f"fault.spares={count}", LONG_SILENCE)
@@ -83,7 +87,9 @@ KILLS_WITHOUT_SPARES = graded_params(
 
 @pytest.mark.parametrize("kill", KILLS_WITHOUT_SPARES)
 def test_without_a_spare_the_others_go_on(kill: str, reference_digest: str, run_dir: Path) -> None:
-    with BackgroundRun(run_dir, *TWO_PROCESSES, f"fault.kill={kill}", "fault.spares=0", LONG_SILENCE) as run:
+    with BackgroundRun(
+        run_dir, *TWO_PROCESSES, f"fault.kill={kill}", "fault.spares=0", LONG_SILENCE
+    ) as run:
         assert run.wait_exit() == 0, run.output[-3000:]
         (loss_event,) = run.events_named("lost")
         assert "the others go on" in str(loss_event["says"])
@@ -107,7 +113,9 @@ KILLS_IN_RECOVERY = graded_params(
 @pytest.mark.parametrize("kills", KILLS_IN_RECOVERY)
 def test_a_kill_during_recovery(kills: str, reference_digest: str, run_dir: Path) -> None:
     """The donor, the receiver, and where nobody is left who knows the state: from disk."""
-    with BackgroundRun(run_dir, *TWO_PROCESSES, f"fault.kill={kills}", "fault.spares=2", LONG_SILENCE) as run:
+    with BackgroundRun(
+        run_dir, *TWO_PROCESSES, f"fault.kill={kills}", "fault.spares=2", LONG_SILENCE
+    ) as run:
         run.wait_for_spares(2)
         assert run.wait_exit() == 0, run.output[-3000:]
         assert len(run.events_named("lost")) == len(kills.split(","))
@@ -154,7 +162,9 @@ def test_the_supervisor(reference_digest: str, run_dir: Path) -> None:
 def test_who_dies_before_all_are_ready_is_replaced(reference_digest: str, run_dir: Path) -> None:
     """One that imports, then one that is ready while the other still imports."""
     with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE) as run:
-        first_pid, second_pid = run.wait_until(lambda: worker_pids if len(worker_pids := sorted(run.worker_names())) == 2 else None)
+        first_pid, second_pid = run.wait_until(
+            lambda: worker_pids if len(worker_pids := sorted(run.worker_names())) == 2 else None
+        )
         os.kill(first_pid, signal.SIGSTOP)
         os.kill(second_pid, signal.SIGKILL)
         (spare_pid,) = run.wait_until(run.spare_pids)
@@ -215,7 +225,9 @@ def test_a_death_while_the_disk_refuses(rank: int, reference_digest: str, run_di
                 _, hard_limit = resource.prlimit(pid, resource.RLIMIT_FSIZE)
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
         assert run.wait_exit() == 0, run.output[-3000:]
-        assert "CANNOT WRITE plan.json" in run.output and not run.events_named("resumed"), run.output
+        assert "CANNOT WRITE plan.json" in run.output and not run.events_named("resumed"), (
+            run.output
+        )
         assert len(run.events_named("lost")) == 1
     check_same_descent(run_dir, reference_digest, STEPS)
 
@@ -224,7 +236,9 @@ def test_a_death_while_the_disk_refuses(rank: int, reference_digest: str, run_di
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_frozen_rank_is_named_and_replaced(rank: int, reference_digest: str, run_dir: Path) -> None:
+def test_a_frozen_rank_is_named_and_replaced(
+    rank: int, reference_digest: str, run_dir: Path
+) -> None:
     with BackgroundRun(run_dir, *TWO_PROCESSES, "fault.silence_s=2") as run:
         run.wait_for_step(10)
         pid = run.pids_by_rank()[rank]
@@ -241,14 +255,14 @@ def test_a_frozen_rank_is_named_and_replaced(rank: int, reference_digest: str, r
 
 
 @pytest.mark.slow
-def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(
-    tmp_path: Path,
-) -> None:
+def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(tmp_path: Path) -> None:
     """A rank is frozen when the other one dies, and who took the place of the dead dies as well."""
     steps, run_dir = 300, tmp_path / "run"
     overrides = (*OVERRIDES, f"run.steps={steps}", "evaluate.every=0", "batch.microbatches=4")
     train_small(tmp_path / "clean", *overrides, "launch.processes=1")
-    with BackgroundRun(run_dir, *overrides, "launch.processes=2", LONG_SILENCE, "fault.spares=2") as run:
+    with BackgroundRun(
+        run_dir, *overrides, "launch.processes=2", LONG_SILENCE, "fault.spares=2"
+    ) as run:
         run.wait_for_spares(2)
         run.wait_for_step(150)  # by then it is known how long steps take
         old_ranks = run.pids_by_rank()
@@ -259,7 +273,9 @@ def test_who_does_not_leave_is_replaced_though_the_next_generation_ends_too(
         for pid in set(run.pids_by_rank().values()) - set(old_ranks.values()):
             os.kill(pid, signal.SIGKILL)
         assert run.wait_exit(60) == 0, run.output[-3000:]
-        (sentence,) = [event["says"] for event in run.events_named("lost") if event["pid"] == old_ranks[1]]
+        (sentence,) = [
+            event["says"] for event in run.events_named("lost") if event["pid"] == old_ranks[1]
+        ]
         assert "did not leave generation" in sentence
     check_same_descent(run_dir, weights_digest(tmp_path / "clean"), steps)
 
@@ -274,7 +290,9 @@ def test_a_short_freeze_changes_nothing(reference_digest: str, run_dir: Path) ->
             time.sleep(1)
             os.kill(pid, signal.SIGCONT)
         assert run.wait_exit() == 0, run.output[-3000:]
-        assert {"lost", "broken", "joined"}.isdisjoint(str(e["event"]) for e in read_events(run_dir))
+        assert {"lost", "broken", "joined"}.isdisjoint(
+            str(e["event"]) for e in read_events(run_dir)
+        )
     check_same_descent(run_dir, reference_digest, STEPS)
 
 

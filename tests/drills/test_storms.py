@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, clean_environment, run_cordee, weights_digest, read_events, read_rows, train_small
+from tests.conftest import (
+    SMALL,
+    clean_environment,
+    read_events,
+    read_rows,
+    run_cordee,
+    train_small,
+    weights_digest,
+)
 
 STEPS = 150
 LONG_OVERRIDES = (
@@ -57,7 +65,9 @@ class TrainProcess:
     def wait_for_rows(self, row_count: int, deadline_s: float = 90.0) -> None:
         """Waits until that many rows are written."""
         path = self.folder / "metrics.jsonl"
-        self._wait(lambda: path.exists() and path.read_bytes().count(b"\n") >= row_count, deadline_s)
+        self._wait(
+            lambda: path.exists() and path.read_bytes().count(b"\n") >= row_count, deadline_s
+        )
 
     def wait_for_text(self, text: str, deadline_s: float = 60.0) -> None:
         """Waits for words on the screen."""
@@ -162,7 +172,9 @@ def test_a_disk_that_is_full_or_read_only_for_a_while(
     disk.mkdir()
     prefix = ("unshare", "-rm", "sh", "-c", MOUNT_SCRIPT, "sh", str(disk))
     try:
-        can_mount = subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0
+        can_mount = (
+            subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0
+        )
     except OSError:
         can_mount = False
     if not can_mount:
@@ -183,7 +195,9 @@ def test_a_disk_that_is_full_or_read_only_for_a_while(
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(reference_digest: str, run_dir: Path) -> None:
+def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(
+    reference_digest: str, run_dir: Path
+) -> None:
     run = TrainProcess(run_dir, "launch.processes=2")
     run.wait_for_rows(25)
     run.process.send_signal(signal.SIGINT)
@@ -196,10 +210,14 @@ def test_ctrl_c_twice_leaves_at_once_and_the_run_goes_on_later(reference_digest:
     assert [row["step"] for row in read_rows(run_dir)] == list(range(1, STEPS + 1))
 
 
-def test_a_second_process_is_refused_and_the_first_is_unharmed(reference_digest: str, run_dir: Path) -> None:
+def test_a_second_process_is_refused_and_the_first_is_unharmed(
+    reference_digest: str, run_dir: Path
+) -> None:
     run = TrainProcess(run_dir, "launch.processes=1")
     run.wait_for_rows(5)
-    second_result = run_cordee("train", *SMALL, *LONG_OVERRIDES, f"run.dir={run_dir}", "launch.processes=1")
+    second_result = run_cordee(
+        "train", *SMALL, *LONG_OVERRIDES, f"run.dir={run_dir}", "launch.processes=1"
+    )
     assert second_result.returncode == 2
     assert "another process trains in this folder" in second_result.stderr
     assert run.wait_for_exit() == 0
@@ -209,7 +227,9 @@ def test_a_second_process_is_refused_and_the_first_is_unharmed(reference_digest:
 def test_no_rank_outlives_its_launcher(run_dir: Path) -> None:
     run = TrainProcess(run_dir, "launch.processes=3", "run.steps=100000")
     run.wait_for_rows(5)
-    child_pids = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    child_pids = (
+        Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    )
     assert len(child_pids) >= 3  # a slow machine has a warm spare by now
     run.process.kill()
     run.wait_for_exit(10)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from cordee.layout.shares import CHANGE_INTERVAL_STEPS, balance_microbatches
-from cordee.testing import throttle
+from cordee.launcher.run_ranks import throttle
+from cordee.layout.load_balance import CHANGE_INTERVAL_STEPS, balance_microbatches
 from tests.conftest import (
     SMALL,
     clean_environment,
-    run_cordee,
-    weights_digest,
     read_events,
     read_rows,
+    run_cordee,
     train_small,
     wait_for_step,
+    weights_digest,
 )
 
 OVERRIDES = ("run.exact=true", "run.steps=120", "evaluate.sample=0", "model.width=128",
@@ -60,10 +60,16 @@ def test_microbatches_follow_speed_and_the_bits_stay(tmp_path: Path) -> None:
         step, seconds = int(str(event["step"])), event["seconds_per_microbatch"]
         assert event["after"] == shares_by_step[step + 1] == balance_microbatches(seconds, 12)  # type: ignore[arg-type]
         assert event["before"] == shares_by_step[step] and "times as long" in str(event["why"])
-    assert all(b - a >= CHANGE_INTERVAL_STEPS for a, b in zip(*(_event_steps(rebalances)[i:] for i in (0, 1)), strict=False))
+    assert all(
+        b - a >= CHANGE_INTERVAL_STEPS
+        for a, b in zip(*(_event_steps(rebalances)[i:] for i in (0, 1)), strict=False)
+    )
     # A slow machine's noise is in the shares; that they follow within ten steps is not noise. How
     # soon they come back is, where other work slows a rank that nobody stops any more.
-    assert min(shares_by_step[s][1] for s in range(slow_step, slow_step + 12)) <= 4, (slow_step, rebalances)
+    assert min(shares_by_step[s][1] for s in range(slow_step, slow_step + 12)) <= 4, (
+        slow_step,
+        rebalances,
+    )
     assert shares_by_step[fast_step][1] <= 5, (fast_step, rebalances)
     assert max(shares_by_step[s][1] for s in range(fast_step, 121)) >= 5, (fast_step, rebalances)
 

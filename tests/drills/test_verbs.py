@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from cordee.cli.main import VERBS
-from tests.conftest import SMALL, run_cordee, read_events, read_rows
+from tests.conftest import SMALL, read_events, read_rows, run_cordee
 
 TEXT = "def first(n):\n    return [x * n for x in range(n)]\n\n\nclass Node:\n    pass\n\n"
 
@@ -82,7 +82,10 @@ def test_fingerprint_is_the_digest_of_the_file_that_export_writes(home: Path) ->
     printed_digest = verb_json(home, "fingerprint", "runs/small")["weights_sha256"]
     assert printed_digest == read_events(home / "runs" / "small")[-1]["weights_sha256"]
     newest_checkpoint = sorted((home / "runs/small/checkpoints").glob("step-*"))[-1]
-    assert run_cordee("fingerprint", str(newest_checkpoint), folder=home).stdout.strip() == printed_digest
+    assert (
+        run_cordee("fingerprint", str(newest_checkpoint), folder=home).stdout.strip()
+        == printed_digest
+    )
     with safe_open(home / str(answer["file"]), framework="np") as file:
         names = sorted(file.keys())
         assert {"embed.weight", "head.weight", "blocks.0.mlp.down.weight"} <= set(names)
@@ -99,7 +102,10 @@ def test_sample_is_the_same_text_for_the_same_seed(home: Path) -> None:
     assert str(text).startswith("class ")
     # The text is so simple that the model knows it by heart: only heat makes seeds differ.
     hot_arguments = (*arguments, "--temperature", "3")
-    assert verb_json(home, *hot_arguments, "--seed", "1")["text"] != verb_json(home, *hot_arguments, "--seed", "2")["text"]
+    assert (
+        verb_json(home, *hot_arguments, "--seed", "1")["text"]
+        != verb_json(home, *hot_arguments, "--seed", "2")["text"]
+    )
     refusal = run_cordee("sample", "small", "--temperature", "-1", folder=home)
     assert refusal.returncode == 2
 
@@ -123,7 +129,9 @@ def test_data_prepare_inspect_verify_and_train_on_it(home: Path) -> None:
 
 
 def test_config_show_is_a_file_that_gives_the_same_run(home: Path) -> None:
-    show_result = run_cordee("config", "show", "model.preset=micro", "optim.name=adamw", folder=home)
+    show_result = run_cordee(
+        "config", "show", "model.preset=micro", "optim.name=adamw", folder=home
+    )
     (home / "mine.toml").write_text(show_result.stdout)
     file_config = verb_json(home, "config", "show", "mine.toml")
     override_config = verb_json(home, "config", "show", "model.preset=micro", "optim.name=adamw")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SMALL, run_cordee, weights_digest, read_rows, train_small
+from tests.conftest import SMALL, read_rows, run_cordee, train_small, weights_digest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     overrides = (*CUDA_RUN, "run.exact=true", "checkpoint.every=5")
     train_small(tmp_path / "clean", *overrides)
     command = ("train", *SMALL, *overrides, f"run.dir={tmp_path / 'again'}")
-    assert run_cordee(*command, "fault.kill=step.commit:12:0", "fault.recover=false").returncode != 0
+    assert (
+        run_cordee(*command, "fault.kill=step.commit:12:0", "fault.recover=false").returncode != 0
+    )
     assert run_cordee(*command).returncode == 0
     assert weights_digest(tmp_path / "again") == weights_digest(tmp_path / "clean")
 
@@ -61,7 +63,9 @@ def test_lower_precisions_stay_near(precision: str, tmp_path: Path) -> None:
     if precision == "fp8" and not has_fp8():
         pytest.skip("this device does not multiply in fp8")
     fp32_losses = losses(tmp_path / "fp32", *CUDA_RUN, FP32)
-    assert_close(losses(tmp_path / precision, *CUDA_RUN, f"run.precision={precision}"), fp32_losses, 4e-2)
+    assert_close(
+        losses(tmp_path / precision, *CUDA_RUN, f"run.precision={precision}"), fp32_losses, 4e-2
+    )
 
 
 @pytest.mark.parametrize(

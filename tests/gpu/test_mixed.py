@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import run_cordee, read_events, read_rows, train_small
+from tests.conftest import read_events, read_rows, run_cordee, train_small
 from tests.drills.hosts import LONG_RUN, HostGroup
 
 pytestmark = [
@@ -42,7 +42,9 @@ def test_the_samples_are_the_same(
         host_group.wait_for_islands(2)
         assert [host.wait_exit() for host in hosts] == [0, 0], host_group.transcript()
     assert [row["step"] for row in read_rows(run_dir)] == list(range(1, STEPS + 1))
-    assert [row["samples"] for row in read_rows(run_dir)] == [row["samples"] for row in read_rows(single_dir)]
+    assert [row["samples"] for row in read_rows(run_dir)] == [
+        row["samples"] for row in read_rows(single_dir)
+    ]
     ledger = run_cordee("data", "ledger", str(run_dir))
     assert ledger.returncode == 0, ledger.stdout + ledger.stderr
     rel = 4e-2 if "sync.codec=bf16" in overrides else 1e-2

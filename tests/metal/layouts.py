@@ -8,25 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cordee.begin import prepare_dataset, resolve_config
-from cordee.build import RunState, build_run_state
 from cordee.checkpoint.folders import folder_name
 from cordee.checkpoint.load import open_checkpoint
-from cordee.checkpoint.state import select_pieces, make_reader
+from cordee.checkpoint.train_state import make_reader, select_pieces
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
-from cordee.dist.start import RankProcess
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.layout.stages import make_stages
-from cordee.model.initial import init_weights
+from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
-from cordee.parallel.apply import LocalModel, make_local_model
-from cordee.parallel.shard import Sharding
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.train import full_tensor
-from cordee.trial import trial_step
+from cordee.parallel.fsdp import Sharding
+from cordee.parallel.parallelize import LocalModel, make_local_model
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.training.build import RunState, build_run_state
+from cordee.training.lr_trial import trial_step
+from cordee.training.user_parts import Parts
+from cordee.training.worker import full_tensor
 
 DENSE = (
     "model.preset=micro", "model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2",
@@ -54,7 +54,9 @@ def build_full_model(run: Run, vocabulary: int = 256) -> Transformer:
     return model
 
 
-def build_local_model(run: Run, mesh: Mesh, sharding: Sharding, vocabulary: int = 256) -> LocalModel:
+def build_local_model(
+    run: Run, mesh: Mesh, sharding: Sharding, vocabulary: int = 256
+) -> LocalModel:
     """The run's model for the rank of `mesh`, on the CPU."""
     stages = make_stages(run.model, vocabulary, run.layout, mesh.layout.pipeline)
     return make_local_model(run, stages, mesh, vocabulary, "cpu", sharding)
@@ -66,7 +68,7 @@ def make_run(folder: str, *overrides: str) -> Run:
 
 
 def make_run_state(process: RankProcess, folder: str, overrides: tuple[str, ...]) -> RunState:
-    """A live run of all ranks of `world`."""
+    """A live run of all ranks of `process`."""
     run = make_run(folder, *overrides)
     for is_first_turn in (True, False):
         if process.is_first is is_first_turn:
@@ -85,7 +87,9 @@ def train_curve(process: RankProcess, folder: str, overrides: tuple[str, ...], s
     return Curve(losses, norms, gather_parameters(state))
 
 
-def train_curves(process: RankProcess, folder: str, jobs: list[tuple[str, ...]], steps: int) -> list[Curve]:
+def train_curves(
+    process: RankProcess, folder: str, jobs: list[tuple[str, ...]], steps: int
+) -> list[Curve]:
     """One curve for each job, one after another in the same processes."""
     torch.manual_seed(0)
     all_curves = [train_curve(process, folder, overrides, steps) for overrides in jobs]
@@ -133,7 +137,12 @@ def resume_pairs(
         reference_losses = [trial_step(first_state, step_number)[0] for step_number in range(5, 10)]
         second_state = make_run_state(process, run_folder, second_overrides)
         restore_checkpoint(second_state, path)
-        results.append((reference_losses, [trial_step(second_state, step_number)[0] for step_number in range(5, 10)]))
+        results.append(
+            (
+                reference_losses,
+                [trial_step(second_state, step_number)[0] for step_number in range(5, 10)],
+            )
+        )
     return results if process.is_first else []
 
 

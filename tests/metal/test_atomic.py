@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cordee.begin import prepare_dataset, resolve_config
-from cordee.build import RunState, build_run_state
 from cordee.config.load import load
-from cordee.data.samples import describe_samples
-from cordee.desk import RunLogger
-from cordee.dist.start import RankProcess
-from cordee.fault.leave import StopRequest
-from cordee.optim.scale import GROWTH_INTERVAL
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.testing import launch
-from cordee.train import train_step
+from cordee.data.map_dataset import describe_samples
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.prepare import prepare_dataset, resolve_config
+from cordee.launcher.run_ranks import launch
+from cordee.optim.loss_scale import GROWTH_INTERVAL
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.training.build import RunState, build_run_state
+from cordee.training.run_logger import RunLogger
+from cordee.training.stop_request import StopRequest
+from cordee.training.user_parts import Parts
+from cordee.training.worker import train_step
 from tests.conftest import SMALL
 from tests.metal import test_brought as user_models
 
@@ -89,7 +89,9 @@ class InterruptingMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_run_state(process: RankProcess, name: str, folder: Path, layout: tuple[str, ...] = ()) -> RunState:
+def make_run_state(
+    process: RankProcess, name: str, folder: Path, layout: tuple[str, ...] = ()
+) -> RunState:
     """A fresh run of a case; every rank has a folder of its own."""
     overrides = (*CASES[name][0], *layout, f"run.dir={folder}")
     user_parts = Parts()
@@ -103,7 +105,9 @@ def make_run_state(process: RankProcess, name: str, folder: Path, layout: tuple[
         data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
     state = build_run_state(run, plan, process, data, user_parts)
-    state.loss_scale.good_steps = GROWTH_INTERVAL - INTERRUPTED_STEP  # it would double with the interrupted step
+    state.loss_scale.good_steps = (
+        GROWTH_INTERVAL - INTERRUPTED_STEP
+    )  # it would double with the interrupted step
     return state
 
 
@@ -145,10 +149,14 @@ def count_collectives(state: RunState, logger: RunLogger) -> int:
 
 
 def run_interrupted_cases(
-    process: RankProcess, folder: str, names: list[str], layout: tuple[str, ...] = (), is_repeatable: bool = True
+    process: RankProcess,
+    folder: str,
+    names: list[str],
+    layout: tuple[str, ...] = (),
+    is_repeatable: bool = True,
 ) -> list[int]:
     """Each case undisturbed, and with one step interrupted: the same (unless the step cannot be
-    done `again` in place). How many collectives that step has."""
+    done `is_repeatable` in place). How many collectives that step has."""
     torch.set_num_threads(1)
     counts: list[int] = []
     for index, name in enumerate(names):
@@ -172,7 +180,9 @@ def run_interrupted_cases(
             logger.close()
         if is_repeatable:
             check_same(*final_states)
-        assert final_states[0]["scale"] == FINAL_SCALES.get(name, (1.0, GROWTH_INTERVAL - INTERRUPTED_STEP))
+        assert final_states[0]["scale"] == FINAL_SCALES.get(
+            name, (1.0, GROWTH_INTERVAL - INTERRUPTED_STEP)
+        )
         assert final_states[0]["step"][2] == ("dropped" in name)
     return counts
 
@@ -191,6 +201,8 @@ def test_an_interrupted_step_of_a_cut_island(axis: str, tmp_path: Path) -> None:
     try, which is not here."""
     names, layout = ["muon", "adamw"], (f"layout.{axis}=2", "batch.microbatches=2")
     is_repeatable = axis == "tensor"
-    muon, adamw = launch(run_interrupted_cases, str(tmp_path), names, layout, is_repeatable, ranks=2)[0]
+    muon, adamw = launch(
+        run_interrupted_cases, str(tmp_path), names, layout, is_repeatable, ranks=2
+    )[0]
     # Parts of matrices to who computes them, and back.
     assert muon == adamw + 2 if is_repeatable else muon > adamw > 0

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.balance import set_worker_ranges
-from cordee.dist.start import RankProcess
-from cordee.layout.shares import microbatch_ranges
-from cordee.testing import launch
-from cordee.trial import trial_step
-from tests.metal.layouts import DENSE, Curve, make_run_state, gather_parameters
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.run_ranks import launch
+from cordee.layout.load_balance import microbatch_ranges
+from cordee.training.load_balance import set_worker_ranges
+from cordee.training.lr_trial import trial_step
+from tests.metal.layouts import DENSE, Curve, gather_parameters, make_run_state
 
 EXACT_OVERRIDES = (*DENSE, "run.exact=true", "model.dropout=0.1", "data.prefetch=1")
 STEPS = 6
@@ -30,8 +30,14 @@ def train_with_shares(process: RankProcess, folder: str, jobs: list[Job]) -> lis
         for step_number in range(STEPS):
             if shares_by_step:
                 workers = state.plan.layout.dp_size // state.plan.layout.island
-                set_worker_ranges(state, microbatch_ranges(shares_by_step[step_number % len(shares_by_step)], workers))
-                assert state.plan.island_microbatches == shares_by_step[step_number % len(shares_by_step)]
+                set_worker_ranges(
+                    state,
+                    microbatch_ranges(shares_by_step[step_number % len(shares_by_step)], workers),
+                )
+                assert (
+                    state.plan.island_microbatches
+                    == shares_by_step[step_number % len(shares_by_step)]
+                )
             step_results.append(trial_step(state, step_number))
         losses, norms = ([pair[i] for pair in step_results] for i in range(2))
         curves.append(Curve(losses, norms, gather_parameters(state)))
@@ -42,7 +48,9 @@ def train_with_shares(process: RankProcess, folder: str, jobs: list[Job]) -> lis
 def reference_curves(tmp_path_factory: pytest.TempPathFactory) -> list[Curve]:
     """What one process does, exact and not."""
     folder = str(tmp_path_factory.mktemp("alone"))
-    curves: list[Curve] = launch(train_with_shares, folder, [(EXACT_OVERRIDES, []), (DENSE, [])], ranks=1)[0]
+    curves: list[Curve] = launch(
+        train_with_shares, folder, [(EXACT_OVERRIDES, []), (DENSE, [])], ranks=1
+    )[0]
     return curves
 
 
@@ -59,7 +67,9 @@ SHARES_OF_THREE = [[8, 0, 0], [0, 8, 0], [3, 0, 5], [1, 6, 1], [0, 1, 7], [2, 3,
 def test_exact_bits_whoever_computes(
     ranks: int, shares_by_step: list[list[int]], reference_curves: list[Curve], tmp_path: Path
 ) -> None:
-    (curve,) = launch(train_with_shares, str(tmp_path), [(EXACT_OVERRIDES, shares_by_step)], ranks=ranks)[0]
+    (curve,) = launch(
+        train_with_shares, str(tmp_path), [(EXACT_OVERRIDES, shares_by_step)], ranks=ranks
+    )[0]
     assert has_same_bits(curve, reference_curves[0])
 
 
@@ -73,12 +83,16 @@ def test_exact_bits_with_shards_inside(reference_curves: list[Curve], tmp_path: 
 @pytest.mark.slow
 def test_the_curve_of_other_sums(reference_curves: list[Curve], tmp_path: Path) -> None:
     jobs_of_two: list[Job] = [
-        ((*DENSE, "sync.protocol=allreduce"), SHARES_OF_TWO), ((*DENSE, "sync.protocol=exchange"), SHARES_OF_TWO),
-    ]  # fmt: skip
+        ((*DENSE, "sync.protocol=allreduce"), SHARES_OF_TWO),
+        ((*DENSE, "sync.protocol=exchange"), SHARES_OF_TWO),
+    ]
     island_overrides = (*DENSE, "layout.islands=2")
     jobs_of_four: list[Job] = [
         ((*island_overrides, "layout.tensor=2", "sync.protocol=exchange"), [[7, 1], [2, 6]]),
-        ((*island_overrides, "layout.shard=2", "layout.zero=3", "sync.protocol=allreduce"), [[6, 2], [2, 6]]),
+        (
+            (*island_overrides, "layout.shard=2", "layout.zero=3", "sync.protocol=allreduce"),
+            [[6, 2], [2, 6]],
+        ),
     ]
     for jobs, ranks in ((jobs_of_two, 2), (jobs_of_four, 4)):
         for curve in launch(train_with_shares, str(tmp_path / str(ranks)), jobs, ranks=ranks)[0]:

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cordee
-from cordee.begin import resolve_config
-from cordee.build import build_run_state
 from cordee.cli.main import main
 from cordee.config.run import Run
-from cordee.data.samples import describe_samples
+from cordee.data.map_dataset import describe_samples
 from cordee.errors import ConfigError, CordeeError
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.testing import RankProcess, launch
-from cordee.train import full_tensor
-from cordee.trial import trial_step
-from tests.conftest import clean_environment, weights_digest, read_events, read_rows
+from cordee.launcher.prepare import resolve_config
+from cordee.launcher.run_ranks import RankProcess, launch
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.training.build import build_run_state
+from cordee.training.lr_trial import trial_step
+from cordee.training.user_parts import Parts
+from cordee.training.worker import full_tensor
+from tests.conftest import clean_environment, read_events, read_rows, weights_digest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "any_module.py"
 HAS_KERAS = importlib.util.find_spec("keras") is not None
@@ -120,7 +120,7 @@ def build_keras_model() -> Any:
 def make_model(kind: str) -> nn.Module:
     """A fresh model."""
     if kind == "keras":
-        from cordee.model.keras import KerasModel
+        from cordee.hf.keras import KerasModel
 
         return KerasModel(build_keras_model())
     makers: dict[str, Callable[[], Any]] = {
@@ -169,13 +169,17 @@ def train_jobs(process: RankProcess, folder: str, jobs: list[Job], steps: int) -
         plan = make_plan(run, local_cluster(), 2, process.size)
         assert user_parts.data is not None
         try:
-            state = build_run_state(run, plan, process, describe_samples(user_parts.data, 0), user_parts)
+            state = build_run_state(
+                run, plan, process, describe_samples(user_parts.data, 0), user_parts
+            )
             losses = [trial_step(state, step_number)[0] for step_number in range(steps)]
         except CordeeError as error:
             results.append(error.message)
             continue
         with torch.no_grad():
-            results.append((losses, {n: full_tensor(state, n).clone() for n in state.model.all_specs}))
+            results.append(
+                (losses, {n: full_tensor(state, n).clone() for n in state.model.all_specs})
+            )
     return results
 
 
@@ -201,7 +205,9 @@ def test_two_ranks_descend_as_one(tmp_path: Path) -> None:
     modules that read stale tensors."""
     steps = 8
     kinds = sorted({kind for kind, _ in JOBS})
-    reference_results = launch(train_jobs, str(tmp_path), [(k, "") for k in kinds], steps, ranks=1)[0]
+    reference_results = launch(train_jobs, str(tmp_path), [(k, "") for k in kinds], steps, ranks=1)[
+        0
+    ]
     oracle = dict(zip(kinds, reference_results, strict=True))
     all_jobs = [*JOBS, *((kind, overrides) for kind, overrides, _ in REFUSED_JOBS)]
     results = launch(train_jobs, str(tmp_path), all_jobs, steps, ranks=2)[0]
@@ -222,7 +228,9 @@ def test_a_run_has_records_and_goes_on(tmp_path: Path) -> None:
     clean_folder, resumed_folder = tmp_path / "clean", tmp_path / "cut"
     report = cordee.train(make_run(clean_folder), **make_parts("batch"))
     assert report.exit_code == 0 and report.finished is not None
-    assert len(read_rows(clean_folder)) == 12 and all(r["bits_per_byte"] is None for r in read_rows(clean_folder))
+    assert len(read_rows(clean_folder)) == 12 and all(
+        r["bits_per_byte"] is None for r in read_rows(clean_folder)
+    )
     evaluations = [e for e in read_events(clean_folder) if e["event"] == "evaluated"]
     assert evaluations[0]["held_out_loss"] > report.finished["held_out_loss"] > 0
     assert evaluations[0]["tokens"] == 90 and report.finished["held_out_accuracy"] is None
@@ -246,14 +254,21 @@ def test_a_run_has_records_and_goes_on(tmp_path: Path) -> None:
         cordee.train(make_run(resumed_folder))
     assert cordee.train(make_run(resumed_folder), **make_parts("batch")).exit_code == 0
     assert weights_digest(resumed_folder) == weights_digest(clean_folder)
-    assert [r["loss"] for r in read_rows(resumed_folder)] == [r["loss"] for r in read_rows(clean_folder)]
+    assert [r["loss"] for r in read_rows(resumed_folder)] == [
+        r["loss"] for r in read_rows(clean_folder)
+    ]
     second_report = cordee.train(make_run(resumed_folder), **make_parts("batch"))
-    assert second_report.finished == report.finished or second_report.finished == read_events(resumed_folder)[-1]
+    assert (
+        second_report.finished == report.finished
+        or second_report.finished == read_events(resumed_folder)[-1]
+    )
 
 
 def test_verbs_on_such_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    cordee.train(make_run(folder, "data.path=builtin:markov", "data.tokens=9000"), model=ByteModel())
+    cordee.train(
+        make_run(folder, "data.path=builtin:markov", "data.tokens=9000"), model=ByteModel()
+    )
     assert read_events(folder)[-1]["held_out_bits_per_byte"] > 0
     assert read_events(folder)[-1]["sample"] is None
     for verb in (["report"], ["fingerprint"], ["export"]):
@@ -266,12 +281,20 @@ def test_verbs_on_such_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def run_example(folder: Path, ranks: int, *overrides: str) -> int:
     launcher_args = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(launcher_args if ranks > 1 else []), str(EXAMPLE), f"run.dir={folder}"]
+    command = [
+        sys.executable,
+        *(launcher_args if ranks > 1 else []),
+        str(EXAMPLE),
+        f"run.dir={folder}",
+    ]
     base_overrides = ["run.steps=20", "run.exact=true", "checkpoint.every=1", "run.precision=fp32"]
     result = subprocess.run(
-        [*command, *base_overrides, *overrides], env=clean_environment(), capture_output=True, text=True,
+        [*command, *base_overrides, *overrides],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     print(result.stderr[-2000:])
     return result.returncode
 

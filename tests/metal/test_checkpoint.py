@@ -32,10 +32,10 @@ from cordee.checkpoint.format import (
     chunk_checksum,
     encode_checked_json,
 )
-from cordee.checkpoint.load import list_complete, find_newest, open_checkpoint
+from cordee.checkpoint.load import find_newest, list_complete, open_checkpoint
 from cordee.checkpoint.save import CommitReport, Saver
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, full_box
+from cordee.layout.slices import Box, full_box
 from tests.conftest import boxes, partitions
 
 torch.set_num_threads(1)
@@ -49,8 +49,10 @@ def fail_on_reject(path: Path, reason: str) -> None:
     raise AssertionError(f"{path}: {reason}")
 
 
-def make_piece(name: str, tensor: torch.Tensor, total_rows: int | None = None, start: int = 0) -> Piece:
-    """Some rows; the whole tensor unless `rows` says how many the tensor has in all."""
+def make_piece(
+    name: str, tensor: torch.Tensor, total_rows: int | None = None, start: int = 0
+) -> Piece:
+    """Some rows; the whole tensor unless `total_rows` says how many the tensor has in all."""
     shape = tuple(tensor.shape) if total_rows is None else (total_rows, *tensor.shape[1:])
     return Piece(name, tensor, shape, (start, *[0] * (len(shape) - 1)) if shape else ())
 
@@ -61,13 +63,17 @@ def slice_tensor(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 def make_box_piece(name: str, tensor: torch.Tensor, box: Box) -> Piece:
     """The piece of a whole tensor that a box is."""
-    return Piece(name, slice_tensor(tensor, box), tuple(tensor.shape), tuple(start for start, _ in box))
+    return Piece(
+        name, slice_tensor(tensor, box), tuple(tensor.shape), tuple(start for start, _ in box)
+    )
 
 
 def split_rows(name: str, tensor: torch.Tensor, cuts: Sequence[int]) -> list[Piece]:
     """Rows cut at `cuts`, a piece for each writer (empty ones too)."""
     bounds = [0, *sorted(cuts), tensor.shape[0]]
-    return [make_piece(name, tensor[a:b], tensor.shape[0], a) for a, b in itertools.pairwise(bounds)]
+    return [
+        make_piece(name, tensor[a:b], tensor.shape[0], a) for a, b in itertools.pairwise(bounds)
+    ]
 
 
 def make_savers(folder: Path, world_size: int) -> list[Saver]:
@@ -99,7 +105,9 @@ def write_checkpoints(folder: Path, steps: Sequence[int]) -> None:
     savers = make_savers(folder, 2)
     for step in steps:
         halves = split_rows("w", torch.full((50, 10), float(step)), [20])
-        assert save_all(savers, step, [[halves[0], make_piece("s", torch.tensor(step))], [halves[1]]])
+        assert save_all(
+            savers, step, [[halves[0], make_piece("s", torch.tensor(step))], [halves[1]]]
+        )
         finish_all(savers)
 
 
@@ -134,7 +142,9 @@ def test_any_boxes_come_back_as_any_box(
         tensors[name] = tensor
         parts = data.draw(partitions(shape))
         for box in parts if tensor.numel() else parts[:1]:
-            pieces_by_rank[data.draw(st.integers(0, world_size - 1))].append(make_box_piece(name, tensor, box))
+            pieces_by_rank[data.draw(st.integers(0, world_size - 1))].append(
+                make_box_piece(name, tensor, box)
+            )
     folder = tmp_path_factory.mktemp("split") / "checkpoints"
     savers = make_savers(folder, world_size)
     assert save_all(savers, 7, pieces_by_rank, 2, loss=0.1, order=[1, 2]), savers[0].failure
@@ -194,11 +204,15 @@ def test_training_may_change_tensors_once_begin_returns(tmp_path: Path) -> None:
     assert saver.join(10) is SaveStatus.WRITTEN
     assert saver._staging_buffer.data_ptr() == staging_address
     checkpoint = find_newest(tmp_path / "c", fail_on_reject)
-    assert checkpoint is not None and checkpoint.step == 1 and has_same_bits(checkpoint.read("w"), weights_before)
+    assert (
+        checkpoint is not None
+        and checkpoint.step == 1
+        and has_same_bits(checkpoint.read("w"), weights_before)
+    )
 
 
 def count_turns_during(action: Callable[[], object]) -> int:
-    """How often this thread comes to run while another one does `work`."""
+    """How often this thread comes to run while another one does `action`."""
     start_event, turn_count = threading.Event(), 0
     thread = threading.Thread(target=lambda: (start_event.set(), action()))
     switch_interval = sys.getswitchinterval()
@@ -233,8 +247,18 @@ LONG_SHAPE, NARROW_SHAPE, DEEP_SHAPE = (64, 1 << 18), (4096, 256), (8, 32, 1 << 
 @pytest.mark.parametrize(
     ("shape", "parts", "box", "max_ratio"),
     [
-        (NARROW_SHAPE, [(a, a + 1024) for a in (0, 1024, 2048, 3072)], ((100, 3700), (0, 256)), 1.0),
-        (LONG_SHAPE, [(0, 64)], ((0, 64), (1 << 17, 3 << 16)), 1.0),  # a quarter of each row of 1 MiB
+        (
+            NARROW_SHAPE,
+            [(a, a + 1024) for a in (0, 1024, 2048, 3072)],
+            ((100, 3700), (0, 256)),
+            1.0,
+        ),
+        (
+            LONG_SHAPE,
+            [(0, 64)],
+            ((0, 64), (1 << 17, 3 << 16)),
+            1.0,
+        ),  # a quarter of each row of 1 MiB
         (LONG_SHAPE, [(0, 20), (20, 64)], ((10, 50), (7, 8)), 1.0),  # a column, far apart
         (NARROW_SHAPE, [(0, 4096)], ((5, 6), (3, 100)), 1.0),
         (NARROW_SHAPE, [(0, 4096)], ((0, 4096), (0, 64)), 4.0),  # gaps of 768 bytes are read
@@ -459,9 +483,27 @@ SQUARE = torch.ones(4, 4)
     [
         ([split_rows("w", torch.ones(4), [2])[:1], []], "[2] of [4] is missing"),
         ([split_rows("w", torch.ones(4), [])] * 2, "[0] of [4] is held 2 times"),
-        ([[make_box_piece("w", SQUARE, ((0, 2), (0, 3)))], [make_box_piece("w", SQUARE, ((2, 4), (0, 4)))]], "[0, 3]"),
-        ([[make_box_piece("w", SQUARE, ((0, 3), (0, 4)))], [make_box_piece("w", SQUARE, ((2, 4), (1, 4)))]], "[2, 1]"),
-        ([split_rows("w", torch.ones(4), [2])[:1], split_rows("w", torch.ones(4).half(), [2])[1:]], "differ"),
+        (
+            [
+                [make_box_piece("w", SQUARE, ((0, 2), (0, 3)))],
+                [make_box_piece("w", SQUARE, ((2, 4), (0, 4)))],
+            ],
+            "[0, 3]",
+        ),
+        (
+            [
+                [make_box_piece("w", SQUARE, ((0, 3), (0, 4)))],
+                [make_box_piece("w", SQUARE, ((2, 4), (1, 4)))],
+            ],
+            "[2, 1]",
+        ),
+        (
+            [
+                split_rows("w", torch.ones(4), [2])[:1],
+                split_rows("w", torch.ones(4).half(), [2])[1:],
+            ],
+            "differ",
+        ),
     ],
 )
 def test_pieces_that_do_not_tile_are_not_committed(

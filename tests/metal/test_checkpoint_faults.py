@@ -21,11 +21,18 @@ import pytest
 import torch
 
 from cordee.checkpoint.format import Piece, SaveStatus
-from cordee.checkpoint.load import Checkpoint, list_complete, find_newest
+from cordee.checkpoint.load import Checkpoint, find_newest, list_complete
 from cordee.checkpoint.save import CommitReport, Saver
 
 torch.set_num_threads(1)
-FAULT_POINTS = ("save.stage", "save.write", "save.part", "save.manifest", "save.rename", "save.delete")
+FAULT_POINTS = (
+    "save.stage",
+    "save.write",
+    "save.part",
+    "save.manifest",
+    "save.rename",
+    "save.delete",
+)
 
 
 def no_fault(name: str, step: int) -> None:
@@ -46,9 +53,12 @@ def make_pieces(value: float) -> list[Piece]:
 
 
 def save_all(
-    savers: Sequence[Saver], step: int, pieces_by_rank: Sequence[Sequence[Piece]], generation: int = 0
+    savers: Sequence[Saver],
+    step: int,
+    pieces_by_rank: Sequence[Sequence[Piece]],
+    generation: int = 0,
 ) -> CommitReport | None:
-    """What the caller of a real run does, in one process; `finish` is left to the test."""
+    """What the caller of a real run does, in one process; `finish_all` is left to the test."""
     for saver, saver_pieces in zip(savers, pieces_by_rank, strict=True):
         saver.begin(step, generation, saver_pieces, {})
     statuses = [saver.join(20) for saver in savers]
@@ -85,7 +95,10 @@ def test_prune_keeps_the_newest_and_what_is_not_its_own(tmp_path: Path) -> None:
     assert save_all([saver], 40, [make_pieces(41)], 1) is None and "complete" in str(saver.failure)
     finish_all([saver])
     assert [p.name for p in list_complete(folder)] == ["step-00000040.g1", "step-00000030.g0"]
-    assert list_complete(tmp_path / "none") == [] and find_newest(tmp_path / "none", fail_on_reject) is None
+    assert (
+        list_complete(tmp_path / "none") == []
+        and find_newest(tmp_path / "none", fail_on_reject) is None
+    )
 
 
 def check_refused_save(saver: Saver, code: int, step: int = 2) -> None:
@@ -205,7 +218,9 @@ def check_survivor(folder: Path, min_step: int) -> Checkpoint:
     checkpoint = find_newest(folder, fail_on_reject)
     assert checkpoint is not None and checkpoint.step >= min_step
     expected_values = {name: {float(checkpoint.step)} for name in ("w", "s")}
-    assert {n: set(checkpoint.read(n).view(-1).tolist()) for n in checkpoint.names()} == expected_values
+    assert {
+        n: set(checkpoint.read(n).view(-1).tolist()) for n in checkpoint.names()
+    } == expected_values
     # And the next start saves, and cleans up.
     savers = [Saver(folder, rank, 2, 1, no_fault) for rank in range(2)]
     assert save_all(savers, checkpoint.step + 1, [make_pieces(0)[:1], make_pieces(0)[1:]], 1)
@@ -227,7 +242,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_newest_step(tmp_path: Path) -> Non
 
 
 def save_until_killed(folder: Path, steps: range, fault_name: str, pipe_fd: int = -1) -> None:
-    """The child: two writers; at point `die` of step 2 it kills itself."""
+    """The child: two writers; at point `fault_name` of step 2 it kills itself."""
 
     def fault_point(name: str, step: int) -> None:
         if step == 2 and name == fault_name:
@@ -235,7 +250,9 @@ def save_until_killed(folder: Path, steps: range, fault_name: str, pipe_fd: int 
 
     savers = [Saver(folder, rank, 2, 1, fault_point) for rank in range(2)]
     for step in steps:
-        assert save_all(savers, step, [make_pieces(step)[:1], make_pieces(step)[1:]]), savers[0].failure
+        assert save_all(savers, step, [make_pieces(step)[:1], make_pieces(step)[1:]]), savers[
+            0
+        ].failure
         finish_all(savers)
         if pipe_fd >= 0:
             os.write(pipe_fd, bytes([step]))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cordee.checkpoint.format import Piece, SaveStatus
 from cordee.checkpoint.load import Checkpoint, open_checkpoint
 from cordee.checkpoint.save import Saver
-from cordee.checkpoint.state import collect_local_tensors, select_pieces, make_reader
+from cordee.checkpoint.train_state import collect_local_tensors, make_reader, select_pieces
 from cordee.errors import CheckpointError
-from cordee.layout.boxes import Box, LocalSlice
-from cordee.layout.split import shard_rows
+from cordee.layout.microbatches import shard_rows
+from cordee.layout.slices import Box, LocalSlice
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,9 @@ def make_local_slice(name: str, layout: tuple[int, ...], coords: tuple[int, ...]
     copy_index = 0
     for axis in replicated_axes:
         copy_index = copy_index * degree[axis] + axis_index[axis]
-    return LocalSlice(box, shape, replicated_axes, copy_index, math.prod(degree[axis] for axis in replicated_axes))
+    return LocalSlice(
+        box, shape, replicated_axes, copy_index, math.prod(degree[axis] for axis in replicated_axes)
+    )
 
 
 def rank_coordinates(layout: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -82,7 +84,11 @@ def local_state(layout: tuple[int, ...], coords: tuple[int, ...]) -> dict[str, T
     for key, tensor in full_state().items():
         name = key.split("/")[2 if key.startswith("optim") else 1]
         has_full_shape = tensor.shape == TENSOR_CUTS[name][0]
-        tensors[key] = slice_tensor(tensor, make_local_slice(name, layout, coords).box) if has_full_shape else tensor
+        tensors[key] = (
+            slice_tensor(tensor, make_local_slice(name, layout, coords).box)
+            if has_full_shape
+            else tensor
+        )
     return tensors
 
 
@@ -97,7 +103,10 @@ def select_rank_pieces(layout: tuple[int, ...], coords: tuple[int, ...]) -> list
 def save_checkpoint(layout: tuple[int, ...], folder: Path) -> Checkpoint:
     """Every rank of the layout writes what it is dealt."""
     pieces_by_rank = [select_rank_pieces(layout, coords) for coords in rank_coordinates(layout)]
-    savers = [Saver(folder, rank, len(pieces_by_rank), 1, lambda name, step: None) for rank in range(len(pieces_by_rank))]
+    savers = [
+        Saver(folder, rank, len(pieces_by_rank), 1, lambda name, step: None)
+        for rank in range(len(pieces_by_rank))
+    ]
     for saver, saver_pieces in zip(savers, pieces_by_rank, strict=True):
         saver.begin(1, 0, saver_pieces, {})
     assert {saver.join(20) for saver in savers} == {SaveStatus.WRITTEN}
@@ -107,13 +116,18 @@ def save_checkpoint(layout: tuple[int, ...], folder: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("source_layout", LAYOUTS, ids=str)
-def test_any_layout_reads_what_any_layout_wrote(source_layout: tuple[int, ...], tmp_path: Path) -> None:
+def test_any_layout_reads_what_any_layout_wrote(
+    source_layout: tuple[int, ...], tmp_path: Path
+) -> None:
     checkpoint = save_checkpoint(source_layout, tmp_path / "c")
     unsaved_names = {f"optim/matrices/empty/{suffix}" for suffix in ("step", "row_var")}
     assert set(checkpoint.names()) == set(full_state()) - unsaved_names
     for target_layout in LAYOUTS:
         for coords in rank_coordinates(target_layout):
-            read_local = make_reader(checkpoint, {name: make_local_slice(name, target_layout, coords) for name in TENSOR_CUTS})
+            read_local = make_reader(
+                checkpoint,
+                {name: make_local_slice(name, target_layout, coords) for name in TENSOR_CUTS},
+            )
             for key, tensor in local_state(target_layout, coords).items():
                 if key not in unsaved_names:
                     assert torch.equal(read_local(key), tensor), (target_layout, coords, key)

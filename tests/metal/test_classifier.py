@@ -18,22 +18,22 @@ from hypothesis import strategies as st
 from cordee.config.load import load
 from cordee.config.model import ImageSettings, InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
+from cordee.data.dataset import open_dataset
 from cordee.data.loader import TokenLoader
 from cordee.data.order import SampleOrder
-from cordee.data.prepare import inspect_dataset, prepare, check_sources, verify_dataset
+from cordee.data.prepare import check_sources, inspect_dataset, prepare, verify_dataset
 from cordee.data.records import check_images
 from cordee.data.shapes import FIGURES, shape_records
-from cordee.data.source import open_dataset
 from cordee.errors import DataError
-from cordee.evaluate import evaluate
 from cordee.layout.classifier import classifier_tensors
 from cordee.layout.tensors import count_parameters
 from cordee.model.classifier import ConvClassifier, MlpClassifier, make_classifier, scaled
-from cordee.model.initial import init_weights
-from cordee.optim.groups import parameter_group
-from cordee.plan.classifier import activation_bytes
-from cordee.plan.costs import microbatch_cost
-from tests.conftest import run_cordee, weights_digest, read_events, read_rows
+from cordee.model.init_weights import init_weights
+from cordee.optim.optimizer import parameter_group
+from cordee.planner.classifier import activation_bytes
+from cordee.planner.compute_cost import microbatch_cost
+from cordee.training.evaluate import evaluate
+from tests.conftest import read_events, read_rows, run_cordee, weights_digest
 
 IMAGE = ImageSettings(side=9, channels=3, classes=7)
 SMALL = {

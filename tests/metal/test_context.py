@@ -12,14 +12,14 @@ from torch import Tensor
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
-from cordee.dist.start import RankProcess
+from cordee.dist.process_group import RankProcess
 from cordee.errors import LayoutError
-from cordee.layout.split import context_chunks
-from cordee.layout.traffic import context_layer_bytes
+from cordee.launcher.run_ranks import launch
+from cordee.layout.microbatches import context_chunks
+from cordee.model.activation_checkpoint import run_block
 from cordee.model.attention import Attention, causal_attention, rope_table
-from cordee.model.recompute import run_block
 from cordee.parallel.context import GatherAttention, RingAttention
-from cordee.testing import launch
+from cordee.planner.axis_bytes import context_layer_bytes
 
 Case = tuple[str, int, int, int, int, torch.dtype]
 """Method, rows, length, key heads, window, type. There are 4 query heads of width 8."""
@@ -107,7 +107,9 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
                 atol=tolerance,
                 msg=lambda m, c=case, w=tensor_index: f"{c} {w}: {m}",
             )
-        predicted_bytes = context_layer_bytes(method, rows * length, kv_heads * 8, dtype.itemsize, ranks)  # type: ignore[arg-type]
+        predicted_bytes = context_layer_bytes(
+            method, rows * length, kv_heads * 8, dtype.itemsize, ranks
+        )  # type: ignore[arg-type]
         assert [results[index][1] for results in results_by_rank] == [predicted_bytes] * ranks
 
 
@@ -158,7 +160,9 @@ def run_in_model(process: RankProcess) -> list[tuple[list[Tensor], int]]:
         attention = module.attend = make_attention(process, method, window)
         memory = MemorySettings(recompute=recompute)  # type: ignore[arg-type]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = run_block(memory, 0, module, x_BTD[:, local_positions], rope_TE2[local_positions])
+            output = run_block(
+                memory, 0, module, x_BTD[:, local_positions], rope_TE2[local_positions]
+            )
         output.float().square().sum().backward()
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         for grad in grads:
@@ -174,7 +178,9 @@ def test_it_stands_in_the_model() -> None:
         module.attend = partial(causal_attention, window=window)
         module(x_BTD, rope_TE2).square().sum().backward()
         element_bytes, tolerance = (2, 2e-2) if autocast else (4, 1e-5)
-        predicted_bytes = context_layer_bytes(method, 2 * 96, 32, element_bytes, 2, 1 if recompute == "none" else 2)  # type: ignore[arg-type]
+        predicted_bytes = context_layer_bytes(
+            method, 2 * 96, 32, element_bytes, 2, 1 if recompute == "none" else 2
+        )  # type: ignore[arg-type]
         for grads, sent_bytes in (results[index] for results in results_by_rank):
             for grad, (name, parameter) in zip(grads, module.named_parameters(), strict=True):
                 assert parameter.grad is not None

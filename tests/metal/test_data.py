@@ -24,12 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from cordee.data.builtin import MARKOV_SYMBOLS, markov_tokens, stdlib_files
+from cordee.data.corpora import MARKOV_SYMBOLS, markov_tokens, stdlib_files
+from cordee.data.dataset import TokenDataset, open_dataset
 from cordee.data.loader import TokenLoader, held_out_token_batches
 from cordee.data.manifest import read_info
 from cordee.data.order import SampleOrder, invert
-from cordee.data.prepare import check_split_lengths, inspect_dataset, prepare, check_sources, verify_dataset
-from cordee.data.source import TokenDataset, open_dataset
+from cordee.data.prepare import (
+    check_sources,
+    check_split_lengths,
+    inspect_dataset,
+    prepare,
+    verify_dataset,
+)
 from cordee.errors import DataError
 
 MARKOV_START = [9, 20, 7, 43, 61, 3, 3, 0, 27, 15, 43, 34]
@@ -118,7 +124,9 @@ def test_too_short_for_a_row_names_the_longest_that_fits(tmp_path: Path) -> None
     tiny_info = prepare(str(tmp_path / "tiny.txt"), tmp_path / "tiny", held_out=0.1, seed=0)
     with pytest.raises(DataError, match=r"data\.held_out=0"):
         check_split_lengths(tiny_info, 1)
-    check_split_lengths(prepare(str(tmp_path / "tiny.txt"), tmp_path / "whole", held_out=0, seed=0), 1)
+    check_split_lengths(
+        prepare(str(tmp_path / "tiny.txt"), tmp_path / "whole", held_out=0, seed=0), 1
+    )
 
 
 # --- rows and tensors ----------------------------------------------------------------------------
@@ -136,7 +144,9 @@ def test_rows_that_straddle_shards_equal_the_concatenated_truth(
     expected_tokens = np.random.default_rng(0).integers(0, 200, sum(sizes)).astype(dtype)
     dataset = TokenDataset(np.split(expected_tokens, np.cumsum(sizes)[:-1]), dtype)
     rows = dataset.rows(sequence)
-    assert dataset.tokens == expected_tokens.size and rows == max(0, (expected_tokens.size - 1) // sequence)
+    assert dataset.tokens == expected_tokens.size and rows == max(
+        0, (expected_tokens.size - 1) // sequence
+    )
     ids = np.random.default_rng(1).permutation(rows)
     expected = [expected_tokens[i * sequence : i * sequence + sequence + 1] for i in ids]
     result = dataset.gather(ids, sequence)
@@ -162,7 +172,9 @@ def test_the_loader_equals_a_naive_reference(markov_folder: Path, prefetch: int)
 
     def naive_microbatch(step: int, index: int) -> torch.Tensor:
         ids = order.microbatch_row_ids(step, index)
-        return torch.from_numpy(np.stack([expected_tokens[i * 64 : i * 64 + 65] for i in ids.tolist()]))
+        return torch.from_numpy(
+            np.stack([expected_tokens[i * 64 : i * 64 + 65] for i in ids.tolist()])
+        )
 
     # Shares change, steps are repeated, jumped to, and one is asked for without being begun.
     shares = [range(0, 6)] * 4 + [range(2, 5)] * 3 + [range(5, 6), range(0, 1), range(3, 3)]
@@ -245,7 +257,9 @@ def test_held_out_batches_come_in_file_order(markov_folder: Path) -> None:
     dataset = open_dataset(markov_folder, "held_out")
     expected_tokens = load_split_tokens(markov_folder, "held_out").astype(np.int64)
     batches = list(held_out_token_batches(dataset, 64, rows=8))
-    assert sum(len(batch) for batch in batches) == dataset.rows(64) == (expected_tokens.size - 1) // 64
+    assert (
+        sum(len(batch) for batch in batches) == dataset.rows(64) == (expected_tokens.size - 1) // 64
+    )
     for number, row in enumerate(torch.cat(batches)):
         assert np.array_equal(row.numpy(), expected_tokens[number * 64 : number * 64 + 65])
     assert [len(batch) for batch in held_out_token_batches(dataset, 64, rows=8, count=2)] == [8, 8]
@@ -311,7 +325,9 @@ def test_stdlib_as_a_dataset(tmp_path: Path) -> None:
     held_out_tokens, train_tokens = info.splits["held_out"].tokens, info.splits["train"].tokens
     assert 0.09 < held_out_tokens / (held_out_tokens + train_tokens) < 0.16
     description = inspect_dataset(tmp_path / "data")
-    first_path = next(path for path in (Path(source.path) for source in info.sources) if path.exists())
+    first_path = next(
+        path for path in (Path(source.path) for source in info.sources) if path.exists()
+    )
     assert description["sources"] == len(info.sources) and description["changed_sources"] == []
     assert description["first_document"] and first_path.suffix == ".py"
     assert abs(description["mixing"]["distinct"] / description["mixing"]["chance"] - 1) < 0.02

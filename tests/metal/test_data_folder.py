@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cordee.data.manifest import list_changed_sources, compute_fingerprint, read_info
-from cordee.data.prepare import prepare, check_sources, verify_dataset
-from cordee.data.source import CHECKSUM_BLOCK_BYTES, open_dataset, write_checksums
+from cordee.data.dataset import CHECKSUM_BLOCK_BYTES, open_dataset, write_checksums
+from cordee.data.manifest import compute_fingerprint, list_changed_sources, read_info
+from cordee.data.prepare import check_sources, prepare, verify_dataset
 from cordee.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,9 @@ def test_what_cannot_be_read_is_refused(
     ("invalid_values", "message"),
     [({"held_out": 1.0}, "held-out"), ({"held_out": -0.1}, "held-out"), ({"tokens": 9}, "markov")],
 )
-def test_impossible_wishes_are_refused(texts: Path, tmp_path: Path, invalid_values: dict, message: str) -> None:
+def test_impossible_wishes_are_refused(
+    texts: Path, tmp_path: Path, invalid_values: dict, message: str
+) -> None:
     arguments = {"held_out": 0.1, "seed": 0, **invalid_values}
     with pytest.raises(DataError, match=message):
         prepare(str(texts), tmp_path / "data", **arguments)
@@ -296,8 +298,14 @@ def test_small_shards_on_disk_read_like_one(texts: Path, tmp_path: Path) -> None
     prepare(str(texts), tmp_path / "many", held_out=0.2, seed=3, shard_bytes=333)
     prepare(str(texts), tmp_path / "one", held_out=0.2, seed=3)
     for split in ("train", "held_out"):
-        small_shards, single_shard = open_dataset(tmp_path / "many", split), open_dataset(tmp_path / "one", split)
+        small_shards, single_shard = (
+            open_dataset(tmp_path / "many", split),
+            open_dataset(tmp_path / "one", split),
+        )
         ids = np.random.default_rng(0).permutation(single_shard.rows(100))
         assert np.array_equal(small_shards.gather(ids, 100), single_shard.gather(ids, 100))
-        assert np.array_equal(small_shards.read_tokens(0, small_shards.tokens), load_split_tokens(tmp_path / "one", split))
+        assert np.array_equal(
+            small_shards.read_tokens(0, small_shards.tokens),
+            load_split_tokens(tmp_path / "one", split),
+        )
     assert verify_dataset(tmp_path / "many")["documents"] == 12

@@ -15,10 +15,10 @@ from cordee.cli.main import main
 from cordee.config.load import RUN_FILE, dump, load
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.errors import ConfigError
-from cordee.layout.boxes import full_box
-from cordee.model.equivalent import make_hf_adapter, import_weights, initial_weights_reader
-from cordee.model.folder import write_folder
-from cordee.model.initial import init_weights
+from cordee.hf.convert import import_weights, initial_weights_reader, make_hf_adapter
+from cordee.hf.safetensors_io import write_folder
+from cordee.layout.slices import full_box
+from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "cordee[hf]"')
@@ -54,7 +54,10 @@ def write_hf_folder(settings: ModelSettings, model: Transformer, folder: Path) -
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     adapter = make_hf_adapter(settings, VOCABULARY)
     own_names = dict(adapter.name_pairs())
-    shapes = {n: adapter.tensor_shape(o, lambda name: tuple(parameters[name].shape)) for n, o in own_names.items()}
+    shapes = {
+        n: adapter.tensor_shape(o, lambda name: tuple(parameters[name].shape))
+        for n, o in own_names.items()
+    }
     write_folder(
         folder, adapter.hf_config(64), shapes,
         lambda name: adapter.to_hf(own_names[name], parameters.__getitem__), 20_000,
@@ -153,4 +156,6 @@ def test_export_of_a_hub_run(tmp_path: Path) -> None:
     hf_model.load_state_dict(new_parameters, strict=False)
     exported_model = transformers.AutoModelForCausalLM.from_pretrained(run / "hf")
     expected_logits = hf_model.eval()(tokens()).logits
-    torch.testing.assert_close(exported_model.eval()(tokens()).logits, expected_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        exported_model.eval()(tokens()).logits, expected_logits, rtol=1e-5, atol=1e-5
+    )

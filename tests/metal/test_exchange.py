@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cordee.dist.exchange import TreeAllReduce
-from cordee.dist.start import RankProcess
-from cordee.layout.split import Node, TreeSum, fold, split_evenly
-from cordee.sync.codecs import make_codec
-from cordee.testing import launch
+from cordee.dist.codecs import make_codec
+from cordee.dist.process_group import RankProcess
+from cordee.dist.tree_all_reduce import TreeAllReduce
+from cordee.launcher.run_ranks import launch
+from cordee.layout.microbatches import Node, TreeSum, fold, split_evenly
 
 
 def leaf_gradient(index: int, size: int) -> torch.Tensor:
@@ -20,17 +20,24 @@ def leaf_gradient(index: int, size: int) -> torch.Tensor:
     return torch.randn(size, generator=generator) * scale
 
 
-def run_all_reduce(process: RankProcess, cases: list[tuple[int, int, str]]) -> list[tuple[torch.Tensor, int]]:
+def run_all_reduce(
+    process: RankProcess, cases: list[tuple[int, int, str]]
+) -> list[tuple[torch.Tensor, int]]:
     """What each case gives on this rank, and the bytes it counted."""
     results = []
     for microbatches, size, codec in cases:
         ranges = split_evenly(microbatches, process.size)
         group = dist.group.WORLD if process.size > 1 else None
         tree_all_reduce = TreeAllReduce(group, ranges, make_codec(codec))
-        tree, partial_sums = TreeSum(ranges[process.rank], microbatches), list[tuple[Node, torch.Tensor]]()
+        tree, partial_sums = (
+            TreeSum(ranges[process.rank], microbatches),
+            list[tuple[Node, torch.Tensor]](),
+        )
         for index in ranges[process.rank]:
             tree.feed(partial_sums, index, leaf_gradient(index, size), torch.Tensor.add_)
-        results.append((tree_all_reduce.all_reduce(partial_sums).clone(), tree_all_reduce.bytes_sent))
+        results.append(
+            (tree_all_reduce.all_reduce(partial_sums).clone(), tree_all_reduce.bytes_sent)
+        )
     return results
 
 

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from cordee.cli.main import main
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh, make_mesh
-from cordee.dist.wire import AxisComm
 from cordee.errors import ConfigError, DataError, LayoutError, RunError
+from cordee.hf.model import HubModel, HubSource, read_hub
+from cordee.hf.safetensors_io import open_folder, slice_box, write_folder
+from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import TensorSpec
-from cordee.model.folder import slice_box, open_folder, write_folder
-from cordee.model.hub import HubSource, HubModel, read_hub
-from cordee.parallel.probe import ModelProbe, sgd_step, compare_probes
-from cordee.parallel.seams import check_hf_layout, set_tensor_parallel
-from cordee.testing import RankProcess, launch
+from cordee.parallel.equivalence import ModelProbe, compare_probes, sgd_step
+from cordee.parallel.hf_tensor_parallel import check_hf_layout, set_tensor_parallel
+from tests.conftest import read_events, read_rows, weights_digest
 from tests.conftest import run_cordee as command
-from tests.conftest import weights_digest, read_events, read_rows
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "cordee[hf]"')
 
@@ -126,7 +126,7 @@ def make_batch() -> tuple[Tensor, Tensor]:
 
 
 def build_local_model(hub: HubSource, mesh: Mesh, memory: MemorySettings | None = None) -> HubModel:
-    """A model's part on this rank, in the order of parallel/apply.py."""
+    """A model's part on this rank, in the order of parallel/parallelize.py."""
     specs = {spec.name: spec for spec in hub.specs()}
     comm = AxisComm(mesh.group("tensor"), mesh.size("tensor"), mesh.index("tensor"))
     check_hf_layout(hub, specs, mesh.layout)
@@ -162,7 +162,9 @@ def build_full_model(path: str) -> HubModel:
         ("island", "pipeline", "context", "expert", "shard", "tensor"), 0), {}, None))  # fmt: skip
 
 
-def compute_gradients(model: HubModel, rows: slice = slice(None)) -> tuple[float, dict[str, Tensor]]:
+def compute_gradients(
+    model: HubModel, rows: slice = slice(None)
+) -> tuple[float, dict[str, Tensor]]:
     """Loss, and gradients by name (this rank's parts)."""
     tokens, targets = make_batch()
     loss = model(tokens[rows], targets[rows])
@@ -184,20 +186,25 @@ def check_cases(
     process: RankProcess, cases: list[Case], probe_path: str
 ) -> tuple[list[CaseResult], tuple[bool, str]]:
     """Of each case: its name, loss, the whole model's loss, the largest relative error of a
-    gradient, and whether tied parameters are one and listed once. Then what `check_probes` finds."""
+    gradient, and whether tied parameters are one and listed once. Then what `check_probes`
+    finds."""
     torch.set_num_threads(1)
     results = []
     for name, path, layout, memory in cases:
         mesh = make_mesh(layout, process.rank, process.device)
         hub = read_hub(path)
         model = build_local_model(hub, mesh, memory)
-        are_tied = all(model.get_parameter(a) is model.get_parameter(b) for a, b in hub.tied_parameters.items())
+        are_tied = all(
+            model.get_parameter(a) is model.get_parameter(b) for a, b in hub.tied_parameters.items()
+        )
         shards = [slice(0, 2), slice(2, 3)] if layout.shard > 1 else [slice(None)]
         loss, grads = compute_gradients(model, shards[mesh.coords["shard"]])
         full_loss, full_grads = compute_gradients(build_full_model(path))
         specs = {spec.name: spec for spec in hub.specs()}
         max_error = max(_max_grad_error(grads[n], full_grads[n], specs[n], mesh) for n in specs)
-        total_loss = AxisComm(mesh.group("shard"), mesh.size("shard"), 0).all_reduce_forward(torch.tensor(loss))
+        total_loss = AxisComm(mesh.group("shard"), mesh.size("shard"), 0).all_reduce_forward(
+            torch.tensor(loss)
+        )
         is_tied_once = are_tied and len(grads) == len(specs)
         results.append((name, float(total_loss), full_loss, max_error, is_tied_once))
     return results, check_probes(process, probe_path)
@@ -208,7 +215,11 @@ def _max_grad_error(grad: Tensor, full_grad: Tensor, spec: TensorSpec, mesh: Mes
     if axes := spec.grad_reduce_axes(mesh.layout):
         grad = AxisComm(mesh.group(*axes), mesh.size(*axes), 0).all_reduce_no_grad(grad)
     local_grad = slice_box(full_grad, spec.box(mesh.layout, mesh.coords))
-    return float((grad - local_grad).abs().max() / full_grad.abs().max()) if local_grad.numel() else 0.0
+    return (
+        float((grad - local_grad).abs().max() / full_grad.abs().max())
+        if local_grad.numel()
+        else 0.0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,7 +308,9 @@ def check_probes(process: RankProcess, path: str) -> tuple[bool, str]:
     with torch.no_grad():  # a norm that only rank 1 scales
         model.get_parameter("model.norm.weight").mul_(1.0 + 0.1 * process.rank)
     try:
-        compare_probes(make_probe(model, True), parts, comm, make_probe(build_full_model(path), False))
+        compare_probes(
+            make_probe(model, True), parts, comm, make_probe(build_full_model(path), False)
+        )
     except RunError as error:
         return is_restored, error.message
     return is_restored, ""
@@ -317,7 +330,9 @@ def test_layouts_that_the_plan_has_not_are_refused(tmp_path: Path) -> None:
     assert refusal_fix(Layout(tensor=2), vocab_size=33) == "layout.tensor=1"
     assert "dropout of 0" in refusal_fix(Layout(tensor=2), attention_dropout=0.1)
     gpt2_folder = tmp_path / "gpt2"
-    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32).save_pretrained(gpt2_folder)
+    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32).save_pretrained(
+        gpt2_folder
+    )
     with pytest.raises(LayoutError, match="no tensor-parallel plan"):
         check_hf_layout(read_hub(str(gpt2_folder)), {}, Layout(tensor=2))
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -360,7 +375,7 @@ def test_a_folder_goes_out_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_model_without_knobs_of_ours_names_the_knob() -> None:
-    from cordee.model.equivalent import make_hf_adapter
+    from cordee.hf.convert import make_hf_adapter
 
     with pytest.raises(ConfigError, match="no model with this knob") as error_info:
         make_hf_adapter(ModelSettings(), 256)
@@ -389,13 +404,24 @@ def test_the_command_trains_a_folder_on_any_layout(
     config = transformers.AutoConfig.from_pretrained(bare_folder)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     source, resumed_folder = str(tmp_path / "source"), tmp_path / "cut"
-    reference_losses = train_losses(tmp_path / "one", source, "launch.processes=1", "evaluate.sample=0")
-    four_rank_overrides = ("layout.shard=2", "layout.tensor=2", "fault.kill=step.agree:8:3", "fault.recover=false")
+    reference_losses = train_losses(
+        tmp_path / "one", source, "launch.processes=1", "evaluate.sample=0"
+    )
+    four_rank_overrides = (
+        "layout.shard=2",
+        "layout.tensor=2",
+        "fault.kill=step.agree:8:3",
+        "fault.recover=false",
+    )
     train_losses(resumed_folder, source, *four_rank_overrides, code=1)
-    assert train_losses(resumed_folder, source, "layout.islands=2") == pytest.approx(reference_losses, rel=1e-5)
+    assert train_losses(resumed_folder, source, "layout.islands=2") == pytest.approx(
+        reference_losses, rel=1e-5
+    )
     assert "resumed" in [event["event"] for event in read_events(resumed_folder)]
     final_events = [read_events(folder)[-1] for folder in (tmp_path / "one", resumed_folder)]
-    assert final_events[1]["held_out_loss"] == pytest.approx(final_events[0]["held_out_loss"], rel=1e-5)
+    assert final_events[1]["held_out_loss"] == pytest.approx(
+        final_events[0]["held_out_loss"], rel=1e-5
+    )
     assert reference_losses[-1] < reference_losses[0]
     for arguments in (["report"], ["fingerprint"], ["export", "--to", "hf"], ["export"]):
         assert main([arguments[0], str(resumed_folder), *arguments[1:]]) == 0
@@ -434,7 +460,12 @@ def test_the_command_refuses_before_anything_starts(
         ([f"model.hub={tmp_path / 'no'}"], "config.json"),
         (["data.path=builtin:stdlib"], "data of that vocabulary"),
     ):
-        arguments = ["data.path=builtin:markov", f"model.hub={source}", f"run.dir={run_folder}", *overrides]
+        arguments = [
+            "data.path=builtin:markov",
+            f"model.hub={source}",
+            f"run.dir={run_folder}",
+            *overrides,
+        ]
         assert main(["train", *arguments]) == 2
         assert fix in capsys.readouterr().err, overrides
         assert not run_folder.exists()

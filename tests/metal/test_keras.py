@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import make_mesh
-from cordee.dist.wire import AxisComm
 from cordee.errors import ConfigError, LayoutError, RunError
+from cordee.hf.keras import KerasModel
+from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
-from cordee.model.keras import KerasModel
-from cordee.parallel.probe import ModelProbe, sgd_step, compare_probes
-from cordee.testing import RankProcess, launch
+from cordee.parallel.equivalence import ModelProbe, compare_probes, sgd_step
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("keras") is None, reason='needs pip install "cordee[keras]"'
@@ -67,7 +67,9 @@ def test_it_trains_and_its_states_move() -> None:
     buffers_before = {name: b.clone() for name, b in model.named_buffers()}
     losses = train_steps(model.train(), slice(None))
     assert losses[-1] < 0.5 * losses[0]
-    assert all(not torch.equal(buffers_before[n], b) for n, b in model.named_buffers() if "moving" in n)
+    assert all(
+        not torch.equal(buffers_before[n], b) for n, b in model.named_buffers() if "moving" in n
+    )
     assert sum("moving" in n for n in buffers_before) == 2
     assert torch.equal(model.to_keras()(x, training=False), model.eval()(x))
     assert summed_loss(model, x, y) < losses[0]
@@ -109,7 +111,9 @@ def train_sharded(process: RankProcess) -> tuple[float, float, bool, str]:
     model.zero_grad()
     buffers_before = {name: b.clone() for name, b in model.named_buffers() if "moving" in name}
     losses = train_steps(model, rows)
-    states_moved = all(not torch.equal(buffers_before[n], dict(model.named_buffers())[n]) for n in buffers_before)
+    states_moved = all(
+        not torch.equal(buffers_before[n], dict(model.named_buffers())[n]) for n in buffers_before
+    )
     try:
         check_model(wrap_model(build_keras_model().train()))
     except RunError as error:

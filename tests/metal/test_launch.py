@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cordee import testing
-from cordee.dist.start import WAIT_VARIABLES, LaunchInfo, join_process_group
+from cordee.dist.process_group import WAIT_VARIABLES, LaunchInfo, join_process_group
 from cordee.errors import ConfigError, RunError
-from cordee.testing import RankProcess, launch
+from cordee.launcher import run_ranks
+from cordee.launcher.run_ranks import RankProcess, launch
 from tests.conftest import SMALL, clean_environment
-from tests.drills.hosts import is_process_alive, all_exit_within
+from tests.drills.hosts import all_exit_within, is_process_alive
 
 LATE_MODULES = (
     "torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp",
@@ -61,8 +61,9 @@ def test_a_deadline_names_who_is_missing(tmp_path: Path) -> None:
 
 def test_no_rank_outlives_who_launched_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from cordee.testing import launch;"
-        " from tests.metal.test_launch import sleep_forever; launch(sleep_forever, sys.argv[1], ranks=2)"
+        "import sys; from cordee.launcher.run_ranks import launch;"
+        " from tests.metal.test_launch import sleep_forever; launch(sleep_forever,"
+        " sys.argv[1], ranks=2)"
     )
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
@@ -99,15 +100,15 @@ def test_threads_of_the_command_sleep_while_they_wait() -> None:
 
 def test_a_world_whose_ranks_do_not_meet_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been called by then; after the third time it is said."""
-    real_world, failures_left = testing._run_world, [2]
+    real_world, failures_left = run_ranks._run_world, [2]
 
     def fail_at_first(*arguments: Any) -> list[Any]:
         if failures_left[0]:
             failures_left[0] -= 1
-            raise testing._ConnectError("rank 0 failed first: Gloo connectFullMesh failed")
+            raise run_ranks._ConnectError("rank 0 failed first: Gloo connectFullMesh failed")
         return real_world(*arguments)
 
-    monkeypatch.setattr(testing, "_run_world", fail_at_first)
+    monkeypatch.setattr(run_ranks, "_run_world", fail_at_first)
     assert launch(get_rank, ranks=2) == [0, 1]
     failures_left[0] = 3
     with pytest.raises(RunError, match="connectFullMesh"):
@@ -120,7 +121,11 @@ def get_rank(process: RankProcess) -> int:
 
 @pytest.mark.parametrize(
     ("overrides", "needed_modules"),
-    [((), ()), (("optim.name=adamw", "run.exact=true"), ()), (("run.compile=blocks",), LATE_MODULES[:2])],
+    [
+        ((), ()),
+        (("optim.name=adamw", "run.exact=true"), ()),
+        (("run.compile=blocks",), LATE_MODULES[:2]),
+    ],
     ids=["muon", "exact", "compiled"],
 )
 def test_a_run_imports_what_its_plan_needs(
@@ -137,7 +142,9 @@ def test_a_run_imports_what_its_plan_needs(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     loaded_modules = result.stdout.split()
-    assert loaded_modules == [] if not needed_modules else set(needed_modules) <= set(loaded_modules)
+    assert (
+        loaded_modules == [] if not needed_modules else set(needed_modules) <= set(loaded_modules)
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])

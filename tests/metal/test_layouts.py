@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.testing import launch
-from tests.metal.layouts import DENSE, Curve, train_curves, resume_pairs
+from cordee.launcher.run_ranks import launch
+from tests.metal.layouts import DENSE, Curve, resume_pairs, train_curves
 
 STEPS = 20
 """Of the golden curve."""
@@ -26,18 +26,22 @@ def layout_overrides(**degrees: int | str) -> tuple[str, ...]:
 
 LAYOUTS_OF_TWO = [
     *(layout_overrides(**{axis: 2}) for axis in AXES),
-    layout_overrides(shard=2, zero=2), layout_overrides(shard=2, zero=3), layout_overrides(context=2, attention="ring"),
-    layout_overrides(pipeline=2, schedule="gpipe"), layout_overrides(pipeline=2, schedule="interleaved"),
+    layout_overrides(shard=2, zero=2),
+    layout_overrides(shard=2, zero=3),
+    layout_overrides(context=2, attention="ring"),
+    layout_overrides(pipeline=2, schedule="gpipe"),
+    layout_overrides(pipeline=2, schedule="interleaved"),
     layout_overrides(pipeline=2, schedule="zero_bubble"),
-]  # fmt: skip
+]
 LAYOUTS_OF_FOUR = [
     *(layout_overrides(**{axis: 4}) for axis in AXES if axis != "tensor"),
     layout_overrides(context=4, attention="ring"),
     *(layout_overrides(**{a: 2, b: 2}) for a, b in itertools.combinations(AXES, 2)),
-    layout_overrides(shard=2, tensor=2, zero=3), layout_overrides(tensor=2, context=2, attention="ring"),
+    layout_overrides(shard=2, tensor=2, zero=3),
+    layout_overrides(tensor=2, context=2, attention="ring"),
     layout_overrides(pipeline=2, shard=2, schedule="interleaved"),
     layout_overrides(pipeline=2, tensor=2, schedule="zero_bubble"),
-]  # fmt: skip
+]
 LAYOUTS_OF_EIGHT = [
     layout_overrides(shard=2, tensor=2, pipeline=2),
     layout_overrides(islands=2, tensor=2, context=2),
@@ -47,7 +51,12 @@ LEVERS = [
     ("model.dropout=0.2",), ("memory.recompute=full", "model.dropout=0.2"),
     ("memory.loss_chunk=8", "model.mlp=gated"),
 ]  # fmt: skip
-LEVER_LAYOUTS = [layout_overrides(tensor=2), layout_overrides(pipeline=2), layout_overrides(context=2), layout_overrides(shard=2)]
+LEVER_LAYOUTS = [
+    layout_overrides(tensor=2),
+    layout_overrides(pipeline=2),
+    layout_overrides(context=2),
+    layout_overrides(shard=2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +65,11 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Curve:
     return launch(train_curves, str(tmp_path_factory.mktemp("one")), [DENSE], STEPS, ranks=1)[0][0]
 
 
-def check_close(result_curve: Curve, oracle: Curve, curve_rtol: float, parameter_rtol: float) -> None:
-    """Losses and norms to `curve`, relative; parameters to `parameter` of their largest."""
+def check_close(
+    result_curve: Curve, oracle: Curve, curve_rtol: float, parameter_rtol: float
+) -> None:
+    """Losses and norms to `curve_rtol`, relative; parameters to `parameter_rtol` of their
+    largest."""
     assert result_curve.losses == pytest.approx(oracle.losses, rel=curve_rtol)
     assert result_curve.norms == pytest.approx(oracle.norms, rel=curve_rtol)
     assert list(result_curve.parameters) == list(oracle.parameters)
@@ -69,7 +81,9 @@ def check_close(result_curve: Curve, oracle: Curve, curve_rtol: float, parameter
 @pytest.fixture(scope="module")
 def short_oracle(tmp_path_factory: pytest.TempPathFactory) -> Curve:
     """The one process, a few steps."""
-    return launch(train_curves, str(tmp_path_factory.mktemp("few")), [DENSE], FEW_STEPS, ranks=1)[0][0]
+    return launch(train_curves, str(tmp_path_factory.mktemp("few")), [DENSE], FEW_STEPS, ranks=1)[
+        0
+    ][0]
 
 
 def check_layouts(
@@ -116,7 +130,10 @@ def test_dropout_and_levers_are_the_same_under_every_axis(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(FEW_STEPS, marks=pytest.mark.slow), pytest.param(STEPS, marks=pytest.mark.nightly)],
+    [
+        pytest.param(FEW_STEPS, marks=pytest.mark.slow),
+        pytest.param(STEPS, marks=pytest.mark.nightly),
+    ],
 )
 def test_bf16_stays_near(steps: int, tmp_path: Path) -> None:
     job = [*DENSE, "run.precision=bf16"]
@@ -152,7 +169,11 @@ EXPERT_LAYOUTS = [
 
 
 def check_experts(
-    ranks: int, job: tuple[str, ...], jobs: list[tuple[str, ...]], folder: Path, steps: int = FEW_STEPS
+    ranks: int,
+    job: tuple[str, ...],
+    jobs: list[tuple[str, ...]],
+    folder: Path,
+    steps: int = FEW_STEPS,
 ) -> None:
     parameter_rtol = 1e-4 if set(MOMENTUM_OVERRIDES) <= set(job) else 1e-3
     reference = launch(train_curves, str(folder), [job], steps, ranks=1)[0][0]
@@ -179,15 +200,24 @@ def test_experts_beside_every_axis(balance: tuple[str, ...], tmp_path: Path) -> 
 
 
 MOVE_LAYOUTS = [
-    layout_overrides(islands=4), layout_overrides(shard=4), layout_overrides(tensor=2, islands=2), layout_overrides(pipeline=2, shard=2),
-    layout_overrides(context=2, tensor=2), layout_overrides(pipeline=2, tensor=2, schedule="zero_bubble"),
-    layout_overrides(shard=2, context=2), layout_overrides(islands=2, pipeline=2),
-]  # fmt: skip
+    layout_overrides(islands=4),
+    layout_overrides(shard=4),
+    layout_overrides(tensor=2, islands=2),
+    layout_overrides(pipeline=2, shard=2),
+    layout_overrides(context=2, tensor=2),
+    layout_overrides(pipeline=2, tensor=2, schedule="zero_bubble"),
+    layout_overrides(shard=2, context=2),
+    layout_overrides(islands=2, pipeline=2),
+]
 
 
 @pytest.mark.slow
 def test_experts_move_between_layouts(tmp_path: Path) -> None:
-    layouts = [layout_overrides(expert=4), layout_overrides(expert=2, shard=2), layout_overrides(tensor=2, pipeline=2)]
+    layouts = [
+        layout_overrides(expert=4),
+        layout_overrides(expert=2, shard=2),
+        layout_overrides(tensor=2, pipeline=2),
+    ]
     job = (*MOE_OVERRIDES, *BIAS_OVERRIDES)
     pairs = [((*job, *a), (*job, *b)) for a, b in itertools.permutations(layouts, 2)]
     for reference_losses, resumed_losses in launch(resume_pairs, str(tmp_path), pairs, ranks=4)[0]:
@@ -201,7 +231,9 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     pairs = [((*DENSE, *a), (*DENSE, *b)) for a, b in ring_pairs + across_pairs]
     results = launch(resume_pairs, str(tmp_path), pairs, ranks=4)[0]
     assert len(results) >= 12
-    for (a, b), (reference_losses, resumed_losses) in zip(ring_pairs + across_pairs, results, strict=True):
+    for (a, b), (reference_losses, resumed_losses) in zip(
+        ring_pairs + across_pairs, results, strict=True
+    ):
         print(a, b)
         assert resumed_losses == pytest.approx(reference_losses, rel=1e-6)
 

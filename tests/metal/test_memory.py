@@ -15,13 +15,13 @@ from cordee.config.run import MemorySettings, Run
 from cordee.errors import ConfigError
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
-from cordee.model.initial import init_weights
+from cordee.model.init_weights import init_weights
 from cordee.model.loss import chunked_loss, head_loss
 from cordee.model.transformer import Transformer
-from cordee.parts import Parts
-from cordee.plan.memory import SyncChoice, rank_memory
-from cordee.train import train as cordee_train
-from tests.conftest import SMALL, run_cordee, weights_digest, read_rows, train_small
+from cordee.planner.memory import SyncChoice, rank_memory
+from cordee.training.user_parts import Parts
+from cordee.training.worker import train as cordee_train
+from tests.conftest import SMALL, read_rows, run_cordee, train_small, weights_digest
 
 KINDS = [("selective", 1), ("full", 1), ("full", 2), ("selective", 3)]
 
@@ -52,7 +52,9 @@ def run_once(model: Transformer, tokens: Tensor, bf16: bool) -> tuple[Tensor, li
 @pytest.mark.parametrize("mlp", ["relu2", "gated"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("kind", "recompute_every"), KINDS)
-def test_computing_again_gives_the_same_bits(kind: str, recompute_every: int, bf16: bool, mlp: str) -> None:
+def test_computing_again_gives_the_same_bits(
+    kind: str, recompute_every: int, bf16: bool, mlp: str
+) -> None:
     model = make_model(ModelSettings(layers=3, width=32, heads=4, dropout=0.2, mlp=mlp))  # type: ignore[arg-type]
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     loss, grads = run_once(model, tokens, bf16)
@@ -134,11 +136,18 @@ def test_peak_is_what_the_plan_says(
     run = override(
         Run(),
         {
-            "memory.recompute": kind, "memory.recompute_every": recompute_every, "memory.loss_chunk": chunk,
-            "run.precision": precision, "batch.microbatches": 1, "batch.microbatch": rows,
-            "model.layers": 6, "model.width": 128, "model.heads": 4, "model.kv_heads": kv_heads,
+            "memory.recompute": kind,
+            "memory.recompute_every": recompute_every,
+            "memory.loss_chunk": chunk,
+            "run.precision": precision,
+            "batch.microbatches": 1,
+            "batch.microbatch": rows,
+            "model.layers": 6,
+            "model.width": 128,
+            "model.heads": 4,
+            "model.kv_heads": kv_heads,
         },
-    )  # fmt: skip
+    )
     specs = tuple(tensor_specs(run.model, vocabulary))
     prediction = rank_memory(run, specs, Layout(), SyncChoice("none", "identity", False), "cpu")
     predicted = sum(prediction.phases["backward"].values())
@@ -155,7 +164,9 @@ def test_a_run_with_less_memory_is_the_same_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 1
     # What is recomputed may change when the run goes on: it is no part of the descent.
-    train_small(tmp_path / "less", *exact_overrides, "launch.processes=2", "memory.recompute=selective")
+    train_small(
+        tmp_path / "less", *exact_overrides, "launch.processes=2", "memory.recompute=selective"
+    )
     assert weights_digest(tmp_path / "less") == weights_digest(tmp_path / "plain")
 
 
@@ -166,7 +177,9 @@ def test_chunks_belong_to_the_descent_and_act(tmp_path: Path) -> None:
         train_small(tmp_path / str(chunk), *overrides, f"memory.loss_chunk={chunk}")
         curves[chunk] = [float(str(row["loss"])) for row in read_rows(tmp_path / str(chunk))]
     assert max(abs(a / b - 1) for a, b in zip(*curves.values(), strict=True)) < 1e-5
-    result = run_cordee("train", *SMALL, *overrides, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}")
+    result = run_cordee(
+        "train", *SMALL, *overrides, "memory.loss_chunk=9", f"run.dir={tmp_path / '20'}"
+    )
     assert result.returncode == 2
     assert "memory.loss_chunk" in result.stderr
 

@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cordee.data.dataset import TokenDataset, open_dataset
 from cordee.data.loader import TokenLoader, held_out_token_batches
 from cordee.data.manifest import list_changed_sources, read_info
-from cordee.data.prepare import check_split_lengths, inspect_dataset, prepare, check_sources, verify_dataset
-from cordee.data.source import TokenDataset, open_dataset
+from cordee.data.prepare import (
+    check_sources,
+    check_split_lengths,
+    inspect_dataset,
+    prepare,
+    verify_dataset,
+)
 from cordee.errors import DataError
 
 SEQUENCE = 16
@@ -88,17 +94,25 @@ def test_evaluation_takes_turns_by_weight(texts: Path) -> None:
     batch = next(held_out_token_batches(dataset, SEQUENCE, rows=10))
     letters = ["".join(sorted({chr(token) for token in row.tolist() if token})) for row in batch]
     assert [letters.count(kind) for kind in ("ab", "cd", "e")] == [5, 3, 2]
-    all_rows = np.concatenate([b.numpy() for b in held_out_token_batches(dataset, SEQUENCE, rows=10)])
+    all_rows = np.concatenate(
+        [b.numpy() for b in held_out_token_batches(dataset, SEQUENCE, rows=10)]
+    )
     mixture = dataset.mixture_order(0, SEQUENCE)
-    assert mixture is not None and len(all_rows) == mixture.max_draws_without_repeat < dataset.rows(SEQUENCE)
+    assert mixture is not None and len(all_rows) == mixture.max_draws_without_repeat < dataset.rows(
+        SEQUENCE
+    )
 
 
 def test_what_is_inspected_verified_and_watched(texts: Path) -> None:
     folder = make_mixture(texts)
     description = inspect_dataset(folder, SEQUENCE)
     assert [part["share"] for part in description["parts"]] == [0.5, 0.3, 0.2]
-    assert sum(part["rows"] for part in description["parts"]) == description["splits"]["train"]["rows"]
-    assert verify_dataset(folder)["tokens"] == sum(split["tokens"] for split in description["splits"].values())
+    assert (
+        sum(part["rows"] for part in description["parts"]) == description["splits"]["train"]["rows"]
+    )
+    assert verify_dataset(folder)["tokens"] == sum(
+        split["tokens"] for split in description["splits"].values()
+    )
     assert list_changed_sources(read_info(folder)) == []
     shard = next((texts / "shards").glob("train-*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -111,7 +125,10 @@ def test_what_is_inspected_verified_and_watched(texts: Path) -> None:
 
 
 def test_weights_are_part_of_what_a_mixture_is(texts: Path) -> None:
-    infos = [read_info(make_mixture(texts, f"m{n}", w)) for n, w in enumerate(["5,3,2", "0.5,0.3,0.2", ""])]
+    infos = [
+        read_info(make_mixture(texts, f"m{n}", w))
+        for n, w in enumerate(["5,3,2", "0.5,0.3,0.2", ""])
+    ]
     assert [part.weight for part in infos[0].parts] == [5, 3, 2]
     assert infos[0].fingerprint == infos[1].fingerprint != infos[2].fingerprint
     sizes = [sum(s.tokens for s in shards) for shards in infos[2].shards_by_source("train")]
@@ -146,8 +163,14 @@ def test_what_is_refused_leaves_nothing(texts: Path, spec: str, weights: str, me
 
 def test_sources_of_unlike_tokens_and_nested_mixtures_are_refused(texts: Path) -> None:
     prepare("builtin:markov", texts / "chain", 0.1, 0, tokens=5000)
-    unlike_spec, nested_spec = f"{texts}/one.txt;{texts}/chain", f"{texts}/one.txt;{make_mixture(texts)}"
-    for spec, message in ((unlike_spec, "differ in their tokenizer"), (nested_spec, "plain dataset")):
+    unlike_spec, nested_spec = (
+        f"{texts}/one.txt;{texts}/chain",
+        f"{texts}/one.txt;{make_mixture(texts)}",
+    )
+    for spec, message in (
+        (unlike_spec, "differ in their tokenizer"),
+        (nested_spec, "plain dataset"),
+    ):
         with pytest.raises(DataError, match=message):
             check_sources(spec)
         with pytest.raises(DataError, match=message):

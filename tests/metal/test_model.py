@@ -12,28 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cordee.config.check import validate_run
 from cordee.config.load import override
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
+from cordee.config.validate import validate_run
 from cordee.errors import ConfigError, DataError
 from cordee.layout.tensors import router_bias_specs, tensor_specs
 from cordee.model.attention import (
     Attention,
     RMSNorm,
+    apply_rope,
     causal_attention,
     chunked_attention,
     masked_attention,
     rms_norm,
     rope_table,
-    apply_rope,
 )
-from cordee.model.initial import INIT_SCHEMES, initial_tensor, init_weights, tensor_seed
+from cordee.model.init_weights import INIT_SCHEMES, init_weights, initial_tensor, tensor_seed
 from cordee.model.loss import soft_cap
 from cordee.model.mlp import squared_relu
 from cordee.model.transformer import Transformer
-from cordee.sample import generate, to_text
+from cordee.training.generate import generate, to_text
 
 CPU = torch.device("cpu")
 SMALL_MODEL = ModelSettings(layers=2, width=32, heads=4)
@@ -48,7 +48,9 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-def make_model(settings: ModelSettings = SMALL_MODEL, initial: InitialSettings = NONZERO_INIT) -> Transformer:
+def make_model(
+    settings: ModelSettings = SMALL_MODEL, initial: InitialSettings = NONZERO_INIT
+) -> Transformer:
     model = Transformer(settings, 256)
     init_weights(model, initial, 0, settings.layers)
     return model
@@ -104,7 +106,9 @@ def test_norm_agrees_with_the_library(dtype: torch.dtype) -> None:
     own_grads = torch.autograd.grad(rms_norm(x, gain, dtype, EPS), (x, gain), grad)
     library_output = F.rms_norm(x.float(), (64,), gain, EPS)
     expected_grads = torch.autograd.grad(library_output, (x, gain), grad.float())
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    tolerance = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
     for a, b in zip(own_grads, expected_grads, strict=True):
         torch.testing.assert_close(a.float(), b.float(), **tolerance)
 
@@ -114,7 +118,9 @@ def test_a_bf16_gain_is_computed_with_in_fp32() -> None:
     gain = torch.randn(16).bfloat16().requires_grad_()
     own_grads = torch.autograd.grad(rms_norm(x, gain, torch.bfloat16, EPS), (x, gain), grad)
     double_inputs = [t.detach().double().requires_grad_() for t in (x, gain)]
-    double_grads = torch.autograd.grad(rms_norm(*double_inputs, torch.float64, EPS), double_inputs, grad.double())
+    double_grads = torch.autograd.grad(
+        rms_norm(*double_inputs, torch.float64, EPS), double_inputs, grad.double()
+    )
     for a, b in zip(own_grads, double_grads, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-6)
@@ -180,14 +186,21 @@ def dense_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int)
     """The formula with one mask over everything; queries are the last T of S positions."""
     length, total, heads = q_BTHE.shape[1], k_BSKE.shape[1], q_BTHE.shape[2]
     kv_heads = torch.arange(heads) * k_BSKE.shape[2] // heads
-    score = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSKE[:, :, kv_heads]) * q_BTHE.shape[-1] ** -0.5
+    score = (
+        torch.einsum("bthe,bshe->bhts", q_BTHE, k_BSKE[:, :, kv_heads]) * q_BTHE.shape[-1] ** -0.5
+    )
     age = torch.arange(total - length, total)[:, None] - torch.arange(total)
     mask = (age < 0) | (age >= (window or total))
     weight = score.masked_fill(mask, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshe->bthe", weight, v_BSKE[:, :, kv_heads])
 
 
-LONG_CASES = [(1100, 2300, 2, 0), (3000, 3000, 1, 300), (1500, 1500, 2, 1100), (1500, 1500, 2, 1500)]
+LONG_CASES = [
+    (1100, 2300, 2, 0),
+    (3000, 3000, 1, 300),
+    (1500, 1500, 2, 1100),
+    (1500, 1500, 2, 1500),
+]
 """Lengths, key heads and windows for which nothing keeps its probabilities."""
 
 
@@ -488,14 +501,25 @@ def test_residual_head_and_embedding_follow_their_settings() -> None:
 
     for name in ("blocks.3.attention.out.weight", "blocks.3.mlp.down.weight"):
         assert initial_matrix(name).abs().sum() == 0
-        scaled_tensor, same_tensor = initial_matrix(name, residual="depth_scaled"), initial_matrix(name, residual="same")
+        scaled_tensor, same_tensor = (
+            initial_matrix(name, residual="depth_scaled"),
+            initial_matrix(name, residual="same"),
+        )
         torch.testing.assert_close(scaled_tensor, same_tensor / 4)
     assert initial_matrix("head.weight").abs().sum() == 0
-    assert float(initial_matrix("head.weight", head="same").std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(initial_matrix("head.weight", head="same").std()) == pytest.approx(
+        64**-0.5, rel=0.05
+    )
     assert float(initial_matrix("head.weight", head="truncated_normal").std()) < 0.02
-    assert float(initial_matrix("embed.weight", embedding_std=0.5).std()) == pytest.approx(0.5, rel=0.05)
+    assert float(initial_matrix("embed.weight", embedding_std=0.5).std()) == pytest.approx(
+        0.5, rel=0.05
+    )
     assert initial_matrix("blocks.0.mlp.up.weight").abs().sum() > 0
-    for name, expected_value in (("norm.weight", 1.0), ("blocks.1.mlp_norm.weight", 1.0), ("a.bias", 0.0)):
+    for name, expected_value in (
+        ("norm.weight", 1.0),
+        ("blocks.1.mlp_norm.weight", 1.0),
+        ("a.bias", 0.0),
+    ):
         vector = initial_tensor(name, (8,), InitialSettings(), 0, 8)
         assert vector.tolist() == [expected_value] * 8
 
@@ -510,7 +534,13 @@ def test_a_shard_can_be_written_from_its_rows() -> None:
     expected_rows = {name: p[1:3].clone() for name, p in full_model.named_parameters()}
     written_rows: dict[str, Tensor] = {}
     names = {id(p): name for name, p in shard_model.named_parameters()}
-    init_weights(shard_model, NONZERO_INIT, 0, 2, write=lambda p, t: written_rows.update({names[id(p)]: t[1:3]}))
+    init_weights(
+        shard_model,
+        NONZERO_INIT,
+        0,
+        2,
+        write=lambda p, t: written_rows.update({names[id(p)]: t[1:3]}),
+    )
     assert all(torch.equal(written_rows[name], expected_rows[name]) for name in expected_rows)
 
 

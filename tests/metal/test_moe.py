@@ -12,25 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from cordee.config.check import validate_run
 from cordee.config.model import InitialSettings, ModelSettings, MoeSettings
 from cordee.config.run import MemorySettings, Run
+from cordee.config.validate import validate_run
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh, make_mesh
-from cordee.dist.start import RankProcess
-from cordee.dist.wire import AxisComm
+from cordee.dist.process_group import RankProcess
 from cordee.errors import ConfigError
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import router_bias_specs, tensor_specs
-from cordee.layout.traffic import expert_layer_bytes
-from cordee.model.initial import initial_tensor, init_weights
-from cordee.model.moe import MoE, reset_expert_load, moe_layers, update_router_bias, sum_expert_load
-from cordee.model.span import identity
+from cordee.model.init_weights import init_weights, initial_tensor
+from cordee.model.moe import MoE, moe_layers, reset_expert_load, sum_expert_load, update_router_bias
+from cordee.model.sequence_shard import identity
 from cordee.model.transformer import Transformer
-from cordee.parallel.apply import make_sequence_shard
 from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import set_expert_dispatch
+from cordee.parallel.parallelize import make_sequence_shard
 from cordee.parallel.tensor import set_sequence_parallel
-from cordee.testing import launch
+from cordee.planner.axis_bytes import expert_layer_bytes
 
 MOE_SETTINGS = MoeSettings(experts=8, active=2, width=24, balance_rate=0.1)
 SMALL_MODEL = ModelSettings(layers=2, width=16, heads=4, mlp="gated", moe=MOE_SETTINGS)
@@ -78,12 +78,16 @@ def reference_moe(moe: MoE, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = moe.router.weight @ x
         score = logits.softmax(-1) if settings.router == "softmax" else logits.sigmoid()
         biased_score = score if moe.bias is None else score + moe.bias
-        top_experts = sorted(range(settings.experts), key=lambda e: -biased_score[e].item())[: settings.active]
+        top_experts = sorted(range(settings.experts), key=lambda e: -biased_score[e].item())[
+            : settings.active
+        ]
         score_sum = sum(score[e] for e in top_experts) if settings.active > 1 else 1.0
         scores.append(score)
         expert_choices.append(top_experts)
         weights.append({e: score[e] / score_sum for e in top_experts})
-    limit = math.ceil(settings.capacity * len(rows) * settings.active / settings.experts) or len(rows)
+    limit = math.ceil(settings.capacity * len(rows) * settings.active / settings.experts) or len(
+        rows
+    )
     outputs = []
     for token, x in enumerate(rows):
         output = torch.zeros_like(x)
@@ -95,10 +99,17 @@ def reference_moe(moe: MoE, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if better_count < limit:
                 output = output + weights[token][e] * reference_mlp(moe, e, x)
         outputs.append(output if moe.shared is None else output + moe.shared(x))
-    counts = torch.tensor([sum(e in top_experts for top_experts in expert_choices) for e in range(settings.experts)])
+    counts = torch.tensor(
+        [sum(e in top_experts for top_experts in expert_choices) for e in range(settings.experts)]
+    )
     probabilities = torch.stack([score / score.sum() for score in scores])
     load_shares = counts / (len(rows) * settings.active)
-    aux = settings.balance_rate * settings.experts * (load_shares * probabilities.mean(0)).sum() * len(rows)
+    aux = (
+        settings.balance_rate
+        * settings.experts
+        * (load_shares * probabilities.mean(0)).sum()
+        * len(rows)
+    )
     return torch.stack(outputs).view_as(x_BTD), aux, counts
 
 
@@ -235,7 +246,9 @@ def test_recomputation_changes_no_bit_and_counts_once(recompute: str, balance: s
         with set_checkpoint_early_stop(False):
             for seed in (1, 2):
                 model.loss(random_tokens(seed)).backward()
-        results.append(([p.grad for p in model.parameters()], [m.expert_load for m in moe_layers(model)]))
+        results.append(
+            ([p.grad for p in model.parameters()], [m.expert_load for m in moe_layers(model)])
+        )
     for a, b in zip(*(grads for grads, _ in results), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(*(loads for _, loads in results), strict=True):
@@ -294,7 +307,10 @@ def train_unevenness(balance: str, rate: float) -> Iterator[float]:
 @pytest.mark.parametrize(("balance", "rate"), [("loss", 1.0), ("bias", 0.01)])
 def test_balance_evens_the_load(balance: str, rate: float) -> None:
     unevenness_values = list(train_unevenness(balance, rate))
-    assert unevenness_values[0] > 2.0 and unevenness_values[-1] < 1.0 + (unevenness_values[0] - 1.0) / 3
+    assert (
+        unevenness_values[0] > 2.0
+        and unevenness_values[-1] < 1.0 + (unevenness_values[0] - 1.0) / 3
+    )
 
 
 def test_without_balance_nothing_moves() -> None:
@@ -326,7 +342,9 @@ def test_a_bias_moves_by_the_sign_of_what_is_missing() -> None:
 # ---- over ranks ----------------------------------------------------------------------------------
 
 
-def shard_parameters(model: Transformer, settings: ModelSettings, layout: Layout, coords: dict[str, int]) -> None:
+def shard_parameters(
+    model: Transformer, settings: ModelSettings, layout: Layout, coords: dict[str, int]
+) -> None:
     """Gives a whole model this rank's part of every parameter."""
     for spec, parameter in zip(tensor_specs(settings, 64), model.parameters(), strict=True):
         full_tensor = initial_tensor(spec.name, spec.shape, NONZERO_INIT, 0, settings.layers)
@@ -402,7 +420,9 @@ RANK_CASES: list[Case] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
 def test_ranks_that_share_experts_and_tokens_are_one_process(layout: Layout) -> None:
-    results_by_rank: list[list[MicrobatchResult]] = launch(run_cases, layout, RANK_CASES, ranks=layout.size)
+    results_by_rank: list[list[MicrobatchResult]] = launch(
+        run_cases, layout, RANK_CASES, ranks=layout.size
+    )
     for case, (settings, _, _) in enumerate(RANK_CASES):
         reference_results = [run_one_process(settings, worker) for worker in range(layout.expert)]
         for rank, results in enumerate(results_by_rank):
@@ -416,7 +436,9 @@ def test_ranks_that_share_experts_and_tokens_are_one_process(layout: Layout) -> 
                 box = tuple(slice(start, stop) for start, stop in spec.box(layout, coords))
                 # An expert has met the tokens of all workers.
                 worker_results = reference_results if spec.is_stacked else [reference]
-                expected = torch.stack([grads[spec.name][box] for _, grads, _ in worker_results]).sum(0)
+                expected = torch.stack(
+                    [grads[spec.name][box] for _, grads, _ in worker_results]
+                ).sum(0)
                 torch.testing.assert_close(grads[spec.name], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -488,7 +510,9 @@ def test_ranks_without_tokens_take_part_and_even_ones_send_what_the_formula_says
         rows = slice(2 * rank, 2 * rank + 2)
         torch.testing.assert_close(local_output, output[rows])
         torch.testing.assert_close(grad, x.grad[rows])
-        torch.testing.assert_close(up, moe.up.grad[rank * experts_per_rank : (rank + 1) * experts_per_rank])
+        torch.testing.assert_close(
+            up, moe.up.grad[rank * experts_per_rank : (rank + 1) * experts_per_rank]
+        )
         assert sent_bytes == expert_layer_bytes(32, 1, 16, ranks, 4) + counts
         torch.testing.assert_close(bf16_output.float(), output[rows], rtol=5e-2, atol=5e-2)
         assert bool(up.any()) == (rank == 0)

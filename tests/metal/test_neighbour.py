@@ -13,12 +13,22 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.checkpoint.neighbour import PeerBackup, choose_neighbours
-from cordee.checkpoint.peer import StateSnapshot, restore_from_peers
-from cordee.checkpoint.state import LocalTensor
-from cordee.dist.start import RankProcess
-from cordee.testing import launch
-from tests.metal.crew import ALL_BOXES, MODEL, expected_slice, check_tensors, run_with_replacement, make_empty_tensors, split_model, make_local_tensors, meta
+from cordee.checkpoint.peer_backup import PeerBackup, choose_neighbours
+from cordee.checkpoint.peer_restore import StateSnapshot, restore_from_peers
+from cordee.checkpoint.train_state import LocalTensor
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.run_ranks import launch
+from tests.metal.standing_worlds import (
+    ALL_BOXES,
+    MODEL,
+    check_tensors,
+    expected_slice,
+    make_empty_tensors,
+    make_local_tensors,
+    meta,
+    run_with_replacement,
+    split_model,
+)
 
 torch.set_num_threads(1)
 
@@ -27,7 +37,9 @@ def make_shards(rank: int, step: int, ranks: int) -> list[LocalTensor]:
     """A rank's rows of everything; the 0-d step is what all hold."""
     local_tensors = make_local_tensors(split_model(0, ranks)[rank], step, MODEL)
     return [
-        item if item.local_slice.box else replace(item, local_slice=replace(item.local_slice, replica_count=ranks))
+        item
+        if item.local_slice.box
+        else replace(item, local_slice=replace(item.local_slice, replica_count=ranks))
         for item in local_tensors
     ]
 
@@ -61,13 +73,18 @@ def lose_host(process: RankProcess) -> None:
     for step in (2, 4):
         advance(local_tensors, step)
         assert backup.back_up(step, meta(step), local_tensors)
-        assert {snapshots.step for snapshots in backup.snapshots()} == {step} and len(backup.snapshots()) == 2
+        assert {snapshots.step for snapshots in backup.snapshots()} == {step} and len(
+            backup.snapshots()
+        ) == 2
     assert 2 * own_bytes <= backup.memory_bytes <= 2.1 * own_bytes + 4096, "one moment, two ranks'"
     assert 2 * own_bytes - 8 <= backup.bytes_sent <= 2.1 * own_bytes + 8192, "twice what is its own"
     assert backup.seconds > 0
     advance(local_tensors, 5)
     if rank < 2:
-        backup, local_tensors = PeerBackup(2, dist.group.WORLD, rank, 4, hosts), make_shards(rank, 1, 4)
+        backup, local_tensors = (
+            PeerBackup(2, dist.group.WORLD, rank, 4, hosts),
+            make_shards(rank, 1, 4),
+        )
     snapshots = [] if rank < 2 else [StateSnapshot(5, meta(5), local_tensors), *backup.snapshots()]
     stats = restore_from_peers(local_tensors, snapshots, dist.group.WORLD, rank, 4)
     assert stats is not None and stats.step == 4 and stats.meta == meta(4)
@@ -87,7 +104,9 @@ def test_a_host_goes_and_the_other_has_its_part() -> None:
 
 def check_replicas(process: RankProcess) -> None:
     local_tensors = [
-        replace(item, local_slice=replace(item.local_slice, replica_count=2, replica_index=process.rank))
+        replace(
+            item, local_slice=replace(item.local_slice, replica_count=2, replica_index=process.rank)
+        )
         for item in make_local_tensors(ALL_BOXES, 1, MODEL)
     ]
     backup = PeerBackup(1, dist.group.WORLD, process.rank, 2)
@@ -95,7 +114,9 @@ def check_replicas(process: RankProcess) -> None:
     assert [snapshot.step for snapshot in backup.snapshots()] == [1] and backup.bytes_sent == 0
     # One tensor that only rank 1 has is enough: then rank 1 sends.
     if process.rank:
-        local_tensors[0] = replace(local_tensors[0], local_slice=replace(local_tensors[0].local_slice, replica_count=1))
+        local_tensors[0] = replace(
+            local_tensors[0], local_slice=replace(local_tensors[0].local_slice, replica_count=1)
+        )
     assert backup.back_up(1, meta(1), local_tensors)
     received_counts = [len(snapshot.tensors) for snapshot in backup.snapshots()]
     assert received_counts == ([len(local_tensors), 0] if process.rank else [len(local_tensors), 1])
@@ -105,7 +126,9 @@ def test_what_others_hold_anyway_is_not_sent() -> None:
     launch(check_replicas, ranks=2)
 
 
-def back_up_twice(join_group: Any, fault_point: Any, process: RankProcess, is_new: bool) -> tuple[int, int]:
+def back_up_twice(
+    join_group: Any, fault_point: Any, process: RankProcess, is_new: bool
+) -> tuple[int, int]:
     """Copies at steps 4 and 8; somebody dies in the second. Then all go on, and copy again."""
     is_armed = False
 
@@ -139,7 +162,9 @@ def back_up_twice(join_group: Any, fault_point: Any, process: RankProcess, is_ne
     backup.rebind(dist.group.WORLD, rank, size)
     backup.discard_after(stats.step)
     assert backup.back_up(stats.step, meta(stats.step), local_tensors)
-    assert {snapshot.step for snapshot in backup.snapshots()} == {stats.step} and len(backup.snapshots()) == 2
+    assert {snapshot.step for snapshot in backup.snapshots()} == {stats.step} and len(
+        backup.snapshots()
+    ) == 2
     return stats.step, len(backup.snapshots())
 
 
@@ -159,5 +184,7 @@ def test_a_fault_at_any_message_leaves_a_step_that_all_cover(
 
 def test_ranks_that_have_all_keep_the_step_before_until_everybody_has(tmp_path: Path) -> None:
     """Ranks 2 and 3 of a ring of 5 have all messages of a copy that the death of rank 0 breaks."""
-    results = run_with_replacement(back_up_twice, tmp_path / "c", 0, FAULT_POINTS.index("copy.send"), ranks=5)
+    results = run_with_replacement(
+        back_up_twice, tmp_path / "c", 0, FAULT_POINTS.index("copy.send"), ranks=5
+    )
     assert {step for step, _ in results.values()} == {4}

@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import cordee
-from cordee.build import build_run_state
 from cordee.checkpoint.format import Piece
 from cordee.checkpoint.save import Saver
 from cordee.cli.main import main
 from cordee.cli.weights import open_weights
 from cordee.config.run import Run
+from cordee.data.map_dataset import SampleLoader, describe_samples
 from cordee.data.order import SampleOrder
-from cordee.data.samples import SampleLoader, describe_samples
-from cordee.desk import RunLogger
 from cordee.errors import ConfigError, CordeeError, DataError, RunError
-from cordee.evaluate import evaluate
-from cordee.fault.leave import StopRequest
-from cordee.metrics.sinks import JsonLinesWriter, last_step, read_records
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.testing import RankProcess, launch
-from cordee.train import check_finite
+from cordee.launcher.run_ranks import RankProcess, launch
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.report.metrics_writer import JsonLinesWriter, last_step, read_records
+from cordee.training.build import build_run_state
+from cordee.training.evaluate import evaluate
+from cordee.training.run_logger import RunLogger
+from cordee.training.stop_request import StopRequest
+from cordee.training.user_parts import Parts
+from cordee.training.worker import check_finite
 from tests.conftest import read_rows
 from tests.metal import test_brought as user_models
 
@@ -88,8 +88,12 @@ BAD_LOSSES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("case_name", BAD_LOSSES)
 def test_losses_that_are_no_loss(case_name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"(?s)the loss .* no summed loss.*{_escape_pattern(case_name)}"):
-        cordee.train(make_run(tmp_path / "run"), model=make_model(), loss=BAD_LOSSES[case_name], data=SAMPLES)
+    with pytest.raises(
+        ConfigError, match=f"(?s)the loss .* no summed loss.*{_escape_pattern(case_name)}"
+    ):
+        cordee.train(
+            make_run(tmp_path / "run"), model=make_model(), loss=BAD_LOSSES[case_name], data=SAMPLES
+        )
     assert not (tmp_path / "run" / "run.toml").exists()
 
 
@@ -106,26 +110,39 @@ def test_model_of_tokens_that_gives_no_loss(tmp_path: Path) -> None:
 def test_loss_that_goes_wrong_later(tmp_path: Path) -> None:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Any:
         loss_sum = cross_entropy_sum(model, x, y)
-        return loss_sum if loss_sum > 4 * 1.2 or not torch.is_grad_enabled() else float(loss_sum.detach())
+        return (
+            loss_sum
+            if loss_sum > 4 * 1.2 or not torch.is_grad_enabled()
+            else float(loss_sum.detach())
+        )
 
     with pytest.raises(ConfigError, match="no summed loss"):
         overrides = ("run.steps=200", "optim.lr=0.1")
-        cordee.train(make_run(tmp_path / "run", *overrides), model=make_model(), loss=loss, data=SAMPLES)
+        cordee.train(
+            make_run(tmp_path / "run", *overrides), model=make_model(), loss=loss, data=SAMPLES
+        )
 
 
 BAD_PARTS: dict[str, dict[str, Any]] = {
-    "model": {"model": nn.Linear}, "model is not a module": {"model": lambda x: x},
-    "loss": {"loss": 3}, "data": {"data": iter([1, 2])}, "data is not samples": {"data": 5},
+    "model": {"model": nn.Linear},
+    "model is not a module": {"model": lambda x: x},
+    "loss": {"loss": 3},
+    "data": {"data": iter([1, 2])},
+    "data is not samples": {"data": 5},
     "data that was brought has no samples": {"data": TensorDataset(FEATURES[:0], FEATURES[:0])},
-    "held_out that was brought has no samples": {"held_out": TensorDataset(FEATURES[:0], FEATURES[:0])},
-    "held_out": {"held_out": TensorDataset}, "held-out": {"loss": None, "data": None,
-                                                          "held_out": SAMPLES},
-}  # fmt: skip
+    "held_out that was brought has no samples": {
+        "held_out": TensorDataset(FEATURES[:0], FEATURES[:0])
+    },
+    "held_out": {"held_out": TensorDataset},
+    "held-out": {"loss": None, "data": None, "held_out": SAMPLES},
+}
 
 
 @pytest.mark.parametrize("name", BAD_PARTS)
 def test_parts_of_another_kind(name: str, tmp_path: Path) -> None:
-    user_parts = {"model": make_model(), "loss": cross_entropy_sum, "data": SAMPLES} | BAD_PARTS[name]
+    user_parts = {"model": make_model(), "loss": cross_entropy_sum, "data": SAMPLES} | BAD_PARTS[
+        name
+    ]
     with pytest.raises(ConfigError) as error_info:
         cordee.train(make_run(tmp_path / "run"), **user_parts)
     assert name.split()[0] in str(error_info.value)
@@ -160,8 +177,12 @@ def test_draws_follow_from_the_microbatch_alone() -> None:
     loader = SampleLoader(NoisyDataset(), SampleOrder(5, len(FEATURES), 4, 4))
     (first_batch, _), (other_batch, _) = loader.microbatch(2, 1), loader.microbatch(2, 2)
     outside_draws = torch.rand(()), random.random(), np.random.rand()
-    assert torch.equal(loader.microbatch(2, 1)[0], first_batch) and not torch.equal(other_batch, first_batch)
-    assert not torch.equal(SampleLoader(NoisyDataset(), SampleOrder(6, 200, 4, 4)).microbatch(2, 1)[0], first_batch)
+    assert torch.equal(loader.microbatch(2, 1)[0], first_batch) and not torch.equal(
+        other_batch, first_batch
+    )
+    assert not torch.equal(
+        SampleLoader(NoisyDataset(), SampleOrder(6, 200, 4, 4)).microbatch(2, 1)[0], first_batch
+    )
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)
@@ -174,22 +195,43 @@ def test_draws_follow_from_the_microbatch_alone() -> None:
 
 
 def test_run_on_augmented_samples_goes_on_as_if_nothing_had_stopped_it(tmp_path: Path) -> None:
-    user_parts: dict[str, Any] = {"loss": cross_entropy_sum, "data": NoisyDataset(), "held_out": NoisyDataset()}
+    user_parts: dict[str, Any] = {
+        "loss": cross_entropy_sum,
+        "data": NoisyDataset(),
+        "held_out": NoisyDataset(),
+    }
     clean_folder, resumed_folder = tmp_path / "clean", tmp_path / "cut"
     overrides = ("checkpoint.every=2",)
-    clean_result = cordee.train(make_run(clean_folder, *overrides), model=make_model(), **user_parts).finished
+    clean_result = cordee.train(
+        make_run(clean_folder, *overrides), model=make_model(), **user_parts
+    ).finished
     with pytest.raises(RuntimeError):
         crash_override = "fault.crash=step.start:5:0"
-        cordee.train(make_run(resumed_folder, *overrides, crash_override), model=make_model(), **user_parts)
-    resumed_result = cordee.train(make_run(resumed_folder, *overrides), model=make_model(), **user_parts).finished
-    assert clean_result and resumed_result and resumed_result["weights_sha256"] == clean_result["weights_sha256"]
+        cordee.train(
+            make_run(resumed_folder, *overrides, crash_override), model=make_model(), **user_parts
+        )
+    resumed_result = cordee.train(
+        make_run(resumed_folder, *overrides), model=make_model(), **user_parts
+    ).finished
+    assert (
+        clean_result
+        and resumed_result
+        and resumed_result["weights_sha256"] == clean_result["weights_sha256"]
+    )
     assert resumed_result["held_out_loss"] == clean_result["held_out_loss"]
-    assert [r["loss"] for r in read_rows(resumed_folder)] == [r["loss"] for r in read_rows(clean_folder)]
+    assert [r["loss"] for r in read_rows(resumed_folder)] == [
+        r["loss"] for r in read_rows(clean_folder)
+    ]
 
 
 def test_samples_that_are_others_when_read_again(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="another one when it is read again"):
-        cordee.train(make_run(tmp_path / "run"), model=make_model(), loss=cross_entropy_sum, data=StatefulNoise())
+        cordee.train(
+            make_run(tmp_path / "run"),
+            model=make_model(),
+            loss=cross_entropy_sum,
+            data=StatefulNoise(),
+        )
 
 
 def test_samples_that_carry_gradients() -> None:
@@ -208,9 +250,15 @@ def test_held_out_samples_that_are_not_finite(
     held_out_inputs[3, 2] = bad_value
     run = make_run(folder, "evaluate.every=2")
     data = TensorDataset(held_out_inputs, SAMPLES.tensors[1][:20])
-    report = cordee.train(run, model=make_model(), loss=cross_entropy_sum, data=SAMPLES, held_out=data)
+    report = cordee.train(
+        run, model=make_model(), loss=cross_entropy_sum, data=SAMPLES, held_out=data
+    )
     assert report.exit_code == 0 and "NO FINITE LOSS in 1 of" in capsys.readouterr().err
-    evaluations = [e for e in read_strict_json(folder / "events.jsonl") if e["event"] in ("evaluated", "finished")]
+    evaluations = [
+        e
+        for e in read_strict_json(folder / "events.jsonl")
+        if e["event"] in ("evaluated", "finished")
+    ]
     assert len(evaluations) == 3
     for event in evaluations:
         assert event["held_out_loss"] is None and event["held_out_not_finite"] == 1
@@ -237,7 +285,9 @@ def test_infinite_losses_of_both_signs() -> None:
 
 
 @pytest.mark.parametrize("saves_every_step", [True, False])
-def test_parameters_that_are_not_finite_are_not_saved(saves_every_step: bool, tmp_path: Path) -> None:
+def test_parameters_that_are_not_finite_are_not_saved(
+    saves_every_step: bool, tmp_path: Path
+) -> None:
     """Spoilt while step 5 goes on, where the guard does not look; the newest checkpoint stays the
     last good one, whether the next save or (none is due) the next loss tells of it."""
     folder = tmp_path / "run"
@@ -305,9 +355,18 @@ def test_checkpoint_that_is_not_finite_is_not_handed_on(
     """One that an earlier version saved."""
     folder = tmp_path / "run"
     (tmp_path / "a.txt").write_text("what a line of text this is\n" * 300)
-    overrides = ("model.layers=1", "model.width=32", "model.heads=2", "data.sequence=16", "run.steps=1",
-             "evaluate.sample=0", "evaluate.tokens=64", "run.precision=fp32", "launch.processes=1",
-             f"data.path={tmp_path / 'a.txt'}")  # fmt: skip
+    overrides = (
+        "model.layers=1",
+        "model.width=32",
+        "model.heads=2",
+        "data.sequence=16",
+        "run.steps=1",
+        "evaluate.sample=0",
+        "evaluate.tokens=64",
+        "run.precision=fp32",
+        "launch.processes=1",
+        f"data.path={tmp_path / 'a.txt'}",
+    )
     assert main(["train", *overrides, f"run.dir={folder}"]) == 0
     checkpoint = open_weights(verb, str(folder))
     saver = Saver(folder / "checkpoints", 0, 1, 1, lambda point, step: None)
@@ -331,7 +390,15 @@ def test_records_are_json_whatever_is_written_and_read(tmp_path: Path) -> None:
     writer = JsonLinesWriter(path)
     writer.write({"step": 1, "loss": math.nan, "inner": [math.inf, {"a": np.float64("-inf")}]})
     assert list(read_strict_json(path)) == [{"step": 1, "loss": None, "inner": [None, {"a": None}]}]
-    junk_lines = ("[" * 100_000, "1" * 6000, '{"step": NaN}', '{"step": 1e400}', "\udcff", "null", "[]")
+    junk_lines = (
+        "[" * 100_000,
+        "1" * 6000,
+        '{"step": NaN}',
+        '{"step": 1e400}',
+        "\udcff",
+        "null",
+        "[]",
+    )
     with open(path, "a", errors="surrogateescape") as stream:
         stream.writelines(f"{line}\n" for line in junk_lines)
     assert read_records(path)[0]["step"] == 1
@@ -348,4 +415,6 @@ def _escape_pattern(text: str) -> str:
 def test_errors_have_no_traceback_where_the_first_loss_is_not_finite(tmp_path: Path) -> None:
     bad_samples = TensorDataset(FEATURES * math.nan, SAMPLES.tensors[1])
     with pytest.raises(CordeeError, match="first microbatch is not finite"):
-        cordee.train(make_run(tmp_path / "run"), model=make_model(), loss=cross_entropy_sum, data=bad_samples)
+        cordee.train(
+            make_run(tmp_path / "run"), model=make_model(), loss=cross_entropy_sum, data=bad_samples
+        )

@@ -18,37 +18,31 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cordee.build import muon_matrix
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
+from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh, make_mesh
-from cordee.dist.wire import AxisComm
 from cordee.errors import CheckpointError, LayoutError
+from cordee.hf.safetensors_io import slice_box
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
-from cordee.model.folder import slice_box
-from cordee.model.initial import init_weights
+from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
-from cordee.optim.clip import (
-    clip_gradients,
-    clip_units,
-    global_norm,
-    layer_norms,
-    limit_parameters,
-)
-from cordee.optim.groups import Optimizers, parameter_group, make_optimizer, split_groups
+from cordee.optim.clip import clip_gradients, clip_units, global_norm, layer_norms, limit_parameters
 from cordee.optim.muon import (
     Muon,
-    _newton_schulz_by_gram,
     _newton_schulz,
-    orthogonalise_cost,
+    _newton_schulz_by_gram,
     assign_owners,
     orthogonalise,
+    orthogonalise_cost,
     product_dtype,
 )
+from cordee.optim.optimizer import Optimizers, make_optimizer, parameter_group, split_groups
 from cordee.optim.schedule import lr_factor
-from cordee.parallel.shard import Sharding, reshard, apply_fsdp
+from cordee.parallel.fsdp import Sharding, apply_fsdp, reshard
+from cordee.training.build import muon_matrix
 
 RULES = tuple(DEFAULT_LR)
 UNEVEN_MODEL = ModelSettings(layers=1, width=20, heads=2, ffn=4)
@@ -63,7 +57,9 @@ def one_thread() -> None:
 
 def make_model(model_settings: ModelSettings = UNEVEN_MODEL, vocabulary: int = 7) -> Transformer:
     transformer = Transformer(model_settings, vocabulary)
-    init_weights(transformer, InitialSettings(residual="same", head="same"), 0, model_settings.layers)
+    init_weights(
+        transformer, InitialSettings(residual="same", head="same"), 0, model_settings.layers
+    )
     return transformer
 
 
@@ -105,7 +101,9 @@ def test_foreign_names_fall_into_groups(name: str, ndim: int, group: str) -> Non
 # ---- rules ---------------------------------------------------------------------------------------
 
 
-def create_optimizer(model: nn.Module, name: str, fused: bool = False, **changes: object) -> Optimizers:
+def create_optimizer(
+    model: nn.Module, name: str, fused: bool = False, **changes: object
+) -> Optimizers:
     return make_optimizer(
         OptimSettings(name=name, **changes), model.named_parameters(), fused=fused
     )  # type: ignore[arg-type]
@@ -143,16 +141,25 @@ def test_state_is_complete_from_the_start_and_continues(name: str) -> None:
     second_optimizer = create_optimizer(resumed_model, name)
     second_optimizer.load_state(lambda key: saved_state[key])
     for step in range(3, 6):
-        for model, optimizer in ((reference_model, first_optimizer), (resumed_model, second_optimizer)):
+        for model, optimizer in (
+            (reference_model, first_optimizer),
+            (resumed_model, second_optimizer),
+        ):
             set_random_grads(model, step)
             optimizer.step()
-    for (key, a), b in zip(first_optimizer.state_tensors().items(), second_optimizer.state_tensors().values(), strict=True):
+    for (key, a), b in zip(
+        first_optimizer.state_tensors().items(),
+        second_optimizer.state_tensors().values(),
+        strict=True,
+    ):
         assert torch.equal(a, b), key
     for a, b in zip(reference_model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def make_library_optimizer(model: nn.Module, settings: OptimSettings, fused: bool) -> torch.optim.Optimizer:
+def make_library_optimizer(
+    model: nn.Module, settings: OptimSettings, fused: bool
+) -> torch.optim.Optimizer:
     """torch.optim's class for a rule, with weight decay on matrices alone."""
     groups = split_groups(model.named_parameters())
     matrices = [p for _, p in groups["matrices"]]
@@ -180,7 +187,10 @@ def test_a_rule_is_the_librarys_class_to_the_bit(name: str, fused: bool) -> None
     """And zero state is what the library makes at its first step."""
     own_model, library_model = make_model(), make_model()
     settings = OptimSettings(name=name, weight_decay=0.1)  # type: ignore[arg-type]
-    own_optimizer, library_optimizer = create_optimizer(own_model, name, fused, weight_decay=0.1), make_library_optimizer(library_model, settings, fused)
+    own_optimizer, library_optimizer = (
+        create_optimizer(own_model, name, fused, weight_decay=0.1),
+        make_library_optimizer(library_model, settings, fused),
+    )
     for step in range(4):
         for model, optimizer in ((own_model, own_optimizer), (library_model, library_optimizer)):
             set_random_grads(model, step)
@@ -269,7 +279,10 @@ def test_plain_kernels_do_not_depend_on_where_a_tensor_is_cut(name: str) -> None
                     grad = shard_rows(tensor * (1 + 0.37 * step), size, r)
                     parts[f"{key}.{r}"].grad = grad.clone()
             optimizer.step()
-        return {key: torch.cat([parts[f"{key}.{r}"].detach() for r in range(size)]) for key in base_tensors}
+        return {
+            key: torch.cat([parts[f"{key}.{r}"].detach() for r in range(size)])
+            for key in base_tensors
+        }
 
     full_result = train_shards(1)
     for size in (2, 3, 7):
@@ -317,7 +330,9 @@ def test_the_iteration_on_the_gram_matrix_is_the_same_iteration() -> None:
         u, _, v = torch.linalg.svd(torch.randn(24, 96), full_matrices=False)
         wide_matrix = (u * torch.logspace(0, -decades, 24)) @ v
         wide_matrix /= wide_matrix.norm()
-        torch.testing.assert_close(_newton_schulz_by_gram(wide_matrix), _newton_schulz(wide_matrix), rtol=0, atol=5e-4)
+        torch.testing.assert_close(
+            _newton_schulz_by_gram(wide_matrix), _newton_schulz(wide_matrix), rtol=0, atol=5e-4
+        )
 
 
 def test_muon_takes_more_dims_as_columns_and_refuses_vectors() -> None:
@@ -354,7 +369,7 @@ def test_products_are_in_what_the_device_is_quick_at() -> None:
 def split_grads(
     grads: Sequence[Tensor], size: int
 ) -> tuple[list[list[Tensor]], Callable[..., Tensor]]:
-    """Every shard's rows, and the `whole` that any of them would be given."""
+    """Every shard's rows, and the `gather_squares` that any of them would be given."""
     parts = [[shard_rows(g, size, r).clone() for g in grads] for r in range(size)]
 
     def gather_squares(_: Tensor) -> Tensor:
@@ -372,8 +387,7 @@ def _row_squares(tensor: Tensor) -> Tensor:
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.integers(1, 70)),
-            st.tuples(st.integers(1, 70), st.integers(1, 300)),
+            st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 70), st.integers(1, 300))
         ),
         min_size=1,
         max_size=6,
@@ -389,9 +403,13 @@ def test_the_exact_norm_is_the_same_bits_for_any_sharding(
     for size in (1, 2, 3, 5):
         parts, gather_squares = split_grads(grads, size)
         row_squares: list[Tensor] = []
-        global_norm(number_tensors(parts[0]), True, lambda rows, row_squares=row_squares, gather_squares=gather_squares: (
-            row_squares.append(rows) or gather_squares(rows)  # type: ignore[func-returns-value]
-        ))  # fmt: skip
+        global_norm(
+            number_tensors(parts[0]),
+            True,
+            lambda rows, row_squares=row_squares, gather_squares=gather_squares: (
+                row_squares.append(rows) or gather_squares(rows)  # type: ignore[func-returns-value]
+            ),
+        )
         assert torch.equal(row_squares[0], torch.cat([_row_squares(p) for p in parts[0]]))
         assert torch.equal(global_norm(number_tensors(parts[0]), True, gather_squares), norm), size
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
@@ -442,7 +460,9 @@ def test_clipping_does_what_it_says(kind: str) -> None:
     elif kind == "normalise":
         assert norm_after == pytest.approx(1.0, rel=1e-5)
     elif kind == "value":
-        assert all(torch.equal(g, b.clamp(-0.5, 0.5)) for g, b in zip(grads, grads_before, strict=True))
+        assert all(
+            torch.equal(g, b.clamp(-0.5, 0.5)) for g, b in zip(grads, grads_before, strict=True)
+        )
     elif kind == "none":
         assert all(torch.equal(g, b) for g, b in zip(grads, grads_before, strict=True))
     else:
@@ -453,7 +473,11 @@ def test_clipping_does_what_it_says(kind: str) -> None:
 def test_a_small_gradient_keeps_its_bits() -> None:
     named_tensors = make_named_toy()
     grads_before = [grad.clone() for _, _, grad in named_tensors]
-    clip_gradients(named_tensors, ClipSettings(kind="norm", limit=1e3), global_norm(number_tensors(grads_before), True))
+    clip_gradients(
+        named_tensors,
+        ClipSettings(kind="norm", limit=1e3),
+        global_norm(number_tensors(grads_before), True),
+    )
     assert all(torch.equal(g, b) for (_, _, g), b in zip(named_tensors, grads_before, strict=True))
 
 
@@ -494,7 +518,9 @@ def test_limits_give_the_same_bits_for_any_sharding() -> None:
     full_tensors = [(f"t{i}", torch.randn(29, 7) * 10**i) for i in range(3)]
     limits = ClipSettings(matrices=ParameterLimit(norm=3.0))
     for size in (2, 3, 4):
-        parts = [[(n, shard_rows(t, size, r).clone()) for n, t in full_tensors] for r in range(size)]
+        parts = [
+            [(n, shard_rows(t, size, r).clone()) for n, t in full_tensors] for r in range(size)
+        ]
         recorded_sums: list[Tensor] = []
 
         for r in range(size):
@@ -517,7 +543,9 @@ def test_norms_by_layer() -> None:
     assert list(norms) == ["embed", "blocks.0", "blocks.1", "norm", "head"]
     full_norm = float(global_norm(dict(named_grads), True))
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(full_norm, rel=1e-5)
-    assert layer_norms(iter(named_grads[:1])) == {"embed": pytest.approx(float(named_grads[0][1].norm()))}
+    assert layer_norms(iter(named_grads[:1])) == {
+        "embed": pytest.approx(float(named_grads[0][1].norm()))
+    }
 
 
 # ---- schedule ------------------------------------------------------------------------------------
@@ -600,9 +628,15 @@ def _check_parts_follow_full(mesh: Mesh, name: str, dtype: torch.dtype) -> None:
     specs = {spec.name: spec for spec in tensor_specs(full_model.settings, full_model.vocabulary)}
     boxes = {spec.name: spec.box(mesh.layout, mesh.coords) for spec in specs.values()}
     parts = {n: slice_box(p.detach(), boxes[n]).clone() for n, p in full_model.named_parameters()}
-    matrices = {n: muon_matrix(specs[n], mesh, False) for n in parts if specs[n].group == "matrices"}
-    full_optimizer = make_optimizer(optim_settings, full_model.named_parameters(), fused=False, muon_dtype=dtype)
-    sharded_optimizer = make_optimizer(optim_settings, parts.items(), fused=False, matrices=matrices, muon_dtype=dtype)
+    matrices = {
+        n: muon_matrix(specs[n], mesh, False) for n in parts if specs[n].group == "matrices"
+    }
+    full_optimizer = make_optimizer(
+        optim_settings, full_model.named_parameters(), fused=False, muon_dtype=dtype
+    )
+    sharded_optimizer = make_optimizer(
+        optim_settings, parts.items(), fused=False, matrices=matrices, muon_dtype=dtype
+    )
     for step in range(3):
         set_random_grads(full_model, step)
         for n, p in full_model.named_parameters():
@@ -628,9 +662,14 @@ def _check_shared_work(mesh: Mesh) -> None:
         if spec.group == "matrices"
     }
     single_optimizer = make_optimizer(OptimSettings(), single_model.named_parameters(), fused=True)
-    shared_optimizer = make_optimizer(OptimSettings(), shared_model.named_parameters(), fused=True, matrices=matrices)
+    shared_optimizer = make_optimizer(
+        OptimSettings(), shared_model.named_parameters(), fused=True, matrices=matrices
+    )
     for step in range(3):
-        for model, optimizer in ((single_model, single_optimizer), (shared_model, shared_optimizer)):
+        for model, optimizer in (
+            (single_model, single_optimizer),
+            (shared_model, shared_optimizer),
+        ):
             set_random_grads(model, step)
             optimizer.step()
     for p, q in zip(single_model.parameters(), shared_model.parameters(), strict=True):

@@ -14,16 +14,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cordee.checkpoint.peer import StateSnapshot, restore_from_peers
-from cordee.devices import BACKENDS, HOST_GLOO
-from cordee.dist.exchange import all_gather_rows
-from cordee.dist.flat import to_transport_device
+from cordee.checkpoint.peer_restore import StateSnapshot, restore_from_peers
+from cordee.dist.collectives import to_transport_device
 from cordee.dist.mesh import make_mesh
-from cordee.dist.start import RankProcess
+from cordee.dist.process_group import RankProcess
+from cordee.dist.tree_all_reduce import all_gather_rows
+from cordee.hardware.devices import BACKENDS, HOST_GLOO
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import AXES, Layout
-from cordee.testing import launch
-from tests.metal.crew import ALL_BOXES, MODEL, check_tensors, make_empty_tensors, make_local_tensors, meta
 from tests.metal.layouts import DENSE, Curve, train_curve
+from tests.metal.standing_worlds import (
+    ALL_BOXES,
+    MODEL,
+    check_tensors,
+    make_empty_tensors,
+    make_local_tensors,
+    meta,
+)
 
 STEPS = 3
 MOE = (

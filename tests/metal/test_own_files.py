@@ -18,24 +18,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.begin import LOCK_FILE, find_dataset_dir, prepare_run, prepare_dataset, acquire_run_lock, resolve_config
 from cordee.checkpoint.save import _remove_checkpoint
 from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.cli.main import main
 from cordee.config.load import dump, load, override, read_toml
-from cordee.config.paths import make_temporary_path, expand_home_of_each
+from cordee.config.paths import expand_home_of_each, make_temporary_path
 from cordee.config.run import Run
-from cordee.data.builtin import _expand_glob
-from cordee.data.manifest import list_changed_sources, is_dataset, read_info
+from cordee.data.corpora import _expand_glob
+from cordee.data.manifest import is_dataset, list_changed_sources, read_info
 from cordee.data.prepare import prepare
-from cordee.data.shards import atomic_folder
-from cordee.data.snapshot import MARKER_FILE, read_marker, remove_snapshot, classify_snapshot
+from cordee.data.snapshot import MARKER_FILE, classify_snapshot, read_marker, remove_snapshot
+from cordee.data.writer import atomic_folder
+from cordee.elastic.witness import FileWitness, WitnessState
 from cordee.errors import ConfigError, DataError
-from cordee.fault.witness import FileWitness, WitnessState
-from cordee.metrics.sinks import write_atomically
-from cordee.model.folder import write_folder
-from cordee.train import train as cordee_train
-from cordee.trial import measure_losses
+from cordee.hf.safetensors_io import write_folder
+from cordee.launcher.prepare import (
+    LOCK_FILE,
+    acquire_run_lock,
+    find_dataset_dir,
+    prepare_dataset,
+    prepare_run,
+    resolve_config,
+)
+from cordee.report.metrics_writer import write_atomically
+from cordee.training.lr_trial import measure_losses
+from cordee.training.worker import train as cordee_train
 from tests.conftest import SMALL, TINY
 
 OVERRIDES = (
@@ -122,7 +129,9 @@ def test_data_of_the_user_in_the_runs_folder_stays_and_is_not_used(
 def test_data_that_is_no_dataset_does_not_disturb_a_prepared_one(work_folder: Path) -> None:
     prepare("a.txt", Path("data/shards"), 0.1, 0)
     tree_before = read_tree(work_folder)
-    assert prepare_dataset(make_run("run.dir=.", "data.path=data/shards")).folder == Path("data/shards")
+    assert prepare_dataset(make_run("run.dir=.", "data.path=data/shards")).folder == Path(
+        "data/shards"
+    )
     # ... and the run's own place may be what is named.
     Path("p").mkdir()
     Path("data/shards").rename("p/data")
@@ -156,7 +165,9 @@ def test_a_snapshot_of_a_start_that_died_is_made_anew_when_other_data_is_asked(
 
 
 @pytest.mark.parametrize("change", ["content", "file"])
-def test_sources_that_changed_before_the_first_step_are_read_again(change: str, work_folder: Path) -> None:
+def test_sources_that_changed_before_the_first_step_are_read_again(
+    change: str, work_folder: Path
+) -> None:
     Path("texts").mkdir()
     shutil.copy("a.txt", "texts")
     run = make_run("run.dir=r", "data.path=texts")
@@ -166,7 +177,9 @@ def test_sources_that_changed_before_the_first_step_are_read_again(change: str, 
     else:
         shutil.copy("b.txt", "texts")
     second_info = prepare_dataset(run)
-    assert second_info.fingerprint != first_info.fingerprint and not list_changed_sources(second_info)
+    assert second_info.fingerprint != first_info.fingerprint and not list_changed_sources(
+        second_info
+    )
 
 
 def test_what_cannot_be_used_leaves_the_former_snapshot_and_nothing_else(work_folder: Path) -> None:
@@ -209,7 +222,9 @@ def test_a_removal_that_was_cut_short_is_finished(work_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["not JSON", "altered", "another version", "a folder"])
-def test_a_marker_that_is_not_what_was_written_proves_nothing(damage: str, work_folder: Path) -> None:
+def test_a_marker_that_is_not_what_was_written_proves_nothing(
+    damage: str, work_folder: Path
+) -> None:
     run = make_run("run.dir=r", "data.path=a.txt")
     prepare_dataset(run)
     marker = Path("r/data") / MARKER_FILE
@@ -264,7 +279,13 @@ def test_temporary_names_are_nobody_elses(work_folder: Path) -> None:
         (folder / "file").touch()
     tree_after = read_tree(work_folder)
     assert {name: tree_after[name] for name in tree_before} == tree_before
-    assert set(tree_after) - set(tree_before) == {"x", "members.json", "members.json.lock", "d", "d/file"}
+    assert set(tree_after) - set(tree_before) == {
+        "x",
+        "members.json",
+        "members.json.lock",
+        "d",
+        "d/file",
+    }
     long_path = Path("é" * 127)
     assert len(os.fsencode(make_temporary_path(long_path).name)) <= 255
     write_atomically(long_path, b"whole")
@@ -364,10 +385,14 @@ def test_an_export_that_fails_leaves_what_was_there(work_folder: Path) -> None:
 def test_words_of_train(word: str, kind: str, work_folder: Path) -> None:
     Path("lr=0.1.toml").touch()
     arguments = parse_arguments(make_parser("train", "", ""), [word])
-    assert (arguments.file, arguments.overrides) == ((word, ()) if kind == "file" else (None, (word,)))
+    assert (arguments.file, arguments.overrides) == (
+        (word, ()) if kind == "file" else (None, (word,))
+    )
 
 
-def test_data_is_prepared_from_and_to_any_name(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_prepared_from_and_to_any_name(
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(work_folder))
     for source in ("k=v.txt", "x.toml", "optim.lr=1", "a,b;c.txt", "line\nend.txt", "~"):
         shutil.copy("a.txt", source)
@@ -412,7 +437,9 @@ def test_files_without_a_name_in_utf8_are_read(work_folder: Path) -> None:
     Path("texts").mkdir()
     shutil.copy("a.txt", b"texts/caf\xe9.txt")
     info = prepare_dataset(make_run("run.dir=r", "data.path=texts"))
-    assert not list_changed_sources(info) and find_dataset_dir(make_run("run.dir=r", "data.path=texts"))
+    assert not list_changed_sources(info) and find_dataset_dir(
+        make_run("run.dir=r", "data.path=texts")
+    )
 
 
 # --- home folders, marks, links ------------------------------------------------------------------
@@ -432,11 +459,16 @@ def test_a_tilde_is_the_home_folder_in_every_key(
             run.run.dir, run.launch.secret, run.model.hub, run.initial.weights, run.data.path
         )  # fmt: skip
         assert paths == (str(work_folder / "home/x"),) * 5
-    assert resolve_config(override(Run(), {"run.dir": "~/y"})).run.dir == str(work_folder / "home/y")
+    assert resolve_config(override(Run(), {"run.dir": "~/y"})).run.dir == str(
+        work_folder / "home/y"
+    )
     home = str(work_folder / "home")
     assert expand_home_of_each("~/a, ~/b;~/c") == f"{home}/a, {home}/b;{home}/c"
     assert expand_home_of_each("records:~/a,~/b") == f"records:{home}/a,{home}/b"
-    assert expand_home_of_each("x~,a/~/b,~nobody-has-this-name/c") == "x~,a/~/b,~nobody-has-this-name/c"
+    assert (
+        expand_home_of_each("x~,a/~/b,~nobody-has-this-name/c")
+        == "x~,a/~/b,~nobody-has-this-name/c"
+    )
 
 
 @pytest.mark.parametrize(
@@ -523,7 +555,7 @@ def test_a_run_that_began_before_the_lock_was_taken_is_seen(
         Path("r/run.toml").write_text(dump(other_run))
 
     # The last thing before the lock, in either way.
-    monkeypatch.setattr("cordee.begin.check_sources", write_other_run)
+    monkeypatch.setattr("cordee.launcher.prepare.check_sources", write_other_run)
     with pytest.raises(ConfigError, match="another run"):
         cordee_train(run)
     assert sorted(os.listdir("r")) == ["lock", "run.toml"]

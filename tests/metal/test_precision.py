@@ -13,31 +13,45 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cordee.begin import prepare_dataset, resolve_config
-from cordee.build import build_run_state
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.config.load import load, override
 from cordee.config.run import MemorySettings, Run
-from cordee.desk import RunLogger
 from cordee.dist.mesh import make_mesh
 from cordee.errors import ConfigError
-from cordee.fault.leave import StopRequest
+from cordee.launcher.prepare import prepare_dataset, resolve_config
+from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
 from cordee.model.fp8 import E4M3, E5M2, fp8_product, quantise, scaled_product, use_fp8
 from cordee.model.precision import autocast_to
-from cordee.optim.scale import INITIAL_SCALE, GROWTH_INTERVAL, MIN_SCALE, MAX_SCALE, LossScaler
+from cordee.optim.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE, MIN_SCALE, LossScaler
 from cordee.parallel.engine import Engine, StepSpec
-from cordee.parallel.shard import Sharding
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.testing import RankProcess, launch
-from cordee.train import train_step
-from cordee.train import train as cordee_train
-from tests.conftest import SMALL, TINY, run_cordee, weights_digest, read_events, read_rows, train_small
-from tests.metal.layouts import build_local_model, build_full_model
+from cordee.parallel.fsdp import Sharding
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.training.build import build_run_state
+from cordee.training.run_logger import RunLogger
+from cordee.training.stop_request import StopRequest
+from cordee.training.user_parts import Parts
+from cordee.training.worker import train as cordee_train
+from cordee.training.worker import train_step
+from tests.conftest import (
+    SMALL,
+    TINY,
+    read_events,
+    read_rows,
+    run_cordee,
+    train_small,
+    weights_digest,
+)
+from tests.metal.layouts import build_full_model, build_local_model
 
-FP16_OVERRIDES = (*TINY, "run.precision=fp16", "run.exact=true", "run.steps=16", "evaluate.tokens=0")
+FP16_OVERRIDES = (
+    *TINY,
+    "run.precision=fp16",
+    "run.exact=true",
+    "run.steps=16",
+    "evaluate.tokens=0",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +127,13 @@ def test_an_overflow_gives_the_same_bits_anywhere_and_survives_a_kill(tmp_path: 
                "cut": ("launch.processes=2", "layout.shard=2")}  # fmt: skip
     for name, layout in layouts.items():
         train_small(tmp_path / name, *poison_overrides, *layout)
-    arguments = ("train", *SMALL, *poison_overrides, f"run.dir={tmp_path / 'again'}", "checkpoint.every=8")
+    arguments = (
+        "train",
+        *SMALL,
+        *poison_overrides,
+        f"run.dir={tmp_path / 'again'}",
+        "checkpoint.every=8",
+    )
     kill_overrides = ("launch.processes=2", "fault.kill=step.start:12:1", "fault.recover=false")
     result = run_cordee(*arguments, *kill_overrides)
     assert result.returncode == 1
@@ -122,7 +142,9 @@ def test_an_overflow_gives_the_same_bits_anywhere_and_survives_a_kill(tmp_path: 
     for name in ("one", "again"):
         scales = [row["loss_scale"] for row in read_rows(tmp_path / name)]
         assert scales == [INITIAL_SCALE] * 5 + [INITIAL_SCALE / 2] * 11
-    (skip_event,) = (event for event in read_events(tmp_path / "one") if event["event"] == "step_skipped")
+    (skip_event,) = (
+        event for event in read_events(tmp_path / "one") if event["event"] == "step_skipped"
+    )
     assert skip_event["cause"] == "fp16 overflow; loss scale 65536 -> 32768"
     assert (skip_event["step"], skip_event["in_a_row"]) == (5, 0)
 
@@ -139,7 +161,9 @@ def test_what_no_scale_helps_against_stops_the_run(run_dir: Path) -> None:
 
 def run_overflowing(process: RankProcess, folder: str) -> tuple[str, list[float], int]:
     """Six steps from a scale that is too large: (digest of the weights, scales, skipped steps)."""
-    run = resolve_config(load(None, (*SMALL, *FP16_OVERRIDES, f"run.dir={folder}/{process.rank}")).run)
+    run = resolve_config(
+        load(None, (*SMALL, *FP16_OVERRIDES, f"run.dir={folder}/{process.rank}")).run
+    )
     data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
     state = build_run_state(run, plan, process, data, Parts())
@@ -203,7 +227,11 @@ def test_fp8_products_are_those_of_quantised_numbers(dtype: torch.dtype) -> None
         y = fp8_product(x, weight, dtype)
     x_grad, weight_grad = torch.autograd.grad(y, (x, weight), grad)
     assert (y.dtype, x_grad.dtype, weight_grad.dtype) == (dtype, dtype, torch.float32)
-    x8, w8, g8 = quantise_round_trip(x, E4M3), quantise_round_trip(weight, E4M3), quantise_round_trip(grad, E5M2)
+    x8, w8, g8 = (
+        quantise_round_trip(x, E4M3),
+        quantise_round_trip(weight, E4M3),
+        quantise_round_trip(grad, E5M2),
+    )
     tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 2.0**-8, "atol": 1e-4}
     torch.testing.assert_close(y.double(), x8 @ w8.T, **tolerance)
     torch.testing.assert_close(x_grad.double(), g8 @ w8, **tolerance)
@@ -212,8 +240,13 @@ def test_fp8_products_are_those_of_quantised_numbers(dtype: torch.dtype) -> None
 
 def make_fp8_run(**memory: str) -> Run:
     memory_overrides = {f"memory.{key}": value for key, value in memory.items()}
-    base_overrides = {"model.layers": 2, "model.width": 32, "model.heads": 2, "initial.residual": "same",
-             "run.precision": "bf16"}  # fmt: skip
+    base_overrides = {
+        "model.layers": 2,
+        "model.width": 32,
+        "model.heads": 2,
+        "initial.residual": "same",
+        "run.precision": "bf16",
+    }
     return override(Run(), {**base_overrides, **memory_overrides})
 
 
@@ -273,7 +306,9 @@ def test_compiled_blocks_make_the_same_steps(overrides: tuple[str, ...], tmp_pat
     train_overrides = ("run.steps=5", "run.precision=fp32", "evaluate.sample=20", *overrides)
     for kind in ("none", "blocks"):
         train_small(tmp_path / kind, *train_overrides, f"run.compile={kind}", deadline_s=600.0)
-    assert max_relative_error(read_losses(tmp_path / "none"), read_losses(tmp_path / "blocks")) < 1e-5
+    assert (
+        max_relative_error(read_losses(tmp_path / "none"), read_losses(tmp_path / "blocks")) < 1e-5
+    )
     assert weights_digest(tmp_path / "none") != weights_digest(tmp_path / "blocks")
 
 
@@ -284,7 +319,9 @@ def test_compiled_selective_keeps_products_and_no_more() -> None:
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(2))
     for kind in ("none", "selective", "full"):
         kind_run = override(run, {"memory.recompute": kind})
-        model = build_local_model(kind_run, make_mesh(Layout(), 0, "cpu"), Sharding()).stage_modules[0]
+        model = build_local_model(
+            kind_run, make_mesh(Layout(), 0, "cpu"), Sharding()
+        ).stage_modules[0]
         assert model.memory == MemorySettings()
         saved_bytes: dict[int, int] = {}
 
@@ -322,9 +359,15 @@ def compute_gradients(process: RankProcess, offload: str, canonical: bool) -> li
     mesh = make_mesh(Layout(), 0, process.device, offload != "none")
     sharding = Sharding(canonical=canonical, offload=offload != "none")
     step_spec = StepSpec(
-        microbatches=range(3), total_microbatches=3, step_tokens=96, seed=0, takes_dropout_key=False, autocast=None,
-        sharding=sharding, device=process.device,
-    )  # fmt: skip
+        microbatches=range(3),
+        total_microbatches=3,
+        step_tokens=96,
+        seed=0,
+        takes_dropout_key=False,
+        autocast=None,
+        sharding=sharding,
+        device=process.device,
+    )
     engine = Engine(build_local_model(run, mesh, sharding), FakeLoader(), mesh, step_spec)
     assert engine.is_sharded == (offload != "none")
     gradients = []

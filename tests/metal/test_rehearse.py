@@ -14,24 +14,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cordee.build import build_optimizer
 from cordee.config.load import load
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.dist.mesh import make_mesh
-from cordee.dist.start import RankProcess
+from cordee.dist.process_group import RankProcess
 from cordee.errors import LayoutError, RunError
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import router_bias_specs, tensor_specs
-from cordee.optim.groups import make_optimizer
-from cordee.parallel.apply import make_local_model, make_stage_module, build_on_meta, persistent_buffers
-from cordee.parallel.shard import Sharding, local_tensor
-from cordee.plan.cluster import gpu_cluster
-from cordee.plan.memory import rank_state_bytes
-from cordee.plan.plan import Plan, make_plan
-from cordee.rehearse import check_against_plan, dry_run, state_bytes
-from cordee.testing import launch
+from cordee.optim.optimizer import make_optimizer
+from cordee.parallel.fsdp import Sharding, local_tensor
+from cordee.parallel.parallelize import (
+    build_on_meta,
+    make_local_model,
+    make_stage_module,
+    persistent_buffers,
+)
+from cordee.planner.cluster import gpu_cluster
+from cordee.planner.memory import rank_state_bytes
+from cordee.planner.plan import Plan, make_plan
+from cordee.training.build import build_optimizer
+from cordee.training.dry_run import check_against_plan, dry_run, state_bytes
 from tests.conftest import clean_environment, run_cordee
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -101,9 +106,13 @@ def count_real_ranks(process: RankProcess, jobs: Sequence[tuple[str, ...]]) -> R
         mesh = make_mesh(plan.layout, process.rank, "cpu")
         stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
         local_model = make_local_model(run, stages, mesh, 60, "cpu", Sharding(plan.zero))
-        parameters = {n: local_tensor(p.detach()) for n, p in local_model.module_parameters().items()}
+        parameters = {
+            n: local_tensor(p.detach()) for n, p in local_model.module_parameters().items()
+        }
         assert all(tensor.device.type == "cpu" for tensor in parameters.values())
-        bytes_by_tensor = state_bytes(parameters, build_optimizer(run, plan, mesh, local_model, parameters))
+        bytes_by_tensor = state_bytes(
+            parameters, build_optimizer(run, plan, mesh, local_model, parameters)
+        )
         byte_sums = [sum(items.values()) for items in bytes_by_tensor.values()]
         modules = sum(len(list(chunk.modules())) for chunk in local_model.stage_modules)
         element_counts = [tensor.numel() for tensor in parameters.values() if tensor.numel()]
@@ -118,7 +127,10 @@ def test_a_rehearsal_counts_what_real_ranks_hold() -> None:
         for rank in range(4):
             dry_run_counts = dry_run(run, make_gpu_plan(run), rank, 60)
             count_names = ("parameters", "bytes", "tensors", "modules")
-            assert tuple(dry_run_counts[name] for name in count_names) == counts_by_rank[rank][job_index], (job, rank)
+            assert (
+                tuple(dry_run_counts[name] for name in count_names)
+                == counts_by_rank[rank][job_index]
+            ), (job, rank)
 
 
 # ---- against paper -------------------------------------------------------------------------------
@@ -189,7 +201,11 @@ def test_nothing_is_left_behind() -> None:
 
 # ---- as a user types it --------------------------------------------------------------------------
 
-BIG_ARGUMENTS = (str(ROOT / "recipes/llama3-405b.toml"), "--cluster", str(ROOT / "recipes/h100-16384.toml"))
+BIG_ARGUMENTS = (
+    str(ROOT / "recipes/llama3-405b.toml"),
+    "--cluster",
+    str(ROOT / "recipes/h100-16384.toml"),
+)
 AXES_405B = ("layout.islands=4", "layout.pipeline=16", "layout.shard=32", "layout.tensor=8")
 MOE_235B = (
     "model.preset=qwen3-235b-a22b", "batch.microbatches=8192", "layout.islands=4",
@@ -206,7 +222,10 @@ def test_one_rank_of_16384(axes: tuple[str, ...], rank: int) -> None:
     assert rank_answer["ranks"] == 16384
     rehearsal, planned_bytes = rank_answer["rehearsal"], rank_answer["state_bytes"]
     assert rehearsal["memory"] < 4 * GIB
-    assert rehearsal["parameters"] == rank_answer["parameters"] and rehearsal["tensors"] == rank_answer["tensors"]
+    assert (
+        rehearsal["parameters"] == rank_answer["parameters"]
+        and rehearsal["tensors"] == rank_answer["tensors"]
+    )
     assert rehearsal["bytes"] == planned_bytes["parameters"] + planned_bytes["optimiser"]
 
 
@@ -234,4 +253,6 @@ def test_refusals_come_before_torch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["2"] * len(commands_by_fix)
     fixes = [line.split("fix: ")[1] for line in result.stderr.splitlines() if "fix: " in line]
-    assert all(fix in printed_fix for fix, printed_fix in zip(commands_by_fix, fixes, strict=True)), fixes
+    assert all(
+        fix in printed_fix for fix, printed_fix in zip(commands_by_fix, fixes, strict=True)
+    ), fixes

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cordee.checkpoint.emergency import EmergencySave, write_emergency_save
 from cordee.checkpoint.load import list_complete, open_checkpoint
-from cordee.checkpoint.peer import StateSnapshot
-from cordee.checkpoint.rescue import EmergencySave, write_emergency_save
+from cordee.checkpoint.peer_restore import StateSnapshot
 from cordee.checkpoint.save import Saver
-from cordee.checkpoint.state import LocalTensor
-from cordee.dist.start import RankProcess
-from cordee.layout.boxes import LocalSlice
-from cordee.testing import launch
+from cordee.checkpoint.train_state import LocalTensor
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.run_ranks import launch
+from cordee.layout.slices import LocalSlice
 
 ROWS, COLUMNS = 6, 4
 META = {"progress": {}, "owed": ["checkpoint"]}
@@ -29,30 +29,45 @@ def make_matrix(step: int) -> Tensor:
 
 
 def make_part(step: int, rank: int) -> LocalTensor:
-    """The third of it that rank `number` of three held."""
+    """The third of it that rank `rank` of three held."""
     rows = slice(2 * rank, 2 * rank + 2)
     box = ((rows.start, rows.stop), (0, COLUMNS))
-    return LocalTensor("model/cut", make_matrix(step)[rows].clone(), LocalSlice(box, (ROWS, COLUMNS)))
+    return LocalTensor(
+        "model/cut", make_matrix(step)[rows].clone(), LocalSlice(box, (ROWS, COLUMNS))
+    )
 
 
 def make_count(step: int) -> LocalTensor:
     """What all hold alike."""
-    return LocalTensor("optim/a/cut/step", torch.tensor(float(step)), LocalSlice((), (), ("shard",), 0, 3))
+    return LocalTensor(
+        "optim/a/cut/step", torch.tensor(float(step)), LocalSlice((), (), ("shard",), 0, 3)
+    )
 
 
 def save_emergency(
-    process: RankProcess, folder: Path, snapshots: list[StateSnapshot], required_names: tuple[str, ...], newest_step: int
+    process: RankProcess,
+    folder: Path,
+    snapshots: list[StateSnapshot],
+    required_names: tuple[str, ...],
+    newest_step: int,
 ) -> EmergencySave:
-    """As `keep_safe` does, with what a rank is given."""
+    """As `emergency_save` does, with what a rank is given."""
     saver = Saver(folder, process.rank, process.size, 2, lambda *_: None)
     group = dist.group.WORLD if process.size > 1 else None
-    return write_emergency_save(snapshots, required_names, saver, 9, newest_step, group, process.rank, process.size)
+    return write_emergency_save(
+        snapshots, required_names, saver, 9, newest_step, group, process.rank, process.size
+    )
 
 
-def save_on_two_of_three(process: RankProcess, folder: Path, has_copy: bool, newest_step: int) -> tuple[Any, str]:
+def save_on_two_of_three(
+    process: RankProcess, folder: Path, has_copy: bool, newest_step: int
+) -> tuple[Any, str]:
     """Ranks 0 and 2 of three are left, at step 7; rank 1's third of step 5 lies beside rank 2's."""
     own_rank = 2 * process.rank
-    snapshots = [StateSnapshot(7, META, [make_part(7, own_rank), make_count(7)]), StateSnapshot(5, META, [make_part(5, own_rank), make_count(5)])]
+    snapshots = [
+        StateSnapshot(7, META, [make_part(7, own_rank), make_count(7)]),
+        StateSnapshot(5, META, [make_part(5, own_rank), make_count(5)]),
+    ]
     if has_copy and process.rank:
         snapshots.append(StateSnapshot(5, META, [make_part(5, 1)]))
     emergency_save = save_emergency(process, folder, snapshots, ("model/cut",), newest_step)
@@ -97,7 +112,9 @@ def save_with_obstacle(process: RankProcess, folder: Path) -> tuple[int | None, 
     if process.rank:
         (step_folder / "rank-00001.safetensors").mkdir(parents=True)
     dist.barrier()
-    snapshots = [StateSnapshot(7, META, [make_part(7, n) for n in ([0, 2] if process.rank else [1])])]
+    snapshots = [
+        StateSnapshot(7, META, [make_part(7, n) for n in ([0, 2] if process.rank else [1])])
+    ]
     emergency_save = save_emergency(process, folder, snapshots, (), -1)
     return emergency_save.step, emergency_save.report is None, emergency_save.reason
 

@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from cordee.begin import resolve_config
-from cordee.build import build_run_state
 from cordee.config.load import load
-from cordee.data.samples import describe_samples
-from cordee.dist.start import RankProcess
+from cordee.data.map_dataset import describe_samples
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.prepare import resolve_config
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
 from cordee.model.fp8 import fp8_product
 from cordee.model.loss import chunked_loss
 from cordee.model.precision import embedding_rows, use_fp32_embedding_grads
-from cordee.parallel import shard
+from cordee.parallel import fsdp
 from cordee.parallel.engine import Engine
-from cordee.parallel.shard import local_tensor
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.memory import rank_memory
-from cordee.plan.network import choose_sync
-from cordee.plan.plan import make_plan
-from cordee.testing import launch
-from cordee.trial import trial_step
-from tests.metal.layouts import DENSE, Curve, train_curves, make_run_state
+from cordee.parallel.fsdp import local_tensor
+from cordee.planner.cluster import local_cluster
+from cordee.planner.memory import rank_memory
+from cordee.planner.network import choose_sync
+from cordee.planner.plan import make_plan
+from cordee.training.build import build_run_state
+from cordee.training.lr_trial import trial_step
+from cordee.training.user_parts import Parts
+from tests.metal.layouts import DENSE, Curve, make_run_state, train_curves
 from tests.metal.test_bytes import MOE, VOCABULARY
 from tests.metal.test_layouts import layout_overrides
 
@@ -87,20 +87,25 @@ def measure_saved_bytes(engine: Engine) -> int:
         return tensor
 
     engine.begin_step(1, 1.0)
-    shard.set_gradient_sync(engine._fsdp_modules, True, engine.step_spec.sharding)
-    batch, model = engine.load_batch(1, engine.step_spec.microbatches[0]), engine.local_model.stage_modules[0]
+    fsdp.set_gradient_sync(engine._fsdp_modules, True, engine.step_spec.sharding)
+    batch, model = (
+        engine.load_batch(1, engine.step_spec.microbatches[0]),
+        engine.local_model.stage_modules[0],
+    )
     with torch.autograd.graph.saved_tensors_hooks(record_saved, lambda tensor: tensor):
         loss = engine.call_model(model, batch)
     parameter_pointers = {local_tensor(p).untyped_storage().data_ptr() for p in model.parameters()}
     storages = [tensor.untyped_storage() for tensor in saved_tensors]
     # Storages of parameters that were let go are empty.
-    bytes_by_pointer = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in parameter_pointers}
+    bytes_by_pointer = {
+        s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in parameter_pointers
+    }
     torch.autograd.backward(loss / engine.step_spec.step_tokens)
     return sum(bytes_by_pointer.values())
 
 
 def measure_jobs(process: RankProcess, folder: str, jobs: list[tuple[str, ...]]) -> list[int]:
-    """`held_bytes` of every job, after a step."""
+    """`measure_saved_bytes` of every job, after a step."""
     results = []
     for job in jobs:
         state = make_run_state(process, folder, job)
@@ -113,7 +118,9 @@ def test_no_rank_holds_a_cast_of_the_island(tmp_path: Path) -> None:
     """What is kept from forward to backward is what the plan says; with zero 1 autocast's copies of
     all matrices are there too."""
     jobs = [(*TINY, "model.width=64", *layout_overrides(shard=2, zero=zero)) for zero in (1, 2, 3)]
-    for zero, saved_bytes in enumerate(launch(measure_jobs, str(tmp_path), jobs, ranks=2)[0], start=1):
+    for zero, saved_bytes in enumerate(
+        launch(measure_jobs, str(tmp_path), jobs, ranks=2)[0], start=1
+    ):
         run, layout = load(None, jobs[zero - 1]).run, Layout(shard=2)
         specs = tuple(tensor_specs(run.model, VOCABULARY))
         memory = rank_memory(run, specs, layout, choose_sync(run, layout), "cpu", zero)
@@ -121,7 +128,9 @@ def test_no_rank_holds_a_cast_of_the_island(tmp_path: Path) -> None:
         logit_bytes = 2 * 4 * run.batch.microbatch * run.data.sequence * VOCABULARY
         matrices = [s.elements for s in specs if len(s.shape) > 1 and "embed" not in s.name]
         cast_bytes = 2 * sum(matrices)
-        assert saved_bytes == pytest.approx(backward_bytes["activations"] + logit_bytes + cast_bytes * (zero == 1), rel=0.01)
+        assert saved_bytes == pytest.approx(
+            backward_bytes["activations"] + logit_bytes + cast_bytes * (zero == 1), rel=0.01
+        )
         # The plan counts norms and the embedding among them.
         assert backward_bytes["bf16 weights"] == pytest.approx(cast_bytes * (zero == 1), rel=0.1)
 
@@ -136,7 +145,9 @@ def test_fp8_keeps_no_copy_of_a_gathered_weight() -> None:
         weight.requires_grad_()
         y_NO = fp8_product(x_NI, weight, torch.bfloat16)
         saved_tensors = y_NO.grad_fn.saved_tensors  # type: ignore[union-attr]
-        assert sum(t.dtype.itemsize == 1 and t.shape == weight.shape for t in saved_tensors) == copies
+        assert (
+            sum(t.dtype.itemsize == 1 and t.shape == weight.shape for t in saved_tensors) == copies
+        )
         gradients.append(torch.autograd.grad(y_NO.float().square().sum(), (x_NI, weight)))
     (x_grad, wide_grad), (second_x_grad, narrow_grad) = gradients
     assert torch.equal(x_grad, second_x_grad)
@@ -194,7 +205,9 @@ def train_user_model(process: RankProcess, folder: str) -> dict[torch.dtype, lis
 
     torch.manual_seed(0)
     x = torch.randn(64, 8)
-    user_parts = Parts(model=Net(), loss=cross_entropy_sum, data=TensorDataset(x, x[:, :4].argmax(1)))
+    user_parts = Parts(
+        model=Net(), loss=cross_entropy_sum, data=TensorDataset(x, x[:, :4].argmax(1))
+    )
     overrides = (
         f"run.dir={folder}", "run.steps=4", "run.precision=bf16", "batch.microbatch=4",
         "batch.microbatches=4", "layout.shard=2", "layout.zero=3",
@@ -230,7 +243,11 @@ def test_a_model_of_transformers_is_gathered_in_bf16(tmp_path: Path) -> None:
         jobs.append((*HUB_OVERRIDES, *hub_override))
     references = launch(train_curves, str(tmp_path), jobs, STEPS, ranks=1)[0]
     sharded_jobs = [(*job, *layout_overrides(shard=2, zero=3)) for job in jobs]
-    for reference, curve in zip(references, launch(train_curves, str(tmp_path), sharded_jobs, STEPS, ranks=2)[0], strict=True):
+    for reference, curve in zip(
+        references,
+        launch(train_curves, str(tmp_path), sharded_jobs, STEPS, ranks=2)[0],
+        strict=True,
+    ):
         check_near(curve, reference)
 
 

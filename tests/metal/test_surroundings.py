@@ -12,10 +12,20 @@ import pytest
 
 from cordee.cli.main import main
 from cordee.dist import streams
-from cordee.dist.start import python_command
+from cordee.dist.process_group import python_command
 from tests.conftest import SMALL, clean_environment, read_events
 
-MODULE_NAMES = ("torch", "numpy", "random", "json", "argparse", "difflib", "signal", "socket", "logging")
+MODULE_NAMES = (
+    "torch",
+    "numpy",
+    "random",
+    "json",
+    "argparse",
+    "difflib",
+    "signal",
+    "socket",
+    "logging",
+)
 """Modules that the command imports, the server of `launch` and workers too."""
 
 SCRIPT = """
@@ -104,7 +114,9 @@ def test_full_disk_under_a_stream(descriptor: int, code: int, tmp_path: Path) ->
 def test_verb_whose_output_nobody_reads(end: str, tmp_path: Path) -> None:
     command = f'set -o pipefail; "$@" plan launch.processes=2 --save plan.json {end}'
     result = run_command(tmp_path, "bash", "-c", command, "-", *python_command())
-    assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (0, "", False), result.stderr
+    assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (0, "", False), (
+        result.stderr
+    )
 
 
 def test_run_goes_on_when_its_lines_are_not_read(

@@ -9,16 +9,16 @@ import torch.distributed as dist
 
 from cordee.config.load import load
 from cordee.config.run import MemorySettings, Run
-from cordee.dist.start import RankProcess
-from cordee.dist.wire import AxisComm
+from cordee.dist.autograd_collectives import AxisComm
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
-from cordee.model.span import SequenceShard
+from cordee.model.sequence_shard import SequenceShard
 from cordee.model.transformer import Transformer
 from cordee.parallel.tensor import set_sequence_parallel
-from cordee.plan.costs import all_layers
-from cordee.plan.wires import tensor_axis_bytes
-from cordee.testing import launch
+from cordee.planner.compute_cost import all_layers
+from cordee.planner.traffic import tensor_axis_bytes
 
 LEVERS = [
     MemorySettings(),

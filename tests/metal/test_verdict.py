@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.begin import prepare_dataset, resolve_config
-from cordee.build import RunState, build_run_state
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.config.load import load
-from cordee.desk import RunLogger
-from cordee.dist.start import RankProcess
-from cordee.fault.guard import find_divergent_ranks
-from cordee.fault.inject import FaultInjector
-from cordee.fault.leave import StopRequest
-from cordee.metrics.sinks import read_records
-from cordee.parts import Parts
-from cordee.plan.cluster import local_cluster
-from cordee.plan.plan import make_plan
-from cordee.testing import launch
-from cordee.train import train_step, full_tensor
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.prepare import prepare_dataset, resolve_config
+from cordee.launcher.run_ranks import launch
+from cordee.planner.cluster import local_cluster
+from cordee.planner.plan import make_plan
+from cordee.report.metrics_writer import read_records
+from cordee.training.build import RunState, build_run_state
+from cordee.training.fault_injection import FaultInjector
+from cordee.training.run_logger import RunLogger
+from cordee.training.step_guard import find_divergent_ranks
+from cordee.training.stop_request import StopRequest
+from cordee.training.user_parts import Parts
+from cordee.training.worker import full_tensor, train_step
 from tests.conftest import SMALL, TINY
 
 NAN, INF = math.nan, math.inf
@@ -62,16 +62,27 @@ def test_who_differs(norms: tuple[float, ...], tolerance: float, expected_ranks:
     assert find_divergent_ranks(norms, tolerance) == expected_ranks
 
 
-def run_steps(process: RankProcess, folder: str, fault_name: str, fault_count: int, exact: bool) -> dict[str, Any]:
-    """Five steps, in which rank 1 takes the norm for something else `times` times."""
+def run_steps(
+    process: RankProcess, folder: str, fault_name: str, fault_count: int, exact: bool
+) -> dict[str, Any]:
+    """Five steps, in which rank 1 takes the norm for something else `fault_count` times."""
     torch.set_num_threads(1)
     run_dir_override = f"run.dir={folder}/{process.rank}"
-    overrides = (*SMALL, *TINY, run_dir_override, "run.steps=100", f"run.exact={str(exact).lower()}")
+    overrides = (
+        *SMALL,
+        *TINY,
+        run_dir_override,
+        "run.steps=100",
+        f"run.exact={str(exact).lower()}",
+    )
     run = resolve_config(load(None, overrides).run)
     data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
     state = build_run_state(run, plan, process, data, Parts())
-    logger, remaining_faults = RunLogger(state, StopRequest()), [fault_count if process.rank == 1 else 0]
+    logger, remaining_faults = (
+        RunLogger(state, StopRequest()),
+        [fault_count if process.rank == 1 else 0],
+    )
     original_norm, original_corrupt = RunState.gradient_norm, FaultInjector.corrupt_gradient
 
     def faulty_corrupt(self: FaultInjector, gradients: Any, number: int) -> None:
@@ -81,7 +92,11 @@ def run_steps(process: RankProcess, folder: str, fault_name: str, fault_count: i
 
     def faulty_norm(self: RunState, gradients: Any) -> Tensor:
         true_norm = original_norm(self, gradients)
-        if self.progress.step + 1 != FAULT_STEP or not remaining_faults[0] or fault_name not in NORM_FAULTS:
+        if (
+            self.progress.step + 1 != FAULT_STEP
+            or not remaining_faults[0]
+            or fault_name not in NORM_FAULTS
+        ):
             return true_norm
         remaining_faults[0] -= 1
         return NORM_FAULTS[fault_name](true_norm)
@@ -97,7 +112,7 @@ def run_steps(process: RankProcess, folder: str, fault_name: str, fault_count: i
         RunState.gradient_norm, FaultInjector.corrupt_gradient = original_norm, original_corrupt  # type: ignore[method-assign]
         logger.close()
     return {
-        "said": [(verdict.say, verdict.cause) for verdict in verdicts],
+        "said": [(verdict.decision, verdict.cause) for verdict in verdicts],
         "weights": weights_sha256(state.specs, lambda name: full_tensor(state, name)),
         "told": [e for e in read_records(Path(run.run.dir) / "events.jsonl")
                  if e["event"].startswith("step_")],
@@ -116,7 +131,9 @@ def run_all_faults(process: RankProcess, folder: str, exact: bool) -> dict[str, 
     return {f"{n} {t}": run_steps(process, f"{folder}/{n}-{t}", n, t, exact) for n, t in jobs}
 
 
-def check_own(once_result: dict[str, Any], twice_result: dict[str, Any], clean_result: dict[str, Any]) -> None:
+def check_own(
+    once_result: dict[str, Any], twice_result: dict[str, Any], clean_result: dict[str, Any]
+) -> None:
     """What is not finite is computed again; when it is so again, the rank is named that has it."""
     assert once_result["weights"] == clean_result["weights"] and not once_result["skipped"]
     assert [e["event"] for e in once_result["told"]] == ["step_repeated"]
@@ -144,4 +161,6 @@ def test_all_do_the_same_and_say_who_differs(exact: bool, tmp_path: Path) -> Non
             assert "different gradients" in result["said"][FAULT_STEP - 1][1]
             assert len(result["events"]) == 2
         expected_ranks = [1] if job.startswith(("not", "inf")) else [0, 1]
-        assert [rank_entry["rank"] for rank_entry in result["events"][0]["ranks"]] == expected_ranks, job
+        assert [
+            rank_entry["rank"] for rank_entry in result["events"][0]["ranks"]
+        ] == expected_ranks, job

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from cordee.config.load import load
-from cordee.devices import BACKENDS, DEVICES
 from cordee.errors import ConfigError
+from cordee.hardware.devices import BACKENDS, DEVICES
 from cordee.layout.axes import MODEL_AXES, Layout
-from cordee.plan import accelerators
-from cordee.plan.accelerators import Accelerators, detect_accelerators
-from cordee.plan.cluster import gpu_cluster, local_cluster
-from cordee.plan.plan import Plan, select_cluster, make_plan
-from cordee.plan.search import search
+from cordee.planner import accelerators
+from cordee.planner.accelerators import Accelerators, detect_accelerators
+from cordee.planner.cluster import gpu_cluster, local_cluster
+from cordee.planner.plan import Plan, make_plan, select_cluster
+from cordee.planner.search import search
 
 VERSION_TEXT = "__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = {hip}\n"
 
@@ -34,10 +34,14 @@ def write_files(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def make_amd_devices(root: Path, version: int, count: int, memory_bytes: int, visible_count: int) -> None:
-    """`count` GPUs and a CPU in the topology, `passed` of them with a device file."""
+def make_amd_devices(
+    root: Path, version: int, count: int, memory_bytes: int, visible_count: int
+) -> None:
+    """`count` GPUs and a CPU in the topology, `visible_count` of them with a device file."""
     nodes = "sys/class/kfd/kfd/topology/nodes"
-    write_files(root, {"dev/kfd": "", f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0\n"})
+    write_files(
+        root, {"dev/kfd": "", f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0\n"}
+    )
     for n in range(1, count + 1):
         properties = f"simd_count 1216\ngfx_target_version {version}\ndrm_render_minor {127 + n}\n"
         bank_text = f"heap_type 1\nsize_in_bytes {memory_bytes}\n"
@@ -153,7 +157,9 @@ def test_of_two_makers_the_one_that_torch_is_built_for(
     write_files(root, {"dev/nvidia0": ""})
     make_intel_device(root, "xe", "0x8086", 16 << 30)
     for target, vendor in (("cuda", "NVIDIA"), ("xpu", "Intel"), ("", "NVIDIA")):
-        monkeypatch.setattr(accelerators, "_is_built_for", lambda backend, target=target: backend == target)
+        monkeypatch.setattr(
+            accelerators, "_is_built_for", lambda backend, target=target: backend == target
+        )
         gpus = detect_accelerators()
         assert gpus is not None and (gpus.vendor, gpus.is_usable) == (vendor, bool(target))
 

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from cordee.begin import inspect_run_dir, resolve_config, resolve_arithmetic
-from cordee.config.check import validate_run
 from cordee.config.load import RUN_FILE, dump, load, recorded_settings
 from cordee.config.run import Run
-from cordee.dist.start import ARITHMETIC_VARIABLES, arithmetic_environment, present_cpu_variables, set_arithmetic
+from cordee.config.validate import validate_run
+from cordee.dist.process_group import (
+    ARITHMETIC_VARIABLES,
+    arithmetic_environment,
+    present_cpu_variables,
+    set_arithmetic,
+)
+from cordee.elastic.handshake import differences
 from cordee.errors import ConfigError
-from cordee.fault.handshake import differences
-from cordee.plan.arithmetic import PORTABLE_ARITHMETICS, choose_arithmetic
-from cordee.rendezvous import run_identity, measure_arithmetic
+from cordee.launcher.prepare import inspect_run_dir, resolve_arithmetic, resolve_config
+from cordee.launcher.rendezvous import measure_arithmetic, run_identity
+from cordee.planner.arithmetic import PORTABLE_ARITHMETICS, choose_arithmetic
 
 AVX2_FLAGS = ("sse4_2", "avx", "avx2", "fma")
 AVX512_FLAGS = (*AVX2_FLAGS, "avx512f", "amx_bf16")
@@ -77,7 +82,9 @@ def test_a_run_goes_on_with_the_arithmetic_that_its_file_has(tmp_path: Path) -> 
         assert "began" in reason
         other_name = "compatible" if name == "native" else "native"
         with pytest.raises(ConfigError, match="another run"):
-            inspect_run_dir(resolve_config(run_of(f"run.dir={tmp_path}", f"run.arithmetic={other_name}")))
+            inspect_run_dir(
+                resolve_config(run_of(f"run.dir={tmp_path}", f"run.arithmetic={other_name}"))
+            )
 
 
 def test_a_run_of_before_is_native(tmp_path: Path) -> None:
@@ -132,7 +139,9 @@ def test_hosts_that_compute_other_bits_differ_where_bits_count(tmp_path: Path) -
     overrides = [f"run.dir={tmp_path}"]
     for promise_override in ("run.exact=true", "data.placement=replicate"):
         run = load(None, [*overrides, promise_override, "run.precision=fp32"]).run
-        rows = differences(*(run_identity(run, "data", "1", "cpu", digest) for digest in ("ab", "cd")))
+        rows = differences(
+            *(run_identity(run, "data", "1", "cpu", digest) for digest in ("ab", "cd"))
+        )
         assert [row[1:] for row in rows] == [("ab", "cd")]
         assert "run.arithmetic=compatible" in rows[0][0]
     run = run_of("run.arithmetic=compatible", *overrides)
@@ -142,7 +151,9 @@ def test_hosts_that_compute_other_bits_differ_where_bits_count(tmp_path: Path) -
 
 def test_hosts_compare_the_library_of_a_model_where_bits_count(tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path}", f"model.hub={tmp_path}"]
-    exact_run, inexact_run = (load(None, [*overrides, f"run.exact={value}"]).run for value in ("true", "false"))
+    exact_run, inexact_run = (
+        load(None, [*overrides, f"run.exact={value}"]).run for value in ("true", "false")
+    )
     assert run_identity(exact_run, "data", "1", "cpu")["transformers"]
     assert run_identity(inexact_run, "data", "1", "cpu")["transformers"] is None
     assert run_identity(run_of(*overrides[:1]), "data", "1", "cpu")["transformers"] is None
@@ -157,7 +168,7 @@ def test_a_host_measures_once_for_each_environment(
         measured_devices.append(device)
         return f"bits {len(measured_devices)}", device == "cpu"
 
-    monkeypatch.setattr("cordee.rendezvous._run_measurement", fake_measure)
+    monkeypatch.setattr("cordee.launcher.rendezvous._run_measurement", fake_measure)
     run = run_of(f"run.dir={tmp_path}")
     assert [measure_arithmetic(run, "cpu") for _ in range(2)] == ["bits 1", "bits 1"]
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")

@@ -18,22 +18,22 @@ from cordee.config.load import load
 from cordee.config.run import LayoutSettings, Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import MODEL_AXES, Layout
-from cordee.layout.census import count_tensors, count_model_tensors
-from cordee.layout.legal import violation_texts
+from cordee.layout.counts import count_model_tensors, count_tensors
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import TensorSpec, count_parameters, tensor_specs
-from cordee.layout.traffic import context_layer_bytes
-from cordee.plan.activations import backward_points
-from cordee.plan.cluster import gpu_cluster
-from cordee.plan.costs import block_counts, microbatch_cost, all_layers
-from cordee.plan.memory import SyncChoice, rank_memory, rank_state_bytes
-from cordee.plan.network import choose_sync
-from cordee.plan.pipeline import bubble_ratio, in_flight_microbatches
-from cordee.plan.plan import Plan, make_plan
-from cordee.plan.rank import view_rank
-from cordee.plan.report import rank_text
-from cordee.plan.search import search
-from cordee.plan.wires import axis_bytes, pipeline_axis_bytes, fsdp_bytes
+from cordee.layout.validate import violation_texts
+from cordee.planner.activations import backward_points
+from cordee.planner.axis_bytes import context_layer_bytes
+from cordee.planner.cluster import gpu_cluster
+from cordee.planner.compute_cost import all_layers, block_counts, microbatch_cost
+from cordee.planner.memory import SyncChoice, rank_memory, rank_state_bytes
+from cordee.planner.network import choose_sync
+from cordee.planner.pipeline import bubble_ratio, in_flight_microbatches
+from cordee.planner.plan import Plan, make_plan
+from cordee.planner.rank import view_rank
+from cordee.planner.report import rank_text
+from cordee.planner.search import search
+from cordee.planner.traffic import axis_bytes, fsdp_bytes, pipeline_axis_bytes
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.dense_layers=1")
 LLAMA_405B = (
@@ -91,8 +91,12 @@ def test_parts_tile_every_tensor_and_bytes_add_up(
         sizes = {s.name: box_volume(s.box(layout, coords)) for s in local_specs}
         assert state["parameters"] == state["gradients"] == 4 * sum(sizes.values())
         rule_bytes = {"adamw": 8, "muon": 8, "momentum": 4, "sgd": 0}
-        moments = (4 if rule == "muon" and s.group == "matrices" else rule_bytes[rule] for s in local_specs)
-        assert state["optimiser"] == sum(e * sizes[s.name] for e, s in zip(moments, local_specs, strict=True))
+        moments = (
+            4 if rule == "muon" and s.group == "matrices" else rule_bytes[rule] for s in local_specs
+        )
+        assert state["optimiser"] == sum(
+            e * sizes[s.name] for e, s in zip(moments, local_specs, strict=True)
+        )
         for spec in local_specs:
             tensor_boxes[spec.name].add(spec.box(layout, coords))
             copied_elements[spec.name] += sizes[spec.name]
@@ -114,7 +118,9 @@ def test_the_first_rank_of_a_stage_holds_most(layout: Layout, model: tuple[str, 
     for rank in range(layout.size):
         coords = layout.coordinates(rank)
         first_coords = {**dict.fromkeys(coords, 0), "pipeline": coords["pipeline"]}
-        rank_bytes, first_rank_bytes = (rank_state_bytes(run, counts, layout, stages, a) for a in (coords, first_coords))
+        rank_bytes, first_rank_bytes = (
+            rank_state_bytes(run, counts, layout, stages, a) for a in (coords, first_coords)
+        )
         assert all(rank_bytes[item] <= first_rank_bytes[item] for item in first_rank_bytes)
 
 
@@ -123,7 +129,9 @@ def test_dp_rank_order_is_island_expert_shard() -> None:
     assert layout.dp_size == 12
     for rank in range(layout.size):
         coords = layout.coordinates(rank)
-        assert layout.dp_rank(rank) == (coords["island"] * 3 + coords["expert"]) * 2 + coords["shard"]
+        assert (
+            layout.dp_rank(rank) == (coords["island"] * 3 + coords["expert"]) * 2 + coords["shard"]
+        )
         for axis in ("island", *MODEL_AXES):
             if coords[axis] + 1 < getattr(layout, axis):
                 next_rank = layout.rank({**coords, axis: coords[axis] + 1})
@@ -147,7 +155,11 @@ def test_bytes_by_hand() -> None:
         # Two blocks; a bf16 seam before and behind attention and MLP, mirrored backward.
         tensor_bytes = 2 * 8 * stream_elements * 2
         # Embedding in fp32; head in bf16, and for each position a largest logit and two sums.
-        tensor_bytes += 2 * stream_elements * 4 if is_first_stage else 2 * stream_elements * 2 + 3 * 4 * (3 * 32 // 2)
+        tensor_bytes += (
+            2 * stream_elements * 4
+            if is_first_stage
+            else 2 * stream_elements * 2 + 3 * 4 * (3 * 32 // 2)
+        )
         assert sent_bytes["tensor"] == 2 * tensor_bytes
         assert sent_bytes["pipeline"] == 2 * stream_elements * 4
         # Keys and values: 16 of 32 wide here, half of the sequence, forward and backward.
@@ -156,8 +168,13 @@ def test_bytes_by_hand() -> None:
         sum_bytes = {axes: 0 for axes in (("context",), ("context", "tensor"))}
         for spec in stage_specs:
             sum_bytes[spec.grad_reduce_axes(layout)] += 4 * box_volume(spec.box(layout, coords))
-        assert sent_bytes["sums"] == sum_bytes["context",] + 2 * 3 * sum_bytes["context", "tensor"] // 4
-        unsharded_bytes = 4 * sum(box_volume(s.box(layout, {**coords, "shard": 0})) for s in stage_specs)
+        assert (
+            sent_bytes["sums"]
+            == sum_bytes["context",] + 2 * 3 * sum_bytes["context", "tensor"] // 4
+        )
+        unsharded_bytes = 4 * sum(
+            box_volume(s.box(layout, {**coords, "shard": 0})) for s in stage_specs
+        )
         assert sent_bytes["shard"] == unsharded_bytes * 2
 
 
@@ -166,9 +183,16 @@ def test_context_bytes_by_messages() -> None:
         tokens, width = 24 * parts, 8
         block_elements = 2 * 24 * width
         ring_bytes = sum(block_elements * element_bytes for _ in range(parts - 1))
-        backward_bytes = sum(block_elements * element_bytes + block_elements * 4 for _ in range(parts - 1))
-        assert context_layer_bytes("ring", tokens, width, element_bytes, parts) == ring_bytes + backward_bytes
-        gather_bytes = context_layer_bytes("gather", tokens, width, element_bytes, parts, forwards=2)
+        backward_bytes = sum(
+            block_elements * element_bytes + block_elements * 4 for _ in range(parts - 1)
+        )
+        assert (
+            context_layer_bytes("ring", tokens, width, element_bytes, parts)
+            == ring_bytes + backward_bytes
+        )
+        gather_bytes = context_layer_bytes(
+            "gather", tokens, width, element_bytes, parts, forwards=2
+        )
         assert gather_bytes == 3 * ring_bytes
 
 
@@ -176,11 +200,15 @@ def test_v_schedule_turns_on_the_last_rank() -> None:
     run = run_of("model.layers=8", "layout.schedule=zero_bubble", "batch.microbatch=1")
     layout = Layout(pipeline=4)
     stages, stream_bytes = stages_of(run, layout), 4 * 256 * 128
-    sent_streams = [pipeline_axis_bytes(run, layout, stages, rank) // stream_bytes for rank in range(4)]
+    sent_streams = [
+        pipeline_axis_bytes(run, layout, stages, rank) // stream_bytes for rank in range(4)
+    ]
     assert sent_streams == [2, 4, 4, 2]
     interleaved_run = run_of("model.layers=8", "layout.schedule=interleaved", "batch.microbatch=1")
     stages = stages_of(interleaved_run, layout)
-    assert [pipeline_axis_bytes(interleaved_run, layout, stages, r) // stream_bytes for r in range(4)] == [3, 4, 4, 3]
+    assert [
+        pipeline_axis_bytes(interleaved_run, layout, stages, r) // stream_bytes for r in range(4)
+    ] == [3, 4, 4, 3]
 
 
 def test_islands_of_several_axes_exchange_their_sums() -> None:
@@ -216,9 +244,13 @@ def test_microbatches_in_flight_are_those_of_torchs_tables(schedule: str) -> Non
             for action in table._calculate_single_rank_operations(rank):
                 if action is not None:
                     operation = action.computation_type.name
-                    live_count += (operation == "FORWARD") - (operation in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+                    live_count += (operation == "FORWARD") - (
+                        operation in ("FULL_BACKWARD", "BACKWARD_WEIGHT")
+                    )
                     max_live = max(max_live, live_count)
-            counts = in_flight_microbatches(LayoutSettings(schedule=schedule, chunks=chunks), ranks, rank, m)  # type: ignore[arg-type]
+            counts = in_flight_microbatches(
+                LayoutSettings(schedule=schedule, chunks=chunks), ranks, rank, m
+            )  # type: ignore[arg-type]
             assert len(counts) == chunks and sum(counts) == max_live, (ranks, m, chunks, rank)
 
 
@@ -226,9 +258,18 @@ def test_schedules_by_hand() -> None:
     def layout_settings(schedule: str) -> LayoutSettings:
         return LayoutSettings(schedule=schedule, chunks=2)  # type: ignore[arg-type]
 
-    assert [in_flight_microbatches(layout_settings("1f1b"), 4, rank, 6) for rank in range(4)] == [[4], [3], [2], [1]]
+    assert [in_flight_microbatches(layout_settings("1f1b"), 4, rank, 6) for rank in range(4)] == [
+        [4],
+        [3],
+        [2],
+        [1],
+    ]
     assert in_flight_microbatches(layout_settings("gpipe"), 4, 3, 6) == [6]
-    assert bubble_ratio(layout_settings("1f1b"), 4, 6) == bubble_ratio(layout_settings("gpipe"), 4, 6) == 0.5
+    assert (
+        bubble_ratio(layout_settings("1f1b"), 4, 6)
+        == bubble_ratio(layout_settings("gpipe"), 4, 6)
+        == 0.5
+    )
     assert bubble_ratio(layout_settings("interleaved"), 4, 6) == 0.25
     assert bubble_ratio(layout_settings("zero_bubble"), 4, 6) < 0.25
 
@@ -245,7 +286,11 @@ def test_blocks_are_counted_by_kind(layers: int, dense: int, period: int, stage_
         expected = []
         for is_moe in (False, True):
             kind_layers = [layer for layer in local_layers if run.model.is_moe(layer) == is_moe]
-            expected += [(is_moe, len(kind_layers), sum(map(run.memory.recomputes, kind_layers)))] if kind_layers else []
+            expected += (
+                [(is_moe, len(kind_layers), sum(map(run.memory.recomputes, kind_layers)))]
+                if kind_layers
+                else []
+            )
         assert block_counts(run, parts) == expected
 
 
@@ -261,8 +306,14 @@ def test_every_axis_lightens_what_it_cuts() -> None:
         split_memory = rank_memory(run, specs, Layout(**{axis: 2}), no_sync, "cuda")
         assert split_memory.total_bytes < base_memory.total_bytes, axis
     base_bytes = backward_points(run, "cuda", Layout(), all_layers(run))[0].live_bytes
-    for axis, min_ratio, max_ratio in (("tensor", 0.5, 0.8), ("context", 0.49, 0.8), ("expert", 1.0, 1.0)):
-        split_bytes = backward_points(run, "cuda", Layout(**{axis: 2}), all_layers(run))[0].live_bytes
+    for axis, min_ratio, max_ratio in (
+        ("tensor", 0.5, 0.8),
+        ("context", 0.49, 0.8),
+        ("expert", 1.0, 1.0),
+    ):
+        split_bytes = backward_points(run, "cuda", Layout(**{axis: 2}), all_layers(run))[
+            0
+        ].live_bytes
         assert min_ratio <= split_bytes / base_bytes <= max_ratio, axis
     cost = microbatch_cost(run, 256, "cuda")
     for axis in ("tensor", "context"):
@@ -303,8 +354,12 @@ def test_seventy_billion_parameters_fit_by_shards_alone() -> None:
         assert "bf16 weights" not in plan.predicted.memory_items
         assert 30e9 < plan.predicted.memory_bytes < 60e9
     # Gathers in fp32 are twice as large: two blocks and the rest.
-    fp32_plan = make_plan(run_of(*overrides, "layout.shard=128", "run.precision=fp32"), cluster, 128256)
-    gather_bytes = [candidate.predicted.memory_items["gathered parameters"] for candidate in (fp32_plan, plan)]
+    fp32_plan = make_plan(
+        run_of(*overrides, "layout.shard=128", "run.precision=fp32"), cluster, 128256
+    )
+    gather_bytes = [
+        candidate.predicted.memory_items["gathered parameters"] for candidate in (fp32_plan, plan)
+    ]
     assert gather_bytes[0] == 2 * gather_bytes[1]
     # Islands of fewer devices than a host has do not hold it.
     with pytest.raises(LayoutError, match="does not fit"):
@@ -314,11 +369,17 @@ def test_seventy_billion_parameters_fit_by_shards_alone() -> None:
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_gathers_of_bf16_cost_half_from_zero_2_on(zero: int) -> None:
     layout, overrides = Layout(shard=4), ("batch.microbatches=8", "model.layers=3")
-    fp32_run, bf16_run = (run_of(*overrides, f"run.precision={precision}") for precision in ("fp32", "bf16"))
+    fp32_run, bf16_run = (
+        run_of(*overrides, f"run.precision={precision}") for precision in ("fp32", "bf16")
+    )
     specs, parts = specs_of(fp32_run), [all_layers(fp32_run)]
     gather_bytes, reduce_bytes, units = fsdp_bytes(fp32_run, specs, layout, parts, zero)
     divisor = 1 if zero == 1 else 2
-    assert fsdp_bytes(bf16_run, specs, layout, parts, zero) == (gather_bytes // divisor, reduce_bytes, units)
+    assert fsdp_bytes(bf16_run, specs, layout, parts, zero) == (
+        gather_bytes // divisor,
+        reduce_bytes,
+        units,
+    )
     no_sync = SyncChoice("none", "identity", False)
     phase_items = [rank_memory(run, specs, layout, no_sync, "cuda", zero).phases["backward"]
              for run in (fp32_run, bf16_run)]  # fmt: skip
@@ -331,7 +392,9 @@ def test_gathers_of_bf16_cost_half_from_zero_2_on(zero: int) -> None:
 
 @pytest.mark.parametrize(("preset", "overrides"), [("tiny", ()), ("tiny", MOE), ("large", ())])
 def test_everything_ranked_is_legal_and_whole(preset: str, overrides: tuple[str, ...]) -> None:
-    run = run_of(f"model.preset={preset}", "batch.microbatches=24", "data.sequence=1024", *overrides)
+    run = run_of(
+        f"model.preset={preset}", "batch.microbatches=24", "data.sequence=1024", *overrides
+    )
     ranking = search(run, gpu_cluster("H100", 8, hosts=3))
     axes = {axis for c in ranking.candidates for axis in MODEL_AXES if getattr(c.layout, axis) > 1}
     assert axes == {*MODEL_AXES} - (set() if overrides else {"expert"})
@@ -384,7 +447,11 @@ def test_one_rank_of_a_plan(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     rank_info = json.loads(capsys.readouterr().out)["rank"]
     layout = Layout(pipeline=2, shard=2, tensor=2)
     coords = layout.coordinates(5)
-    assert rank_info["coordinates"] == coords and rank_info["ranks"] == 8 and rank_info["layers"] == [[3, 5]]
+    assert (
+        rank_info["coordinates"] == coords
+        and rank_info["ranks"] == 8
+        and rank_info["layers"] == [[3, 5]]
+    )
     assert rank_info["groups"] == {"pipeline": [1, 5], "shard": [5, 7], "tensor": [4, 5]}
     run = run_of("model.preset=tiny")
     local_specs = [s for s in specs_of(run) if s.layer >= 3]
@@ -395,7 +462,13 @@ def test_one_rank_of_a_plan(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     assert "built on meta" in output and "(as above)" in output
     view = view_rank(run, make_plan(run, gpu_cluster("H100", 1), processes=1), 0, specs_of(run))
     build_stats = {"parameters": 5, "bytes": 20, "modules": 3, "seconds": 0.25, "memory": 1 << 20}
-    assert "above: 1,049,984" in rank_text(view, build_stats) and "250 ms" in rank_text(view, build_stats)
-    for bad_arguments in ([*arguments, "--rank", "8"], [*arguments, "--rank", "-1"], [*arguments[:-1], "--rank", "1"]):
+    assert "above: 1,049,984" in rank_text(view, build_stats) and "250 ms" in rank_text(
+        view, build_stats
+    )
+    for bad_arguments in (
+        [*arguments, "--rank", "8"],
+        [*arguments, "--rank", "-1"],
+        [*arguments[:-1], "--rank", "1"],
+    ):
         with pytest.raises(ConfigError):
             plan_command(bad_arguments)

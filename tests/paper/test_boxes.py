@@ -8,14 +8,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee.layout.boxes import (
+from cordee.layout.slices import (
     Box,
+    box_shape,
     first_coverage_error,
+    full_box,
     intersection,
     relative_box,
-    box_shape,
     volume,
-    full_box,
 )
 from tests.conftest import boxes, partitions
 
@@ -30,7 +30,9 @@ def coverage_counts(pieces: list[Box], shape: tuple[int, ...]) -> np.ndarray:
     return count
 
 
-def coverage_error_slow(pieces: list[Box], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int] | None:
+def coverage_error_slow(
+    pieces: list[Box], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], int] | None:
     for index, count in np.ndenumerate(coverage_counts(pieces, shape)):
         if count != 1:
             return index, int(count)
@@ -97,5 +99,7 @@ def test_intersection(data: st.DataObject, shape: tuple[int, ...]) -> None:
         overlap_in_a = relative_box(overlap, a)
         assert box_shape(overlap_in_a) == box_shape(overlap)
         array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-        overlap_values = array[tuple(slice(*dim) for dim in a)][tuple(slice(*dim) for dim in overlap_in_a)]
+        overlap_values = array[tuple(slice(*dim) for dim in a)][
+            tuple(slice(*dim) for dim in overlap_in_a)
+        ]
         assert (overlap_values == array[tuple(slice(*dim) for dim in overlap)]).all()

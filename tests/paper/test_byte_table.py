@@ -52,7 +52,9 @@ def test_it_is_what_counting_by_hand_gives(corpus: bytes, rows: list[bytes], ord
 
 @given(texts, st.text("abcd", min_size=2, max_size=7).map(str.encode))
 def test_probabilities_of_the_next_byte_sum_to_one(corpus: bytes, context: bytes) -> None:
-    context_bits = (len(context) - 1) * ngram_bits_per_byte(to_array(corpus), to_array(context)[None])
+    context_bits = (len(context) - 1) * ngram_bits_per_byte(
+        to_array(corpus), to_array(context)[None]
+    )
     total = 0.0
     for byte in range(256):
         row = to_array(context + bytes([byte]))[None]

@@ -7,19 +7,31 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from cordee.errors import LayoutError
-from cordee.layout.split import context_chunks
-from cordee.layout.traffic import context_layer_bytes
+from cordee.layout.microbatches import context_chunks
+from cordee.planner.axis_bytes import context_layer_bytes
 
 
 @given(parts=some.integers(1, 64), chunk=some.integers(1, 50))
 def test_every_position_once_and_equal_work(parts: int, chunk: int) -> None:
     length = 2 * parts * chunk
     rank_chunks = [context_chunks(length, parts, index) for index in range(parts)]
-    positions = [p for first_chunk, second_chunk in rank_chunks for p in (*first_chunk, *second_chunk)]
+    positions = [
+        p for first_chunk, second_chunk in rank_chunks for p in (*first_chunk, *second_chunk)
+    ]
     assert sorted(positions) == list(range(length))
     # Position p attends to p + 1 keys.
-    assert len({sum(p + 1 for p in (*first_chunk, *second_chunk)) for first_chunk, second_chunk in rank_chunks}) == 1
-    assert all(len(first_chunk) == len(second_chunk) == chunk for first_chunk, second_chunk in rank_chunks)
+    assert (
+        len(
+            {
+                sum(p + 1 for p in (*first_chunk, *second_chunk))
+                for first_chunk, second_chunk in rank_chunks
+            }
+        )
+        == 1
+    )
+    assert all(
+        len(first_chunk) == len(second_chunk) == chunk for first_chunk, second_chunk in rank_chunks
+    )
 
 
 @given(length=some.integers(1, 999))
@@ -44,5 +56,11 @@ def test_bytes_of_a_layer_by_hand() -> None:
     local_elements = 2 * 32 * 8
     assert context_layer_bytes("gather", 128, 8, 4, 4) == 3 * local_elements * (4 + 4)
     assert context_layer_bytes("ring", 128, 8, 2, 4) == 3 * local_elements * (2 + 2 + 4)
-    assert context_layer_bytes("ring", 128, 8, 4, 4, forwards=2) == 3 * local_elements * (4 + 4 + 4 + 4)
-    assert context_layer_bytes("ring", 128, 8, 4, 1) == context_layer_bytes("gather", 128, 8, 4, 1) == 0
+    assert context_layer_bytes("ring", 128, 8, 4, 4, forwards=2) == 3 * local_elements * (
+        4 + 4 + 4 + 4
+    )
+    assert (
+        context_layer_bytes("ring", 128, 8, 4, 1)
+        == context_layer_bytes("gather", 128, 8, 4, 1)
+        == 0
+    )

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from cordee.elastic import supervisor as supervisor_module
+from cordee.elastic.failure_detector import Timeouts
+from cordee.elastic.hosts import RendezvousConfig
+from cordee.elastic.membership import Member
+from cordee.elastic.oom import oom_kills
+from cordee.elastic.run_lock import RunLock
+from cordee.elastic.run_progress import SupervisorConfig
+from cordee.elastic.supervisor import Supervisor
 from cordee.errors import RunError
-from cordee.fault import supervise
-from cordee.fault.course import SupervisorConfig
-from cordee.fault.hold import RunLock
-from cordee.fault.hosts import RendezvousConfig
-from cordee.fault.members import Member
-from cordee.fault.memory import oom_kills
-from cordee.fault.pace import Timeouts
-from cordee.fault.supervise import Supervisor
 
 
 @pytest.fixture
@@ -28,9 +28,12 @@ def supervisor(tmp_path: Path) -> Supervisor:
     supervisor_config = SupervisorConfig(
         command=["-c", "import time; time.sleep(60)"], plan="{}",
         replan=lambda islands, devices=(): ("{}", islands), island_size=1, num_ranks=2, spares=0,
-        threads=1, heartbeat_timeout_s=60, startup_timeout_s=60, max_failures=3, recover=True, run_lock=RunLock(tmp_path / "lock"),
+        threads=1, heartbeat_timeout_s=60, startup_timeout_s=60, max_failures=3, recover=True,
+        run_lock=RunLock(tmp_path / "lock"),
     )  # fmt: skip
-    rendezvous_config = RendezvousConfig(None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu")
+    rendezvous_config = RendezvousConfig(
+        None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu"
+    )
     return Supervisor(supervisor_config, rendezvous_config)
 
 
@@ -47,8 +50,10 @@ def test_a_kill_by_the_kernel_is_named(
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "memory.events").write_text("low 0\noom 9\noom_kill 5\n")
     assert oom_kills(tmp_path, cgroup_file, tmp_path / "none") == 5
-    kill_counts = iter((supervisor._oom_count, supervisor._oom_count + 1, supervisor._oom_count + 2))
-    monkeypatch.setattr(supervise, "oom_kills", lambda: next(kill_counts))
+    kill_counts = iter(
+        (supervisor._oom_count, supervisor._oom_count + 1, supervisor._oom_count + 2)
+    )
+    monkeypatch.setattr(supervisor_module, "oom_kills", lambda: next(kill_counts))
     assert supervisor._describe_death(-9) == "was killed by signal 9 (SIGKILL)"
     assert supervisor._describe_death(-9).endswith(", as the kernel was out of memory")
     assert supervisor._describe_death(-11) == "was killed by signal 11 (SIGSEGV)"
@@ -74,7 +79,7 @@ def test_a_worker_that_the_system_refuses_is_tried_again(
             patch.setattr(subprocess, "Popen", refuse_start)
             assert not start_worker() and not start_worker()
         assert capsys.readouterr().err.count("cannot be started") == 1
-        monkeypatch.setattr(supervise, "START_RETRY_S", 0.0)
+        monkeypatch.setattr(supervisor_module, "START_RETRY_S", 0.0)
         supervisor._start_missing(is_urgent=False)
         assert len(supervisor.pool.workers) == 2
     finally:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from cordee.config.check import validate_run
 from cordee.config.load import load
 from cordee.config.run import Run
+from cordee.config.validate import validate_run
 from cordee.errors import ConfigError
-from cordee.plan.cluster import Cluster, without_accelerators, gpu_cluster
-from cordee.plan.plan import Plan, make_plan
+from cordee.planner.cluster import Cluster, gpu_cluster, without_accelerators
+from cordee.planner.plan import Plan, make_plan
 
 H100_CLUSTER = gpu_cluster("H100", 8)
 
@@ -25,7 +25,12 @@ def plan_of(cluster: Cluster, *overrides: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "cluster", [gpu_cluster("A100", 8), without_accelerators(H100_CLUSTER), replace(H100_CLUSTER, flops_fp8=0.0)]
+    "cluster",
+    [
+        gpu_cluster("A100", 8),
+        without_accelerators(H100_CLUSTER),
+        replace(H100_CLUSTER, flops_fp8=0.0),
+    ],
 )
 def test_fp8_is_refused_where_devices_do_not_have_it(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match=r"run\.precision=bf16"):

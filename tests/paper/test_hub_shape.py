@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cordee.config.hub import with_hub_shape, hub_model_settings
+from cordee.config.from_hf import hub_model_settings, with_hub_shape
 from cordee.config.load import load
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.tensors import count_parameters
-from cordee.plan.cluster import gpu_cluster
-from cordee.plan.plan import make_plan
-from cordee.plan.search import search
+from cordee.planner.cluster import gpu_cluster
+from cordee.planner.plan import make_plan
+from cordee.planner.search import search
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256,
@@ -33,7 +33,9 @@ def test_shapes(tmp_path: Path) -> None:
     llama = hub_model_settings(write_model_dir(tmp_path, LLAMA_8B))
     assert count_parameters(llama, 2) == 8_030_261_248
     assert (llama.name, llama.tied, llama.width_per_head) == (tmp_path.name, False, 128)
-    nested_settings = hub_model_settings(write_model_dir(tmp_path, {"model_type": "x", "text_config": LLAMA_8B}))
+    nested_settings = hub_model_settings(
+        write_model_dir(tmp_path, {"model_type": "x", "text_config": LLAMA_8B})
+    )
     assert nested_settings == llama
     gpt2 = hub_model_settings(write_model_dir(tmp_path, {
         "model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257,
@@ -51,9 +53,13 @@ def test_it_is_planned_as_what_it_is(tmp_path: Path) -> None:
     run = with_hub_shape(load(None, [f"model.hub={path}", "batch.microbatches=64"]).run)
     candidates = search(run, gpu_cluster("H100", 8)).candidates
     assert candidates
-    assert {(c.layout.tensor, c.layout.pipeline, c.layout.context) for c in candidates} == {(1, 1, 1)}
+    assert {(c.layout.tensor, c.layout.pipeline, c.layout.context) for c in candidates} == {
+        (1, 1, 1)
+    }
     assert candidates[0].prediction.parameters == 8_030_261_248
-    tensor_run = with_hub_shape(load(None, [f"model.hub={path}", "layout.tensor=4", "layout.shard=2"]).run)
+    tensor_run = with_hub_shape(
+        load(None, [f"model.hub={path}", "layout.tensor=4", "layout.shard=2"]).run
+    )
     assert make_plan(tensor_run, gpu_cluster("H100", 8)).layout.tensor == 4
     oversplit_run = with_hub_shape(load(None, [f"model.hub={path}", "layout.tensor=16"]).run)
     with pytest.raises(LayoutError, match="num_key_value_heads=8") as exc_info:

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.config.hub import with_hub_shape
+from cordee.config.from_hf import with_hub_shape
 from cordee.config.load import load
 from cordee.config.run import Run
-from cordee.fault.handshake import differences, format_differences
-from cordee.fault.orders import AvailableWorker, assign_ranks
-from cordee.plan.cluster import gpu_cluster
-from cordee.plan.plan import Plan, make_plan, with_devices
-from cordee.rendezvous import run_identity
+from cordee.elastic.assignment import AvailableWorker, assign_ranks
+from cordee.elastic.handshake import differences, format_differences
+from cordee.launcher.rendezvous import run_identity
+from cordee.planner.cluster import gpu_cluster
+from cordee.planner.plan import Plan, make_plan, with_devices
 
 DEVICE_KINDS = ("cpu", "cuda")
 HostReports = dict[str, dict[str, Any]]
@@ -35,7 +35,9 @@ def host_reports(draw: st.DrawFn, island_size: int) -> HostReports:
         wanted_count = draw(st.integers(0, worker_count + 1))
         device = draw(st.sampled_from(DEVICE_KINDS))
         ranked_count = draw(st.integers(0, min(wanted_count, worker_count)))
-        available = [AvailableWorker(f"h{host_index}", n, 100 + n, None, 0) for n in range(worker_count)]
+        available = [
+            AvailableWorker(f"h{host_index}", n, 100 + n, None, 0) for n in range(worker_count)
+        ]
         for n in range(ranked_count):
             # The i-th seat of a kind: every second island was of that kind.
             island_index, local_rank = divmod(rank_counts[device], island_size)
@@ -51,7 +53,9 @@ def host_reports(draw: st.DrawFn, island_size: int) -> HostReports:
     return reports
 
 
-def assign_and_record(reports: HostReports, island_size: int, max_islands: int = 99) -> tuple[dict[str, Any], list[str]]:
+def assign_and_record(
+    reports: HostReports, island_size: int, max_islands: int = 99
+) -> tuple[dict[str, Any], list[str]]:
     """What is ordered, and the kinds that the plan was asked for."""
     plan_devices: list[str] = []
 
@@ -89,16 +93,30 @@ def test_islands_are_whole_and_of_one_kind(data: st.DataObject, island_size: int
 
 
 @given(st.data(), st.integers(1, 3), st.sampled_from(DEVICE_KINDS))
-def test_hosts_of_one_kind_are_ordered_as_ever(data: st.DataObject, island_size: int, kind: str) -> None:
+def test_hosts_of_one_kind_are_ordered_as_ever(
+    data: st.DataObject, island_size: int, kind: str
+) -> None:
     """Whole islands' survivors by rank, the other survivors, the rest: the slow, obvious list."""
     reports = data.draw(host_reports(island_size))
     for report in reports.values():
         report["device"] = kind
-    available = [AvailableWorker(host, *entry) for host, report in reports.items() for entry in report["ready"]]
+    available = [
+        AvailableWorker(host, *entry)
+        for host, report in reports.items()
+        for entry in report["ready"]
+    ]
     last_generation = max((w.generation for w in available), default=0)
-    by_rank = {w.rank: w for w in available if w.rank is not None and w.generation == last_generation}
-    complete_ranks = {r for r in by_rank if all(r // island_size * island_size + i in by_rank for i in range(island_size))}
-    worker_order = [by_rank[r] for r in sorted(complete_ranks)] + [by_rank[r] for r in sorted(set(by_rank) - complete_ranks)]
+    by_rank = {
+        w.rank: w for w in available if w.rank is not None and w.generation == last_generation
+    }
+    complete_ranks = {
+        r
+        for r in by_rank
+        if all(r // island_size * island_size + i in by_rank for i in range(island_size))
+    }
+    worker_order = [by_rank[r] for r in sorted(complete_ranks)] + [
+        by_rank[r] for r in sorted(set(by_rank) - complete_ranks)
+    ]
     worker_order += [w for w in available if w not in worker_order]
     open_slots = {host: report["wants"] for host, report in reports.items()}
     expected_ranks = []
@@ -172,8 +190,16 @@ def test_a_plan_for_two_kinds(devices: list[str], microbatches: int) -> None:
     microbatch_ids = [index for start, stop in mixed_plan.splits for index in range(start, stop)]
     assert microbatch_ids == list(range(microbatches))
     if mixed_plan.has_mixed_devices:
-        cpu_shares = [n for n, kind in zip(mixed_plan.island_microbatches, mixed_plan.devices, strict=True) if kind == "cpu"]
-        cuda_shares = [n for n, kind in zip(mixed_plan.island_microbatches, mixed_plan.devices, strict=True) if kind == "cuda"]
+        cpu_shares = [
+            n
+            for n, kind in zip(mixed_plan.island_microbatches, mixed_plan.devices, strict=True)
+            if kind == "cpu"
+        ]
+        cuda_shares = [
+            n
+            for n, kind in zip(mixed_plan.island_microbatches, mixed_plan.devices, strict=True)
+            if kind == "cuda"
+        ]
         assert set(cpu_shares) == {1}
         assert max(cuda_shares) - min(cuda_shares) <= 1
     else:
@@ -186,7 +212,12 @@ def test_shares_that_the_user_keeps_equal_stay_so() -> None:
 
 
 def test_an_island_of_several_ranks_starts_with_one_for_each() -> None:
-    overrides = ("batch.microbatches=12", "launch.processes=4", "layout.islands=2", "layout.shard=2")
+    overrides = (
+        "batch.microbatches=12",
+        "launch.processes=4",
+        "layout.islands=2",
+        "layout.shard=2",
+    )
     run, plan = run_and_plan(*overrides)
     mixed_plan = with_devices(plan, run, ["cpu", "cuda"])
     assert mixed_plan.island_microbatches == [2, 10]

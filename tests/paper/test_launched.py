@@ -7,16 +7,16 @@ import resource
 import pytest
 
 from cordee.config.run import Run
-from cordee.dist.start import (
+from cordee.dist.process_group import (
     MAX_OPEN_FILES,
     LaunchInfo,
-    read_launch_info,
     passive_wait_variables,
     raise_file_limit,
+    read_launch_info,
     worker_environment,
 )
 from cordee.errors import ConfigError
-from cordee.rendezvous import network_interface
+from cordee.launcher.rendezvous import network_interface
 
 LAUNCHERS = {
     "torchrun": (
@@ -29,21 +29,29 @@ LAUNCHERS = {
     ),
     "open mpi": (
         {
-            "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "6",
-            "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "2",
+            "OMPI_COMM_WORLD_SIZE": "6",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
         },
         LaunchInfo(2, 6, 0, "", True, 3),
     ),
     "ours": (
         {"CORDEE_LINE": "5,6,7,8,9"},
-        LaunchInfo(has_launcher=True, channel_descriptor=5, plan_descriptor=6, progress_descriptor=7, terminal_descriptors=(8, 9)),
+        LaunchInfo(
+            has_launcher=True,
+            channel_descriptor=5,
+            plan_descriptor=6,
+            progress_descriptor=7,
+            terminal_descriptors=(8, 9),
+        ),
     ),
     "a shell inside a Slurm allocation": (
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},
         LaunchInfo(),
     ),
     "nobody": ({"PATH": "/bin"}, LaunchInfo()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -83,7 +91,9 @@ def test_the_limit_of_open_files_is_raised() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, previous_limit[1]), previous_limit[1]))
         raise_file_limit()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(previous_limit[1], MAX_OPEN_FILES)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(
+            previous_limit[1], MAX_OPEN_FILES
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, previous_limit)
 
@@ -98,5 +108,7 @@ def test_threads_of_workers_sleep_unless_the_user_says_how_they_wait(
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
     monkeypatch.setenv(name, "300")
     environment = worker_environment((3, 4, 5, 6, 7), 9, 2, "")
-    assert environment[name] == "300" and (name == "OMP_WAIT_POLICY" or "OMP_WAIT_POLICY" not in environment)
+    assert environment[name] == "300" and (
+        name == "OMP_WAIT_POLICY" or "OMP_WAIT_POLICY" not in environment
+    )
     assert passive_wait_variables({name: "1"}) == {}

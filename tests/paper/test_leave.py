@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cordee.fault.course import STOP_EXIT_CODES, ABORT_SIGNALS, STOP_SIGNALS, RunProgress
-from cordee.fault.leave import catch_stop_signals
+from cordee.elastic.run_progress import ABORT_SIGNALS, STOP_EXIT_CODES, STOP_SIGNALS, RunProgress
+from cordee.training.stop_request import catch_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,11 @@ def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
     with catch_stop_signals() as stop_request:
         assert stop_request.signal_number is None
         os.kill(os.getpid(), number)
-        assert (stop_request.signal_number, stop_request.exit_code, stop_request.signal_name) == (number, 128 + number, number.name)
+        assert (stop_request.signal_number, stop_request.exit_code, stop_request.signal_name) == (
+            number,
+            128 + number,
+            number.name,
+        )
         assert stop_request.exit_code in STOP_EXIT_CODES
         is_default_handler = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert is_default_handler == (number in ABORT_SIGNALS)
@@ -50,4 +54,7 @@ def test_two_abort_signals_stop_at_once() -> None:
         ((usr1, usr1), False), ((usr1, term), False), ((term,), False),
         ((term, usr1), False), ((term, signal.SIGINT), True), ((usr1, term, term), True),
     ):  # fmt: skip
-        assert RunProgress(received_signals=[int(number) for number in signals]).must_stop_now == expected
+        assert (
+            RunProgress(received_signals=[int(number) for number in signals]).must_stop_now
+            == expected
+        )

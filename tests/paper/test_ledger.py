@@ -23,7 +23,9 @@ orders = st.builds(
 
 
 @given(orders, st.integers(0, 30), st.data())
-def test_uses_are_the_places_in_the_order(order: SampleOrder, steps: int, data: st.DataObject) -> None:
+def test_uses_are_the_places_in_the_order(
+    order: SampleOrder, steps: int, data: st.DataObject
+) -> None:
     sample = data.draw(st.integers(0, order.rows - 1))
     expected_uses = []
     for step in range(steps):
@@ -31,7 +33,9 @@ def test_uses_are_the_places_in_the_order(order: SampleOrder, steps: int, data: 
             for row, row_id in enumerate(order.microbatch_row_ids(step, microbatch).tolist()):
                 position = order.positions(step, microbatch)[row]
                 if row_id == sample:
-                    expected_uses.append(SampleUse(step + 1, microbatch, row, position // order.rows))
+                    expected_uses.append(
+                        SampleUse(step + 1, microbatch, row, position // order.rows)
+                    )
     assert find_uses(order, sample, steps) == expected_uses
     epoch_count = steps * order.step_rows // order.rows
     assert epoch_count <= len(expected_uses) <= epoch_count + 1, "once in every epoch"
@@ -46,7 +50,11 @@ def test_a_run_that_kept_the_order_is_proved(order: SampleOrder, steps: int) -> 
     rows = make_rows(order, steps)
     rows[-1]["skipped"] = True
     ledger_check = check_ledger(order, rows)
-    assert ledger_check.is_exactly_once and ledger_check.steps == steps and ledger_check.skipped == [steps]
+    assert (
+        ledger_check.is_exactly_once
+        and ledger_check.steps == steps
+        and ledger_check.skipped == [steps]
+    )
     assert ledger_check.epochs == steps * order.step_rows / order.rows
 
 

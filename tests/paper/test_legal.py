@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.cli.plan import run as plan_command
-from cordee.config.check import validate_run
 from cordee.config.load import load
 from cordee.config.run import Run
+from cordee.config.validate import validate_run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import MODEL_AXES, Layout
-from cordee.layout.legal import violation_texts, round_microbatches
-from cordee.plan.cluster import gpu_cluster
-from cordee.plan.plan import make_plan
+from cordee.layout.validate import round_microbatches, violation_texts
+from cordee.planner.cluster import gpu_cluster
+from cordee.planner.plan import make_plan
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.shared=3")
 
@@ -92,7 +92,9 @@ CASES = {
 def test_each_rule_names_values_and_the_nearest_fix(name: str) -> None:
     overrides, degrees, message, fix = CASES[name]
     violations = violation_texts(run_of(*overrides), Layout(**degrees))
-    assert any(message in reason and fix in suggestion for reason, suggestion in violations), violations
+    assert any(message in reason and fix in suggestion for reason, suggestion in violations), (
+        violations
+    )
 
 
 def test_what_is_legal_is_not_refused() -> None:
@@ -125,7 +127,10 @@ DEGREES = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 8])
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_following_the_fixes_ends_in_a_legal_layout(
-    degrees: tuple[int, ...], microbatches: int, model: tuple[str, ...], extra_overrides: tuple[str, ...]
+    degrees: tuple[int, ...],
+    microbatches: int,
+    model: tuple[str, ...],
+    extra_overrides: tuple[str, ...],
 ) -> None:
     axes = dict(zip(("island", *MODEL_AXES), degrees, strict=True))
     overrides = [f"batch.microbatches={microbatches}", *model, *extra_overrides]
@@ -140,7 +145,9 @@ def test_following_the_fixes_ends_in_a_legal_layout(
             axes[key.removeprefix("layout.")] = int(value)
         else:
             overrides.append(f"{key}={value}")
-        reasons = [other_reason for other_reason, _ in violation_texts(run_of(*overrides), Layout(**axes))]
+        reasons = [
+            other_reason for other_reason, _ in violation_texts(run_of(*overrides), Layout(**axes))
+        ]
         assert reason not in reasons, "a fix repairs its own rule"
     raise AssertionError(violations)
 

@@ -10,12 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from cordee.metrics import sinks
-from cordee.metrics.lines import MAX_DIGITS, MAX_LINE_BYTES, read_json_object, iter_records, record_step
-from cordee.metrics.page import report_page
-from cordee.metrics.records import read_run
-from cordee.metrics.report import summarise
-from cordee.metrics.sinks import JsonLinesWriter, truncate_after_step, last_event, last_step, read_records
+from cordee.report import metrics_writer
+from cordee.report.html import report_page
+from cordee.report.jsonl import (
+    MAX_DIGITS,
+    MAX_LINE_BYTES,
+    iter_records,
+    read_json_object,
+    record_step,
+)
+from cordee.report.metrics_writer import (
+    JsonLinesWriter,
+    last_event,
+    last_step,
+    read_records,
+    truncate_after_step,
+)
+from cordee.report.reader import read_run
+from cordee.report.summary import summarise
 
 BAD_LINES = (
     b'{"step": 1e999}', b'{"step": NaN, "event": "evaluated", "held_out_loss": Infinity}',
@@ -35,7 +47,9 @@ def row_bytes(step: int) -> bytes:
 @pytest.mark.parametrize("bad_line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_line_that_is_no_record_is_passed_over(bad_line: bytes, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "layers.jsonl", "events.jsonl"):
-        (tmp_path / name).write_bytes(b"\n".join([row_bytes(1), bad_line, row_bytes(2), row_bytes(3), bad_line]) + b"\n")
+        (tmp_path / name).write_bytes(
+            b"\n".join([row_bytes(1), bad_line, row_bytes(2), row_bytes(3), bad_line]) + b"\n"
+        )
     (tmp_path / "plan.json").write_bytes(bad_line)
     path = tmp_path / "metrics.jsonl"
     assert last_step(path) == 3
@@ -58,7 +72,9 @@ def test_steps_that_go_back_and_forth_are_written_anew(tmp_path: Path) -> None:
 
 def test_a_line_without_end_is_no_record_and_takes_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    path.write_bytes(row_bytes(1) + b"\n" + b"x" * (MAX_LINE_BYTES + 7) + b"\n" + row_bytes(2) + b"\n")
+    path.write_bytes(
+        row_bytes(1) + b"\n" + b"x" * (MAX_LINE_BYTES + 7) + b"\n" + row_bytes(2) + b"\n"
+    )
     assert [r["step"] for r in iter_records(path)] == [1, 2]
 
 
@@ -74,7 +90,11 @@ def test_what_is_no_file_is_read_as_nothing_and_set_aside(kind: str, tmp_path: P
     for name in ("metrics.jsonl", "layers.jsonl", "events.jsonl", "plan.json", "run.toml"):
         NON_FILES[kind](tmp_path / name)
     run_records = read_run(tmp_path)
-    assert not run_records.steps and not run_records.events and read_json_object(tmp_path / "plan.json") == {}
+    assert (
+        not run_records.steps
+        and not run_records.events
+        and read_json_object(tmp_path / "plan.json") == {}
+    )
     assert last_event(tmp_path) == {} and last_step(tmp_path / "metrics.jsonl") == 0
     writer = JsonLinesWriter(tmp_path / "metrics.jsonl")
     aside_name = writer.move_obstacle()
@@ -94,7 +114,7 @@ def test_a_cut_needs_no_room_and_is_owed_while_the_disk_refuses(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(row_bytes(n) + b"\n" for n in (1, 5, 2, 3, 6)))
     writer = JsonLinesWriter(path)
-    monkeypatch.setattr(sinks, "write_atomically", raise_no_space)
+    monkeypatch.setattr(metrics_writer, "write_atomically", raise_no_space)
     writer.truncate_after(3)
     writer.write({"step": 4})
     assert writer.failure and [r["step"] for r in read_records(path)] == [1, 5, 2, 3, 6]

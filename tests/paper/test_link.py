@@ -19,18 +19,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cordee.elastic.frames import FrameDecoder, FrameEncoder, FrameError, pack, unpack
+from cordee.elastic.handshake import Handshake, RefusalError
+from cordee.elastic.secret import make_secret, read_secret
+from cordee.elastic.transport import Refusal, Transport, differences, format_differences
 from cordee.errors import ConfigError
-from cordee.fault.frames import FrameError, FrameDecoder, FrameEncoder, pack, unpack
-from cordee.fault.handshake import Handshake, RefusalError
-from cordee.fault.link import Transport, Refusal, differences, format_differences
-from cordee.fault.secret import make_secret, read_secret
 
 SECRET, OTHER_SECRET = b"s" * 32, b"t" * 32
 HELLO = {"version": "0.4.0", "torch": "2.13.0", "config": "abc", "data": "def", "about.host": "h"}
 
 
 @contextmanager
-def open_transports(*hellos: dict[str, Any], secrets: tuple[bytes, ...] = ()) -> Iterator[list[Transport]]:
+def open_transports(
+    *hellos: dict[str, Any], secrets: tuple[bytes, ...] = ()
+) -> Iterator[list[Transport]]:
     """A link for each hello, on free ports."""
     with ExitStack() as stack:
         transports = []
@@ -51,7 +53,9 @@ def wait_until(condition: Callable[[], Any], within_s: float = 3.0) -> Any:
     raise AssertionError(f"nothing within {within_s} s")
 
 
-def receive_messages(transport: Transport, count: int, within_s: float = 5.0) -> list[tuple[str, dict[str, Any]]]:
+def receive_messages(
+    transport: Transport, count: int, within_s: float = 5.0
+) -> list[tuple[str, dict[str, Any]]]:
     """The next so many messages, waiting as the supervisor does."""
     messages: list[tuple[str, dict[str, Any]]] = []
     end_s = time.monotonic() + within_s
@@ -80,7 +84,13 @@ def test_a_round_trip_starts_with_a_bare_address() -> None:
         assert receive_messages(a, 1) == [(b.id, {"say": "hello"})]
         assert a.local_ip(b.id) == a.local_ip(address_of(b)) == b.local_ip(a.id) == "127.0.0.1"
         assert (a.peer_hello(b.id) or {})["about.host"] == "i"
-        assert a.take_refusals() == b.take_refusals() == a.take_lost_peers() == b.take_lost_peers() == []
+        assert (
+            a.take_refusals()
+            == b.take_refusals()
+            == a.take_lost_peers()
+            == b.take_lost_peers()
+            == []
+        )
         assert a.error_counts() == b.error_counts() == {}
 
 
@@ -92,7 +102,9 @@ def test_order_and_number_of_many_and_of_long_messages() -> None:
         text = "x" * (1 << 20)
         for number in range(8):
             b.send(a.id, {"n": number, "text": text})
-        assert [m for _, m in receive_messages(a, 8, 20)] == [{"n": n, "text": text} for n in range(8)]
+        assert [m for _, m in receive_messages(a, 8, 20)] == [
+            {"n": n, "text": text} for n in range(8)
+        ]
         with pytest.raises(ValueError, match="at most"):
             a.send(b.id, {"text": "x" * (9 << 20)})
         with pytest.raises(ValueError):
@@ -116,8 +128,8 @@ def test_a_wrong_secret_is_refused_and_both_are_told() -> None:
     with open_transports(HELLO, HELLO, secrets=(SECRET, OTHER_SECRET)) as (a, b):
         b.send(address_of(a), {"let": "me in"})
         b_refusals, a_refusals = wait_until(b.take_refusals, 1.0), wait_until(a.take_refusals, 1.0)
-        assert b_refusals[0].who == address_of(a) and "secret" in b_refusals[0].why
-        assert a_refusals[0].who == "127.0.0.1" and "secret" in a_refusals[0].why
+        assert b_refusals[0].peer == address_of(a) and "secret" in b_refusals[0].why
+        assert a_refusals[0].peer == "127.0.0.1" and "secret" in a_refusals[0].why
         b.send(address_of(a), {"let": "me in"})  # said once, however often it tries
         wait_until(lambda: a.error_counts().get("refused") == 2)
         assert a.take_refusals() == [] and a.receive() == [] and a.take_lost_peers() == []
@@ -129,8 +141,15 @@ def test_another_run_is_refused_with_a_table(key: str) -> None:
         a.send(b.id, {"n": 1})
         receive_messages(b, 1)
         joiner.send(address_of(a), {"let": "me in"})
-        (joiner_refusal,), (a_refusal,) = wait_until(joiner.take_refusals, 1.0), wait_until(a.take_refusals, 1.0)
-        assert isinstance(joiner_refusal, Refusal) and joiner_refusal.peer == a.id and a_refusal.who == joiner.id
+        (joiner_refusal,), (a_refusal,) = (
+            wait_until(joiner.take_refusals, 1.0),
+            wait_until(a.take_refusals, 1.0),
+        )
+        assert (
+            isinstance(joiner_refusal, Refusal)
+            and joiner_refusal.peer == a.id
+            and a_refusal.peer == joiner.id
+        )
         assert joiner_refusal.differences == ((key, "other", HELLO[key]),)
         assert a_refusal.differences == ((key, HELLO[key], "other"),)
         header, row = joiner_refusal.table.splitlines()
@@ -142,7 +161,10 @@ def test_another_run_is_refused_with_a_table(key: str) -> None:
 
 
 def test_what_is_a_difference() -> None:
-    own_hello, peer_hello = {"a": (1, 2), "b": 1, "c": None, "about.x": 1}, {"a": [1, 2], "b": True, "d": 3}
+    own_hello, peer_hello = (
+        {"a": (1, 2), "b": 1, "c": None, "about.x": 1},
+        {"a": [1, 2], "b": True, "d": 3},
+    )
     assert differences(own_hello, peer_hello) == [("b", 1, True), ("d", None, 3)]
     assert format_differences([]) == ""
     assert "\x1b" not in format_differences([("k", "\x1b[2J", "v" * 500)])
@@ -185,7 +207,9 @@ def test_frames_open_however_the_bytes_are_cut() -> None:
     encoder, decoder = make_codec()
     bodies = [pack({"n": n}) for n in range(20)]
     stream = b"".join(map(encoder.encode, bodies))
-    decoded_bodies = [body for i in range(len(stream)) for body in decode_bodies(decoder, stream[i : i + 1])]
+    decoded_bodies = [
+        body for i in range(len(stream)) for body in decode_bodies(decoder, stream[i : i + 1])
+    ]
     assert decoded_bodies == bodies and not decoder.has_partial_frame
 
 
@@ -245,7 +269,9 @@ def test_a_handshake_with_any_bit_flipped_comes_to_nothing() -> None:
     for flip_turn, length in lengths.items():
         for byte_index in range(length):
 
-            def flip(turn: int, data: bytes, flip_turn: int = flip_turn, byte_index: int = byte_index) -> bytes:
+            def flip(
+                turn: int, data: bytes, flip_turn: int = flip_turn, byte_index: int = byte_index
+            ) -> bytes:
                 corrupt_data = bytearray(data)
                 if turn == flip_turn and data:
                     corrupt_data[byte_index] ^= 1 << byte_index % 8
@@ -256,15 +282,21 @@ def test_a_handshake_with_any_bit_flipped_comes_to_nothing() -> None:
             except (FrameError, RefusalError):
                 continue
             assert not acceptor.is_complete, f"byte {byte_index} of turn {flip_turn}"
-            assert not (dialler.is_complete and flip_turn < 3), f"byte {byte_index} of turn {flip_turn}"
+            assert not (dialler.is_complete and flip_turn < 3), (
+                f"byte {byte_index} of turn {flip_turn}"
+            )
 
 
 @given(st.binary(max_size=200), st.booleans(), st.booleans())
-def test_garbage_ends_a_handshake_and_nothing_else(data: bytes, is_dialler: bool, is_framed: bool) -> None:
+def test_garbage_ends_a_handshake_and_nothing_else(
+    data: bytes, is_dialler: bool, is_framed: bool
+) -> None:
     handshake = Handshake(SECRET, "127.0.0.1:1#00000001", HELLO, is_dialler=is_dialler)
     handshake.first_bytes()
     try:
-        for body in decode_bodies(handshake.decoder, FrameEncoder().encode(data) if is_framed else data):
+        for body in decode_bodies(
+            handshake.decoder, FrameEncoder().encode(data) if is_framed else data
+        ):
             handshake.receive(body)
     except (FrameError, RefusalError):
         pass
@@ -316,7 +348,10 @@ def test_even_who_knows_the_secret_cannot_break_the_link(body: bytes) -> None:
             assert receive_messages(a, 1)[0][1] == {"a": "\ud800"}
         else:
             assert seconds_until_closed(stranger, 2.0) < 0.9
-            assert a.error_counts()["broken"] == 1 and wait_until(a.take_refusals)[0].who == handshake._own_id
+            assert (
+                a.error_counts()["broken"] == 1
+                and wait_until(a.take_refusals)[0].peer == handshake._own_id
+            )
         b.send(a.id, {"n": 1})
         assert receive_messages(a, 1) == [(b.id, {"n": 1})]
 
@@ -356,7 +391,9 @@ def test_a_false_acceptor_is_refused() -> None:
         a.send(impostor_address, {"n": 1})
         connection, _ = impostor.accept()
         with connection:
-            handshake = Handshake(OTHER_SECRET, impostor_address + "#00000000", HELLO, is_dialler=False)
+            handshake = Handshake(
+                OTHER_SECRET, impostor_address + "#00000000", HELLO, is_dialler=False
+            )
             connection.sendall(handshake.first_bytes())
             identity = unpack(decode_bodies(FrameDecoder(), connection.recv(1 << 16))[0])
             connection.sendall(plain_frame({"proof": identity["proof"]}))
@@ -422,7 +459,7 @@ def test_traffic_goes_on_among_garbage() -> None:
 
 PEER_SCRIPT = """
 import select, sys
-from cordee.fault.link import Link
+from cordee.elastic.transport import Link
 link = Link.open("127.0.0.1:0", b"s" * 32, {hello!r})
 print(link.id, flush=True)
 while True:
@@ -436,7 +473,9 @@ while True:
 def echo_peer() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Another process that returns what it gets, and its id."""
     code = PEER_SCRIPT.replace("{hello!r}", repr(HELLO))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             yield process, process.stdout.readline().strip()
@@ -536,7 +575,9 @@ def test_advertised_and_ipv6_addresses() -> None:
         pytest.skip("this machine has no IPv6 loopback")
     with open_transports(HELLO) as (a,):
         a.send(ipv6_transport.id, {"n": 1})
-        assert ipv6_transport.id.startswith("[::1]:") and receive_messages(ipv6_transport, 1) == [(a.id, {"n": 1})]
+        assert ipv6_transport.id.startswith("[::1]:") and receive_messages(ipv6_transport, 1) == [
+            (a.id, {"n": 1})
+        ]
         assert a.local_ip(ipv6_transport.id) == "::1"
     ipv6_transport.close()
 

@@ -13,13 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.config.load import load
+from cordee.elastic.failure_detector import AdaptiveTimeout, Timeouts
+from cordee.elastic.membership import Member
+from cordee.elastic.views import (
+    Acceptor,
+    Evicted,
+    Left,
+    Promise,
+    View,
+    ViewHalted,
+    ViewInstalled,
+    blocking_view,
+)
+from cordee.elastic.witness import FileWitness
 from cordee.errors import RunError
-from cordee.fault.members import Member
-from cordee.fault.pace import AdaptiveTimeout, Timeouts
-from cordee.fault.views import Acceptor, ViewInstalled, Evicted, ViewHalted, Left, Promise, View, blocking_view
-from cordee.fault.witness import FileWitness
-from cordee.rendezvous import make_timeouts
-from tests.paper.simulated import Simulation, InvariantViolation, pairs_between, run_schedule
+from cordee.launcher.rendezvous import make_timeouts
+from tests.paper.membership_simulation import (
+    InvariantViolation,
+    Simulation,
+    pairs_between,
+    run_schedule,
+)
 
 FAST_SEEDS, ALL_SEEDS, SEEDS_PER_CASE = 300, 1500, 100
 
@@ -30,7 +44,7 @@ def run_schedules(first_seed: int) -> dict[str, int]:
         try:
             _, outcome = run_schedule(seed)
         except InvariantViolation as error:
-            pytest.fail(f"{error}\n  python -m tests.paper.simulated --seed {seed}")
+            pytest.fail(f"{error}\n  python -m tests.paper.membership_simulation --seed {seed}")
         outcome_counts[outcome] = outcome_counts.get(outcome, 0) + 1
     return outcome_counts
 
@@ -48,7 +62,7 @@ def test_more_seeded_schedules(first_seed: int) -> None:
 
 
 def start_simulation(host_count: int, **options: object) -> Simulation:
-    """A run of `hosts` that works, all in."""
+    """A run of `host_count` that works, all in."""
     simulation = Simulation(1, host_count, **options)  # type: ignore[arg-type]
     assert simulation.run(20.0, lambda: is_view_complete(simulation, host_count)), simulation.log
     simulation.run(simulation.now + 5.0)
@@ -65,7 +79,9 @@ def recovery_s(simulation: Simulation, fault: Callable[[], None], limit_s: float
     """Virtual seconds from the fault to the next step committed by a new generation."""
     start_s, generation = simulation.now, simulation.commits[-1][1]
     fault()
-    has_recovered = simulation.run(start_s + limit_s, lambda: simulation.commits[-1][1] > generation)
+    has_recovered = simulation.run(
+        start_s + limit_s, lambda: simulation.commits[-1][1] > generation
+    )
     assert has_recovered, "\n".join(simulation.log[-20:])
     return simulation.now - start_s
 
@@ -74,8 +90,12 @@ def recovery_s(simulation: Simulation, fault: Callable[[], None], limit_s: float
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_death_is_over_in_three_seconds(victim: int, notice_rate: float) -> None:
     for seed in range(5):
-        simulation = start_simulation(3 + seed % 3, timeouts=Timeouts(max_silence_s=2.0), notice_rate=notice_rate)
-        duration_s = recovery_s(simulation, lambda simulation=simulation: simulation.kill(victim), 3.0)
+        simulation = start_simulation(
+            3 + seed % 3, timeouts=Timeouts(max_silence_s=2.0), notice_rate=notice_rate
+        )
+        duration_s = recovery_s(
+            simulation, lambda simulation=simulation: simulation.kill(victim), 3.0
+        )
         assert duration_s < (1.0 if notice_rate else 3.0)
 
 
@@ -87,9 +107,13 @@ def test_a_freeze_is_over_within_the_limit_and_the_zombie_is_fenced(victim: int)
     simulation.run(simulation.now + 10.0)
     view_count = len(simulation.views)
     simulation.wake(zombie)
-    assert simulation.run(simulation.now + 2.0, lambda: any("Fenced" in line for line in simulation.log))
+    assert simulation.run(
+        simulation.now + 2.0, lambda: any("Fenced" in line for line in simulation.log)
+    )
     assert "goes on without this host" in zombie.member.status
-    assert simulation.run(simulation.now + 10.0, lambda: is_view_complete(simulation, 3)), "it comes back as a new member"
+    assert simulation.run(simulation.now + 10.0, lambda: is_view_complete(simulation, 3)), (
+        "it comes back as a new member"
+    )
     assert len(simulation.views) <= view_count + 2
 
 
@@ -125,10 +149,14 @@ def test_a_partition_leaves_one_side_working(heal_s: float, has_witness: bool) -
     generation = simulation.commits[-1][1]
     simulation.cut_links(pairs_between([0, 1], [2, 3, 4]), heal_s)
     simulation.run(simulation.now + heal_s)
-    working_hosts = [host for host in simulation.live_hosts() if host.view and host.view.number > generation]
+    working_hosts = [
+        host for host in simulation.live_hosts() if host.view and host.view.number > generation
+    ]
     sides = [{2, 3, 4}, {0, 1}] if has_witness else [{2, 3, 4}]
     assert {host.node for host in working_hosts} in sides
-    assert simulation.run(simulation.now + 15.0, lambda: is_view_complete(simulation, 5)), "\n".join(simulation.log[-20:])
+    assert simulation.run(simulation.now + 15.0, lambda: is_view_complete(simulation, 5)), (
+        "\n".join(simulation.log[-20:])
+    )
 
 
 def test_without_a_majority_all_wait_and_go_on_by_themselves() -> None:
@@ -137,7 +165,9 @@ def test_without_a_majority_all_wait_and_go_on_by_themselves() -> None:
     simulation.run(simulation.now + 29.0)
     commit_count = len(simulation.commits)
     statuses = [host.member.status for host in simulation.live_hosts()]
-    assert all("waiting for a majority: 1 of 3 hosts answers" in status for status in statuses), statuses
+    assert all("waiting for a majority: 1 of 3 hosts answers" in status for status in statuses), (
+        statuses
+    )
     assert simulation.run(simulation.now + 5.0, lambda: len(simulation.commits) > commit_count + 3)
 
 
@@ -147,7 +177,9 @@ def test_a_one_way_cut_does_not_hold_the_others_up(pair: tuple[int, int]) -> Non
     assert recovery_s(simulation, lambda: simulation.cut_links([pair], None), 5.0) < 5.0
     view_count = len(simulation.views)
     simulation.run(simulation.now + 30.0)
-    assert len(simulation.views) <= view_count + 1, "one who is half cut off is not let in again and again"
+    assert len(simulation.views) <= view_count + 1, (
+        "one who is half cut off is not let in again and again"
+    )
     assert simulation.commits[-1][0] > simulation.now - 1.0
 
 
@@ -182,7 +214,10 @@ def test_a_call_of_a_follower_is_a_new_view_at_once_with_its_verdict() -> None:
     follower.member.request_view(verdict, follower.now)
     follower.flush()
     view_number = max(simulation.views)
-    assert simulation.run(start_s + 0.02, lambda: is_view_complete(simulation, 3) and max(simulation.views) > view_number)
+    assert simulation.run(
+        start_s + 0.02,
+        lambda: is_view_complete(simulation, 3) and max(simulation.views) > view_number,
+    )
     assert simulation.views[max(simulation.views)].events == (verdict,)
     simulation.run(start_s + 5.0)
     assert max(simulation.views) == view_number + 1, "a call is answered once"
@@ -198,7 +233,9 @@ def test_verdicts_say_who_and_how_long() -> None:
 
 
 def single_member(witness: FileWitness | None = None, own_id: str = "a#0") -> Member:
-    member = Member(own_id, Timeouts(), assign=lambda reports: dict(reports), report=list, witness=witness)
+    member = Member(
+        own_id, Timeouts(), assign=lambda reports: dict(reports), report=list, witness=witness
+    )
     member.bootstrap(5.0)
     return member
 
@@ -314,10 +351,18 @@ def test_a_view_that_may_be_active_counts_and_one_that_cannot_be_does_not() -> N
     base = View(1, "a", ("a", "b", "c"))
     subset, superset = View(5, "a", ("a", "b")), View(5, "a", ("a", "b", "j", "k", "l"))
     assert blocking_view({"b": promise(base), "c": promise(base)}) is None
-    assert blocking_view({"a": promise(base, subset)}) == base, "what only a accepted does not free it"
-    assert blocking_view({"b": promise(base, subset), "c": promise(base)}) == subset, "a may be in it"
-    assert blocking_view({"a": promise(base, subset), "c": promise(base)}) is None, "half with leader"
-    assert blocking_view({"b": promise(base), "a": promise(base, subset)}) is None, "void: b never did"
+    assert blocking_view({"a": promise(base, subset)}) == base, (
+        "what only a accepted does not free it"
+    )
+    assert blocking_view({"b": promise(base, subset), "c": promise(base)}) == subset, (
+        "a may be in it"
+    )
+    assert blocking_view({"a": promise(base, subset), "c": promise(base)}) is None, (
+        "half with leader"
+    )
+    assert blocking_view({"b": promise(base), "a": promise(base, subset)}) is None, (
+        "void: b never did"
+    )
     assert blocking_view({host: promise(base, superset) for host in ("j", "k", "l")}) == base
     assert blocking_view({"b": promise(subset)}) == subset, "half without the leader"
     with pytest.raises(RunError):
@@ -341,14 +386,20 @@ def test_views_are_read_strictly() -> None:
     view = View(3, "a", ("a", "b"), {"x": 1}, ({"event": "e"},))
     assert View.from_json(view.to_json()) == view
     fields = view.to_json()
-    for bad_fields in ({"number": "3"}, {"leader": "c"}, {"hosts": ["a", "a"]}, {"orders": []}, {"z": 1}):
+    for bad_fields in (
+        {"number": "3"},
+        {"leader": "c"},
+        {"hosts": ["a", "a"]},
+        {"orders": []},
+        {"z": 1},
+    ):
         with pytest.raises(RunError):
             View.from_json(fields | bad_fields)
 
 
 def test_membership_imports_no_torch() -> None:
     code = (
-        "import sys, cordee.fault.members, cordee.fault.witness as w;"
+        "import sys, cordee.elastic.membership, cordee.elastic.witness as w;"
         " assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

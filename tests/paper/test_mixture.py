@@ -34,7 +34,10 @@ def draw_slow(mixture: MixtureOrder, draws: int) -> list[tuple[int, int]]:
         if last - first == 1:
             return first, n
         middle = (first + last) // 2
-        left_weight, total_weight = sum(mixture.weights[first:middle]), sum(mixture.weights[first:last])
+        left_weight, total_weight = (
+            sum(mixture.weights[first:middle]),
+            sum(mixture.weights[first:last]),
+        )
         is_left = (n + 1) * left_weight // total_weight > n * left_weight // total_weight
         return draw_one(first, middle) if is_left else draw_one(middle, last)
 
@@ -52,7 +55,9 @@ def test_fast_draws_equal_slow_draws(mixture: MixtureOrder, draws: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(mixtures(), st.integers(0, 5000))
-def test_every_source_has_its_share_after_any_number_of_draws(mixture: MixtureOrder, draws: int) -> None:
+def test_every_source_has_its_share_after_any_number_of_draws(
+    mixture: MixtureOrder, draws: int
+) -> None:
     levels, total_weight = ceil(log2(len(mixture.rows))), sum(mixture.weights)
     for count, weight in zip(mixture.draw_counts(draws), mixture.weights, strict=True):
         assert abs(count - Fraction(draws * weight, total_weight)) <= levels
@@ -74,12 +79,16 @@ def test_in_whole_blocks_every_row_comes_once_an_epoch(mixture: MixtureOrder, bl
 
 @settings(max_examples=25, deadline=None)
 @given(mixtures(), st.integers(0, 3 * BLOCK_POSITIONS), st.data())
-def test_uses_are_the_places_in_the_order(mixture: MixtureOrder, stop: int, data: st.DataObject) -> None:
+def test_uses_are_the_places_in_the_order(
+    mixture: MixtureOrder, stop: int, data: st.DataObject
+) -> None:
     ids = mixture.row_ids_at(np.arange(stop, dtype=np.int64))
     row = data.draw(st.integers(0, sum(mixture.rows) - 1))
     assert sorted(p for p, _ in mixture.find_uses(row, stop)) == np.flatnonzero(ids == row).tolist()
     sources = np.searchsorted(mixture.starts, ids, side="right") - 1
-    assert mixture.counts_below(stop) == tuple(np.bincount(sources, minlength=len(mixture.rows)).tolist())
+    assert mixture.counts_below(stop) == tuple(
+        np.bincount(sources, minlength=len(mixture.rows)).tolist()
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -93,13 +102,19 @@ def test_any_position_is_found_alone(mixture: MixtureOrder, start: int, count: i
 @given(mixtures(most_rows=40))
 def test_draws_without_repeat_are_the_most(mixture: MixtureOrder) -> None:
     ids = mixture.unshuffled_row_ids(0, mixture.max_draws_without_repeat + 1)
-    assert len(set(ids[: mixture.max_draws_without_repeat].tolist())) == mixture.max_draws_without_repeat
+    assert (
+        len(set(ids[: mixture.max_draws_without_repeat].tolist()))
+        == mixture.max_draws_without_repeat
+    )
     assert len(set(ids.tolist())) <= mixture.max_draws_without_repeat
 
 
 def test_the_pattern_of_sources_is_not_regular_and_depends_on_the_seed() -> None:
     mixture_1, mixture_2 = (MixtureOrder(seed, (10**6, 10**6), (1, 1)) for seed in (1, 2))
-    sources_1, sources_2 = (m.row_ids_at(np.arange(BLOCK_POSITIONS, dtype=np.int64)) // 10**6 for m in (mixture_1, mixture_2))
+    sources_1, sources_2 = (
+        m.row_ids_at(np.arange(BLOCK_POSITIONS, dtype=np.int64)) // 10**6
+        for m in (mixture_1, mixture_2)
+    )
     assert sources_1.sum() == sources_2.sum() == BLOCK_POSITIONS // 2
     assert (sources_1 != sources_2).mean() > 0.4
     assert abs(np.corrcoef(sources_1[:-1], sources_1[1:])[0, 1]) < 0.1

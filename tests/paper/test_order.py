@@ -36,7 +36,7 @@ _MIX_B = 0x94D049BB133111EB
 
 
 def order_slow(seed: int, rows: int, position: int) -> int:
-    """The obvious version of `Order.rows_at`: one position, plain integers."""
+    """The obvious version of `SampleOrder.row_ids_at`: one position, plain integers."""
     epoch, value = divmod(position, rows)
     left_size = math.isqrt(rows - 1) + 1
     right_size = -(-rows // left_size)
@@ -161,7 +161,9 @@ def test_every_row_once_an_epoch_for_any_split(
         count = ranks[step % len(ranks)]
         borders = [microbatches * r // count for r in range(count + 1)]
         shares = [range(a, b) for a, b in pairwise(borders)]
-        row_ids += [row for share in shares for m in share for row in order.microbatch_row_ids(step, m)]
+        row_ids += [
+            row for share in shares for m in share for row in order.microbatch_row_ids(step, m)
+        ]
         step += 1
     for epoch in range(3):
         assert sorted(row_ids[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
@@ -174,7 +176,9 @@ def test_positions_are_contiguous_and_far_ones_cost_nothing() -> None:
     assert order.step_rows == 20
     far_rows = order.microbatch_row_ids(10**15 // 20, 4)
     assert far_rows.dtype == np.int64 and far_rows.shape == (4,)
-    assert far_rows.tolist() == [order_slow(3, MAX_ROWS, p) for p in order.positions(10**15 // 20, 4)]
+    assert far_rows.tolist() == [
+        order_slow(3, MAX_ROWS, p) for p in order.positions(10**15 // 20, 4)
+    ]
 
 
 def test_shape_is_kept_and_mixed_epochs_agree() -> None:
@@ -215,5 +219,7 @@ def test_order_and_preparation_do_not_import_torch() -> None:
         "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr

@@ -20,17 +20,23 @@ from cordee.config.presets import model_presets
 from cordee.config.run import Run
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import Layout
-from cordee.layout.split import Node, TreeSum, split_evenly
+from cordee.layout.microbatches import Node, TreeSum, split_evenly
 from cordee.layout.stages import make_stages
 from cordee.layout.tensors import TensorSpec, count_parameters, tensor_specs
-from cordee.plan.activations import activation_bytes
-from cordee.plan.cluster import Cluster, gpu_cluster
-from cordee.plan.costs import keys_per_query, microbatch_cost, all_layers
-from cordee.plan.dealing import max_rank_load, newton_schulz_flops
-from cordee.plan.memory import rank_memory, rank_state_bytes, partial_sum_counts
-from cordee.plan.network import RankLoad, choose_sync, gradient_bytes, subtree_count, step_traffic
-from cordee.plan.plan import make_plan
-from cordee.plan.search import predict, search
+from cordee.planner.activations import activation_bytes
+from cordee.planner.cluster import Cluster, gpu_cluster
+from cordee.planner.compute_cost import all_layers, keys_per_query, microbatch_cost
+from cordee.planner.memory import partial_sum_counts, rank_memory, rank_state_bytes
+from cordee.planner.muon_cost import max_rank_load, newton_schulz_flops
+from cordee.planner.network import (
+    RankLoad,
+    choose_sync,
+    gradient_bytes,
+    step_traffic,
+    subtree_count,
+)
+from cordee.planner.plan import make_plan
+from cordee.planner.search import predict, search
 
 CPU = Cluster(
     device="cpu",
@@ -116,7 +122,9 @@ def test_keys_per_query_is_what_chunks_meet(length: int) -> None:
 
 @given(st.integers(1, 40), st.sampled_from(["micro", "tiny", "medium"]), st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_muons_matrices_are_dealt_to_the_least_loaded(ranks: int, preset: str, is_gated: bool) -> None:
+def test_muons_matrices_are_dealt_to_the_least_loaded(
+    ranks: int, preset: str, is_gated: bool
+) -> None:
     run = run_of(f"model.preset={preset}", f"model.mlp={'gated' if is_gated else 'relu2'}")
     shapes = [(1, *s.shape) for s in specs_of(run) if s.group == "matrices"]
     rank_flops, rank_elements = [0.0] * ranks, [0] * ranks
@@ -179,7 +187,9 @@ def test_optimiser_bytes_by_hand() -> None:
         "adafactor": 4 * (2 * (4 * 128 + 2 * 320) + 2 * (256 + 64) + 5 * 64),
     }
     for name, size in expected.items():
-        rank_bytes = state_bytes(run_of("model.preset=micro", f"optim.name={name}"), specs_of(run), 1, 0)
+        rank_bytes = state_bytes(
+            run_of("model.preset=micro", f"optim.name={name}"), specs_of(run), 1, 0
+        )
         assert rank_bytes["optimiser"] == size, name
 
 
@@ -219,7 +229,9 @@ def test_exchange_bytes_are_those_counted_on_the_wire(
             tree.feed(partial_sums, index, 1, lambda a, b: a + b)
         subtrees = subtree_count(run, layout, sync, worker)
         rank_bytes.append(gradient_bytes(specs, layout, sync, run, subtrees))
-        messages = [message_bytes] * len(partial_sums) * (islands - 1) + [message_bytes] * (islands - 1)
+        messages = [message_bytes] * len(partial_sums) * (islands - 1) + [message_bytes] * (
+            islands - 1
+        )
         assert rank_bytes[-1] == sum(messages)
     sent_bytes = step_traffic(run, specs, layout, sync, CPU).sent_bytes.get("gradients", 0)
     assert sent_bytes == max(rank_bytes)
@@ -231,7 +243,9 @@ def test_allreduce_and_shard_bytes_by_hand() -> None:
     layout = Layout(island=4)
     sync = choose_sync(run, layout)
     assert (sync.protocol, sync.is_canonical) == ("allreduce", False)
-    assert step_traffic(run, specs, layout, sync, CPU).sent_bytes == {"gradients": 2 * 3 * 4 * n // 4}
+    assert step_traffic(run, specs, layout, sync, CPU).sent_bytes == {
+        "gradients": 2 * 3 * 4 * n // 4
+    }
     shard_layout = Layout(shard=4)
     rest_bytes = 4 * (2 * 256 * 64 + 64)
     block_bytes = 4 * n - rest_bytes
@@ -253,7 +267,9 @@ def test_memory_items_add_up_and_shards_need_less() -> None:
     for layout in (Layout(), Layout(island=4), Layout(shard=4), Layout(island=2, shard=2)):
         for is_exact in (False, True):
             run_variant = replace(run, run=replace(run.run, exact=is_exact))
-            memory = rank_memory(run_variant, specs, layout, choose_sync(run_variant, layout), "cpu")
+            memory = rank_memory(
+                run_variant, specs, layout, choose_sync(run_variant, layout), "cpu"
+            )
             assert sum(memory.peak_items.values()) == memory.total_bytes
             assert memory.total_bytes == sum(memory.state.values()) + max(
                 sum(phase.values()) for phase in memory.phases.values()
@@ -282,7 +298,11 @@ def test_activations_are_what_autograd_keeps() -> None:
         saved_bytes: dict[int, int] = {}
         saved_tensors: list[Any] = []
 
-        def save_tensor(tensor: Any, saved_bytes: dict[int, int] = saved_bytes, saved_tensors: list[Any] = saved_tensors) -> Any:
+        def save_tensor(
+            tensor: Any,
+            saved_bytes: dict[int, int] = saved_bytes,
+            saved_tensors: list[Any] = saved_tensors,
+        ) -> Any:
             storage = tensor.untyped_storage()
             saved_tensors.append(tensor)
             saved_bytes[storage.data_ptr()] = storage.nbytes()
@@ -295,10 +315,14 @@ def test_activations_are_what_autograd_keeps() -> None:
             torch.autocast("cpu", torch.bfloat16, enabled=is_bf16),
         ):
             model(tokens[:, :-1], tokens[:, 1:])
-        actual_bytes = sum(size for pointer, size in saved_bytes.items() if pointer not in parameter_pointers)
+        actual_bytes = sum(
+            size for pointer, size in saved_bytes.items() if pointer not in parameter_pointers
+        )
         logit_bytes = 2 * 4 * 2 * run.data.sequence * 256
         specs = [spec for spec in tensor_specs(run.model, 256) if len(spec.shape) > 1]
-        cast_elements = [spec.elements for spec in specs if not re.search("embed|router", spec.name)]
+        cast_elements = [
+            spec.elements for spec in specs if not re.search("embed|router", spec.name)
+        ]
         weight_bytes = 2 * sum(cast_elements) if is_bf16 else 0
         expected_bytes = activation_bytes(run, "cpu") + logit_bytes + weight_bytes
         # In bf16 a CPU fills experts' rows up: how many rows of zeros hangs on the routing.
@@ -380,7 +404,11 @@ def test_protocols() -> None:
     assert protocol(Layout()) == protocol(two_shards) == ("none", False)
     assert protocol(two_islands, "sync.codec=bf16") == ("exchange", True)
     assert protocol(Layout(), "sync.codec=bf16") == ("none", False)
-    assert protocol(two_islands, *exact_overrides) == protocol(Layout(), *exact_overrides) == ("exchange", True)
+    assert (
+        protocol(two_islands, *exact_overrides)
+        == protocol(Layout(), *exact_overrides)
+        == ("exchange", True)
+    )
     assert protocol(two_islands, "sync.protocol=exchange") == ("exchange", True)
     assert protocol(two_islands, "data.placement=replicate") == ("none", False)
     with pytest.raises(ConfigError, match="sends fp32 only"):
@@ -413,7 +441,11 @@ def test_what_does_not_fit_is_sharded_or_refused_with_a_layout_that_fits() -> No
     free_plan = make_plan(run, small_cluster)
     assert free_plan.layout.shard > 1
     fixed_plan = make_plan(run, small_cluster, processes=8)
-    assert fixed_plan.layout.shard > 1 and fixed_plan.processes == 8 and "does not fit" in fixed_plan.why
+    assert (
+        fixed_plan.layout.shard > 1
+        and fixed_plan.processes == 8
+        and "does not fit" in fixed_plan.why
+    )
     with pytest.raises(LayoutError) as exc_info:
         make_plan(replace(run, layout=replace(run.layout, islands=8)), small_cluster)
     words = str(exc_info.value.fix).split(" (")[0].split()

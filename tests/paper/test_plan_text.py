@@ -19,10 +19,10 @@ import pytest
 from cordee.cli.plan import run as plan_command
 from cordee.config.presets import model_presets
 from cordee.errors import ConfigError
-from cordee.plan.cluster import Cluster, gpu_cluster, local_cluster, read_cluster
-from cordee.plan.plan import Plan, make_plan, without_axes
-from cordee.plan.report import comparison_text, plan_text
-from cordee.plan.search import search
+from cordee.planner.cluster import Cluster, gpu_cluster, local_cluster, read_cluster
+from cordee.planner.plan import Plan, make_plan, without_axes
+from cordee.planner.report import comparison_text, plan_text
+from cordee.planner.search import search
 from tests.paper.test_plan import CPU, run_of
 
 GOLDEN_DIR = Path(__file__).parent.parent / "golden"
@@ -146,10 +146,16 @@ def test_compare_says_how_far_off() -> None:
     prediction = plan.predicted
     text = comparison_text(
         plan,
-        {"step_s": 2 * prediction.high_s, "bytes_sent": prediction.bytes_sent, "memory_bytes": 3 << 20},
+        {
+            "step_s": 2 * prediction.high_s,
+            "bytes_sent": prediction.bytes_sent,
+            "memory_bytes": 3 << 20,
+        },
     )
     assert "outside" in text and "to the byte" in text and "3.0 MiB" in text
-    match_text = comparison_text(plan, {"step_s": prediction.step_s, "bytes_sent": 5.0, "memory_bytes": math.nan})
+    match_text = comparison_text(
+        plan, {"step_s": prediction.step_s, "bytes_sent": 5.0, "memory_bytes": math.nan}
+    )
     assert "within" in match_text and "1.00" in match_text and "memory" not in match_text
     assert comparison_text(plan, {"step_s": math.nan}).count("\n") == 0
 
@@ -161,7 +167,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert plan_command([*arguments, "--json", "--top", "2", "--save", str(plan_path)]) == 0
     output = json.loads(capsys.readouterr().out)
     assert set(output) == {"picked", "ranked", "rejected", "assumed"}
-    assert output["ranked"][0]["layout"] == output["picked"]["layout"] and len(output["ranked"]) == 2
+    assert (
+        output["ranked"][0]["layout"] == output["picked"]["layout"] and len(output["ranked"]) == 2
+    )
     assert {"layout", "reason"} == set(output["rejected"][0])
     assert Plan.from_json(plan_path.read_text()).to_dict() == output["picked"]
     assert plan_command(arguments) == 0
@@ -195,7 +203,9 @@ def test_the_command_needs_neither_torch_nor_numpy() -> None:
         "import sys; from cordee.cli.plan import run; run(['tiny', '--json']);"
         "print([m for m in ('torch', 'numpy') if m in sys.modules], file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0 and result.stderr.strip() == "[]"
     assert json.loads(result.stdout)["picked"]["processes"] >= 1
 

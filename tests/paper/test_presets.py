@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cordee.config.check import validate_run
 from cordee.config.load import dump, load
 from cordee.config.model import ModelSettings
 from cordee.config.presets import implied_settings, model_presets
+from cordee.config.validate import validate_run
 from cordee.errors import ConfigError
 from cordee.layout.tensors import count_parameters
 
@@ -19,7 +19,9 @@ PUBLISHED_B = {
 ACTIVE_B = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "deepseek-v3-like": 41}
 
 
-def expected_parameters(model: ModelSettings, vocabulary: int = 256, active_only: bool = False) -> int:
+def expected_parameters(
+    model: ModelSettings, vocabulary: int = 256, active_only: bool = False
+) -> int:
     """Parameters of a transformer, all or those that a token meets, from nothing but its knobs."""
     width, head_width = model.width, model.head_width or model.width // model.heads
     queries, keys = model.heads * head_width, (model.kv_heads or model.heads) * head_width
@@ -30,7 +32,9 @@ def expected_parameters(model: ModelSettings, vocabulary: int = 256, active_only
     attention += 2 * head_width if model.qk_gain else 0
     moe = model.moe
     expert_count = moe.active if active_only else moe.experts
-    moe_elements = matrices * width * (moe.width or ffn) * (expert_count + moe.shared) + moe.experts * width
+    moe_elements = (
+        matrices * width * (moe.width or ffn) * (expert_count + moe.shared) + moe.experts * width
+    )
     blocks = 0
     for layer in range(model.layers):
         is_dense = not moe.experts or layer < moe.dense_layers
@@ -49,7 +53,9 @@ def test_published_totals(name: str) -> None:
 @pytest.mark.parametrize("name", ACTIVE_B)
 def test_parameters_that_a_token_meets(name: str) -> None:
     model = model_presets()[name]
-    assert expected_parameters(model, active_only=True) / 1e9 == pytest.approx(ACTIVE_B[name], rel=0.02)
+    assert expected_parameters(model, active_only=True) / 1e9 == pytest.approx(
+        ACTIVE_B[name], rel=0.02
+    )
 
 
 def test_deepseek_with_plain_attention() -> None:
@@ -92,8 +98,14 @@ def test_every_preset_is_legal_and_survives_a_file(name: str, tmp_path: object) 
 def test_a_classifier_implies_images_unless_told() -> None:
     run = load(None, ["model.kind=conv", "model.image.side=32", "model.image.channels=3"]).run
     assert (run.data.path, run.data.sequence) == ("builtin:shapes", 3073)
-    explicit_run = load(None, ["model.preset=shapes-mlp", "data.path=records:a", "batch.microbatch=2"]).run
-    assert (explicit_run.data.path, explicit_run.data.sequence, explicit_run.batch.microbatch) == ("records:a", 257, 2)
+    explicit_run = load(
+        None, ["model.preset=shapes-mlp", "data.path=records:a", "batch.microbatch=2"]
+    ).run
+    assert (explicit_run.data.path, explicit_run.data.sequence, explicit_run.batch.microbatch) == (
+        "records:a",
+        257,
+        2,
+    )
     assert not implied_settings(ModelSettings())
     assert (explicit_run.targets_per_row, explicit_run.loss_unit) == (1, "nats an image")
     assert load(None, []).run.targets_per_row == 256

@@ -9,31 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from cordee.begin import apply_recorded_settings, resolve_config
 from cordee.cli.main import main
 from cordee.config.load import dump, load
 from cordee.config.run import Run
-from cordee.dist.start import RankProcess
+from cordee.dist.process_group import RankProcess
+from cordee.launcher.local_cluster import measure_cluster
+from cordee.launcher.prepare import apply_recorded_settings, resolve_config
+from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
-from cordee.layout.census import count_model_tensors
-from cordee.machine import measure_cluster
-from cordee.plan.cluster import Cluster, gpu_cluster, local_cluster
-from cordee.plan.costs import interval_factors, muon_precision, update_s
-from cordee.plan.devices import fastest_precision, precision_text, with_precision
-from cordee.plan.plan import Plan, make_plan
-from cordee.plan.profile import (
+from cordee.layout.counts import count_model_tensors
+from cordee.planner.cluster import Cluster, gpu_cluster, local_cluster
+from cordee.planner.compute_cost import interval_factors, muon_precision, update_s
+from cordee.planner.devices import fastest_precision, precision_text, with_precision
+from cordee.planner.plan import Plan, make_plan
+from cordee.planner.profile import (
     Profile,
     control_groups,
-    usable_cores,
     cpu_quota,
     group_quota,
+    local_host,
     profile_path,
     read_profile,
-    local_host,
+    usable_cores,
     write_profile,
 )
-from cordee.testing import launch
-from cordee.train import broadcast_config
+from cordee.training.worker import broadcast_config
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,9 @@ BAD_PROFILES = {
     "a negative time": json.dumps({**PROFILE_FIELDS, "operator_s": -1.0}),
     "a huge time": json.dumps({**PROFILE_FIELDS, "seconds": 1e400}),
     "no host": json.dumps({**PROFILE_FIELDS, "host": "this"}),
-    "another machine": json.dumps({**PROFILE_FIELDS, "host": {**PROFILE_FIELDS["host"], "cpu": "abacus"}}),
+    "another machine": json.dumps(
+        {**PROFILE_FIELDS, "host": {**PROFILE_FIELDS["host"], "cpu": "abacus"}}
+    ),
     "long": json.dumps(PROFILE_FIELDS) + " " * 100_000,
 }
 
@@ -162,7 +164,9 @@ def test_this_machine_is_measured_once_and_the_plan_holds_it(
     assert json.loads(stdout)["assumed"]["measured"] is True
 
 
-def test_without_a_probe_the_flags_count(capsys: pytest.CaptureFixture[str], cache_dir: Path) -> None:
+def test_without_a_probe_the_flags_count(
+    capsys: pytest.CaptureFixture[str], cache_dir: Path
+) -> None:
     for arguments in (["--no-probe"], ["launch.probe=false"]):
         assert main(["plan", "tiny", "--json", *arguments]) == 0
         stdout, stderr = capsys.readouterr()
@@ -218,11 +222,18 @@ def test_a_plan_follows_the_measured_rates() -> None:
 
 def test_muon_is_planned_in_what_it_computes_in() -> None:
     emulating_cluster, native_cluster = (cluster_of(profile_of(bf16=rate)) for rate in (2e9, 500e9))
-    assert muon_precision("fp32", native_cluster) == "fp32" == muon_precision("bf16", emulating_cluster)
-    assert muon_precision("bf16", native_cluster) == "bf16" == muon_precision("fp16", native_cluster)
+    assert (
+        muon_precision("fp32", native_cluster)
+        == "fp32"
+        == muon_precision("bf16", emulating_cluster)
+    )
+    assert (
+        muon_precision("bf16", native_cluster) == "bf16" == muon_precision("fp16", native_cluster)
+    )
     specs = count_model_tensors(run_of().model, 256)
     seconds = [
-        update_s(run_of(f"run.precision={p}"), specs, native_cluster, 1, Layout()) for p in ("fp32", "bf16")
+        update_s(run_of(f"run.precision={p}"), specs, native_cluster, 1, Layout())
+        for p in ("fp32", "bf16")
     ]
     assert seconds[0] > 2 * seconds[1]
 
@@ -312,6 +323,10 @@ def test_every_group_around_the_process_limits_it(tmp_path: Path) -> None:
     v1_table = "3:cpuset:/x\n4:cpu,cpuacct:/jobs/7\n"
     (tmp_path / "cpu,cpuacct" / "jobs" / "7").mkdir(parents=True)
     controller_dir = tmp_path / "cpu,cpuacct"
-    assert control_groups("cpu", tmp_path, v1_table) == [controller_dir / "jobs" / "7", controller_dir / "jobs", controller_dir]
+    assert control_groups("cpu", tmp_path, v1_table) == [
+        controller_dir / "jobs" / "7",
+        controller_dir / "jobs",
+        controller_dir,
+    ]
     assert control_groups("cpu", tmp_path, "0::/../../outside\n") == [tmp_path]
     assert control_groups("cpu", tmp_path, "") == [tmp_path]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cordee.begin import resolve_config
 from cordee.cli.main import main
-from cordee.config.load import convert, flatten, config_keys, load, override
+from cordee.config.load import config_keys, convert, flatten, load, override
 from cordee.config.ranges import RANGES, ranged_values
 from cordee.config.run import Run
 from cordee.errors import ConfigError
+from cordee.launcher.prepare import resolve_config
 
 ZERO_KEYS = frozenset((
     "run.seed", "run.steps", "run.tokens", "run.epochs", "run.minutes", "run.loss_scale",
@@ -78,7 +78,10 @@ def test_fix_is_in_the_range() -> None:
     for key, key_range in RANGES.items():
         for bad_value in (-1.0, 0.0, 1e30):
             default: Any = flatten(Run())[key]
-            assert key_range.nearest(bad_value, 1 if isinstance(default, str) else default) in key_range, key
+            assert (
+                key_range.nearest(bad_value, 1 if isinstance(default, str) else default)
+                in key_range
+            ), key
 
 
 BAD_OVERRIDES = (
@@ -144,7 +147,10 @@ BAD_COMMANDS = (
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
 def test_flags(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").mkdir()

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from cordee.begin import apply_recorded_settings, prepare_run, resolve_config
 from cordee.config.load import dump, load, override
 from cordee.config.run import Run
-from cordee.plan.plan import make_plan
-from cordee.plan.recipe import (
-    MIN_USEFUL_STEPS,
-    MIN_SAMPLE_TOKENS,
-    MIN_EVALUATION_TOKENS,
-    RECIPES,
-    SAMPLE_TOKENS,
+from cordee.launcher.prepare import apply_recorded_settings, prepare_run, resolve_config
+from cordee.planner.plan import make_plan
+from cordee.planner.recipe import (
     EVALUATION_SHARE,
     EVALUATION_TOKENS,
+    MIN_EVALUATION_TOKENS,
+    MIN_SAMPLE_TOKENS,
+    MIN_USEFUL_STEPS,
+    RECIPES,
+    SAMPLE_TOKENS,
+    apply_recipe,
     choose_recipe,
     follows_clock,
     restore_recipe,
     with_evaluation,
-    apply_recipe,
 )
 from tests.paper.test_plan import CPU
 
@@ -62,13 +62,21 @@ def test_a_faster_machine_takes_a_larger_recipe() -> None:
         if steps < MIN_USEFUL_STEPS:  # the command makes enough of them, of that very model
             overrides = text.partition("cordee train ")[2].split()
             suggested_run = run_of(*overrides)
-            assert (suggested_run.model, suggested_run.batch, suggested_run.data) == (run.model, run.batch, run.data)
+            assert (suggested_run.model, suggested_run.batch, suggested_run.data) == (
+                run.model,
+                run.batch,
+                run.data,
+            )
             assert 60 * suggested_run.run.minutes / prediction.step_s >= MIN_USEFUL_STEPS
         index = next(i for i, recipe in enumerate(RECIPES) if apply_recipe(run_of(), recipe) == run)
         token_count = 90 * prediction.tokens_per_s
         assert token_count >= RECIPES[index].tokens
         recipe_indices.append(index)
-    assert recipe_indices == sorted(recipe_indices, reverse=True) and recipe_indices[0] == len(RECIPES) - 1 and recipe_indices[-1] == 0
+    assert (
+        recipe_indices == sorted(recipe_indices, reverse=True)
+        and recipe_indices[0] == len(RECIPES) - 1
+        and recipe_indices[-1] == 0
+    )
 
 
 def test_recipes_are_ordered_and_give_every_machine_one() -> None:
@@ -80,7 +88,9 @@ def test_recipes_are_ordered_and_give_every_machine_one() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_keeps_its_recipe(recipe: object, tmp_path: Path) -> None:
-    recorded_run = override(apply_recipe(run_of(), recipe), {"evaluate.tokens": 9000, "evaluate.sample": 41})  # type: ignore[arg-type]
+    recorded_run = override(
+        apply_recipe(run_of(), recipe), {"evaluate.tokens": 9000, "evaluate.sample": 41}
+    )  # type: ignore[arg-type]
     recorded_run = override(recorded_run, {"run.dir": str(tmp_path)})
     (tmp_path / "run.toml").write_text(dump(recorded_run))
     resumed_run = apply_recorded_settings(resolve_config(load(None, (f"run.dir={tmp_path}",)).run))
@@ -99,12 +109,20 @@ def test_evaluation_follows_the_speed_where_time_limits() -> None:
     assert slow_settings.tokens == int(EVALUATION_SHARE * 90 * 3 * 6000) < EVALUATION_TOKENS
     assert MIN_SAMPLE_TOKENS < slow_settings.sample < SAMPLE_TOKENS
     slowest_settings = with_evaluation(timed_run, 1.0, 0.5).evaluate
-    assert (slowest_settings.tokens, slowest_settings.sample) == (MIN_EVALUATION_TOKENS, MIN_SAMPLE_TOKENS)
+    assert (slowest_settings.tokens, slowest_settings.sample) == (
+        MIN_EVALUATION_TOKENS,
+        MIN_SAMPLE_TOKENS,
+    )
     unmeasured_settings = with_evaluation(timed_run, 0.0, 0.0).evaluate
-    assert (unmeasured_settings.tokens, unmeasured_settings.sample) == (EVALUATION_TOKENS, SAMPLE_TOKENS)
+    assert (unmeasured_settings.tokens, unmeasured_settings.sample) == (
+        EVALUATION_TOKENS,
+        SAMPLE_TOKENS,
+    )
     steps_settings = with_evaluation(run_of("run.steps=5", "run.minutes=1"), 1.0, 1.0).evaluate
     assert (steps_settings.tokens, steps_settings.sample) == (EVALUATION_TOKENS, SAMPLE_TOKENS)
-    explicit_settings = with_evaluation(run_of("evaluate.tokens=5", "evaluate.sample=0"), 1.0, 1.0).evaluate
+    explicit_settings = with_evaluation(
+        run_of("evaluate.tokens=5", "evaluate.sample=0"), 1.0, 1.0
+    ).evaluate
     assert (explicit_settings.tokens, explicit_settings.sample) == (5, 0)
 
 

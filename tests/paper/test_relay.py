@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.relay import BACK, FORWARD, Relay
-from cordee.fault.link import Transport
+from cordee.elastic.transport import Transport
 from tests.paper.test_link import HELLO, SECRET, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,9 @@ def exchange_heartbeats(a: Transport, b: Transport, within_s: float = 8.0) -> No
         b.send(a.id, {"word": marker})
         time.sleep(0.02)
         for transport in (a, b):
-            senders |= {sender for sender, message in transport.receive() if message.get("word") == marker}
+            senders |= {
+                sender for sender, message in transport.receive() if message.get("word") == marker
+            }
 
 
 def test_a_good_network_carries_both_ways() -> None:
@@ -112,9 +114,15 @@ def test_a_bit_flipped_on_the_way_is_caught_and_the_link_goes_on(direction: str)
             for _ in range(20):
                 a.send(b.id, {"n": "x" * 20})
                 b.send(a.id, {"n": "x" * 20})
-            wait_until(lambda receiver=receiver, broken_count=broken_count: receiver.error_counts().get("broken", 0) > broken_count)
+            wait_until(
+                lambda receiver=receiver, broken_count=broken_count: (
+                    receiver.error_counts().get("broken", 0) > broken_count
+                )
+            )
             for transport in (a, b):
-                assert all(message.get("n", "x" * 20) == "x" * 20 for _, message in transport.receive())
+                assert all(
+                    message.get("n", "x" * 20) == "x" * 20 for _, message in transport.receive()
+                )
             exchange_heartbeats(a, b)
         assert a.take_lost_peers() == b.take_lost_peers() == []
 
@@ -156,7 +164,9 @@ def test_the_command() -> None:
         server.settimeout(5)
         target = f"127.0.0.1:{server.getsockname()[1]}"
         command_line = [*command, "--to", target, "--flip", "1"]
-        with subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as relay_process:
+        with subprocess.Popen(
+            command_line, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as relay_process:
             assert relay_process.stdout is not None
             try:
                 host, port = relay_process.stdout.readline().strip().rsplit(":", 1)

@@ -24,22 +24,22 @@ from hypothesis import strategies as st
 from cordee.cli.report import run
 from cordee.config.load import dump, load
 from cordee.errors import ConfigError
-from cordee.metrics.charts import (
+from cordee.report.charts import (
     Chart,
     ChartSeries,
     downsample_extremes,
+    downsample_means,
     figure_html,
+    format_number,
     log_labels,
     log_ticks,
-    downsample_means,
-    format_number,
     smooth,
     tick_labels,
     ticks,
 )
-from cordee.metrics.page import report_page
-from cordee.metrics.records import read_run
-from cordee.metrics.report import format_amount, format_seconds, summarise
+from cordee.report.html import report_page
+from cordee.report.reader import read_run
+from cordee.report.summary import format_amount, format_seconds, summarise
 
 VOID_TAGS = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
@@ -88,7 +88,7 @@ def write_run_dir(
 
 
 def layer_records(blocks: dict[str, float], growing_layer: str = "") -> list[dict[str, Any]]:
-    """Layer records over 300 steps; the layer `grow` grows a hundredfold."""
+    """Layer records over 300 steps; the layer `growing_layer` grows a hundredfold."""
     return [
         {
             "step": s,
@@ -127,7 +127,9 @@ class HtmlChecker(HTMLParser):
 
 
 def test_page_is_whole_and_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_run_dir(tmp_path / "runs" / "a", layers=layer_records({"blocks.0": 0.1, "blocks.1": 0.1}))
+    folder = write_run_dir(
+        tmp_path / "runs" / "a", layers=layer_records({"blocks.0": 0.1, "blocks.1": 0.1})
+    )
     assert run([str(folder)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "Finished: 300 steps" in captured.err
@@ -213,7 +215,9 @@ def test_torn_line_and_strange_values_are_met(tmp_path: Path) -> None:
     assert "<figure" in report_page(records, summary)
 
 
-@pytest.mark.parametrize("present_files", [(), ("metrics.jsonl",), ("events.jsonl",), ("run.toml",)])
+@pytest.mark.parametrize(
+    "present_files", [(), ("metrics.jsonl",), ("events.jsonl",), ("run.toml",)]
+)
 def test_any_file_may_be_missing(tmp_path: Path, present_files: tuple[str, ...]) -> None:
     folder = write_run_dir(tmp_path / "a")
     for name in ("metrics.jsonl", "events.jsonl", "layers.jsonl", "run.toml", "plan.json"):
@@ -256,14 +260,19 @@ def test_state_is_read_off_the_last_events_and_the_process(tmp_path: Path) -> No
         child.wait()
     assert summarise(read_run(folder)).state == "stopped"
     assert "without a last word" in verdict_of(folder)
-    remote_folder = write_run_dir(tmp_path / "b", events=[make_event("started", pid=1, host="another")])
+    remote_folder = write_run_dir(
+        tmp_path / "b", events=[make_event("started", pid=1, host="another")]
+    )
     assert summarise(read_run(remote_folder)).state == "running"
     assert summarise(read_run(remote_folder), now_s=time.time() + 3600).state == "stopped"
     write_run_dir(folder, events=[start_event, make_event("interrupted", 300, signal="SIGTERM")])
     assert "Interrupted (SIGTERM)" in verdict_of(folder)
     write_run_dir(folder, events=[start_event, make_event("stopped", 300, cause="not finite")])
     assert "Stopped (not finite)" in verdict_of(folder)
-    write_run_dir(folder, events=[start_event, make_event("interrupted", 200), make_event("resumed", 200), FINISHED])
+    write_run_dir(
+        folder,
+        events=[start_event, make_event("interrupted", 200), make_event("resumed", 200), FINISHED],
+    )
     assert summarise(read_run(folder)).state == "finished"
 
 
@@ -282,30 +291,46 @@ def test_verdict_names_what_is_wrong(tmp_path: Path) -> None:
     assert "rose again" in verdict_of(write_run_dir(tmp_path / "rose", rows=rising_rows))
     slow_rows = [make_row(s, data_s=0.05) for s in range(1, 301)]
     assert "Reading is too slow" in verdict_of(write_run_dir(tmp_path / "slow", rows=slow_rows))
-    skipped_rows = [make_row(s, skipped=s in (7, 9), loss=None if s in (7, 9) else 2.0) for s in range(1, 301)]
+    skipped_rows = [
+        make_row(s, skipped=s in (7, 9), loss=None if s in (7, 9) else 2.0) for s in range(1, 301)
+    ]
     events = [make_event("step_skipped", 9, cause="the loss is not finite"), FINISHED]
     verdict = verdict_of(write_run_dir(tmp_path / "skipped", rows=skipped_rows, events=events))
     assert "2 steps were skipped (last: 9)" in verdict and "the loss is not finite" in verdict
-    evaluations = [make_event("evaluated", s, held_out_loss=1.5 + abs(s - 100) / 500) for s in (50, 100, 200)]
-    events = [*evaluations, make_event("evaluated", 250, held_out_loss=1.8), FINISHED | {"held_out_loss": 1.9}]
+    evaluations = [
+        make_event("evaluated", s, held_out_loss=1.5 + abs(s - 100) / 500) for s in (50, 100, 200)
+    ]
+    events = [
+        *evaluations,
+        make_event("evaluated", 250, held_out_loss=1.8),
+        FINISHED | {"held_out_loss": 1.9},
+    ]
     assert "best at step 100" in verdict_of(write_run_dir(tmp_path / "over", events=events))
 
 
 def test_gradients_that_explode_or_vanish_name_the_layer(tmp_path: Path) -> None:
     even_norms = {f"blocks.{i}": 0.1 for i in range(6)}
-    verdict = verdict_of(write_run_dir(tmp_path / "grow", layers=layer_records(even_norms, growing_layer="blocks.4")))
+    verdict = verdict_of(
+        write_run_dir(tmp_path / "grow", layers=layer_records(even_norms, growing_layer="blocks.4"))
+    )
     assert "Exploding gradients: the norm of blocks.4" in verdict
     fading_layers = layer_records(even_norms | {"blocks.0": 1e-5})
     verdict = verdict_of(write_run_dir(tmp_path / "fade", layers=fading_layers))
     assert re.search(r"Vanishing gradients: .* 10,000 times that of blocks\.0", verdict)
-    verdict = verdict_of(write_run_dir(tmp_path / "tower", layers=layer_records(even_norms | {"blocks.0": 500.0})))
+    verdict = verdict_of(
+        write_run_dir(tmp_path / "tower", layers=layer_records(even_norms | {"blocks.0": 500.0}))
+    )
     assert "Exploding gradients: the norm of blocks.0 is 5,000 times" in verdict
-    verdict = verdict_of(write_run_dir(tmp_path / "dead", layers=layer_records(even_norms | {"blocks.2": 0.0})))
+    verdict = verdict_of(
+        write_run_dir(tmp_path / "dead", layers=layer_records(even_norms | {"blocks.2": 0.0}))
+    )
     assert "No gradient reaches blocks.2" in verdict
     lost_layers = layer_records(even_norms)
     for record in lost_layers:
         record["grad_norm"]["blocks.3"] = None
-    assert "blocks.3 is not finite" in verdict_of(write_run_dir(tmp_path / "lost", layers=lost_layers))
+    assert "blocks.3 is not finite" in verdict_of(
+        write_run_dir(tmp_path / "lost", layers=lost_layers)
+    )
 
 
 def test_messages_inside_an_island_are_drawn_and_not_called_compute(tmp_path: Path) -> None:
@@ -335,7 +360,9 @@ def test_shares_of_unequal_islands_are_told(tmp_path: Path) -> None:
         records = read_run(write_run_dir(tmp_path / name, events=[*rebalances, FINISHED]))
         summary = summarise(records)
         html = report_page(records, summary)
-        assert ('<td class="n">9</td><td class="n">10 ms</td><td class="n">90 ms' in html) is is_drawn
+        assert (
+            '<td class="n">9</td><td class="n">10 ms</td><td class="n">90 ms' in html
+        ) is is_drawn
         sentence = "From step 7 on, the last of 2 changes: island 1 takes 3.0 times as long."
         assert (sentence in [r.text for r in summary.remarks]) is is_drawn
 
@@ -359,15 +386,22 @@ def test_long_run_of_a_deep_model_stays_small(tmp_path: Path) -> None:
 
 def test_figure_without_values_is_left_out() -> None:
     assert figure_html(Chart(title="nothing")) == ""
-    assert figure_html(Chart(title="nulls", series=[ChartSeries(label="a", x=[1, 2], y=[None, None])])) == ""
+    assert (
+        figure_html(Chart(title="nulls", series=[ChartSeries(label="a", x=[1, 2], y=[None, None])]))
+        == ""
+    )
     zeros = [ChartSeries(label="a", x=[1, 2], y=[0.0, 0.0])]
-    assert figure_html(Chart(title="zeros", series=zeros, scale="log", has_scale_toggle=False)) == ""
+    assert (
+        figure_html(Chart(title="zeros", series=zeros, scale="log", has_scale_toggle=False)) == ""
+    )
     assert 'data-scale="linear"' in figure_html(Chart(title="zeros", series=zeros, scale="log"))
 
 
 def test_gap_breaks_a_line_and_points_stay_inside() -> None:
     y = [1.0, 2.0, None, 4.0, 3.0]
-    svg = figure_html(Chart(title="t", series=[ChartSeries(label="a", x=range(5), y=y)], has_scale_toggle=False))
+    svg = figure_html(
+        Chart(title="t", series=[ChartSeries(label="a", x=range(5), y=y)], has_scale_toggle=False)
+    )
     path = re.search(r' d="([^"]+)"', svg)
     assert path and path[1].count("M") == 2
     coordinates = [int(n) for n in re.findall(r"\d+", path[1])]
@@ -402,14 +436,20 @@ def test_fewer_points_keep_the_extremes(y: list[float | None], points: int) -> N
     assert len(few_x) == len(few_y) <= max(points, 2) and few_x == sorted(few_x)
     values = [v for v in y if v is not None]
     few_values = [v for v in few_y if v is not None]
-    assert (min(few_values), max(few_values)) == (min(values), max(values)) if values else not few_values
+    assert (
+        (min(few_values), max(few_values)) == (min(values), max(values))
+        if values
+        else not few_values
+    )
     assert all(y[int(i)] == v for i, v in zip(few_x, few_y, strict=True))
     mean_x, mean_y = downsample_means(x, y, points)
     assert len(mean_x) == len(mean_y) <= max(points, 2)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=200), st.integers(1, 30), st.booleans())
-def test_smoothing_stays_between_the_extremes(y: list[float], half_width: int, log_scale: bool) -> None:
+def test_smoothing_stays_between_the_extremes(
+    y: list[float], half_width: int, log_scale: bool
+) -> None:
     x, smooth_y = smooth(list(range(len(y))), y, 50, max_half_width=half_width, log_scale=log_scale)
     assert len(x) == len(smooth_y) <= 51 and x[0] == 0 and x[-1] == len(y) - 1
     assert all(v is not None and min(y) * 0.999 <= v <= max(y) * 1.001 for v in smooth_y)

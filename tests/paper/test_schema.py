@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from cordee.elastic.assignment import assign_ranks
+from cordee.elastic.failure_detector import Timeouts
+from cordee.elastic.hosts import HostLink, RendezvousConfig
+from cordee.elastic.membership import Member
+from cordee.elastic.message_schema import message_error
+from cordee.elastic.transport import Transport
 from cordee.errors import RunError
-from cordee.fault.hosts import HostLink, RendezvousConfig
-from cordee.fault.link import Transport
-from cordee.fault.members import Member
-from cordee.fault.orders import assign_ranks
-from cordee.fault.pace import Timeouts
-from cordee.fault.schema import message_error
 from tests.paper.test_link import HELLO, SECRET, wait_until
 
 VERDICT = {"event": "joined", "says": "pid 7 is ready", "pid": 7}
@@ -122,13 +122,15 @@ def test_no_message_that_passes_breaks_a_host() -> None:
 
 
 def test_a_bad_message_ends_its_connection_with_a_reason() -> None:
-    a, b = (Transport.open("127.0.0.1:0", SECRET, HELLO, message_error=message_error) for _ in range(2))
+    a, b = (
+        Transport.open("127.0.0.1:0", SECRET, HELLO, message_error=message_error) for _ in range(2)
+    )
     try:
         a.send(b.id, {"hello": a.id})
         assert wait_until(b.receive) == [(a.id, {"hello": a.id})]
         a.send(b.id, {"view": 5})
         (refusal,) = wait_until(b.take_refusals)
-        assert refusal.who == a.id and "not one thing" in refusal.why
+        assert refusal.peer == a.id and "not one thing" in refusal.why
         b.disconnect(a.id, "it sent what makes no sense")
         a.send(b.id, {"hello": "again"})  # the link itself goes on
         assert wait_until(b.receive) == [(a.id, {"hello": "again"})]
@@ -155,7 +157,9 @@ def test_a_host_that_was_made_up_is_not_dialled() -> None:
 
 
 def test_keys_of_a_generation_that_cannot_be_there_yet_are_not_kept() -> None:
-    rendezvous_config = RendezvousConfig(None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu")
+    rendezvous_config = RendezvousConfig(
+        None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu"
+    )
     host_link = HostLink(rendezvous_config, lambda reports: {}, dict)
     host_link.store.start_generation(1)
     host_link._dispatch("b:1#0", {"set": [10**9, "k", "v"]}, 2.0)

@@ -25,8 +25,21 @@ from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.cli.lr import conclusion, peak_lr, result_table, train_command, write_result
 from cordee.config.presets import DEFAULT_LR
 from cordee.errors import ConfigError
-from cordee.optim.compare import LRCandidate, excess, first_lasting_index, curve_noise, rung_scale, standard_error
-from cordee.optim.search import LRSearchResult, LRSearchSettings, TrainFn, find_lr, warmup_schedule
+from cordee.optim.lr_search import (
+    LRSearchResult,
+    LRSearchSettings,
+    TrainFn,
+    find_lr,
+    warmup_schedule,
+)
+from cordee.optim.lr_statistics import (
+    LRCandidate,
+    curve_noise,
+    excess,
+    first_lasting_index,
+    rung_scale,
+    standard_error,
+)
 
 MAX_CURVATURE = 100.0
 """Largest curvature of the quadratic: rates above 2 / STEEPEST diverge."""
@@ -92,8 +105,12 @@ def test_units_of_the_rate_do_not_matter(decades: float) -> None:
     factor = 10**decades
     train_fn = make_quadratic(0.01)
     base_result = run_search(train_fn)[0]
-    scaled_result = run_search(lambda rates, seed: train_fn([x / factor for x in rates], seed), centre=0.01 * factor)[0]
-    assert scaled_result.suggestion == pytest.approx((base_result.suggestion or 0) * factor, rel=1e-6)
+    scaled_result = run_search(
+        lambda rates, seed: train_fn([x / factor for x in rates], seed), centre=0.01 * factor
+    )[0]
+    assert scaled_result.suggestion == pytest.approx(
+        (base_result.suggestion or 0) * factor, rel=1e-6
+    )
 
 
 def test_flat_objective_is_refused() -> None:
@@ -129,7 +146,9 @@ def test_broken_model_is_not_blamed_on_the_rate() -> None:
 
 
 def test_optimum_past_the_edge_extends_once() -> None:
-    result, log_lines = run_search(make_quadratic(0.002), centre=1.2e-5)  # the range test ends at 3.8e-3
+    result, log_lines = run_search(
+        make_quadratic(0.002), centre=1.2e-5
+    )  # the range test ends at 3.8e-3
     assert any("extending" in line for line in log_lines)
     assert result.conclusive and result.suggestion and 0.005 < result.suggestion < 0.025
 
@@ -244,10 +263,15 @@ def test_logistic_regression_is_not_suggested_a_decade_too_low() -> None:
     result, _ = run_search(adam_losses, centre=0.001)
     assert result.conclusive and result.suggestion, result.reason
     rates = [1e-5 * 10 ** (i / 2) for i in range(13)]
-    final_losses = {rate: fmean(adam_losses(warmup_schedule(rate, 60, 0.1), 99)[-10:]) for rate in rates}
+    final_losses = {
+        rate: fmean(adam_losses(warmup_schedule(rate, 60, 0.1), 99)[-10:]) for rate in rates
+    }
     best_lr = min(final_losses, key=final_losses.__getitem__)
     assert best_lr / 10 < result.suggestion < best_lr * 10
-    assert fmean(adam_losses(warmup_schedule(result.suggestion, 60, 0.1), 99)[-10:]) < min(final_losses.values()) + 0.1
+    assert (
+        fmean(adam_losses(warmup_schedule(result.suggestion, 60, 0.1), 99)[-10:])
+        < min(final_losses.values()) + 0.1
+    )
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
@@ -302,7 +326,10 @@ def test_excess_is_measured_within_a_rung() -> None:
     scales = {steps: rung_scale(candidates, steps, 0.05) for steps in (10, 20)}
     known_scales = {steps: scale for steps, scale in scales.items() if scale}
     assert excess(candidates[0], known_scales) == pytest.approx(2.0)
-    assert excess(candidates[1], known_scales) == 0.0 and excess(candidates[2], known_scales) == math.inf
+    assert (
+        excess(candidates[1], known_scales) == 0.0
+        and excess(candidates[2], known_scales) == math.inf
+    )
 
 
 def test_a_fall_must_last() -> None:
@@ -333,7 +360,9 @@ def test_table_json_and_picture_say_the_same(tmp_path: Path) -> None:
 def test_command_that_uses_it_keeps_the_users_words() -> None:
     result, _ = run_search(make_quadratic(0.01))
     rate_text = f"{result.suggestion:.3g}"
-    arguments = parse_arguments(make_parser("lr", "", ""), ["model.preset=small", "optim.name=adamw", "optim.lr=0.01"])
+    arguments = parse_arguments(
+        make_parser("lr", "", ""), ["model.preset=small", "optim.name=adamw", "optim.lr=0.01"]
+    )
     command = train_command(result, arguments.load().run, arguments)
     assert command == f"cordee train model.preset=small optim.name=adamw optim.lr={rate_text}"
     assert command in conclusion(result, command)

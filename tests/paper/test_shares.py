@@ -12,15 +12,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cordee.errors import LayoutError
-from cordee.layout.shares import (
-    MIN_GAIN,
+from cordee.layout.load_balance import (
     CHANGE_INTERVAL_STEPS,
+    MIN_GAIN,
     RETRY_STEPS,
     WINDOW,
     LoadBalancer,
-    microbatch_ranges,
-    describe_balance,
     balance_microbatches,
+    describe_balance,
+    microbatch_ranges,
     slowest_island_s,
 )
 
@@ -58,7 +58,9 @@ def test_large_steps_start_where_small_ones_would_come(seconds: list[float], tot
     counts = [0] * len(seconds)
     for _ in range(total):  # one by one, to whoever would be done with it first
         counts[min(range(len(counts)), key=lambda i: ((counts[i] + 1) * seconds[i], i))] += 1
-    assert slowest_island_s(balance_microbatches(seconds, total), seconds) <= slowest_island_s(counts, seconds) * (1 + 1e-6)
+    assert slowest_island_s(balance_microbatches(seconds, total), seconds) <= slowest_island_s(
+        counts, seconds
+    ) * (1 + 1e-6)
 
 
 def test_known_shares() -> None:
@@ -118,7 +120,9 @@ def test_settles_within_ten_steps_of_a_slowdown(
     share_changes(balancer, 10, lambda _: slow_seconds, noise, seed + 1)
     best_s = slowest_island_s(balance_microbatches(slow_seconds, share * islands), slow_seconds)
     # One microbatch more than the best, or as near as noise lets anybody know.
-    assert slowest_island_s(balancer.counts, slow_seconds) <= max(best_s + 3.0, best_s * (1 + MIN_GAIN + 3 * noise))
+    assert slowest_island_s(balancer.counts, slow_seconds) <= max(
+        best_s + 3.0, best_s * (1 + MIN_GAIN + 3 * noise)
+    )
 
 
 def test_settles_at_once_at_the_start_and_back_again() -> None:
@@ -132,12 +136,16 @@ def test_noise_moves_little(islands: int, total: int) -> None:
     change_counts = []
     for seed in range(10):
         balancer = LoadBalancer([total // islands] * islands)
-        change_counts.append(len(share_changes(balancer, 300, lambda _: [1.0] * islands, 0.1, seed)))
+        change_counts.append(
+            len(share_changes(balancer, 300, lambda _: [1.0] * islands, 0.1, seed))
+        )
     assert sum(change_counts) <= 10 and max(change_counts) <= 3, change_counts
 
 
 @given(st.integers(0, 1000), st.integers(0, 1), st.floats(1.5, 100.0), st.integers(5, 9))
-def test_single_steps_move_nothing(seed: int, slow_island: int, slowdown: float, period: int) -> None:
+def test_single_steps_move_nothing(
+    seed: int, slow_island: int, slowdown: float, period: int
+) -> None:
     """A save, an evaluation, a compilation: once in a while a step takes many times as long."""
 
     def speeds(step: int) -> list[float]:
@@ -157,7 +165,9 @@ def test_changes_are_some_steps_apart() -> None:
     changes = share_changes(LoadBalancer([32, 32]), 600, lambda step: island_seconds[step // 10])
     steps = [0, *(step for step, _ in changes)]
     assert len(changes) > 10
-    assert all(step_b - step_a >= CHANGE_INTERVAL_STEPS for step_a, step_b in itertools.pairwise(steps))
+    assert all(
+        step_b - step_a >= CHANGE_INTERVAL_STEPS for step_a, step_b in itertools.pairwise(steps)
+    )
 
 
 def test_an_idle_island_is_tried_again() -> None:

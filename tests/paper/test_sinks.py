@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cordee.metrics.screen import format_short_row, format_row
-from cordee.metrics.sinks import JsonLinesWriter, truncate_after_step, last_event, read_records
+from cordee.report.metrics_writer import (
+    JsonLinesWriter,
+    last_event,
+    read_records,
+    truncate_after_step,
+)
+from cordee.report.screen import format_row, format_short_row
 
 
 @contextmanager
@@ -71,7 +76,9 @@ def test_a_line_has_room_beside_a_bar_of_8_in_80_columns() -> None:
         "step": 12345, "loss": 2.2346, "bits_per_byte": 3.2239, "grad_norm": None, "lr": 4.2e-4,
         "tokens_per_s": 47_900.0, "skipped": False,
     }  # fmt: skip
-    assert format_short_row(row, 3605.4) == ("12345 loss 2.235 bpb 3.224 gnorm   nan lr 4.2e-04 47.9k/s 60:05")
+    assert format_short_row(row, 3605.4) == (
+        "12345 loss 2.235 bpb 3.224 gnorm   nan lr 4.2e-04 47.9k/s 60:05"
+    )
     assert 8 + len(" 100% ") + len(format_short_row(row, 3605.4)) <= 80
     assert format_row({**row, "skipped": True}, 0.0).endswith("0:00 left  SKIPPED")
 

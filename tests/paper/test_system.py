@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cordee import system
-from cordee.dist.talk import MessageSocket, make_socket_pair
+from cordee.dist.ipc import MessageSocket, make_socket_pair
 from cordee.errors import ConfigError
+from cordee.hardware import system
 from tests.conftest import clean_environment
 
 LINUX_CALLS = (
@@ -163,7 +163,9 @@ def test_connections_are_cut_and_listeners_stay(
 def test_unanswered_data_is_limited_where_that_can_be(platform_kind: str) -> None:
     with socket.socket() as connection:
         system.set_tcp_user_timeout(connection, 3000)
-        limit = connection.getsockopt(socket.IPPROTO_TCP, 18)  # TCP_USER_TIMEOUT, also where it is gone
+        limit = connection.getsockopt(
+            socket.IPPROTO_TCP, 18
+        )  # TCP_USER_TIMEOUT, also where it is gone
     assert limit == (3000 if platform_kind == "linux" else 0)
 
 
@@ -182,7 +184,9 @@ def test_memory_and_processor_are_known(platform_kind: str) -> None:
     assert bool(system.cpu_info()) == (platform_kind == "linux")
 
 
-def test_resident_memory_without_ps_is_the_peak(platform_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_memory_without_ps_is_the_peak(
+    platform_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(system, "PROC", Path("/nothing/there"))
     monkeypatch.setenv("PATH", "/nothing/there")
     assert system.resident_bytes() == system.peak_bytes()
@@ -215,9 +219,11 @@ def test_windows_is_told_what_it_needs() -> None:
     assert result.returncode == 0, result.stderr
     expected_modules = [
         "cordee", "cordee.cli", "cordee.cli.main", "cordee.dist", "cordee.dist.streams",
-        "cordee.errors", "cordee.system",
+        "cordee.errors", "cordee.hardware.system",
     ]  # fmt: skip
-    assert result.stdout.startswith(f"{expected_modules} [2, 2, 2, 'cordee needs the calls"), result.stdout
+    assert result.stdout.startswith(f"{expected_modules} [2, 2, 2, 'cordee needs the calls"), (
+        result.stdout
+    )
     assert result.stderr.count("WSL 2") == 3 and "Traceback" not in result.stderr
 
 

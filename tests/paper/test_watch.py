@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.fault.watch import RECENT_HEARTBEAT_S, GROUP_TIMEOUT_S, MIN_LEAVE_S, MIN_STUCK_S, STEP_TIME_FACTOR, Watchdog
+from cordee.elastic.watchdog import (
+    GROUP_TIMEOUT_S,
+    MIN_LEAVE_S,
+    MIN_STUCK_S,
+    RECENT_HEARTBEAT_S,
+    STEP_TIME_FACTOR,
+    Watchdog,
+)
 
 
 @dataclass(eq=False)
@@ -35,14 +42,18 @@ class FakeClock:
         return self.now_s
 
 
-def make_steps(watchdog: Any, clock: FakeClock, worker: FakeWorker, steps: int, step_s: float) -> None:
+def make_steps(
+    watchdog: Any, clock: FakeClock, worker: FakeWorker, steps: int, step_s: float
+) -> None:
     """So many steps of that length, with a heartbeat at the end of each."""
     for _ in range(steps):
         clock.now_s += step_s
         send_heartbeat(watchdog, worker, worker.step + 1, 0.0)
 
 
-def send_heartbeat(watchdog: Any, worker: FakeWorker, step: int, for_s: float, phase: str = "step.backward") -> None:
+def send_heartbeat(
+    watchdog: Any, worker: FakeWorker, step: int, for_s: float, phase: str = "step.backward"
+) -> None:
     heartbeat = {"step": step, "phase": phase, "for_s": for_s, "generation": worker.last_generation}
     watchdog.on_heartbeat(worker, heartbeat)
 
@@ -71,10 +82,14 @@ def test_a_slow_host_that_joins_makes_no_one_stuck() -> None:
 
 
 def death_reasons(
-    watchdog: Any, clock: FakeClock, worker: FakeWorker, for_s: float, other_worker: FakeWorker | None = None
+    watchdog: Any,
+    clock: FakeClock,
+    worker: FakeWorker,
+    for_s: float,
+    other_worker: FakeWorker | None = None,
 ) -> list[str]:
-    """What the watch says of a worker whose heart beats, over the next so many seconds; `other` has
-    left the generation and holds as much (by default; see `under_way`)."""
+    """What the watch says of a worker whose heart beats, over the next so many seconds;
+    `other_worker` has left the generation and holds as much (by default; see `running_ranks`)."""
     other_worker = other_worker or FakeWorker(9, step=worker.step, stepped_generation=1)
     reasons = []
     for _ in range(round(for_s / 0.1)):
@@ -85,11 +100,17 @@ def death_reasons(
 
 
 def test_the_last_that_holds_the_newest_state_is_waited_for_while_it_lives() -> None:
-    for other_worker in (FakeWorker(9, step=0, stepped_generation=0), FakeWorker(9, step=4, stepped_generation=1)):  # new; far behind
+    for other_worker in (
+        FakeWorker(9, step=0, stepped_generation=0),
+        FakeWorker(9, step=4, stepped_generation=1),
+    ):  # new; far behind
         watchdog, clock, (worker, _) = running_ranks()
         watchdog.on_generation_end(worker, 1)
         assert not death_reasons(watchdog, clock, worker, 10 * MIN_LEAVE_S, other_worker)
-        clock.now_s, other_worker.last_heard_s = clock.now_s + 0.1, clock.now_s  # its heart has stopped
+        clock.now_s, other_worker.last_heard_s = (
+            clock.now_s + 0.1,
+            clock.now_s,
+        )  # its heart has stopped
         worker.last_heard_s = clock.now_s - RECENT_HEARTBEAT_S - 0.1
         ((dead_worker, reason),) = watchdog.find_dead_workers([worker, other_worker])
         assert dead_worker is worker and "did not leave generation 1" in reason
@@ -128,7 +149,9 @@ def test_ranks_that_do_not_find_each_other_meet_again() -> None:
     assert watchdog.find_stuck_worker([worker]) is None
     send_heartbeat(watchdog, worker, -1, GROUP_TIMEOUT_S + 1, "group")
     assert watchdog.find_stuck_worker([worker]) is not None
-    send_heartbeat(watchdog, worker, -1, 3 * GROUP_TIMEOUT_S, "build")  # may take long, and is nobody's fault
+    send_heartbeat(
+        watchdog, worker, -1, 3 * GROUP_TIMEOUT_S, "build"
+    )  # may take long, and is nobody's fault
     assert watchdog.find_stuck_worker([worker]) is None
 
 

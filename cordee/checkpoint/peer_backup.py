@@ -1,0 +1,232 @@
+"""A second copy of what only one rank holds, in the memory of a neighbour on another host.
+
+Every so many steps each rank stages its tensors in host memory and sends those without a copy
+elsewhere to its neighbour; `peer.fill` takes them up when the owner is gone. A moment replaces the
+one before it only when every rank is known to have its part. Not here: what is done with copies
+after a fault. Traded away: host memory (own state and the neighbour's part, twice while a copy is
+made), steps since the last copy, and two neighbours that die at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.checkpoint.format import DTYPES
+from cordee.checkpoint.peer_restore import (
+    FaultPoint,
+    StateSnapshot,
+    no_fault,
+    parse_tensor_box,
+    tensor_box_of,
+)
+from cordee.checkpoint.train_state import LocalTensor
+from cordee.checkpoint.transfer_plan import TensorBox, align_up
+from cordee.dist.tree_all_reduce import all_gather_rows
+from cordee.layout.slices import LocalSlice, box_shape, volume
+
+
+@dataclass(frozen=True)
+class _BackupSet:
+    """This rank's own copy and those of the ranks whose neighbour it is, as of one step."""
+
+    snapshots: tuple[StateSnapshot, ...]
+    size_bytes: int
+
+
+class PeerBackup:
+    """Copies every `every_steps` steps (0: never). `bytes_sent` and `seconds` count since the
+    start.
+
+    `host_of[r]` is the host of rank r (None: one host). `fault_point`: fault points
+    `back_up.run_train`, `back_up.send_signal`, `back_up.sent` and `back_up.end`, in this order.
+    """
+
+    def __init__(
+        self,
+        every_steps: int,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        size: int,
+        host_of: Sequence[str] | None = None,
+        fault_point: FaultPoint = no_fault,
+    ) -> None:
+        self.every_steps, self._fault_point = every_steps, fault_point
+        self.bytes_sent, self.seconds = 0, 0.0
+        self._backups: list[_BackupSet] = []
+        self.rebind(group, rank, size, host_of)
+
+    def rebind(
+        self,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        size: int,
+        host_of: Sequence[str] | None = None,
+    ) -> None:
+        """Another generation: its group and neighbours; what is kept stays until the next copy."""
+        self.group, self.rank, self.size = group, rank, size
+        self.neighbours = choose_neighbours(size, host_of)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a copy is to be made after `step`."""
+        return self.every_steps > 0 and self.size > 1 and step % self.every_steps == 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Host memory that copies take on this rank now."""
+        return sum(backup.size_bytes for backup in self._backups)
+
+    def back_up(
+        self, step: int, meta: Mapping[str, Any], local_tensors: Sequence[LocalTensor]
+    ) -> bool:
+        """Copies the state as of the end of `step`; collective. Whether anything was sent: where
+        every tensor of every rank has a copy elsewhere, ranks keep this moment for themselves, for
+        the case that a fault leaves some of an island a step ahead of the others.
+
+        RuntimeError: a peer was lost; the moment before is still here, whole, on every rank.
+        """
+        start_s = time.perf_counter()
+        self._fault_point("copy.begin", step)
+        unique_tensors = [
+            item
+            for item in local_tensors
+            if item.local_slice.replica_count == 1 and volume(item.local_slice.box)
+        ]
+        replica_tensors = [
+            item
+            for item in local_tensors
+            if item.local_slice.replica_count > 1 and volume(item.local_slice.box)
+        ]
+        tensor_boxes = [tensor_box_of(item) for item in (*unique_tensors, *replica_tensors)]
+        rows = [
+            [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
+            for tensor_box in tensor_boxes[: len(unique_tensors)]
+        ]
+        header = json.dumps([dict(meta), rows]).encode()
+        payload_bytes = sum(
+            _aligned_bytes(tensor_box) for tensor_box in tensor_boxes[: len(unique_tensors)]
+        )
+        sizes = all_gather_rows(torch.tensor([len(header), payload_bytes]), self.group, self.size)
+        has_payload = bool(sizes[:, 1].any())
+        buffer = torch.empty(sum(map(_aligned_bytes, tensor_boxes)), dtype=torch.uint8)
+        staging_tensors = _view_as_tensors(tensor_boxes, buffer)
+        with torch.no_grad():
+            for item, staging_tensor in zip(
+                (*unique_tensors, *replica_tensors), staging_tensors, strict=True
+            ):
+                staging_tensor.tensor.copy_(item.tensor)
+        self._fault_point("copy.send", step)
+        peer_snapshots: list[StateSnapshot] = []
+        received_bytes = 0
+        if has_payload:
+            peer_snapshots, received_bytes = self._exchange_copies(
+                step, header, buffer[:payload_bytes], sizes.tolist()
+            )
+        self._fault_point("copy.sent", step)
+        backup = _BackupSet(
+            (StateSnapshot(step, meta, staging_tensors), *peer_snapshots),
+            buffer.nbytes + received_bytes,
+        )
+        # The first one was whole everywhere; one between was not, when the last copy failed.
+        self._backups = [*self._backups[:1], backup]
+        all_gather_rows(
+            torch.ones(1), self.group, self.size
+        )  # every rank has its part of this moment
+        self._backups = [backup]
+        self._fault_point("copy.end", step)
+        self.bytes_sent += len(header) + payload_bytes if has_payload else 0
+        self.seconds += time.perf_counter() - start_s
+        return has_payload
+
+    def snapshots(self) -> list[StateSnapshot]:
+        """What this rank can give to `peer.fill`, the newest first."""
+        return [snapshot for backup in reversed(self._backups) for snapshot in backup.snapshots]
+
+    def discard_after(self, step: int) -> None:
+        """The run goes on from `step`: what was kept of later ones never happened."""
+        self._backups = [m for m in self._backups if m.snapshots[0].step <= step]
+
+    def _exchange_copies(
+        self, step: int, header: bytes, payload: Tensor, sizes: list[list[int]]
+    ) -> tuple[list[StateSnapshot], int]:
+        """Own tensors to the neighbour, and the copies that came from those before it."""
+        header_tensor = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        dst_rank, buffer_pairs, works = self.neighbours[self.rank], [], []
+        for src_rank, (header_bytes, payload_bytes) in enumerate(sizes):
+            if self.neighbours[src_rank] == self.rank:
+                buffer_pair = [
+                    torch.empty(n, dtype=torch.uint8) for n in (header_bytes, payload_bytes)
+                ]
+                buffer_pairs.append(buffer_pair)
+                works += [
+                    dist.irecv(t, group=self.group, group_src=src_rank)
+                    for t in buffer_pair
+                    if len(t)
+                ]
+        works += [
+            dist.isend(t, group=self.group, group_dst=dst_rank)
+            for t in (header_tensor, payload)
+            if len(t)
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+        snapshots = []
+        for peer_header, peer_payload in buffer_pairs:
+            meta, rows = json.loads(bytes(peer_header.numpy()))
+            snapshots.append(
+                StateSnapshot(
+                    step,
+                    meta,
+                    _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload),
+                )
+            )
+        return snapshots, sum(
+            peer_header.nbytes + peer_payload.nbytes for peer_header, peer_payload in buffer_pairs
+        )
+
+
+def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
+    """For every rank, who keeps its copy: on the next host the rank with its number there (so that
+    all keep alike), or the next rank where all are on one host."""
+    ranks_by_host: dict[str, list[int]] = {}
+    for rank in range(size):
+        ranks_by_host.setdefault(host_of[rank] if host_of else "", []).append(rank)
+    hosts = list(ranks_by_host.values())
+    if len(hosts) == 1:
+        return [(rank + 1) % size for rank in range(size)]
+    neighbour_of = [0] * size
+    for host_index, host_ranks in enumerate(hosts):
+        next_host_ranks = hosts[(host_index + 1) % len(hosts)]
+        for index, rank in enumerate(host_ranks):
+            neighbour_of[rank] = next_host_ranks[index % len(next_host_ranks)]
+    return neighbour_of
+
+
+def _aligned_bytes(tensor_box: TensorBox) -> int:
+    """Bytes that a part takes in a flat buffer."""
+    return align_up(volume(tensor_box.box) * DTYPES[tensor_box.dtype].itemsize)
+
+
+def _view_as_tensors(tensor_boxes: Sequence[TensorBox], buffer: Tensor) -> list[LocalTensor]:
+    """The parts as views of a flat buffer, one after another."""
+    local_tensors, offset = [], 0
+    for tensor_box in tensor_boxes:
+        dtype, shape = DTYPES[tensor_box.dtype], box_shape(tensor_box.box)
+        view = (
+            buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize]
+            .view(dtype)
+            .view(shape)
+        )
+        local_tensors.append(
+            LocalTensor(tensor_box.name, view, LocalSlice(tensor_box.box, tensor_box.shape))
+        )
+        offset += _aligned_bytes(tensor_box)
+    return local_tensors

@@ -1,0 +1,296 @@
+"""State from live peers: what the ranks of a new generation want, from what survivors still hold.
+
+All tell what they want and hold, and take the highest step that is covered; each box then comes
+from whoever holds it, several donors sharing the load. What a rank holds itself moves not at all
+where it lies in place. Nothing that was kept is written before every rank has all its messages, so
+a peer that dies meanwhile leaves every `StateSnapshot` as it was. Not here: who the members are,
+the disk. Traded away: memory of the host, for a second copy of what is overwritten in place; and
+links of other kinds: bytes travel from host memory, whatever the device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.checkpoint.format import DTYPE_CODES
+from cordee.checkpoint.train_state import LocalTensor
+from cordee.checkpoint.transfer_plan import (
+    RankInventory,
+    SnapshotOffer,
+    TensorBox,
+    Transfer,
+    check_consistency,
+    newest_covered_step,
+    plan_transfers,
+    schedule_rounds,
+)
+from cordee.dist.tree_all_reduce import all_gather_bytes, all_gather_rows
+from cordee.errors import CheckpointError
+from cordee.layout.slices import Box, box_shape, intersection, relative_box
+
+FaultPoint = Callable[[str, int], None]
+"""Called with the name of a fault point and a step (training/fault_injection.py)."""
+
+
+@dataclass(frozen=True)
+class StateSnapshot:
+    """What a rank still holds of the run after a fault: the tensors as of the end of `step`.
+
+    `meta` is what `state.describe` gave. `tensors` may be boxes of another layout than today's.
+    """
+
+    step: int
+    meta: Mapping[str, Any]
+    tensors: Sequence[LocalTensor]
+
+
+@dataclass(frozen=True)
+class RestoreStats:
+    """What a fill did: its step, how many ranks gave to others and received, `bytes` in all."""
+
+    step: int
+    meta: Mapping[str, Any]
+    donors: int
+    receivers: int
+    bytes: int
+
+
+def no_fault(name: str, step: int) -> None:
+    """The fault point that does nothing."""
+
+
+def restore_from_peers(
+    requests: Sequence[LocalTensor],
+    snapshots: Sequence[StateSnapshot],
+    group: dist.ProcessGroup | None,
+    rank: int,
+    size: int,
+    fault_point: FaultPoint = no_fault,
+) -> RestoreStats | None:
+    """Fills the tensors of `requests` with the newest state that all ranks' `snapshots` cover
+    together.
+
+    Collective over the group (None: this rank alone). None, on all ranks, when no step is covered.
+    Wanted tensors may be the kept ones, of the same or another box or step. Points:
+    `restore_from_peers.round` before each round of messages, `restore_from_peers.end` after the
+    last. CheckpointError, on all ranks: a name with different shapes or dtypes. RuntimeError: a
+    peer was lost; all kept tensors are as before.
+    """
+    inventories = gather_inventories(requests, snapshots, group, size)
+    check_consistency(inventories)
+    step = newest_covered_step(inventories)
+    if step is None:
+        return None
+    transfers = plan_transfers(inventories, step)
+    schedule = schedule_rounds(transfers)
+    sources: dict[str, list[LocalTensor]] = {}
+    for item in (
+        item for snapshot in snapshots if snapshot.step == step for item in snapshot.tensors
+    ):
+        sources.setdefault(item.name, []).append(item)
+    with torch.no_grad():
+        targets = _choose_targets(requests, snapshots, sources)
+        transfer_buffers = _TransferBuffers(requests, targets, sources, schedule, rank, size)
+        for round_transfers in schedule:
+            fault_point("fill.round", step)
+            transfer_buffers.run_round(round_transfers, group)
+        for transfer in transfers:
+            target = (
+                targets[transfer.request_index]
+                if transfer.src_rank == transfer.dst_rank == rank
+                else None
+            )
+            if target is not None:
+                output = _box_view(
+                    target, requests[transfer.request_index].local_slice.box, transfer.box
+                )
+                output.copy_(find_source(sources[transfer.name], transfer))
+        fault_point("fill.end", step)
+        all_gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
+        for item, target in zip(requests, targets, strict=True):
+            if target is not None and target is not item.tensor:
+                item.tensor.copy_(target)
+    messages = [transfer for transfer in transfers if transfer.src_rank != transfer.dst_rank]
+    metas = (
+        offer.meta for inventory in inventories for offer in inventory.offers if offer.step == step
+    )
+    return RestoreStats(
+        step,
+        next(metas),
+        len({transfer.src_rank for transfer in messages}),
+        len({transfer.dst_rank for transfer in messages}),
+        sum(transfer.size_bytes for transfer in messages),
+    )
+
+
+def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
+    """What is told of a tensor. CheckpointError: a dtype that no checkpoint holds."""
+    code = DTYPE_CODES.get(local_tensor.tensor.dtype)
+    if code is None:
+        raise CheckpointError(
+            "a tensor of this dtype cannot be handed on",
+            values={"tensor": local_tensor.name, "dtype": str(local_tensor.tensor.dtype)},
+            fix=f"one of {', '.join(sorted(DTYPE_CODES.values()))}",
+        )
+    return TensorBox(
+        local_tensor.name, code, local_tensor.local_slice.shape, local_tensor.local_slice.box
+    )
+
+
+def parse_tensor_box(row: Sequence[Any]) -> TensorBox:
+    """A part from its JSON row [name, dtype, shape, box]."""
+    name, dtype, shape, box = row
+    return TensorBox(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
+
+
+def gather_inventories(
+    requests: Sequence[LocalTensor],
+    snapshots: Sequence[StateSnapshot],
+    group: dist.ProcessGroup | None,
+    size: int,
+) -> list[RankInventory]:
+    """What every rank wants and holds. Each part is written once: moments mostly share them."""
+    box_indices: dict[TensorBox, int] = {}
+
+    def indices_of(tensors: Sequence[LocalTensor]) -> list[int]:
+        return [box_indices.setdefault(tensor_box_of(item), len(box_indices)) for item in tensors]
+
+    own_message: dict[str, Any] = {
+        "wanted": indices_of(requests),
+        "kept": [
+            [snapshot.step, dict(snapshot.meta), indices_of(snapshot.tensors)]
+            for snapshot in snapshots
+        ],
+    }
+    own_message["parts"] = [
+        [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
+        for tensor_box in box_indices
+    ]
+    messages = [
+        json.loads(text) for text in all_gather_bytes(json.dumps(own_message).encode(), group, size)
+    ]
+    inventories = []
+    for message in messages:
+        tensor_boxes = [parse_tensor_box(row) for row in message["parts"]]
+        offers = [
+            SnapshotOffer(step, meta, [tensor_boxes[n] for n in indices])
+            for step, meta, indices in message["kept"]
+        ]
+        inventories.append(RankInventory([tensor_boxes[n] for n in message["wanted"]], offers))
+    return inventories
+
+
+def _choose_targets(
+    requests: Sequence[LocalTensor],
+    snapshots: Sequence[StateSnapshot],
+    sources: Mapping[str, Sequence[LocalTensor]],
+) -> list[Tensor | None]:
+    """Where each wanted box is filled: None where it is in place, in host memory where it shares
+    storage with what is kept, else in the tensor itself."""
+    in_place_keys = {
+        (name, item.local_slice.box, _memory_key(item.tensor))
+        for name in sources
+        for item in sources[name]
+    }
+    snapshot_storages = {
+        _storage_pointer(item.tensor) for snapshot in snapshots for item in snapshot.tensors
+    } - {0}
+    targets: list[Tensor | None] = []
+    for item in requests:
+        if (item.name, item.local_slice.box, _memory_key(item.tensor)) in in_place_keys:
+            targets.append(None)
+        elif _storage_pointer(item.tensor) in snapshot_storages:
+            targets.append(torch.empty(item.tensor.shape, dtype=item.tensor.dtype))
+        else:
+            targets.append(item.tensor)
+    return targets
+
+
+def _storage_pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _memory_key(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _box_view(tensor: Tensor, outer_box: Box, box: Box) -> Tensor:
+    """The view of `box` in a tensor that is the box `outer_box`."""
+    return tensor[tuple(slice(*span) for span in relative_box(box, outer_box))]
+
+
+def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
+    """The view of what a slice asks of this rank, which holds `sources` of that name."""
+    for item in sources:
+        if intersection(item.local_slice.box, transfer.box) == transfer.box:
+            return _box_view(item.tensor, item.local_slice.box, transfer.box)
+    raise CheckpointError(
+        "a rank is asked for what it does not hold",
+        values={"tensor": transfer.name, "box": transfer.box},
+    )
+
+
+class _TransferBuffers:
+    """Rounds of messages: slices packed by taker, one all-to-all, slices put in their places."""
+
+    def __init__(
+        self,
+        requests: Sequence[LocalTensor],
+        targets: Sequence[Tensor | None],
+        sources: Mapping[str, Sequence[LocalTensor]],
+        schedule: Sequence[Sequence[Transfer]],
+        rank: int,
+        size: int,
+    ) -> None:
+        self.requests, self.targets, self.sources = requests, targets, sources
+        self.rank, self.size = rank, size
+        send_bytes = [sum(p.padded_bytes for p in r if p.src_rank == rank) for r in schedule]
+        receive_bytes = [sum(p.padded_bytes for p in r if p.dst_rank == rank) for r in schedule]
+        self.send_buffer = torch.empty(max(send_bytes, default=0), dtype=torch.uint8)
+        self.receive_buffer = torch.empty(max(receive_bytes, default=0), dtype=torch.uint8)
+
+    def run_round(self, transfers: Sequence[Transfer], group: dist.ProcessGroup | None) -> None:
+        """One round; every rank of the group has the same slices in the same order."""
+        sends = sorted((p for p in transfers if p.src_rank == self.rank), key=lambda p: p.dst_rank)
+        receives = sorted(
+            (p for p in transfers if p.dst_rank == self.rank), key=lambda p: p.src_rank
+        )
+        for transfer, message in zip(sends, _split_buffer(sends, self.send_buffer), strict=True):
+            source = find_source(self.sources[transfer.name], transfer)
+            message.view(source.dtype).view(source.shape).copy_(source)
+        send_bytes, receive_bytes = [0] * self.size, [0] * self.size
+        for transfer in sends:
+            send_bytes[transfer.dst_rank] += transfer.padded_bytes
+        for transfer in receives:
+            receive_bytes[transfer.src_rank] += transfer.padded_bytes
+        dist.all_to_all_single(
+            self.receive_buffer[: sum(receive_bytes)],
+            self.send_buffer[: sum(send_bytes)],
+            receive_bytes,
+            send_bytes,
+            group=group,
+        )
+        for transfer, message in zip(
+            receives, _split_buffer(receives, self.receive_buffer), strict=True
+        ):
+            target = self.targets[transfer.request_index]
+            assert target is not None, "what is in place is not sent"
+            output = _box_view(
+                target, self.requests[transfer.request_index].local_slice.box, transfer.box
+            )
+            output.copy_(message.view(target.dtype).view(box_shape(transfer.box)))
+
+
+def _split_buffer(transfers: Sequence[Transfer], buffer: Tensor) -> list[Tensor]:
+    """The bytes of each slice in a message that holds them one after another."""
+    starts = accumulate((transfer.padded_bytes for transfer in transfers), initial=0)
+    pairs = zip(transfers, starts, strict=False)
+    return [buffer[start : start + transfer.size_bytes] for transfer, start in pairs]

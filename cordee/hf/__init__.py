@@ -1,0 +1,1 @@
+"""Models of Hugging Face and Keras inside Cordée, and their weights' formats."""

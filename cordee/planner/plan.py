@@ -1,0 +1,460 @@
+"""The plan: layout, split of the batch, protocol and what a step should cost; `make_plan`.
+
+A plan is a file: printed by `cordee plan`, written as plan.json by `cordee train`, obeyed by it and
+held against reality at its end. Not here: measuring, or changing what the user wrote; what cannot
+be obeyed is refused with the nearest layout that can.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cordee.config.run import Run
+from cordee.config.validate import check_processes
+from cordee.errors import ConfigError, LayoutError
+from cordee.hardware.devices import DEVICES, DeviceKind
+from cordee.layout.axes import AXES, MODEL_AXES, Layout, resolve_degrees
+from cordee.layout.counts import TensorCounts, count_model_tensors
+from cordee.layout.load_balance import balance_microbatches, microbatch_ranges
+from cordee.layout.validate import violations
+from cordee.planner.cluster import Cluster, without_accelerators
+from cordee.planner.devices import (
+    check_devices,
+    check_island_devices,
+    precision_text,
+    with_precision,
+)
+from cordee.planner.network import split_microbatches
+from cordee.planner.search import (
+    CandidateLayout,
+    Prediction,
+    Ranking,
+    choose_threads,
+    predict,
+    ranks_per_host,
+    search,
+)
+
+RANGE_FIELDS = ("splits", "stages")
+"""Fields of a plan that are [start, stop) pairs."""
+
+CPU_SLOWDOWN = 1e6
+"""How much slower than an accelerator a CPU is taken to be until it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the runtime needs to know before it starts. `split_microbatches` are [start, stop)
+    of each worker's microbatches, in the order of `Layout.dp_rank`; `stages` are [start, stop) of
+    each stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled);
+    `devices` are the islands' kinds of device, where not all are `device`."""
+
+    layout: Layout
+    processes: int
+    threads: int
+    device: DeviceKind
+    protocol: Literal["exchange", "allreduce", "none"]
+    codec: str
+    zero: int
+    splits: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[int, int], ...]
+    predicted: Prediction
+    why: str
+    note: str = ""
+    precision: str = ""
+    """Why the run's precision is fast or slow on these devices."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """The machine profile that the figures rest on; empty: nominal figures."""
+    devices: tuple[str, ...] = ()
+
+    @property
+    def has_mixed_devices(self) -> bool:
+        """Whether islands compute on devices of different kinds."""
+        return len(set(self.devices)) > 1
+
+    @property
+    def island_microbatches(self) -> list[int]:
+        """Microbatches of each island."""
+        lengths = [stop - start for start, stop in self.splits]
+        ranks_per_island = self.layout.dp_size // self.layout.island
+        return [
+            sum(lengths[index : index + ranks_per_island])
+            for index in range(0, len(lengths), ranks_per_island)
+        ]
+
+    def to_json(self) -> str:
+        """The plan as one JSON object; `from_json` gives an equal plan back."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        layout = {axis: getattr(self.layout, axis) for axis in AXES}
+        ranges = {name: [list(pair) for pair in getattr(self, name)] for name in RANGE_FIELDS}
+        return {**asdict(self), "layout": layout, **ranges, "devices": list(self.devices)}
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote; ConfigError for anything else."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _plan_error("it is not JSON", str(error)) from error
+        values = _check_fields(document, cls, "plan")
+        values["layout"] = Layout(**_check_fields(values["layout"], Layout, "layout"))
+        values["predicted"] = Prediction(
+            **_check_fields(values["predicted"], Prediction, "predicted")
+        )
+        for name in RANGE_FIELDS:
+            pairs = values[name]
+            if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
+                raise _plan_error(f"{name} are pairs of whole numbers", str(pairs)[:80])
+            values[name] = tuple((start, stop) for start, stop in pairs)
+        values["devices"] = tuple(values["devices"])
+        return cls(**values)
+
+
+def is_plan_file(path: Path) -> bool:
+    """Whether a file holds a plan, of this version or another."""
+    try:
+        document = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"layout", "predicted", "why"} <= document.keys()
+
+
+def make_plan(
+    run: Run, cluster: Cluster, vocabulary: int = 256, processes: int | None = None
+) -> Plan:
+    """The plan of `run` on `cluster`: the user's layout if there is one, else the best.
+
+    `processes` is what a launcher has started; else launch.processes; else the search chooses.
+    Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
+    """
+    _check_vocabulary(run, vocabulary)
+    cluster = select_cluster(run, cluster)
+    run = with_precision(run, cluster)
+    process_count = processes
+    if process_count is None and run.launch.processes != "auto":
+        process_count = int(run.launch.processes)
+    # Ranks without axes are islands, unless shards are asked for by what they keep.
+    is_islands_only = process_count is not None and run.layout.zero in ("auto", 1)
+    if is_islands_only or has_explicit_axes(run):
+        tensor_counts = count_model_tensors(run.model, vocabulary)
+        layout = resolve_degrees(run.layout, process_count if process_count is not None else "auto")
+        _check_layout(run, layout, cluster, tensor_counts)
+        candidate = predict(run, cluster, layout, tensor_counts)
+        reason = candidate.fit_result.reason
+        if reason and not has_explicit_axes(run):
+            candidate, reason = _best_sharded(run, cluster, vocabulary, layout), ""
+        if reason:
+            raise _misfit_error(run, cluster, vocabulary, layout, reason)
+        why = _request_reason(run, processes, layout, candidate)
+    else:
+        ranking = search(run, cluster, vocabulary, process_count)
+        candidates = [
+            c
+            for c in ranking.candidates
+            if c.layout.size in (process_count, *range(cluster.slots + 1))
+        ]
+        if not candidates:
+            raise _no_fit_error(run, cluster, ranking)
+        candidate = candidates[0]
+        why = choice_reason(candidates)
+    return plan_of_candidate(run, cluster, candidate, why)
+
+
+def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, why: str) -> Plan:
+    """A candidate as the plan that the runtime obeys."""
+    return Plan(
+        layout=candidate.layout,
+        processes=candidate.layout.size,
+        threads=candidate.threads,
+        device=cluster.device,
+        protocol=typing.cast(Any, candidate.fit_result.sync.protocol),
+        codec=candidate.fit_result.sync.codec,
+        zero=candidate.fit_result.zero,
+        splits=tuple(
+            (microbatches.start, microbatches.stop)
+            for microbatches in split_microbatches(run, candidate.layout)
+        ),
+        stages=candidate.fit_result.stages.block_ranges,
+        predicted=candidate.prediction,
+        why=why,
+        note=_note(run, cluster, candidate),
+        precision=precision_text(run.run.precision, cluster),
+    )
+
+
+def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, islands: int) -> Plan:
+    """The plan on another number of islands that are cut as these: as many of `islands` as the
+    batch has work for. `run` is on paper (config/from_hf.py)."""
+    tensor_counts = count_model_tensors(run.model, vocabulary)
+    why = f"as the plan of {plan.layout.describe()}"
+    for count in range(islands, 0, -1):
+        layout = replace(plan.layout, island=count)
+        if layout == plan.layout:
+            return plan
+        if not violations(run, layout, tensor_counts):
+            new_plan = plan_of_candidate(
+                run, cluster, predict(run, cluster, layout, tensor_counts), why
+            )
+            return replace(new_plan, threads=plan.threads)
+    return plan
+
+
+def with_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
+    """The plan where island i computes on a device of kind `devices[i]`, of which this host may
+    have none: nothing is foretold then. A CPU beside accelerators starts with the least share, as
+    else all would wait for it until speeds are measured."""
+    kinds = tuple(devices[: plan.layout.island])
+    if set(kinds) <= {plan.device}:
+        return plan
+    new_plan, ranks_per_island = (
+        without_prediction(plan, plan.predicted.parameters),
+        plan.layout.dp_size // len(kinds),
+    )
+    if len(set(kinds)) > 1 and run.layout.balance and plan.layout.pipeline == 1:
+        seconds = [CPU_SLOWDOWN if kind == "cpu" else 1.0 for kind in kinds]
+        counts = balance_microbatches(
+            seconds, run.batch.microbatches, ranks_per_island, min_share=ranks_per_island
+        )
+        new_plan = replace(new_plan, splits=microbatch_ranges(counts, ranks_per_island))
+    words = " and ".join(sorted(set(kinds)))
+    return replace(new_plan, devices=kinds, note=f"islands are on {words}: nothing is foretold")
+
+
+def without_prediction(plan: Plan, parameters: int) -> Plan:
+    """The plan of a model that paper does not know: where it runs, and no figures but its size."""
+    field_types = {f.name: str(f.type) for f in fields(Prediction)}
+    zeros: dict[str, Any] = {
+        n: {} if "Mapping" in type_name else 0 for n, type_name in field_types.items()
+    }
+    prediction = Prediction(**{**zeros, "parameters": parameters})
+    return replace(
+        plan, predicted=prediction, note="the model is the caller's: nothing is foretold"
+    )
+
+
+def select_cluster(run: Run, cluster: Cluster) -> Cluster:
+    """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
+    it cannot do what the run asks."""
+    device = run.launch.device
+    if device not in ("auto", "cpu", cluster.device):
+        raise LayoutError(
+            f"there is no {device} device",
+            values={"launch.device": device, "devices": cluster.name},
+            fix="launch.device=cpu",
+        )
+    selection = without_accelerators(cluster) if device == "cpu" else cluster
+    check_devices(run, selection)
+    return selection
+
+
+def _check_vocabulary(run: Run, vocabulary: int) -> None:
+    """ConfigError when the data has tokens that the model has no row for."""
+    if 0 < run.model.vocabulary < vocabulary and not run.model.is_classifier:
+        raise ConfigError(
+            "the data has more tokens than the model's vocabulary",
+            values={"model.vocabulary": run.model.vocabulary, "data": vocabulary},
+            fix=f"model.vocabulary={vocabulary}, or 0: as many as the data has",
+        )
+
+
+def has_explicit_axes(run: Run) -> bool:
+    """Whether the user wrote any degree."""
+    return any(getattr(run.layout, axis) != "auto" for axis in (*MODEL_AXES, "islands"))
+
+
+def choice_reason(candidates: list[CandidateLayout]) -> str:
+    """One sentence: why the first of the ranked is the pick."""
+    best = candidates[0]
+    if len(candidates) == 1:
+        return f"{best.layout.describe()}: the only layout that is legal and fits"
+    runner_up = candidates[1]
+    gain = runner_up.prediction.step_s / best.prediction.step_s - 1
+    return (
+        f"{_candidate_text(best)} is predicted fastest of {len(candidates)} that are legal and fit;"
+        f" {_candidate_text(runner_up)} would take {gain:.0%} longer"
+    )
+
+
+def _candidate_text(candidate: CandidateLayout) -> str:
+    return (
+        f"{candidate.layout.describe()} x {candidate.threads}"
+        f" thread{'s' if candidate.threads > 1 else ''}"
+    )
+
+
+def _check_layout(run: Run, layout: Layout, cluster: Cluster, tensor_counts: TensorCounts) -> None:
+    """Raises for a layout that cannot run here, whatever it costs."""
+    if rules := violations(run, layout, tensor_counts):
+        values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
+        raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
+    check_island_devices(layout, cluster)
+    if cluster.device == "cpu":
+        check_processes(layout.size, cluster.slots)
+    elif layout.size > cluster.slots:
+        raise LayoutError(
+            "there are more processes than devices",
+            values={"processes": layout.size, "devices": cluster.slots},
+            fix=f"launch.processes={cluster.slots}",
+        )
+
+
+def _best_sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> CandidateLayout:
+    """With the number of ranks given and whole copies too large: the best layout that shards."""
+    ranking = search(run, cluster, vocabulary, islands.size)
+    if not ranking.candidates:
+        raise _no_fit_error(run, cluster, ranking)
+    return ranking.candidates[0]
+
+
+def _misfit_error(
+    run: Run, cluster: Cluster, vocabulary: int, layout: Layout, reason: str
+) -> LayoutError:
+    ranking = search(without_axes(run), cluster, vocabulary)
+    candidates = [c for c in ranking.candidates if c.layout.size <= cluster.slots]
+    if not candidates:
+        return _no_fit_error(run, cluster, ranking)
+    nearest_layout = min(
+        candidates, key=lambda c: (abs(c.layout.size - layout.size), c.prediction.step_s)
+    ).layout
+    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(nearest_layout))
+    return LayoutError(
+        f"{layout.describe()} does not fit: it {reason}",
+        values={"layout": layout.describe(), "devices": _devices_text(cluster)},
+        fix=(
+            f"layout.islands={nearest_layout.island} {words}"
+            f" (launch.processes={nearest_layout.size})"
+        ),
+    )
+
+
+def _degrees(layout: Layout) -> list[tuple[str, int]]:
+    """Axes inside an island that cut something; shard 1 where none does."""
+    degrees = [(axis, getattr(layout, axis)) for axis in MODEL_AXES if getattr(layout, axis) > 1]
+    return degrees or [("shard", 1)]
+
+
+def _no_fit_error(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
+    """No layout of these devices works: name the tightest one and what would help most."""
+    values: dict[str, object] = {"devices": _devices_text(cluster)}
+    largest_item, idle_factor = "", 1
+    if ranking.nearest_fit is not None:
+        layout, fit_result = ranking.nearest_fit
+        if layout.dp_size == run.batch.microbatches:  # no shard more without work for it
+            idle_factor = cluster.slots // layout.size
+        values[layout.describe()] = fit_result.reason
+        largest_item = max(
+            fit_result.memory.peak_items, key=lambda name: fit_result.memory.peak_items[name]
+        )
+    elif ranking.rejections:
+        values[ranking.rejections[0].layout] = ranking.rejections[0].reason
+    if largest_item.startswith("copies"):
+        fix = (
+            "fault.copy_every=0, and a rank that dies sends its island back to the last checkpoint"
+        )
+    elif largest_item in ("activations", "bf16 weights") and run.memory.recompute == "none":
+        fix = "memory.recompute=full"
+    elif largest_item in ("activations", "logits") and run.batch.microbatch > 1:
+        fix = "batch.microbatch=1, with batch.microbatches so many times more"
+    elif cluster.device != "cpu" and idle_factor > 1:
+        fix = (
+            f"batch.microbatches={idle_factor * run.batch.microbatches}, to cut the model over more"
+        )
+    elif cluster.device != "cpu":
+        fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
+    else:
+        fix = "a smaller model.preset, or a machine with more memory"
+    return LayoutError("no layout of these devices is legal and fits", values=values, fix=fix)
+
+
+def _devices_text(cluster: Cluster) -> str:
+    return f"{cluster.hosts} hosts of {cluster.name}" if cluster.hosts > 1 else cluster.name
+
+
+def without_axes(run: Run) -> Run:
+    """The run without degrees and ranks of its own: all layouts are its neighbours."""
+    axes = dict.fromkeys(("islands", *MODEL_AXES), "auto")
+    layout = replace(run.layout, **axes)  # type: ignore[arg-type]
+    return replace(run, layout=layout, launch=replace(run.launch, processes="auto"))
+
+
+def _request_reason(
+    run: Run, processes: int | None, layout: Layout, candidate: CandidateLayout
+) -> str:
+    if candidate.layout != layout:
+        return (
+            f"{layout.describe()} does not fit; {candidate.layout.describe()} is the best that does"
+        )
+    if processes is not None:
+        return f"{candidate.layout.describe()}: {processes} processes were started by the caller"
+    if has_explicit_axes(run):
+        return f"{candidate.layout.describe()}, as the run gives it"
+    return f"{candidate.layout.describe()}, because launch.processes={run.launch.processes}"
+
+
+def _note(run: Run, cluster: Cluster, candidate: CandidateLayout) -> str:
+    """What a person should know beside the figures; empty when nothing."""
+    notes = []
+    busy_threads = ranks_per_host(candidate.layout, cluster) * choose_threads(
+        run, candidate.layout, cluster
+    )
+    if cluster.device == "cpu" and busy_threads > cluster.cores:
+        notes.append(
+            f"{busy_threads} threads share {cluster.cores} cores: for tests, not for speed"
+        )
+    lengths = {len(microbatches) for microbatches in split_microbatches(run, candidate.layout)}
+    if len(lengths) > 1:
+        notes.append(f"ranks compute {min(lengths)} or {max(lengths)} microbatches; some wait")
+    if "(as " in cluster.name:
+        notes.append("the accelerator is not in the table: give --cluster FILE for its figures")
+    return "; ".join(notes)
+
+
+def _check_fields(table: object, cls: type, label: str) -> dict[str, Any]:
+    """`table` as the fields of `cls`, no more, no fewer, each of the plain type it should have."""
+    field_types = {f.name: str(f.type) for f in fields(cls)}
+    if not isinstance(table, dict):
+        raise _plan_error(f"{label} is a table", str(table)[:80])
+    for name in [
+        *(n for n in table if n not in field_types),
+        *(n for n in field_types if n not in table),
+    ]:
+        problem = "unknown" if name in table else "missing"
+        raise _plan_error(f"{label} has a key that is {problem}", name)
+    for name, value in table.items():
+        if not _has_type(value, field_types[name]):
+            raise _plan_error(
+                f"{label}.{name} has the wrong type: it is {field_types[name]}", repr(value)
+            )
+    return dict(table)
+
+
+def _has_type(value: object, type_name: str) -> bool:
+    if type_name == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if type_name == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if type_name == "str":
+        return isinstance(value, str)
+    if type_name == "DeviceKind":
+        return value in DEVICES
+    if type_name.startswith("Literal"):
+        return isinstance(value, str) and repr(value) in type_name
+    if type_name.startswith("Mapping"):
+        return isinstance(value, Mapping)
+    return isinstance(value, list) if type_name.startswith("tuple") else True
+
+
+def _plan_error(problem: str, excerpt: str) -> ConfigError:
+    return ConfigError(
+        f"this is not a plan of this version: {problem}",
+        values={"found": excerpt},
+        fix="cordee plan ... --save FILE writes one",
+    )

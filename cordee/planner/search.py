@@ -1,0 +1,320 @@
+"""All layouts of the given devices: enumerate, drop with a reason, predict, rank.
+
+Not here: what is done with the winner (`plan.py`), why a layout is illegal (`layout/validate.py`).
+Exhaustive over the degrees that `candidates.py` gives, so nothing is approximated by a heuristic.
+Traded away: microbatch size and M are the user's, they change the descent; so are schedule and
+kind of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cordee.config.run import Run
+from cordee.layout.axes import Layout
+from cordee.layout.counts import TensorCounts, TensorSpecs, count_model_tensors, count_tensors
+from cordee.layout.stages import Stages, make_stages
+from cordee.layout.validate import rank_microbatches, violations
+from cordee.planner.candidates import (
+    Rejection,
+    Rejections,
+    axis_domains,
+    candidate_layouts,
+    world_sizes,
+)
+from cordee.planner.cluster import Cluster
+from cordee.planner.compute_cost import (
+    STEP_OVERHEAD_S,
+    contention,
+    interval_factors,
+    microbatch_cost,
+    microbatch_s,
+    update_s,
+)
+from cordee.planner.devices import with_precision
+from cordee.planner.memory import (
+    OVERHEAD_BYTES,
+    USABLE_MEMORY_SHARE,
+    RankMemory,
+    SyncChoice,
+    distinct_stages,
+    rank_memory,
+)
+from cordee.planner.network import (
+    RankLoad,
+    choose_sync,
+    gradient_bytes,
+    step_traffic,
+    subtree_count,
+)
+from cordee.planner.pipeline import bubble_ratio
+
+MIB = 1 << 20
+BYTE_VOCABULARY = 256
+"""Vocabulary by which threads are chosen; another one would hardly change which is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a step should cost. Times are of the slowest rank, memory of the fullest."""
+
+    step_s: float
+    low_s: float
+    high_s: float
+    tokens_per_s: float
+    bytes_sent: int
+    """Gradient bytes that rank 0 sends in a step, as the run counts them in metrics.jsonl."""
+    bytes_items: Mapping[str, int]
+    """All bytes that the busiest rank sends in a step: gradients, gathers, shared updates."""
+    memory_bytes: int
+    """Peak of the fullest rank without the process itself."""
+    overhead_bytes: int
+    memory_items: Mapping[str, int]
+    time_items: Mapping[str, float]
+    flops: float
+    """Operations of the model in a step, over all ranks (what MFU counts)."""
+    peak_flops: float
+    """Peak of all devices together, operations per second (what MFU divides by)."""
+    parameters: int
+
+    @property
+    def all_bytes_sent(self) -> int:
+        """Sum of `bytes_items`."""
+        return sum(self.bytes_items.values())
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a layout is cut into stages and sharded, the memory of its fullest rank, and why that
+    does not fit into its device (or host, on CPU); empty when it does."""
+
+    stages: Stages
+    sync: SyncChoice
+    zero: int
+    memory: RankMemory
+    reason: str
+
+
+@dataclass(frozen=True)
+class CandidateLayout:
+    """A legal layout with its prediction."""
+
+    layout: Layout
+    threads: int
+    fit_result: FitResult
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates, best first, and what was dropped."""
+
+    candidates: tuple[CandidateLayout, ...]
+    rejections: tuple[Rejection, ...]
+    nearest_fit: tuple[Layout, FitResult] | None
+    """Of those that do not fit, the one that needs least."""
+
+
+def search(
+    run: Run, cluster: Cluster, vocabulary: int = 256, processes: int | None = None
+) -> Ranking:
+    """Every layout of `processes` ranks (or of 1 to all devices), ranked by time, then memory.
+
+    Axes that the run gives are kept. Smaller numbers of ranks than there are devices are cut by
+    shards only, unless no layout of all devices is legal. Pure, a millisecond per layout.
+    """
+    run = with_precision(run, cluster)
+    tensor_counts = count_model_tensors(run.model, vocabulary)
+    sizes = [processes] if processes is not None else world_sizes(cluster)
+    rejections, state = Rejections(), _SearchState()
+    for is_second_pass in (False, True):
+        domains = axis_domains(run, cluster, tensor_counts, sizes, rejections)
+        for layout in candidate_layouts(run.layout, domains, sizes, is_second_pass):
+            state.visit(run, cluster, tensor_counts, layout, rejections)
+        if sizes[-1] in state.legal_sizes:
+            break
+    candidates = sorted(
+        state.candidates,
+        key=lambda candidate: (
+            candidate.prediction.step_s,
+            candidate.prediction.memory_bytes,
+            candidate.layout.size,
+        ),
+    )
+    return Ranking(tuple(candidates), tuple(rejections.summarize()), state.nearest_fit)
+
+
+@dataclass
+class _SearchState:
+    """What a search has found so far; `legal_sizes` are the numbers of ranks of legal layouts."""
+
+    candidates: list[CandidateLayout] = field(default_factory=list)
+    legal_sizes: set[int] = field(default_factory=set)
+    nearest_fit: tuple[Layout, FitResult] | None = None
+    stages_by_degree: dict[int, Stages] = field(default_factory=dict)
+
+    def visit(
+        self,
+        run: Run,
+        cluster: Cluster,
+        tensor_counts: TensorCounts,
+        layout: Layout,
+        rejections: Rejections,
+    ) -> None:
+        """Predicts `layout`, or notes why it is out."""
+        if rules := violations(run, layout, tensor_counts):
+            rejections.add_violation(rules[0], layout)
+            return
+        self.legal_sizes.add(layout.size)
+        if layout.pipeline not in self.stages_by_degree:
+            self.stages_by_degree[layout.pipeline] = _stages_of(run, tensor_counts, layout)
+        fit_result = fit_layout(
+            run, cluster, layout, tensor_counts, self.stages_by_degree[layout.pipeline]
+        )
+        if not fit_result.reason:
+            self.candidates.append(predict(run, cluster, layout, tensor_counts, fit_result))
+            return
+        needed_bytes = fit_result.memory.total_bytes
+        rejections.add_misfit(layout, fit_result.reason, needed_bytes)
+        if self.nearest_fit is None or needed_bytes < self.nearest_fit[1].memory.total_bytes:
+            self.nearest_fit = layout, fit_result
+
+
+def fit_layout(
+    run: Run, cluster: Cluster, layout: Layout, specs: TensorSpecs, stages: Stages | None = None
+) -> FitResult:
+    """What shards keep whole: as given, else the first of 1, 2, 3 that fits (the last if none)."""
+    tensor_counts, sync = count_tensors(specs), choose_sync(run, layout)
+    stages = stages or _stages_of(run, tensor_counts, layout)
+    zero_setting = run.layout.zero
+    is_unsharded = layout.shard == 1 and run.memory.offload == "none"
+    keeps_full_gradients = is_unsharded or layout.pipeline > 1 or sync.is_canonical
+    for zero in (
+        (1,)
+        if keeps_full_gradients
+        else (1, 2, 3)
+        if zero_setting == "auto"
+        else (int(zero_setting),)
+    ):
+        memory = rank_memory(run, tensor_counts, layout, sync, cluster.device, zero, stages)
+        reason = _misfit_reason(memory, layout, cluster)
+        if not reason:
+            break
+    return FitResult(stages, sync, zero, memory, reason)
+
+
+def _misfit_reason(memory: RankMemory, layout: Layout, cluster: Cluster) -> str:
+    ranks = ranks_per_host(layout, cluster) if cluster.device == "cpu" else 1
+    needed_bytes = (memory.total_bytes + OVERHEAD_BYTES[cluster.device]) * ranks
+    if needed_bytes <= USABLE_MEMORY_SHARE * cluster.memory_bytes:
+        return ""
+    item = max(memory.peak_items, key=lambda name: memory.peak_items[name])
+    return (
+        f"needs {needed_bytes / MIB:,.0f} MiB of"
+        f" {USABLE_MEMORY_SHARE * cluster.memory_bytes / MIB:,.0f} MiB"
+        f" ({item} {memory.peak_items[item] / MIB:,.0f} MiB a rank)"
+    )
+
+
+def choose_threads(run: Run, layout: Layout, cluster: Cluster) -> int:
+    """Threads of a rank: as given, one when exact, else an equal share of the host's cores, or one
+    where a CPU was measured and waking others for each operator costs more than they bring."""
+    if run.launch.threads != "auto":
+        return int(run.launch.threads)
+    share = max(1, cluster.cores // ranks_per_host(layout, cluster))
+    if run.run.exact or share == 1 or not cluster.measured:
+        return 1 if run.run.exact else share
+    cost = microbatch_cost(run, BYTE_VOCABULARY, cluster.device, layout)
+    precision = run.run.precision
+    return min((share, 1), key=lambda n: sum(microbatch_s(cost, cluster, precision, n).values()))
+
+
+def ranks_per_host(layout: Layout, cluster: Cluster) -> int:
+    """Ranks of the fullest host."""
+    return -(-layout.size // cluster.hosts)
+
+
+def predict(
+    run: Run,
+    cluster: Cluster,
+    layout: Layout,
+    specs: TensorSpecs,
+    fit_result: FitResult | None = None,
+) -> CandidateLayout:
+    """Time, bytes and memory of one step of `measure_run` on `layout`, which must be
+    legal."""
+    tensor_counts = count_tensors(specs)
+    fit_result = fit_result or fit_layout(run, cluster, layout, tensor_counts)
+    sync, memory = fit_result.sync, fit_result.memory
+    threads = choose_threads(run, layout, cluster)
+    slowdown = contention(cluster, ranks_per_host(layout, cluster), threads)
+    load, times = _slowest_rank(run, cluster, layout, tensor_counts, fit_result)
+    comm = step_traffic(run, tensor_counts, layout, sync, cluster, load)
+    update_seconds = update_s(run, tensor_counts, cluster, threads, layout, load.layer_ranges)
+    times["update"] = slowdown * update_seconds
+    times.update({name: slowdown * seconds for name, seconds in comm.seconds.items()})
+    times["step"] = STEP_OVERHEAD_S
+    step_s = sum(times.values())
+    precision = run.run.precision
+    low_factor, high_factor = interval_factors(
+        cluster, precision, ranks_per_host(layout, cluster), threads
+    )
+    tokens = run.batch.microbatches * run.batch.microbatch * run.data.sequence
+    cost = microbatch_cost(run, tensor_counts.vocabulary, cluster.device)
+    subtrees = subtree_count(run, layout, sync, dp_rank=0)
+    prediction = Prediction(
+        step_s=step_s,
+        low_s=low_factor * step_s,
+        high_s=high_factor * step_s,
+        tokens_per_s=tokens / step_s,
+        bytes_sent=gradient_bytes(
+            tensor_counts, layout, sync, run, subtrees, fit_result.stages.layer_ranges(0)
+        ),
+        bytes_items=comm.sent_bytes,
+        memory_bytes=memory.total_bytes,
+        overhead_bytes=OVERHEAD_BYTES[cluster.device],
+        memory_items=memory.peak_items,
+        time_items=times,
+        flops=run.batch.microbatches * cost.flops,
+        peak_flops=cluster.flops(precision)
+        * min(layout.size * (threads if cluster.device == "cpu" else 1), cluster.slots),
+        parameters=tensor_counts.parameters,
+    )
+    return CandidateLayout(layout, threads, fit_result, prediction)
+
+
+def _stages_of(run: Run, tensor_counts: TensorCounts, layout: Layout) -> Stages:
+    return make_stages(run.model, tensor_counts.vocabulary, run.layout, layout.pipeline)
+
+
+def _slowest_rank(
+    run: Run, cluster: Cluster, layout: Layout, tensor_counts: TensorCounts, fit_result: FitResult
+) -> tuple[RankLoad, dict[str, float]]:
+    """The pipeline rank that computes longest, and its seconds of a step by stream."""
+    threads = choose_threads(run, layout, cluster)
+    slowdown = contention(cluster, ranks_per_host(layout, cluster), threads)
+    microbatches = _effective_microbatches(run, layout, slowdown)
+    slowest_streams: dict[str, float] = {}
+    for _, layer_ranges in distinct_stages(run, fit_result.stages):
+        cost = microbatch_cost(run, tensor_counts.vocabulary, cluster.device, layout, layer_ranges)
+        streams = microbatch_s(cost, cluster, run.run.precision, threads)
+        if sum(streams.values()) > sum(slowest_streams.values()):
+            slowest_streams, slowest_ranges = streams, layer_ranges
+    times = {name: microbatches * seconds for name, seconds in slowest_streams.items()}
+    load = RankLoad(slowest_ranges, fit_result.zero, sum(times.values()))
+    if layout.pipeline > 1:
+        rank_share = rank_microbatches(run, layout)
+        times["bubble"] = load.compute_s * bubble_ratio(run.layout, layout.pipeline, rank_share)
+    return load, times
+
+
+def _effective_microbatches(run: Run, layout: Layout, slowdown: float) -> float:
+    """Microbatches of the slowest worker, in units of one that has a core to itself.
+
+    Where ranks share cores, those with less work leave them to the others: the mean counts.
+    """
+    total = run.batch.microbatches
+    if run.data.placement == "replicate":
+        return total * slowdown
+    return max(-(-total // layout.dp_size), total / layout.dp_size * slowdown)

@@ -1,1 +1,0 @@
-"""Between islands: when they speak and how it is written."""

@@ -1,0 +1,1 @@
+"""The run itself: what a worker builds, steps, evaluates, saves and reports."""
