@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 33_500
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 36_000
 
 ROOMS = (
     "errors", "hardware", "config", "layout", "model", "dist", "data", "planner", "hf", "optim",
@@ -42,7 +42,15 @@ BROAD_EXCEPTS = (
     "training/stop_request.py",
 )
 SETTINGS_FILES = ("config/run.py", "config/model.py")
+DOCUMENTED_LINES = 15
+"""Public functions from this length on have a docstring; shorter ones where they need one."""
 BANNED_NAMES = {"utils", "common", "helpers", "manager", "handler", "base", "misc"}
+
+
+PARTICIPLES = {
+    "asked", "begun", "built", "drawn", "found", "given", "gone", "held", "kept", "known", "made",
+    "mine", "said", "seen", "sent", "taken", "told", "wanted",
+}  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -194,6 +202,26 @@ def _check_manners(path: Path, offenders: Offenders) -> None:
             )
 
 
+def test_a_class_name_has_one_meaning(offenders: Offenders) -> None:
+    first_path: dict[str, Path] = {}
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef):
+                other_path = first_path.setdefault(node.name, path)
+                offenders.unless(other_path == path, path, f"{node.name}: also {other_path}")
+
+
+def test_no_participle_names_a_thing(offenders: Offenders) -> None:
+    for path in FILES:
+        names = {n.arg for n in ast.walk(tree_of(path)) if isinstance(n, ast.arg)}
+        names |= {
+            n.id
+            for n in ast.walk(tree_of(path))
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        offenders.unless(not names & PARTICIPLES, path, f"{names & PARTICIPLES}")
+
+
 def test_public_names_are_documented_and_typed(offenders: Offenders) -> None:
     for path in FILES:
         _check_public_names(path, offenders)
@@ -208,8 +236,9 @@ def _check_public_names(path: Path, offenders: Offenders) -> None:
     for body in bodies:
         for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                docstring = ast.get_docstring(node)
-                offenders.unless(docstring, path, f"{node.name} has no docstring")
+                is_short = node.end_lineno - node.lineno < DOCUMENTED_LINES
+                is_documented = is_short or ast.get_docstring(node)
+                offenders.unless(is_documented, path, f"{node.name} has no docstring")
                 offenders.unless(node.returns, path, f"{node.name} has no return type")
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

@@ -94,16 +94,9 @@ class PeerBackup:
         """
         start_s = time.perf_counter()
         self._fault_point("copy.begin", step)
-        unique_tensors = [
-            item
-            for item in local_tensors
-            if item.local_slice.replica_count == 1 and volume(item.local_slice.box)
-        ]
-        replica_tensors = [
-            item
-            for item in local_tensors
-            if item.local_slice.replica_count > 1 and volume(item.local_slice.box)
-        ]
+        nonempty_tensors = [item for item in local_tensors if volume(item.local_slice.box)]
+        unique_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count == 1]
+        replica_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count > 1]
         tensor_boxes = [tensor_box_of(item) for item in (*unique_tensors, *replica_tensors)]
         rows = [
             [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
@@ -136,9 +129,7 @@ class PeerBackup:
         )
         # The first one was whole everywhere; one between was not, when the last copy failed.
         self._backups = [*self._backups[:1], backup]
-        all_gather_rows(
-            torch.ones(1), self.group, self.size
-        )  # every rank has its part of this moment
+        all_gather_rows(torch.ones(1), self.group, self.size)  # every rank has its part of it
         self._backups = [backup]
         self._fault_point("copy.end", step)
         self.bytes_sent += len(header) + payload_bytes if has_payload else 0

@@ -79,10 +79,10 @@ def restore_from_peers(
     together.
 
     Collective over the group (None: this rank alone). None, on all ranks, when no step is covered.
-    Wanted tensors may be the kept ones, of the same or another box or step. Points:
-    `restore_from_peers.round` before each round of messages, `restore_from_peers.end` after the
-    last. CheckpointError, on all ranks: a name with different shapes or dtypes. RuntimeError: a
-    peer was lost; all kept tensors are as before.
+    Requested tensors may be those of a snapshot, of the same or another box or step. Fault points:
+    fill.round before each round of messages, fill.end after the last.
+    CheckpointError, on all ranks: a name with different shapes or dtypes. RuntimeError: a peer was
+    lost; the tensors of all snapshots are as before.
     """
     inventories = gather_inventories(requests, snapshots, group, size)
     check_consistency(inventories)
@@ -103,15 +103,10 @@ def restore_from_peers(
             fault_point("fill.round", step)
             transfer_buffers.run_round(round_transfers, group)
         for transfer in transfers:
-            target = (
-                targets[transfer.request_index]
-                if transfer.src_rank == transfer.dst_rank == rank
-                else None
-            )
-            if target is not None:
-                output = _box_view(
-                    target, requests[transfer.request_index].local_slice.box, transfer.box
-                )
+            target = targets[transfer.request_index] if transfer.dst_rank == rank else None
+            if target is not None and transfer.src_rank == rank:
+                request_box = requests[transfer.request_index].local_slice.box
+                output = _box_view(target, request_box, transfer.box)
                 output.copy_(find_source(sources[transfer.name], transfer))
         fault_point("fill.end", step)
         all_gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept

@@ -70,15 +70,13 @@ def run(argv: list[str]) -> int:
     )
     arg_parser.add_argument("--rank", type=int, metavar="R", help="which: what it holds and sends")
     args = parse_arguments(arg_parser, argv, max_positionals=1)
+    vocabulary = _check_at_least("--vocabulary", args.flags.vocabulary, 2)
     if args.flags.models:
-        print(
-            _models_text(_check_at_least("--vocabulary", args.flags.vocabulary, 2), args.flags.json)
-        )
+        print(_models_text(vocabulary, args.flags.json))
         return 0
     run_config = _load_run(args)
     validate_run(run_config)
     run_config = with_hub_shape(run_config)
-    vocabulary = _check_at_least("--vocabulary", args.flags.vocabulary, 2)
     top = _check_at_least("--top", args.flags.top, 1)
     rank = _parse_rank(args, run_config)
     cluster, profile = _load_cluster(args, run_config)
@@ -89,9 +87,8 @@ def run(argv: list[str]) -> int:
     plan = replace(make_plan(run_config, cluster, vocabulary), profile=profile)
     rank_view = None
     if rank is not None:
-        rank_view = view_rank(
-            run_config, plan, rank, count_model_tensors(run_config.model, vocabulary)
-        )
+        tensor_counts = count_model_tensors(run_config.model, vocabulary)
+        rank_view = view_rank(run_config, plan, rank, tensor_counts)
     if args.flags.save:
         _save_plan(Path(expand_home(args.flags.save)), plan)
     if rank_view is not None:

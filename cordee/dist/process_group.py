@@ -411,11 +411,13 @@ def _init_process_group(
         group_store = store
         if group_store is None and RESTARTS_VARIABLE in os.environ and not launch_info.store_file:
             # torchrun keeps its store over restarts, with the addresses of the dead in it.
-            rendezvous, make_prefix_store = dist.rendezvous, dist.PrefixStore  # type: ignore[attr-defined]
+            torch_dist: Any = dist  # not typed there
             base_store, _, _ = next(
-                rendezvous("env://", launch_info.rank, launch_info.size, timeout=timeout)
+                torch_dist.rendezvous("env://", launch_info.rank, launch_info.size, timeout=timeout)
             )
-            group_store = make_prefix_store(f"cordee/{os.environ[RESTARTS_VARIABLE]}", base_store)
+            group_store = torch_dist.PrefixStore(
+                f"cordee/{os.environ[RESTARTS_VARIABLE]}", base_store
+            )
         method = (
             None
             if group_store is not None

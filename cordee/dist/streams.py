@@ -35,7 +35,7 @@ def tolerate_broken_pipes() -> None:
         if descriptor > 0:
             setattr(sys, name, _wrap_stream(descriptor, old_stream))
         elif old_stream is None:
-            sys.stdin = open(descriptor, closefd=False)  # noqa: SIM115: for the whole process
+            sys.stdin = open(descriptor, closefd=False)  # noqa: SIM115 - for the whole process
 
 
 def print_to_stderr(text: str) -> None:

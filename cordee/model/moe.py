@@ -261,7 +261,8 @@ def permute_rows(x: Tensor, index: Tensor, inverse: Tensor, has_missing: bool = 
     Row i of x went to the rows back[i K], ..., back[i K + K - 1] of the result, K = len(back) / n.
     `has_missing`: an index one beyond the end may occur and stands for a row of zeros.
     """
-    rows: Tensor = _PermuteRows.apply(x, index, inverse, has_missing)  # type: ignore[no-untyped-call]
+    apply: Any = _PermuteRows.apply
+    rows: Tensor = apply(x, index, inverse, has_missing)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Processes that really die, and a newcomer in their place; and states that are known at any step.
 
-For tests of what survives (`test_peer`, `test_neighbour`). Processes are forked from one that has
-imported torch, so that a fault costs a second.
+For tests of what survives (`test_peer_restore`, `test_peer_backup`). Processes are forked from one
+that has imported torch, so that a fault costs a second.
 """
 
 from __future__ import annotations

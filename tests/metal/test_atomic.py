@@ -28,7 +28,7 @@ from cordee.training.stop_request import StopRequest
 from cordee.training.user_parts import Parts
 from cordee.training.worker import train_step
 from tests.conftest import SMALL
-from tests.metal import test_brought as user_models
+from tests.metal import test_user_models as user_models
 
 INTERRUPTED_STEP = 3
 """The step that is interrupted; two come before it and two after it."""

@@ -37,7 +37,7 @@ from cordee.training.stop_request import StopRequest
 from cordee.training.user_parts import Parts
 from cordee.training.worker import check_finite
 from tests.conftest import read_rows
-from tests.metal import test_brought as user_models
+from tests.metal import test_user_models as user_models
 
 FEATURES = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
 SAMPLES = TensorDataset(FEATURES, FEATURES[:, :4].argmax(1))
