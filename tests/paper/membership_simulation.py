@@ -311,7 +311,7 @@ class Simulation:
             and not host.eviction_count
             and host.member.view is None
         ):
-            if host.member._through:
+            if host.member._join_address:
                 host.is_alive = False
                 self.restart(host.node)
             return

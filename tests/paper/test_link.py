@@ -128,8 +128,8 @@ def test_a_wrong_secret_is_refused_and_both_are_told() -> None:
     with open_transports(HELLO, HELLO, secrets=(SECRET, OTHER_SECRET)) as (a, b):
         b.send(address_of(a), {"let": "me in"})
         b_refusals, a_refusals = wait_until(b.take_refusals, 1.0), wait_until(a.take_refusals, 1.0)
-        assert b_refusals[0].peer == address_of(a) and "secret" in b_refusals[0].why
-        assert a_refusals[0].peer == "127.0.0.1" and "secret" in a_refusals[0].why
+        assert b_refusals[0].peer == address_of(a) and "secret" in b_refusals[0].reason
+        assert a_refusals[0].peer == "127.0.0.1" and "secret" in a_refusals[0].reason
         b.send(address_of(a), {"let": "me in"})  # said once, however often it tries
         wait_until(lambda: a.error_counts().get("refused") == 2)
         assert a.take_refusals() == [] and a.receive() == [] and a.take_lost_peers() == []
@@ -398,7 +398,7 @@ def test_a_false_acceptor_is_refused() -> None:
             identity = unpack(decode_bodies(FrameDecoder(), connection.recv(1 << 16))[0])
             connection.sendall(plain_frame({"proof": identity["proof"]}))
             assert seconds_until_closed(connection, 2.0) < 0.9
-        assert "secret" in wait_until(a.take_refusals)[0].why
+        assert "secret" in wait_until(a.take_refusals)[0].reason
 
 
 def test_a_recorded_dialogue_is_of_no_use() -> None:
@@ -417,7 +417,7 @@ def test_a_recorded_dialogue_is_of_no_use() -> None:
                 stranger.sendall(recording[-1])
                 assert receive_messages(a, 1)[0][1] == {"n": 1}
         assert a.receive() == []
-        assert "secret" in wait_until(a.take_refusals)[0].why
+        assert "secret" in wait_until(a.take_refusals)[0].reason
 
 
 @pytest.mark.parametrize("pace", ["silent", "slow"])
@@ -459,8 +459,8 @@ def test_traffic_goes_on_among_garbage() -> None:
 
 PEER_SCRIPT = """
 import select, sys
-from cordee.elastic.transport import Link
-link = Link.open("127.0.0.1:0", b"s" * 32, {hello!r})
+from cordee.elastic.transport import Transport
+link = Transport.open("127.0.0.1:0", b"s" * 32, {hello!r})
 print(link.id, flush=True)
 while True:
     select.select([link], [], [])
@@ -524,7 +524,7 @@ def test_an_address_where_nobody_listens() -> None:
             assert wait_until(a.take_lost_peers, 1.0) == [dead_address]
         a.send(a.id, {"to": "myself"})
         a.send("no-such-host.invalid:9", {"n": 1})
-        assert "does not resolve" in wait_until(a.take_refusals, 20)[0].why
+        assert "does not resolve" in wait_until(a.take_refusals, 20)[0].reason
         assert a.receive() == []
 
 

@@ -108,7 +108,7 @@ def test_a_freeze_is_over_within_the_limit_and_the_zombie_is_fenced(victim: int)
     view_count = len(simulation.views)
     simulation.wake(zombie)
     assert simulation.run(
-        simulation.now + 2.0, lambda: any("Fenced" in line for line in simulation.log)
+        simulation.now + 2.0, lambda: any("Evicted" in line for line in simulation.log)
     )
     assert "goes on without this host" in zombie.member.status
     assert simulation.run(simulation.now + 10.0, lambda: is_view_complete(simulation, 3)), (

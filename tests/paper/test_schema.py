@@ -130,7 +130,7 @@ def test_a_bad_message_ends_its_connection_with_a_reason() -> None:
         assert wait_until(b.receive) == [(a.id, {"hello": a.id})]
         a.send(b.id, {"view": 5})
         (refusal,) = wait_until(b.take_refusals)
-        assert refusal.peer == a.id and "not one thing" in refusal.why
+        assert refusal.peer == a.id and "not one thing" in refusal.reason
         b.disconnect(a.id, "it sent what makes no sense")
         a.send(b.id, {"hello": "again"})  # the link itself goes on
         assert wait_until(b.receive) == [(a.id, {"hello": "again"})]
