@@ -59,7 +59,7 @@ from benchmarks.watched import (
     wait_for_rows,
     with_digest_check,
 )
-from cordee.report.metrics_writer import last_event
+from cordee.report.reader import last_event
 
 TURNS, TURN_STEPS = 60, 10
 """Of the two sides of `cost`. A checkpoint is due every 10 steps, so each turn has one."""

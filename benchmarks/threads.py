@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 from cordee.dist.process_group import LIFELINE_VARIABLE, PARENT_VARIABLE
-from cordee.report.metrics_writer import read_records
+from cordee.report.reader import read_records
 
 BASE_OVERRIDES = (
     "model.preset=micro", "model.layers=4", "model.width=128", "model.heads=4",

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from cordee.launcher.run_ranks import throttle
-from cordee.report.metrics_writer import last_event, read_records
+from cordee.report.reader import last_event, read_records
 
 BASE_OVERRIDES = (
     "run.exact=true", "model.layers=4", "model.width=128", "model.heads=4", "data.sequence=256",

@@ -18,8 +18,9 @@ _EXPORTS = {
     "load": "cordee.config.load",
     "override": "cordee.config.load",
     "launch": "cordee.launcher.run_ranks",
+    "read_metrics": "cordee.report.reader",
 }
-__all__ = ["Parts", "Report", "Run", "launch", "load", "override", "train"]
+__all__ = ["Parts", "Report", "Run", "launch", "load", "override", "read_metrics", "train"]
 
 
 def __getattr__(name: str) -> Any:

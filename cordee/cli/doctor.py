@@ -24,7 +24,7 @@ from cordee.launcher.local_cluster import probe_machine
 from cordee.planner.cluster import local_cluster
 from cordee.planner.devices import fastest_precision
 from cordee.planner.profile import local_host, profile_text, read_profile
-from cordee.report.metrics_writer import read_records
+from cordee.report.reader import read_records
 
 SMALL_RUN = (
     "data.path=builtin:markov", "data.tokens=40000", "data.sequence=32", "model.preset=micro",

@@ -17,8 +17,7 @@ from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.order import SampleOrder
 from cordee.errors import ConfigError
 from cordee.launcher.prepare import dataset_dir_of
-from cordee.report.jsonl import record_step
-from cordee.report.metrics_writer import read_records
+from cordee.report.reader import read_records, record_step
 
 
 def print_ledger(run_word: str, flags: Namespace) -> int:

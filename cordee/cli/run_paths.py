@@ -16,7 +16,7 @@ from cordee.config.load import RUN_FILE, load
 from cordee.config.paths import make_temporary_path
 from cordee.config.run import Run
 from cordee.errors import ConfigError
-from cordee.report.metrics_writer import read_records
+from cordee.report.reader import read_records
 
 RECORD_FILES = (RUN_FILE, "metrics.jsonl", "events.jsonl")
 """A folder that holds one of these is a run's."""

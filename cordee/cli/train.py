@@ -13,7 +13,7 @@ from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.dist.process_group import exit_with_parent
 from cordee.dist.streams import print_to_stderr
 from cordee.launcher.prepare import launch_local_ranks, prepare_run
-from cordee.report.metrics_writer import last_event
+from cordee.report.reader import last_event
 
 HOST_FLAGS = {
     "listen": ("HOST:PORT", "where other hosts may join this run (launch.listen)"),

@@ -70,8 +70,8 @@ from cordee.planner.recipe import (
     restore_recipe,
     with_evaluation,
 )
-from cordee.report.jsonl import iter_records
 from cordee.report.metrics_writer import write_atomically
+from cordee.report.reader import iter_records
 
 AUTO_KEYS = ("run.precision", "evaluate.tokens", "evaluate.sample")
 """Keys that are "auto" until a run begins."""

@@ -35,9 +35,8 @@ from cordee.elastic.witness import FileWitness
 from cordee.errors import ConfigError
 from cordee.hardware.system import interface_of
 from cordee.planner.cluster import processor_flags
-from cordee.report.jsonl import as_count, iter_records, record_step
-from cordee.report.metrics_writer import last_event, write_atomically
-from cordee.report.reader import finite_number
+from cordee.report.metrics_writer import write_atomically
+from cordee.report.reader import as_count, finite_number, iter_records, last_event, record_step
 
 CHECKPOINT_DIR = "checkpoints"
 WITNESS_FILE = "members.json"

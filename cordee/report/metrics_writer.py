@@ -1,8 +1,7 @@
-"""Where records go: append-only JSON lines that survive any kill, and lines for a person.
+"""Append-only files of JSON lines that survive any kill.
 
 One writer a file. A line is written whole and flushed; a disk that refuses keeps the line in memory
-and is tried again with the next one, so that training never waits for a log. Not here: trackers;
-they read these files.
+and is tried again with the next one, so that training never waits for a log.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import json
 import math
 import os
 import stat
-from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from cordee.config.paths import make_temporary_path
-from cordee.report.jsonl import (
-    iter_records,
+from cordee.report.reader import (
+    last_step,
     lines_with_offsets,
     open_regular_file,
     parse_record,
@@ -173,32 +170,6 @@ def _truncate_partial_line(stream: FileIO) -> None:
                 os.ftruncate(stream.fileno(), complete_bytes)
             return
         stop = start
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every record of a file that can be read (`lines.py`); a missing file has none."""
-    return list(iter_records(path))
-
-
-def last_event(folder: Path) -> dict[str, Any]:
-    """The newest record of a run folder's events.jsonl; empty when there is none."""
-    return next(iter(deque(iter_records(folder / "events.jsonl"), maxlen=1)), {})
-
-
-def last_step(path: Path) -> int:
-    """The step of a file's last record that has one; 0 when none has. Reads the file's end, and all
-    of it only when the end says nothing."""
-    with suppress(OSError), open_regular_file(path) as stream:
-        stop = stream.seek(0, os.SEEK_END)
-        for length in (1 << 16, 1 << 22):
-            stream.seek(max(0, stop - length))
-            for line in reversed(stream.read(length).splitlines()):
-                step = record_step(parse_record(line) or {})
-                if step is not None:
-                    return step
-    return max(
-        deque((record_step(record) or 0 for record in iter_records(path)), maxlen=1), default=0
-    )
 
 
 def truncate_after_step(path: Path, step: int) -> None:

@@ -31,7 +31,8 @@ from cordee.layout.axes import AXES
 from cordee.optim.clip import layer_norms
 from cordee.planner.report import comparison_text, count_text
 from cordee.report.meter import StepMeter
-from cordee.report.metrics_writer import JsonLinesWriter, read_records, utc_timestamp
+from cordee.report.metrics_writer import JsonLinesWriter, utc_timestamp
+from cordee.report.reader import read_records
 from cordee.report.screen import Screen
 from cordee.training.build import RunState
 from cordee.training.evaluate import EvaluationResult

@@ -66,7 +66,7 @@ from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.schedule import lr_factor
 from cordee.parallel.parallelize import make_local_slice
 from cordee.planner.plan import Plan
-from cordee.report.metrics_writer import last_event
+from cordee.report.reader import last_event
 from cordee.training.build import RunState, build_run_state
 from cordee.training.evaluate import EvaluationResult, evaluate, sum_or_nan
 from cordee.training.fault_injection import make_fault_injector

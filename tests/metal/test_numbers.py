@@ -29,7 +29,8 @@ from cordee.errors import ConfigError, CordeeError, DataError, RunError
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.report.metrics_writer import JsonLinesWriter, last_step, read_records
+from cordee.report.metrics_writer import JsonLinesWriter
+from cordee.report.reader import last_step, read_records
 from cordee.training.build import build_run_state
 from cordee.training.evaluate import evaluate
 from cordee.training.run_logger import RunLogger

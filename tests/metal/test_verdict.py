@@ -18,7 +18,7 @@ from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.launcher.run_ranks import launch
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.report.metrics_writer import read_records
+from cordee.report.reader import read_records
 from cordee.training.build import RunState, build_run_state
 from cordee.training.fault_injection import FaultInjector
 from cordee.training.run_logger import RunLogger

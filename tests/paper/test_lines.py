@@ -12,21 +12,18 @@ import pytest
 
 from cordee.report import metrics_writer
 from cordee.report.html import report_page
-from cordee.report.jsonl import (
+from cordee.report.metrics_writer import JsonLinesWriter, truncate_after_step
+from cordee.report.reader import (
     MAX_DIGITS,
     MAX_LINE_BYTES,
     iter_records,
-    read_json_object,
-    record_step,
-)
-from cordee.report.metrics_writer import (
-    JsonLinesWriter,
     last_event,
     last_step,
+    read_json_object,
     read_records,
-    truncate_after_step,
+    read_run,
+    record_step,
 )
-from cordee.report.reader import read_run
 from cordee.report.summary import summarise
 
 BAD_LINES = (

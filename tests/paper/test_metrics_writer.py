@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cordee.report.metrics_writer import (
-    JsonLinesWriter,
-    last_event,
-    read_records,
-    truncate_after_step,
-)
+from cordee.report.metrics_writer import JsonLinesWriter, truncate_after_step
+from cordee.report.reader import last_event, read_records
 from cordee.report.screen import format_row, format_short_row
 
 
