@@ -1,8 +1,8 @@
 """`cordee lr`: a learning rate by experiment on this run's own data and model, as a band.
 
-Not here: the experiment (`optim/lr_search.py`) and training (`trial.losses_at`). It sets nothing:
-it prints a table and the command that uses the rate, and it ends with 1 when the experiment cannot
-tell. All parts of the update rule are scaled together, so muon's command names both its rates.
+It sets nothing: it prints a table and the command that uses the rate, and ends with 1 when the
+experiment cannot tell. All parts of the update rule are scaled together, so muon's command names
+both its rates.
 """
 
 from __future__ import annotations
@@ -17,29 +17,35 @@ from typing import Any
 
 from cordee.cli.arguments import ParsedArguments, check_flags, make_parser, parse_arguments
 from cordee.cli.run_paths import refuse_overwrite
+from cordee.config.paths import expand_home
 from cordee.config.presets import DEFAULT_LR
 from cordee.config.ranges import MAX_COUNT, Range
 from cordee.config.run import Run
 from cordee.dist.streams import print_to_stderr
+from cordee.errors import ConfigError
 from cordee.optim.lr_search import LRSearchResult, LRSearchSettings, TrainFn, find_lr
 from cordee.planner.recipe import resolve_for_machine
+from cordee.report.charts import ChartSeries
 from cordee.report.metrics_writer import write_atomically
-from cordee.report.png import BLUE, ORANGE, RED, Plot, Series, draw
 from cordee.report.summary import format_amount, format_seconds
+from cordee.report.svg import Figure, svg_text
 
 REPORT_EVERY_S = 10.0
 """Seconds between lines that say how far the search is."""
+TITLE = "cordee lr"
+"""How the title of every picture begins, by which a picture is known."""
+BLUE, ORANGE, RED = "#2a66b0", "#c8602a", "#b5392f"
 
 
 def run(argv: Sequence[str]) -> int:
-    """Searches, prints and writes lr.json and lr.png; 1 when nothing can be said."""
+    """Searches, prints and writes lr.json and lr.svg; 1 when nothing can be said."""
     defaults = LRSearchSettings(centre=1.0)
     arg_parser = make_parser(
         "lr",
         "Finds a learning rate by short experiments: a range test, then ever longer runs of ever\n"
         "fewer rates. A minute and a half for the default model on 2 cores. Sets nothing.",
         "cordee lr model.preset=small --steps 1500",
-        "[CONFIG.toml] [key=value ...] [--steps N] [--seeds N] [--json]",
+        "[CONFIG.toml] [key=value ...] [--steps N] [--seeds N] [--output FILE] [--json]",
     )
     arg_parser.add_argument(
         "--steps", type=int, default=defaults.steps, metavar="N",
@@ -50,10 +56,14 @@ def run(argv: Sequence[str]) -> int:
         help=f"runs of each rate (default {defaults.seeds})",
     )  # fmt: skip
     arg_parser.add_argument(
+        "--output", metavar="FILE.svg", help="where to draw the picture (default lr.svg in run.dir)"
+    )
+    arg_parser.add_argument(
         "--json", action="store_true", help="print the finding as one JSON object"
     )
     args = parse_arguments(arg_parser, argv)
     check_flags(arg_parser, args.flags, {"steps": Range(1, MAX_COUNT), "seeds": Range(1, 1000)})
+    picture = _picture_path(args.flags.output)
     from cordee.launcher.local_cluster import measure_cluster
     from cordee.launcher.prepare import read_vocabulary_size, resolve_config
 
@@ -67,27 +77,47 @@ def run(argv: Sequence[str]) -> int:
         first_seed=run_config.run.seed,
     )
     settings.check()
-    _check_output_paths(Path(run_config.run.dir))
+    folder = Path(run_config.run.dir)
+    picture = picture or folder / "lr.svg"
+    _check_output_paths(folder / "lr.json", picture)
     print_line = _with_elapsed_time(print_to_stderr)
     result = find_lr(_make_sweep(run_config, settings.steps, print_line), settings, print_line)
-    folder = Path(run_config.run.dir)
     tokens = run_config.batch.microbatch * run_config.batch.microbatches * run_config.data.sequence
-    write_result(result, folder, tokens)
+    write_result(result, folder, tokens, picture)
     command = train_command(result, run_config, args)
     if args.flags.json:
         print(json.dumps(to_json_dict(result, tokens) | {"command": command}, allow_nan=False))
     else:
         print(result_table(result, tokens))
         print(conclusion(result, command))
-    print_to_stderr(f"wrote {folder / 'lr.json'} and {folder / 'lr.png'}")
+    print_to_stderr(f"wrote {folder / 'lr.json'} and {picture}")
     return 0 if result.conclusive else 1
 
 
-def _check_output_paths(folder: Path) -> None:
-    """ConfigError when lr.json or lr.png in the folder is somebody's own."""
-    result_file, fix = folder / "lr.json", "run.dir=... another folder"
-    refuse_overwrite(result_file, "file", _is_search_result, fix)
-    refuse_overwrite(folder / "lr.png", "file", lambda _: result_file.is_file(), fix)
+def _picture_path(flag: str | None) -> Path | None:
+    """What --output names; ConfigError when that is no SVG or in no folder."""
+    if flag is None:
+        return None
+    path = Path(expand_home(flag))
+    if path.suffix != ".svg":
+        raise ConfigError(
+            "the picture is an SVG and nothing else",
+            values={"--output": flag},
+            fix=f"--output {path.with_suffix('.svg')}",
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(
+            "the picture cannot be written there: no such folder",
+            values={"--output": flag},
+            fix=f"--output {path.name}, or mkdir {path.parent}",
+        )
+    return path
+
+
+def _check_output_paths(result_file: Path, picture: Path) -> None:
+    """ConfigError when one of them is there and somebody's own."""
+    refuse_overwrite(result_file, "file", _is_search_result, "run.dir=... another folder")
+    refuse_overwrite(picture, "--output", lambda path: TITLE.encode() in path.read_bytes())
 
 
 def _is_search_result(path: Path) -> bool:
@@ -161,43 +191,42 @@ def to_json_dict(result: LRSearchResult, step_tokens: int) -> dict[str, Any]:
     return {**_finite_or_none(asdict(result)), "step_tokens": step_tokens}
 
 
-def write_result(result: LRSearchResult, folder: Path, step_tokens: int) -> None:
-    """Writes lr.json and lr.png into the folder, whole or not at all."""
+def write_result(
+    result: LRSearchResult, folder: Path, step_tokens: int, picture: Path | None = None
+) -> None:
+    """Writes lr.json and the picture (lr.svg) into the folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json_dict(result, step_tokens), indent=1, allow_nan=False) + "\n"
-    for name, data in (("lr.json", text.encode()), ("lr.png", draw(make_plot(result)))):
-        write_atomically(folder / name, data)
+    write_atomically(folder / "lr.json", text.encode())
+    write_atomically(picture or folder / "lr.svg", svg_text(make_figure(result)).encode())
 
 
-def make_plot(result: LRSearchResult) -> Plot:
+def make_figure(result: LRSearchResult) -> Figure:
     """The range test as a curve, the candidates as dots at their longest runs, and the band."""
     range_test, ceiling = result.range_test, 1.3 * result.start
     # What explodes leaves the picture at its top instead of flattening everything else.
     test_rates = [p.lr for p in range_test]
     rows = [row for row in result.rows if not row.diverged]
     bad_lrs = [row.lr for row in result.rows if row.diverged]
-    title = "learning rate: no conclusion"
-    if result.suggestion is not None:
-        title = f"learning rate: {result.suggestion:.3g}"
-    clipped_losses = [min(p.loss, ceiling) for p in range_test]
-    dots = [Series(label="candidates", x=[r.lr for r in rows], y=[r.losses[-1] for r in rows],
-                   colour=ORANGE, kind="dots")]  # fmt: skip
-    if bad_lrs:
-        dots.append(Series(label="diverged", x=bad_lrs, y=[result.start] * len(bad_lrs), colour=RED,
-                           kind="dots"))  # fmt: skip
-    return Plot(
-        title=title,
+    losses, smoothed = (
+        [min(getattr(p, n), ceiling) for p in range_test] for n in ("loss", "smoothed")
+    )
+    series = [
+        ChartSeries(label="range test", x=test_rates, y=losses, kind="faint", colour=BLUE),
+        ChartSeries(label="smoothed", x=test_rates, y=smoothed, colour=BLUE),
+        ChartSeries(label="candidates", x=[r.lr for r in rows], y=[r.losses[-1] for r in rows],
+                    colour=ORANGE, kind="dots"),
+        ChartSeries(label="diverged", x=bad_lrs, y=[result.start] * len(bad_lrs), colour=RED,
+                    kind="dots"),
+    ]  # fmt: skip
+    suggestion = result.suggestion
+    return Figure(
+        title=f"{TITLE}: " + ("no conclusion" if suggestion is None else f"{suggestion:.3g}"),
         x_label="learning rate",
         y_label="loss",
-        series=[
-            Series(label="range test", x=test_rates, y=clipped_losses, kind="faint", colour=BLUE),
-            Series(
-                label="smoothed", x=test_rates, y=[min(p.smoothed, ceiling) for p in range_test]
-            ),
-            *dots,
-        ],
+        series=series if bad_lrs else series[:-1],
         band=result.band,
-        mark=None if result.suggestion is None else ("suggestion", result.suggestion),
+        mark=None if suggestion is None else ("suggestion", suggestion),
     )
 
 

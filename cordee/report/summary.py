@@ -1,18 +1,17 @@
-"""What a run's records say: a summary, and a verdict by plain rules.
+"""What a run's records say: a summary, and a verdict by plain rules. No torch, no numpy.
 
-PAPER: no torch, no numpy. Not here: reading them (`records.py`), the page (`report_page.py`), the
-command (`cli/report.py`). Traded away: statistics; every rule of the verdict is a comparison of
-medians that a reader can do by eye on the chart beside it.
+Every rule of the verdict is a comparison of medians that a reader can do by eye on the chart
+beside it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
 from cordee.report.reader import RunRecords, finite_number
@@ -96,6 +95,16 @@ def last_median(records: RunRecords, name: str) -> float | None:
     column = records.columns[name][-max(20, len(records.steps) // 10) :]
     values = [v for v in column if v is not None]
     return median(values) if values else None
+
+
+def format_number(value: float) -> str:
+    """A number for a person: four significant digits, thousands parted, powers where needed."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if not 1e-3 <= abs(value) < 1e7:
+        mantissa, _, power = f"{value:.3g}".partition("e")
+        return f"{mantissa}e{int(power)}" if power else mantissa
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def format_seconds(value: float) -> str:
@@ -319,11 +328,3 @@ def _about_plan(records: RunRecords) -> list[Remark]:
     ratio = measured_s / planned_s if is_slower else planned_s / measured_s
     direction = "slower" if is_slower else "faster"
     return [Remark("note", f"Steps are {ratio:.3g} times {direction} than the plan said.")]
-
-
-def mean_ratio(
-    numerators: Sequence[float | None], denominators: Sequence[float | None]
-) -> float | None:
-    """Mean of above / below where both were written: e.g. bits a byte per nat a token."""
-    ratios = [a / b for a, b in zip(numerators, denominators, strict=True) if a is not None and b]
-    return fmean(ratios) if ratios else None
