@@ -148,7 +148,7 @@ def _legend_html(chart: Chart) -> str:
         extra = "" if i % stride == 0 or i == len(chart.series) - 1 else " extra"
         items.append(
             f'<button type="button" class="key{extra}" data-series="{i + 1}" aria-pressed="true">'
-            f'<i class="{line.kind}" style="--c:{line.colour}"></i>{escape(line.label)}'
+            f'<i class="{line.kind}" style="--c:{escape(line.colour)}"></i>{escape(line.label)}'
             f" <b>{value_text}</b></button>"
         )
     for label, level in chart.levels:
@@ -190,8 +190,8 @@ def speed_charts(records: RunRecords) -> list[Chart]:
         _step_time_chart(records),
         _column_chart(records, "Memory of a rank", "memory_bytes", is_size=True),
     ]
-    sent = [name for name in SENT_TITLES if any(records.column_values(name))] or ["bytes_sent"]
-    charts += [_column_chart(records, SENT_TITLES[name], name, is_size=True) for name in sent]
+    names = [name for name in SENT_TITLES if any(records.column_values(name))] or ["bytes_sent"]
+    charts += [_column_chart(records, SENT_TITLES[name], name, is_size=True) for name in names]
     if len(set(records.column_values("islands"))) > 1:
         charts.append(_column_chart(records, "Islands", "islands"))
     return charts

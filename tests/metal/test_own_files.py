@@ -261,7 +261,7 @@ def test_files_of_the_user_called_as_a_runs_are(name: str, work_folder: Path) ->
 
 
 def test_a_search_does_not_replace_a_file_of_the_user(work_folder: Path) -> None:
-    for name in ("lr.json", "lr.png"):
+    for name in ("lr.json", "lr.svg"):
         Path(name).write_text("{}")
         assert main(["lr", *OVERRIDES, "run.dir=.", "data.path=a.txt"]) == 2
         assert Path(name).read_text() == "{}"

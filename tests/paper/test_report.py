@@ -1,7 +1,6 @@
 """The report of a run: what it reads, what it concludes, and that the page stands alone.
 
 Real folders as runs leave them: finished, killed in the middle of a line, resumed, half empty.
-Not here: how the page looks; that is judged by eye.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cordee
 from cordee.cli.report import run
 from cordee.config.load import dump, load
 from cordee.errors import ConfigError
-from cordee.report.charts import (
-    Chart,
-    ChartSeries,
-    downsample_extremes,
-    downsample_means,
-    figure_html,
-    format_number,
-    log_labels,
-    log_ticks,
-    smooth,
-    tick_labels,
-    ticks,
-)
+from cordee.report.charts import Chart, ChartSeries, downsample_extremes, figure_html, smooth
 from cordee.report.html import report_page
-from cordee.report.reader import read_run
-from cordee.report.summary import format_amount, format_seconds, summarise
+from cordee.report.reader import read_metrics, read_run
+from cordee.report.summary import format_amount, format_number, format_seconds, summarise
+from cordee.report.svg import log_ticks, ticks
 
 VOID_TAGS = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
@@ -137,7 +128,15 @@ def test_page_is_whole_and_stands_alone(tmp_path: Path, capsys: pytest.CaptureFi
     checker = HtmlChecker()
     checker.feed(text)
     assert checker.open_tags == [] and checker.figure_count == 9
-    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", text)
+    own_text = text.replace("https://github.com/leeoniya/uPlot", "")  # in the library's banner
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp", own_text)
+    assert "Copyright (c) 2022 Leon Sorokin" in text, "its licence goes with it"
+    policy = re.search(r'Policy" content="([^"]+)"', text)
+    assert policy and policy[1].startswith("default-src 'none'; style-src 'unsafe-inline'; script-")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digests = [b64encode(sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy[1]) == digests and len(digests) == 2
+    assert len(text) < 250_000
     assert "prefers-color-scheme:dark" in text
     assert "&lt;script&gt;alert" in text and "<script>alert" not in text
     for words in ("Loss", "Bits per byte", "Learning rate", "Gradient norm of each layer"):
@@ -384,66 +383,90 @@ def test_long_run_of_a_deep_model_stays_small(tmp_path: Path) -> None:
     assert len(report_page(records, summarise(records)).encode()) < 1_600_000
 
 
+def figure_numbers(html: str) -> list[dict[str, Any]]:
+    """What the script is given to draw, figure by figure."""
+    return [json.loads(text) for text in re.findall(r"/json\">(.*?)</script>", html, re.DOTALL)]
+
+
+def test_names_of_layers_and_events_end_no_element(tmp_path: Path) -> None:
+    name = "</script><script>alert(1)</script>"
+    folder = write_run_dir(
+        tmp_path / "a",
+        events=[make_event("resumed", 7), make_event("step_skipped", 9, **{name: name})],
+        layers=layer_records({f"blocks.{name}": 0.1}),
+    )
+    checker, html = HtmlChecker(), render_page(folder)
+    checker.feed(html)
+    assert checker.open_tags == [] and "<script>alert" not in html
+    evil = ChartSeries(label=name, x=[1, 2], y=[1.0, 2.0], colour=name)
+    html = figure_html(Chart(title=name, series=[evil], step_marks=[(name, 1.0)]), (1, 2))
+    assert html.count("</script>") == 1
+    assert figure_numbers(html)[0]["marks"] == [[name, 1.0]]
+
+
+def test_every_series_of_the_page_has_its_column(tmp_path: Path) -> None:
+    evaluations = [make_event("evaluated", step, held_out_loss=2.0) for step in (100, 50, 100)]
+    layers = layer_records({"blocks.0": 0.1, "blocks.1": 0.1})
+    html = render_page(write_run_dir(tmp_path / "a", events=evaluations, layers=layers))
+    figures = figure_numbers(html)
+    assert [len(figure["series"]) for figure in figures] == [3, 2, 1, 2, 5, 2, 3, 1, 1]
+    for figure in figures:
+        columns = [(table[0], column) for table in figure["tables"] for column in table[1:]]
+        assert len(columns) == len(figure["series"]) and figure["x"] == [1, 300]
+        for steps, column in columns:
+            assert len(steps) == len(column) and steps == sorted(set(steps))
+    assert figures[0]["tables"][-1] == [[50, 100], [2, 2]], "the held-out loss"
+
+
 def test_figure_without_values_is_left_out() -> None:
-    assert figure_html(Chart(title="nothing")) == ""
-    assert (
-        figure_html(Chart(title="nulls", series=[ChartSeries(label="a", x=[1, 2], y=[None, None])]))
-        == ""
-    )
+    assert figure_html(Chart(title="nothing"), (1, 2)) == ""
+    nulls = [ChartSeries(label="a", x=[1, 2], y=[None, None])]
+    assert figure_html(Chart(title="nulls", series=nulls), (1, 2)) == ""
     zeros = [ChartSeries(label="a", x=[1, 2], y=[0.0, 0.0])]
-    assert (
-        figure_html(Chart(title="zeros", series=zeros, scale="log", has_scale_toggle=False)) == ""
-    )
-    assert 'data-scale="linear"' in figure_html(Chart(title="zeros", series=zeros, scale="log"))
+    log_only = Chart(title="zeros", series=zeros, scale="log", has_scale_toggle=False)
+    assert figure_html(log_only, (1, 2)) == ""
+    html = figure_html(Chart(title="zeros", series=zeros, scale="log"), (1, 2))
+    assert 'data-scale="linear"' in html and "toggle" not in html
 
 
-def test_gap_breaks_a_line_and_points_stay_inside() -> None:
-    y = [1.0, 2.0, None, 4.0, 3.0]
-    svg = figure_html(
-        Chart(title="t", series=[ChartSeries(label="a", x=range(5), y=y)], has_scale_toggle=False)
-    )
-    path = re.search(r' d="([^"]+)"', svg)
-    assert path and path[1].count("M") == 2
-    coordinates = [int(n) for n in re.findall(r"\d+", path[1])]
-    assert len(coordinates) == 8 and min(coordinates) >= 0 and max(coordinates) <= 1000
+def test_a_gap_stays_a_gap_and_a_run_of_one_step_has_an_axis() -> None:
+    series = [ChartSeries(label="a", x=range(5), y=[1.0, 2.0, None, 4.00001, 1 / 3])]
+    (numbers,) = figure_numbers(figure_html(Chart(title="t", series=series), (0, 4)))
+    assert numbers["tables"] == [[[0, 1, 2, 3, 4], [1, 2, None, 4.0, 0.33333]]]
+    (numbers,) = figure_numbers(figure_html(Chart(title="t", series=series), (4, 4)))
+    assert numbers["x"] == [4, 5]
 
 
-@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
-def test_ticks_are_few_even_and_inside(low: float, width: float, count: int) -> None:
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_are_few_even_and_inside(low: float, width: float) -> None:
     high = low + width
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         return
-    positions = ticks(low, high, count)
+    positions = ticks(low, high)
     slack = 1e-6 * (high - low)
     assert all(low - slack <= t <= high + slack for t in positions)
-    assert len(positions) <= 2 * count + 2 and positions == sorted(positions)
-    assert len(tick_labels(positions)) == len(positions)
+    assert 1 < len(positions) <= 7 and positions == sorted(positions)
 
 
 @given(st.floats(-12, 12), st.floats(0.05, 20))
 def test_log_ticks_are_few_and_inside(power: float, decades: float) -> None:
     low, high = 10**power, 10 ** (power + decades)
     positions = log_ticks(low, high)
-    assert 1 <= len(positions) <= 12 and positions == sorted(positions)
+    assert 1 <= len(positions) <= 9 and positions == sorted(positions)
     assert all(low * 0.99 <= t <= high * 1.01 for t in positions)
-    assert len(set(log_labels(positions))) == len(positions)
+    assert len({format_number(t) for t in positions}) == len(positions)
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=300), st.integers(2, 50))
 def test_fewer_points_keep_the_extremes(y: list[float | None], points: int) -> None:
-    x = list(range(len(y)))
-    few_x, few_y = downsample_extremes(x, y, points)
+    few_x, few_y = downsample_extremes(range(len(y)), y, points)
     assert len(few_x) == len(few_y) <= max(points, 2) and few_x == sorted(few_x)
     values = [v for v in y if v is not None]
     few_values = [v for v in few_y if v is not None]
-    assert (
-        (min(few_values), max(few_values)) == (min(values), max(values))
-        if values
-        else not few_values
-    )
+    assert bool(few_values) == bool(values)
+    if values:
+        assert (min(few_values), max(few_values)) == (min(values), max(values))
     assert all(y[int(i)] == v for i, v in zip(few_x, few_y, strict=True))
-    mean_x, mean_y = downsample_means(x, y, points)
-    assert len(mean_x) == len(mean_y) <= max(points, 2)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=200), st.integers(1, 30), st.booleans())
@@ -454,6 +477,25 @@ def test_smoothing_stays_between_the_extremes(
     assert len(x) == len(smooth_y) <= 51 and x[0] == 0 and x[-1] == len(y) - 1
     assert all(v is not None and min(y) * 0.999 <= v <= max(y) * 1.001 for v in smooth_y)
     assert smooth_y[0] == pytest.approx(y[0]), "the first step is left alone"
+
+
+def test_metrics_as_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [make_row(s, shares=[2, 2], samples="6b9e") for s in (1, 2, 3)]
+    rows += [make_row(2, loss=None, bytes_inside={"tensor": 5, "sums": 2}), {"step": 3, "late": 1}]
+    write_run_dir(tmp_path / "runs" / "a", rows=rows)
+    with open(tmp_path / "runs" / "a" / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 4, "lo')
+    monkeypatch.chdir(tmp_path)
+    columns = cordee.read_metrics("a")
+    assert columns.keys() == read_metrics(tmp_path / "runs" / "a").keys()
+    assert columns["step"] == [1, 2, 3] and {len(column) for column in columns.values()} == {3}
+    assert columns["loss"][0] == make_row(1)["loss"] and math.isnan(columns["loss"][1])
+    assert columns["bytes_inside"][1] == 7.0 and columns["late"][2] == 1.0
+    assert columns["skipped"][:2] == [0.0, 0.0] and all(map(math.isnan, columns["mfu"]))
+    assert not {"shares", "samples"} & columns.keys(), "numbers only"
+    assert {type(v) for name in columns if name != "step" for v in columns[name]} == {float}
+    with pytest.raises(ConfigError, match="no metrics"):
+        read_metrics("b")
 
 
 JUNK = (
@@ -490,10 +532,6 @@ def test_numbers_as_a_person_writes_them() -> None:
     assert [format_number(v) for v in (0, 1.5, 1234.5, 0.00002, 3e9)] == [
         "0", "1.5", "1,234", "2e-5", "3e9",
     ]  # fmt: skip
-    assert tick_labels([0.0, 0.005, 0.01]) == ["0.000", "0.005", "0.010"]
-    assert tick_labels([0.0, 2.5, 5.0]) == ["0.0", "2.5", "5.0"]
-    assert tick_labels([0.0, 20_000.0]) == ["0", "20,000"]
-    assert log_labels([1e-6, 1e-3, 1.0]) == ["10⁻⁶", "10⁻³", "1"]
     assert [format_seconds(v) for v in (0, 0.0981, 84.2, 150, 10_500)] == [
         "0 s", "98.1 ms", "84.2 s", "2 min 30 s", "2 h 55 min",
     ]  # fmt: skip

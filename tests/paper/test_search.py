@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import random
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -22,7 +21,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from cordee.cli.arguments import make_parser, parse_arguments
-from cordee.cli.lr import conclusion, peak_lr, result_table, train_command, write_result
+from cordee.cli.lr import conclusion, peak_lr, result_table, run, train_command, write_result
 from cordee.config.presets import DEFAULT_LR
 from cordee.errors import ConfigError
 from cordee.optim.lr_search import (
@@ -347,14 +346,28 @@ def test_table_json_and_picture_say_the_same(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "runs" / "a" / "lr.json").read_text())
     assert fields["suggestion"] == result.suggestion and fields["conclusive"] is True
     assert len(fields["rows"]) == len(result.rows)
-    data = (tmp_path / "runs" / "a" / "lr.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
-    width, height = struct.unpack(">II", data[16:24])
-    chunk_start = data.index(b"IDAT")
-    (size,) = struct.unpack(">I", data[chunk_start - 4 : chunk_start])
-    pixel_rows = zlib.decompress(data[chunk_start + 4 : chunk_start + 4 + size])
-    assert len(pixel_rows) == height * (1 + 3 * width)
-    assert len(set(pixel_rows)) > 20, "the picture is not blank"
+    picture = ElementTree.parse(tmp_path / "runs" / "a" / "lr.svg").getroot()
+    texts = [node.text for node in picture.findall(".//{*}text")]
+    assert texts[0] == f"cordee lr: {result.suggestion:.3g}" and "candidates" in texts
+    places = [
+        tuple(map(float, place.split(",")))
+        for line in picture.findall(".//{*}polyline")
+        for place in line.attrib["points"].split()
+    ]
+    places += [
+        (float(c.attrib["cx"]), float(c.attrib["cy"])) for c in picture.findall(".//{*}circle")
+    ]
+    assert len(places) > len(result.range_test) + len(result.rows)
+    assert all(0 < x < 900 and 0 < y < 510 for x, y in places), "nothing leaves the picture"
+
+
+@pytest.mark.parametrize(
+    ("output", "fix"), [("rates.png", "rates.svg"), ("rates", "rates.svg"), ("no/a.svg", "a.svg")]
+)
+def test_picture_is_an_svg_in_a_folder(output: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as exc_info:
+        run(["--output", output])
+    assert exc_info.value.exit_code == 2 and f"--output {fix}" in str(exc_info.value.fix)
 
 
 def test_command_that_uses_it_keeps_the_users_words() -> None:
@@ -381,4 +394,4 @@ def test_refusal_is_written_too(tmp_path: Path) -> None:
     write_result(result, tmp_path, 4096)
     fields = json.loads((tmp_path / "lr.json").read_text())
     assert fields["conclusive"] is False and fields["reason"] and fields["suggestion"] is None
-    assert (tmp_path / "lr.png").stat().st_size > 500
+    assert "nothing was measured" in (tmp_path / "lr.svg").read_text()
