@@ -1,9 +1,7 @@
-"""What a step cost: time by phase, bytes, memory, and the rates that follow.
+"""What a step costs: time by phase on the host's clock, bytes, memory, and the rates that follow.
 
-Not here: where it is written (`sinks.py`). Memory is this rank's peak above what the process held
-before the model was built, so that it can be held against the plan; on an accelerator whose
-allocator tells it, that one's peak. Traded away: device timers; phases are told apart by the host's
-clock.
+Memory is this rank's peak above what the process held before the model was built, so that it
+compares with the plan; on an accelerator whose allocator counts it, that count.
 """
 
 from __future__ import annotations
@@ -40,7 +38,6 @@ class StepMeter:
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
 
     def start_step(self) -> None:
-        """A step begins."""
         self._phase_times_s = {}
         self._step_start_s = time.perf_counter()
 
@@ -49,17 +46,13 @@ class StepMeter:
         """Adds the time of the block to phase `name` ("data", "comm", ...)."""
         start_s = time.perf_counter()
         yield
-        self._phase_times_s[name] = (
-            self._phase_times_s.get(name, 0.0) + time.perf_counter() - start_s
-        )
+        self.add_phase_time(name, time.perf_counter() - start_s)
 
     def add_phase_time(self, name: str, time_s: float) -> None:
-        """Adds time that somebody else took."""
         self._phase_times_s[name] = self._phase_times_s.get(name, 0.0) + time_s
 
     def step_metrics(self, tokens: int, bytes_sent: int) -> dict[str, Any]:
-        """The step's costs: the part of a metrics row that this file knows."""
-        step_s = time.perf_counter() - self._step_start_s
+        step_s, peak_flops = time.perf_counter() - self._step_start_s, self._peak_flops
         self._step_times_s.append(step_s)
         self.bytes_sent = bytes_sent
         self._memory_bytes = memory_bytes = self.peak_memory_bytes()
@@ -70,11 +63,10 @@ class StepMeter:
             "comm_s": round(self._phase_times_s.get("comm", 0.0), 6),
             "bytes_sent": bytes_sent,
             "memory_bytes": memory_bytes,
-            "mfu": self._mfu(step_s),
+            "mfu": round(self._flops_per_step / step_s / peak_flops, 4) if peak_flops else None,
         }
 
     def peak_memory_bytes(self) -> int:
-        """Peak memory of this rank above the start's."""
         if DEVICES[self._device.type].memory_statistics:
             return int(torch.accelerator.max_memory_allocated(self._device))
         return max(0, peak_bytes() - self._baseline_bytes)
@@ -87,8 +79,3 @@ class StepMeter:
             "bytes_sent": float(self.bytes_sent),
             "memory_bytes": self._memory_bytes,
         }
-
-    def _mfu(self, step_s: float) -> float | None:
-        return (
-            round(self._flops_per_step / step_s / self._peak_flops, 4) if self._peak_flops else None
-        )

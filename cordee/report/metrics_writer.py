@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.config.paths import make_temporary_path
-from cordee.report.reader import (
-    last_step,
-    lines_with_offsets,
-    open_regular_file,
-    parse_record,
-    record_step,
-)
+from cordee.report.reader import last_step, line_step, lines_with_offsets, open_regular_file
 
 MAX_PENDING_LINES = 100_000
 
@@ -35,7 +29,7 @@ class JsonLinesWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.failure = ""
-        self._pending_lines: list[str] = []
+        self._pending_lines: list[bytes] = []
         self._is_tail_clean = False
         self._file_id: tuple[int, int] | None = None
         self._truncation_step: int | None = None
@@ -75,26 +69,24 @@ class JsonLinesWriter:
         """Drops records of later steps, now or as soon as the disk lets; what is written meanwhile
         waits."""
         self._truncation_step = step
-        self._pending_lines = [
-            line for line in self._pending_lines if (_line_step(line) or 0) <= step
-        ]
+        self._pending_lines = [v for v in self._pending_lines if (line_step(v) or 0) <= step]
         self.flush()
 
     def last_step(self) -> int:
         """The step of the last record, written or waiting; 0 when there is none."""
-        pending_steps = (_line_step(line) for line in reversed(self._pending_lines))
+        pending_steps = map(line_step, reversed(self._pending_lines))
         pending_step = next((step for step in pending_steps if step is not None), None)
         return last_step(self.path) if pending_step is None else pending_step
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (kept in memory while the disk refuses, the newest 100,000)."""
-        self._pending_lines.append(_format_record(record))
+        self._pending_lines.append(_format_record(record).encode())
         del self._pending_lines[:-MAX_PENDING_LINES]
         self.flush()
 
     def flush(self) -> bool:
         """Writes what waits; False when the disk refuses."""
-        data = "".join(self._pending_lines).encode()
+        data = b"".join(self._pending_lines)
         try:
             self._apply_truncation()
             # Unbuffered: a buffer would be written again by close, after the cut.
@@ -146,10 +138,6 @@ def _file_identity(stat_result: os.stat_result) -> tuple[int, int]:
     return stat_result.st_dev, stat_result.st_ino
 
 
-def _line_step(line: str) -> int | None:
-    return record_step(parse_record(line.encode()) or {})
-
-
 def _read_content(path: Path) -> bytes:
     if not path.exists():
         return b""
@@ -181,13 +169,12 @@ def truncate_after_step(path: Path, step: int) -> None:
     cut_offset, needs_rewrite = -1, False
     kept_lines: list[bytes] = []
     for offset, line in lines_with_offsets(path):
-        line_step = record_step(parse_record(line) or {})
-        if line_step is not None and line_step > step and cut_offset < 0:
-            cut_offset = offset
-        elif line_step is not None and line_step <= step and cut_offset >= 0:
-            needs_rewrite = True
-        if line_step is not None and line_step <= step:
+        number = line_step(line)
+        if number is not None and number <= step:
             kept_lines.append(line)
+            needs_rewrite |= cut_offset >= 0
+        elif number is not None and cut_offset < 0:
+            cut_offset = offset
     if needs_rewrite:
         write_atomically(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept_lines))
     elif cut_offset >= 0:

@@ -105,8 +105,7 @@ def last_step(path: Path) -> int:
         for length in (1 << 16, 1 << 22):
             stream.seek(max(0, stop - length))
             for line in reversed(stream.read(length).splitlines()):
-                step = record_step(parse_record(line) or {})
-                if step is not None:
+                if (step := line_step(line)) is not None:
                     return step
     steps = (record_step(record) or 0 for record in iter_records(path))
     return max(deque(steps, maxlen=1), default=0)
@@ -124,6 +123,11 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 def record_step(record: Mapping[str, Any]) -> int | None:
     """The step that a record is of; None when it says none."""
     return as_count(record.get("step"))
+
+
+def line_step(line: bytes) -> int | None:
+    """The step that a line's record is of; None when it says none."""
+    return record_step(parse_record(line) or {})
 
 
 def as_count(value: object) -> int | None:

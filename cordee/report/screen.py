@@ -1,7 +1,7 @@
 """What a person sees while a run runs: a bar on a terminal, plain lines anywhere else.
 
-Everything goes to standard error; standard output belongs to --json. Not here: files. Ranks other
-than 0 get a silent screen, so the loop never asks.
+Everything goes to standard error; standard output belongs to --json. Ranks other than 0 get a
+silent screen, so that the loop never asks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Screen:
         self._start_s = time.monotonic()
 
     def print_line(self, text: str) -> None:
-        """One line."""
         if self._silent:
             return
         with suppress(OSError, ValueError):  # a closed terminal, a full disk: no reason to end
@@ -65,7 +64,6 @@ class Screen:
             print_to_stderr(format_row(row, remaining_s))
 
     def close(self) -> None:
-        """Takes the bar away; its last state stays on the screen."""
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError, ValueError):
@@ -94,21 +92,15 @@ def format_short_row(row: Mapping[str, Any], remaining_s: float) -> str:
 
 
 def _make_bar(console: Console, width: int) -> Progress:
-    return Progress(
-        BarColumn(bar_width=width),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        refresh_per_second=8,
-    )
+    columns = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[text]}")
+    return Progress(BarColumn(bar_width=width), *columns, console=console, refresh_per_second=8)
 
 
 def _format_bits(row: Mapping[str, Any], separator: str) -> str:
     """Bits per byte; nothing where a finite loss has none (classifiers)."""
-    bits = row["bits_per_byte"]
-    return (
-        "" if bits is None and row["loss"] is not None else f"{separator}bpb {_format_number(bits)}"
-    )
+    if row["bits_per_byte"] is None and row["loss"] is not None:
+        return ""
+    return f"{separator}bpb {_format_number(row['bits_per_byte'])}"
 
 
 def _format_number(value: float | None) -> str:

@@ -10,7 +10,9 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from statistics import median
 from typing import Any, Literal
 
@@ -62,11 +64,12 @@ def summarise(records: RunRecords, now_s: float | None = None) -> RunSummary:
     state = _run_phase(records, time.time() if now_s is None else now_s)
     finish_event = records.last_event("finished") or {}
     held_out_bits = [finite_number(e.get("held_out_bits_per_byte")) for e in records.events]
-    held_out_values = [v for v in held_out_bits if v is not None]
     losses = records.column_values("loss")
-    remarks = [_about_end(records, state), *_about_loss(records), *_about_held_out(records)]
-    remarks += [*_about_time(records), *_about_steps(records), *_about_layers(records)]
-    remarks += [*_about_shares(records), *_about_plan(records)]
+    rules = (
+        _about_loss, _about_held_out, _about_time, _about_steps, _about_layers, _about_shares,
+        _about_plan,
+    )  # fmt: skip
+    remarks = [_about_end(records, state), *chain.from_iterable(rule(records) for rule in rules)]
     problems = [r.text for r in remarks if r.kind == "bad"]
     headline = " ".join(r.text for r in remarks[:2])
     other_problems = [text for text in problems if text not in headline]
@@ -79,7 +82,7 @@ def summarise(records: RunRecords, now_s: float | None = None) -> RunSummary:
         steps=len(records.steps),
         last_step=records.steps[-1] if records.steps else None,
         last_loss=losses[-1] if losses else None,
-        held_out_bits_per_byte=held_out_values[-1] if held_out_values else None,
+        held_out_bits_per_byte=next((v for v in reversed(held_out_bits) if v is not None), None),
         held_out_accuracy=finite_number(finish_event.get("held_out_accuracy")),
         weights_sha256=digest if isinstance(digest, str) else None,
         skipped=sum(1 for v in records.columns["skipped"] if v),
@@ -162,78 +165,62 @@ def _about_end(records: RunRecords, state: RunPhase) -> Remark:
         return Remark("good", f"Finished: {steps_text}{cost_text}.")
     if state == "running":
         return Remark("note", f"Running: {steps_text} so far{cost_text}.")
-    for name in ("stopped", "interrupted"):
-        event = records.last_event(name)
-        if event is not None and event is records.events[-1]:
-            cause = event.get("cause") or event.get("reason") or event.get("signal")
-            cause_text = f" ({cause})" if cause else ""
-            return Remark("bad", f"{name.capitalize()}{cause_text} after {steps_text}{cost_text}.")
-    return Remark(
-        "bad", f"Ended without a last word after {steps_text}{cost_text}: killed, or cut off."
-    )
+    event = records.events[-1] if records.events else {}
+    if event.get("event") in ("stopped", "interrupted"):
+        cause = event.get("cause") or event.get("reason") or event.get("signal")
+        text = event["event"].capitalize() + (f" ({cause})" if cause else "")
+        return Remark("bad", f"{text} after {steps_text}{cost_text}.")
+    text = f"Ended without a last word after {steps_text}{cost_text}: killed, or cut off."
+    return Remark("bad", text)
 
 
-def _about_loss(records: RunRecords) -> list[Remark]:
+def _about_loss(records: RunRecords) -> Iterator[Remark]:
     losses = records.column_values("loss")
     if len(losses) < 5:
-        return []
+        return
     window = max(3, len(losses) // 10)
-    first_loss, last_loss = median(losses[:3]), median(losses[-window:])
-    spread = median(
-        abs(b - a) for a, b in zip(losses[-window - 1 :], losses[-window:], strict=False)
-    )
-    if last_loss > first_loss - 2 * spread:
-        return [
-            Remark(
-                "bad", f"The loss did not fall: {first_loss:.3g} at first, {last_loss:.3g} at last."
-            )
-        ]
-    lowest_loss = min(
-        median(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)
-    )
-    if last_loss - lowest_loss > max(2 * spread, 0.05 * (first_loss - lowest_loss)):
-        return [
-            Remark("bad", f"The loss fell to {lowest_loss:.3g} but rose again to {last_loss:.3g}.")
-        ]
+    first, last = median(losses[:3]), median(losses[-window:])
+    spread = median(abs(b - a) for a, b in pairwise(losses[-window - 1 :]))
+    starts = range(0, len(losses) - window + 1, window)
+    lowest = min(median(losses[i : i + window]) for i in starts)
     unit = records.run.loss_unit if records.run else "nats a token"
-    return [Remark("good", f"The loss fell from {first_loss:.3g} to {last_loss:.3g} {unit}.")]
+    if last > first - 2 * spread:
+        yield Remark("bad", f"The loss did not fall: {first:.3g} at first, {last:.3g} at last.")
+    elif last - lowest > max(2 * spread, 0.05 * (first - lowest)):
+        yield Remark("bad", f"The loss fell to {lowest:.3g} but rose again to {last:.3g}.")
+    else:
+        yield Remark("good", f"The loss fell from {first:.3g} to {last:.3g} {unit}.")
 
 
-def _about_held_out(records: RunRecords) -> list[Remark]:
-    points = [
-        (e.get("step"), loss)
-        for e in records.events
-        if (loss := finite_number(e.get("held_out_loss"))) is not None
-    ]
+def _about_held_out(records: RunRecords) -> Iterator[Remark]:
+    losses = [(e.get("step"), finite_number(e.get("held_out_loss"))) for e in records.events]
+    points = [(step, loss) for step, loss in losses if loss is not None]
     if len(points) < 3:
-        return []
-    step, best_loss = min(points, key=lambda p: p[1])
-    last_loss = points[-1][1]
-    if min(last_loss, points[-2][1]) > 1.02 * best_loss:
-        text = (
-            f"The held-out loss was best at step {step} ({best_loss:.3g}) and has risen to"
-            f" {last_loss:.3g}"
-        )
-        return [Remark("bad", text + ": the model learns its data by heart.")]
-    return []
+        return
+    step, best = min(points, key=lambda p: p[1])
+    last = points[-1][1]
+    if min(last, points[-2][1]) > 1.02 * best:
+        text = f"The held-out loss was best at step {step} ({best:.3g}) and has risen to {last:.3g}"
+        yield Remark("bad", text + ": the model learns its data by heart.")
 
 
-def _about_time(records: RunRecords) -> list[Remark]:
+def _about_time(records: RunRecords) -> Iterator[Remark]:
     step_s = last_median(records, "step_s")
     if not step_s:
-        return []
+        return
     data_share, comm_share = (
-        (last_median(records, n) or 0.0) / step_s for n in ("data_s", "comm_s")
+        (last_median(records, name) or 0.0) / step_s for name in ("data_s", "comm_s")
     )
     compute_share = max(0.0, 1 - data_share - comm_share)
     text = f"A step takes {format_seconds(step_s)}: {compute_share:.0%} {compute_label(records)},"
     text += f" {comm_share:.0%} communication{' between islands' * has_island_traffic(records)},"
     text += f" {data_share:.0%} waiting for data."
     if data_share > HIGH_DATA_SHARE:
-        return [Remark("bad", text + " Reading is too slow; data.prefetch may help.")]
-    if comm_share > HIGH_COMM_SHARE:
-        return [Remark("note", text + " Larger batches, or a smaller codec, would help.")]
-    return [Remark("good", text)]
+        yield Remark("bad", text + " Reading is too slow; data.prefetch may help.")
+    elif comm_share > HIGH_COMM_SHARE:
+        yield Remark("note", text + " Larger batches, or a smaller codec, would help.")
+    else:
+        yield Remark("good", text)
 
 
 def has_island_traffic(records: RunRecords) -> bool:
@@ -246,85 +233,65 @@ def compute_label(records: RunRecords) -> str:
     return "compute and messages inside the island" if has_island_traffic(records) else "compute"
 
 
-def _about_steps(records: RunRecords) -> list[Remark]:
-    remarks = []
-    skipped_steps = [s for s, v in zip(records.steps, records.columns["skipped"], strict=True) if v]
-    if skipped_steps:
+def _about_steps(records: RunRecords) -> Iterator[Remark]:
+    steps = [s for s, v in zip(records.steps, records.columns["skipped"], strict=True) if v]
+    if steps:
         event = records.last_event("step_skipped") or {}
         cause = f", the last for: {event['cause']}" if event.get("cause") else ""
-        count_text = "1 step was" if len(skipped_steps) == 1 else f"{len(skipped_steps)} steps were"
-        remarks.append(Remark("bad", f"{count_text} skipped (last: {skipped_steps[-1]}){cause}."))
+        count_text = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+        yield Remark("bad", f"{count_text} skipped (last: {steps[-1]}){cause}.")
     for name, outcome in (("failed", "could not be written"), ("rejected", "was not sound")):
         count = sum(e["event"] == f"checkpoint_{name}" for e in records.events)
         if count:
-            remarks.append(Remark("bad", f"A checkpoint {outcome} ({count} times)."))
-    return remarks
+            yield Remark("bad", f"A checkpoint {outcome} ({count} times).")
 
 
-def _about_layers(records: RunRecords) -> list[Remark]:
+def _about_layers(records: RunRecords) -> Iterator[Remark]:
     """Exploding: a layer's norm grew. Vanishing: a block's norm lies far below the others'."""
     count = len(records.layer_steps)
     if count < 6:
-        return []
-    remarks = []
-    last_norms: dict[str, float] = {}
+        return
+    problems = []
+    norms: dict[str, float] = {}
     growth: dict[str, float] = {}
     for name, column in records.layers.items():
         # The first records are left out: heads and residuals that start at zero pass no gradient.
         early_norms = [v for v in column[count // 10 + 1 : count // 2] if v]
         late_norms = [v for v in column[-(count // 3) :] if v is not None]
         if not late_norms:
-            remarks.append(Remark("bad", f"The gradient of {name} is not finite."))
+            problems.append(f"The gradient of {name} is not finite.")
             continue
-        last_norms[name] = median(late_norms)
-        growth[name] = last_norms[name] / median(early_norms) if early_norms else 1.0
-    dead_layers = [name for name, norm in last_norms.items() if norm == 0]
-    remarks += [Remark("bad", f"No gradient reaches {name}.") for name in dead_layers]
+        norms[name] = median(late_norms)
+        growth[name] = norms[name] / median(early_norms) if early_norms else 1.0
+    problems += [f"No gradient reaches {name}." for name, norm in norms.items() if norm == 0]
     if growth and max(growth.values()) > EXPLOSION_FACTOR:
         name = max(growth, key=growth.__getitem__)
-        growth_text = f"grew {growth[name]:,.3g} times"
-        remarks.append(Remark("bad", f"Exploding gradients: the norm of {name} {growth_text}."))
-    block_norms = {
-        name: norm for name, norm in last_norms.items() if name.startswith("blocks.") and norm
-    }
-    if len(block_norms) > 1 and max(block_norms.values()) > MAX_BLOCK_RATIO * min(
-        block_norms.values()
-    ):
-        low_layer, high_layer = (
-            select(block_norms, key=block_norms.__getitem__) for select in (min, max)
-        )
-        median_norm = median(block_norms.values())
-        ratio_text = f"{block_norms[high_layer] / block_norms[low_layer]:,.0f} times"
-        if median_norm / block_norms[low_layer] >= block_norms[high_layer] / median_norm:
-            text = (
-                f"Vanishing gradients: the norm of {high_layer} is {ratio_text} that of"
-                f" {low_layer}."
-            )
-        else:
-            text = (
-                f"Exploding gradients: the norm of {high_layer} is {ratio_text} that of"
-                f" {low_layer}."
-            )
-        remarks.append(Remark("bad", text))
-    if not remarks:
-        remarks.append(Remark("good", "Gradients neither explode nor vanish in any layer."))
-    return remarks
+        problems.append(f"Exploding gradients: the norm of {name} grew {growth[name]:,.3g} times.")
+    blocks = sorted((norm, name) for name, norm in norms.items() if norm and "blocks." in name[:7])
+    if len(blocks) > 1 and blocks[-1][0] > MAX_BLOCK_RATIO * blocks[0][0]:
+        (low, low_name), (high, high_name) = blocks[0], blocks[-1]
+        middle = median(norm for norm, _ in blocks)
+        kind = "Vanishing" if middle / low >= high / middle else "Exploding"
+        text = f"the norm of {high_name} is {high / low:,.0f} times that of {low_name}"
+        problems.append(f"{kind} gradients: {text}.")
+    yield from (Remark("bad", text) for text in problems)
+    if not problems:
+        yield Remark("good", "Gradients neither explode nor vanish in any layer.")
 
 
-def _about_shares(records: RunRecords) -> list[Remark]:
+def _about_shares(records: RunRecords) -> Iterator[Remark]:
     change_count = sum(e["event"] == "rebalanced" for e in records.events)
     event = records.last_event("rebalanced") or {}
-    if not isinstance(event.get("why"), str):
-        return []
-    frequency_text = "" if change_count == 1 else f", the last of {change_count} changes"
-    return [Remark("note", f"From step {event.get('step')} on{frequency_text}: {event['why']}.")]
+    if isinstance(event.get("why"), str):
+        frequency_text = "" if change_count == 1 else f", the last of {change_count} changes"
+        yield Remark("note", f"From step {event.get('step')} on{frequency_text}: {event['why']}.")
 
 
-def _about_plan(records: RunRecords) -> list[Remark]:
+def _about_plan(records: RunRecords) -> Iterator[Remark]:
     planned_s, measured_s = records.prediction.get("step_s"), last_median(records, "step_s")
     if not planned_s or not measured_s or 0.6 < measured_s / planned_s < 1.6:
-        return []
+        return
     is_slower = measured_s > planned_s
     ratio = measured_s / planned_s if is_slower else planned_s / measured_s
     direction = "slower" if is_slower else "faster"
-    return [Remark("note", f"Steps are {ratio:.3g} times {direction} than the plan said.")]
+    yield Remark("note", f"Steps are {ratio:.3g} times {direction} than the plan said.")

@@ -175,7 +175,7 @@ function options(figure, raw) {
   const {spec, plot, log} = figure, isCrowded = spec.series.length > 5;
   const areas = spec.series.map((item, i) => item.kind == "area" ? i + 1 : 0).filter(k => k > 1);
   return {
-    width: plot.clientWidth, height: plot.clientHeight, padding: [10, 10, 0, 0], legend: {show: false},
+    width: plot.clientWidth, height: plot.clientHeight, padding: [10, 22, 0, 0], legend: {show: false},
     scales: {
       x: {time: false, range: () => zoom || spec.x},
       y: {distr: log ? 3 : 1, range: chart => yLimits(chart, spec, log)},
@@ -192,7 +192,7 @@ function options(figure, raw) {
       y: false, drag: {x: true, y: false, setScale: false}, dataIdx: nearest, focus: {prox: isCrowded ? 30 : -1},
       sync: {key: sync.key, scales: ["x", null], filters: {pub: type => type.startsWith("mouse") && type != "mouseup" && type != "mousedown"}},
       bind: {dblclick: () => () => setZoom(null)},
-      points: {size: 8, width: 1.5, stroke: colour("var(--card)"), fill: (_, k) => colour(spec.series[k - 1].colour)},
+      points: {...(spec.series.length > 12 && {show: false}), size: 8, width: 1.5, stroke: colour("var(--card)"), fill: (_, k) => colour(spec.series[k - 1].colour)},
     },
     focus: {alpha: isCrowded ? 0.25 : 1},
     hooks: {
