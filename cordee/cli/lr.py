@@ -95,21 +95,17 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _picture_path(flag: str | None) -> Path | None:
-    """What --output names; ConfigError when that is no SVG or in no folder."""
+    """What --output names; ConfigError, before anything is measured, when that is no SVG in a
+    folder that exists."""
     if flag is None:
         return None
     path = Path(expand_home(flag))
-    if path.suffix != ".svg":
+    folder = path.parent if path.parent.is_dir() else Path()
+    if path.suffix != ".svg" or path.parent != folder:
         raise ConfigError(
-            "the picture is an SVG and nothing else",
+            "the picture is an SVG, in a folder that exists",
             values={"--output": flag},
-            fix=f"--output {path.with_suffix('.svg')}",
-        )
-    if not path.parent.is_dir():
-        raise ConfigError(
-            "the picture cannot be written there: no such folder",
-            values={"--output": flag},
-            fix=f"--output {path.name}, or mkdir {path.parent}",
+            fix=f"--output {folder / (path.stem or 'lr')}.svg",
         )
     return path
 

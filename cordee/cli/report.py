@@ -1,7 +1,6 @@
 """`cordee report RUN`: a run's folder as one page that can be mailed, and as one JSON object.
 
-Not here: what the page says (`report/summary.py`) and how it looks (`report/html.py`). It reads
-files only, so that it works on a run that lives, ended or was killed, and on a login node.
+It reads files only, so that it works on a run that lives, ended or was killed, and on a login node.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def figure_html(chart: Chart, x_range: tuple[float, float]) -> str:
     for line in chart.series:  # neighbours over the same steps share one table
         if not tables or tables[-1][0] != line.x:
             tables.append([line.x])
-        tables[-1].append([_round_significant(v) for v in line.y])
+        # Five significant digits are what a cursor can show.
+        tables[-1].append([None if v is None else float(f"{v:.5g}") for v in line.y])
     numbers = {
         "x": (x_range[0], max(x_range[1], x_range[0] + 1)),
         "tables": tables,
@@ -155,13 +156,6 @@ def _legend_html(chart: Chart) -> str:
         key = f'<i class="level"></i>{escape(label)} <b>{format_number(level)}</b>'
         items.append(f'<span class="key">{key}</span>')
     return "".join(items)
-
-
-def _round_significant(value: float | None) -> float | int | None:
-    """Five significant digits (whole steps as they are): what a cursor can show."""
-    if value is None or value == int(value):
-        return value if value is None else int(value)
-    return float(f"{value:.5g}")
 
 
 def learning_charts(records: RunRecords) -> list[Chart]:
