@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -517,15 +518,22 @@ def test_any_value_may_stand_anywhere(name: str, tmp_path: Path) -> None:
     layers, events = layer_records({"blocks.0": 0.1})[:2], [start_event, evaluation, FINISHED]
     folder = write_run_dir(tmp_path / "a", [make_row(s) for s in (1, 2, 3)], events, layers)
     path = folder / ("plan.json" if name == "plan" else f"{name}.jsonl")
+    settings = read_run(folder).run
+    (folder / "run.toml").unlink()  # read once: it is not what is damaged here
+
+    def render_damaged() -> None:
+        records = replace(read_run(folder), run=settings)
+        assert "</html>" in report_page(records, summarise(records))
+
     lines = path.read_text().splitlines()
     for key in json.loads(lines[-1]):
         for junk in JUNK:
             damaged_line = json.dumps(json.loads(lines[-1]) | {key: "@"}).replace('"@"', junk)
             path.write_text("\n".join([*lines[:-1], damaged_line]))
-            render_page(folder)
+            render_damaged()
     for junk in ("[" * 100_000, '{"step":' * 100_000, "9" * 6000, "\0", "null"):
         path.write_text("\n".join([junk, *lines]))
-        render_page(folder)
+        render_damaged()
 
 
 def test_numbers_as_a_person_writes_them() -> None:
