@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -417,6 +418,34 @@ def test_every_series_of_the_page_has_its_column(tmp_path: Path) -> None:
         for steps, column in columns:
             assert len(steps) == len(column) and steps == sorted(set(steps))
     assert figures[0]["tables"][-1] == [[50, 100], [2, 2]], "the held-out loss"
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium to look with")
+    events = [make_event("started", entropy_bits=2.0), make_event("resumed", 7), FINISHED]
+    layers = layer_records({f"blocks.{i}": 0.1 for i in range(20)})
+    rows = [make_row(s, loss=None if s == 9 else 2.0, data_s=0.0) for s in range(1, 301)]
+    folders = {
+        "full": write_run_dir(tmp_path / "full", rows, events=events, layers=layers),
+        "one step": write_run_dir(tmp_path / "one", rows[:1], events=[]),
+    }
+    for name, folder in folders.items():
+        page = folder / "report.html"
+        page.write_text(render_page(folder))
+        options = ["--headless", "--no-sandbox", "--enable-logging=stderr", "--dump-dom"]
+        options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
+        result = subprocess.run(
+            [browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120
+        )
+        assert "Uncaught" not in result.stderr and "Refused" not in result.stderr, result.stderr
+        figure_count = result.stdout.count("<figure class")
+        assert result.stdout.count("<canvas") == figure_count >= 8, name
+        if name == "full":
+            assert result.stdout.count('class="mark"') == 2, "in both charts of the loss"
+            assert result.stdout.count('class="level"') == 12, "6 of them in legends"
 
 
 def test_figure_without_values_is_left_out() -> None:
