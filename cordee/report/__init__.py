@@ -1,1 +1,1 @@
-"""What a run tells: the meter and sinks that record it, and the pages and pictures made of that."""
+"""What a run records: the writers of its files, their reader, the screen, and the report."""

@@ -27,8 +27,11 @@ MAX_LAYER_POINTS = 24_000
 """Points of all layers' lines together."""
 MAX_LEGEND_KEYS = 12
 """Labels that a legend shows; of more lines it shows every second, third, ..., and the last."""
-MARKED_EVENTS = ("resumed", "step_skipped", "checkpoint_failed", "data_changed")
-"""Events that are marked in the charts of the loss."""
+MARKED_EVENTS = (
+    "resumed", "step_skipped", "checkpoint_failed", "data_changed", "lost", "left", "joined",
+)  # fmt: skip
+"""Events that are marked in the charts of the loss, the newest MAX_MARKS of them."""
+MAX_MARKS = 100
 SENT_TITLES = {"bytes_sent": "Sent in a step", "bytes_inside": "Sent in a step inside the island"}
 """Columns of bytes that a rank sends, and what their charts are called."""
 LAYER_COLOURS = {"embed": "var(--soft)", "norm": "var(--c3)", "head": "var(--c5)"}
@@ -215,7 +218,7 @@ def _loss_charts(records: RunRecords) -> list[Chart]:
     ratios = [bits / loss for bits, loss in pairs if bits is not None and loss]
     bits_per_nat = fmean(ratios) if ratios else 1 / LN2
     step_marks = [
-        (f"{e['event'].replace('_', ' ')} at step {e['step']}", float(e["step"]))
+        (str(e.get("says") or f"{e['event'].replace('_', ' ')} at step {e['step']}"), e["step"])
         for e in records.events
         if e["event"] in MARKED_EVENTS and isinstance(e.get("step"), int)
     ]
@@ -242,7 +245,7 @@ def _loss_charts(records: RunRecords) -> list[Chart]:
                 unit=unit,
                 series=series,
                 levels=[] if level is None else [("entropy of the data", level)],
-                step_marks=step_marks,
+                step_marks=step_marks[-MAX_MARKS:],
                 is_tall=name == "loss",
             )
         )

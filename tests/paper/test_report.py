@@ -420,6 +420,17 @@ def test_every_series_of_the_page_has_its_column(tmp_path: Path) -> None:
     assert figures[0]["tables"][-1] == [[50, 100], [2, 2]], "the held-out loss"
 
 
+def test_faults_are_marked_in_the_charts_of_the_loss(tmp_path: Path) -> None:
+    loss = make_event("lost", 9, says="rank 1 was killed")
+    events = [loss, make_event("step_skipped", 12), make_event("checkpoint", 50)]
+    html = render_page(write_run_dir(tmp_path / "a", events=events))
+    marks = [["rank 1 was killed", 9], ["step skipped at step 12", 12]]
+    assert [figure["marks"] for figure in figure_numbers(html)][:3] == [marks, marks, []]
+    events = [make_event("step_skipped", step) for step in range(1, 301)]
+    html = render_page(write_run_dir(tmp_path / "b", events=events))
+    assert [step for _, step in figure_numbers(html)[0]["marks"]] == list(range(201, 301))
+
+
 @pytest.mark.slow
 def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
