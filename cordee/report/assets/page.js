@@ -7,7 +7,8 @@ const figures = [...document.querySelectorAll("figure")].map(element => {
   return {element, spec, plot: element.querySelector(".plot"), log: element.dataset.scale == "log",
     keys: [...element.querySelectorAll(".key[data-series]")], hidden: new Set(), chart: null};
 });
-const STEP_INCREMENTS = Array.from({length: 48}, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3));
+const STEP_INCREMENTS = Array.from({length: 48}, (_, i) =>
+  [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3));
 const unzoom = document.querySelector(".unzoom");
 let zoom = null, active = null;
 
@@ -29,9 +30,9 @@ function formatTicks(values) {
   if (largest >= 1e7 || (largest && largest < 1e-3))
     return values.map(v => v == null ? "" : v ? v.toExponential().replace("e+", "e") : "0");
   const isEven = shown.every((v, i) => !i || Math.abs(v - shown[i - 1] - gap) < gap * 1e-6);
+  const isWhole = v => Math.abs(v - Math.round(v)) < 1e-6;
   let decimals = 0;
-  while (isEven && decimals < 5 && Math.abs(gap * 10 ** decimals - Math.round(gap * 10 ** decimals)) > 1e-6)
-    decimals++;
+  while (isEven && decimals < 5 && !isWhole(gap * 10 ** decimals)) decimals++;
   const options = isEven ? {minimumFractionDigits: decimals, maximumFractionDigits: decimals}
     : {maximumSignificantDigits: 4};
   return values.map(v => v == null ? "" : v.toLocaleString("en", options));
@@ -41,14 +42,16 @@ function roundTicks(low, high, count) {
   const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map(m => m * power).find(s => s >= raw * 0.999);
   const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(i * step || 0);
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
+    ticks.push(i * step || 0);
   return ticks;
 }
 
 function logTicks(low, high) {
   if (high / low < 4) return roundTicks(low, high, 4);
   const decades = Math.log10(high / low), ticks = [];
-  const factors = decades < 1.2 ? [1, 2, 3, 5] : decades < 2.5 ? [1, 2, 5] : decades < 4 ? [1, 3] : [1];
+  const factors = decades < 1.2 ? [1, 2, 3, 5] : decades < 2.5 ? [1, 2, 5]
+    : decades < 4 ? [1, 3] : [1];
   const stride = Math.ceil(decades / 7);
   for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e += stride)
     for (const factor of factors) ticks.push(+`${factor}e${e}`);
@@ -66,7 +69,8 @@ function yLimits(chart, spec, log) {
   if (!values.length) return log ? [0.1, 1] : [0, 1];
   values.sort((a, b) => a - b);
   let low = values[0], high = values[values.length - 1];
-  if (spec.clips && !log) high = Math.min(high, 1.25 * values[Math.floor(0.97 * (values.length - 1))]);
+  const usual = values[Math.floor(0.97 * (values.length - 1))];
+  if (spec.clips && !log) high = Math.min(high, 1.25 * usual);
   for (const level of spec.levels.filter(v => v < 1.6 * high && (!log || v > low / 10))) {
     low = Math.min(low, level);
     high = Math.max(high, level);
@@ -103,15 +107,16 @@ function nearest(chart, k, index) {
   let left = index, right = index;
   while (left >= 0 && y[left] === undefined) left--;
   while (right < y.length && y[right] === undefined) right++;
-  if (left < 0 || right >= y.length) return left < 0 && right >= y.length ? null : left < 0 ? right : left;
-  return x[index] - x[left] <= x[right] - x[index] ? left : right;
+  if (left < 0) return right < y.length ? right : null;
+  return right >= y.length || x[index] - x[left] <= x[right] - x[index] ? left : right;
 }
 
 function seriesOptions(figure, item, k) {
   const paint = colour(item.colour), isArea = item.kind == "area", isDots = item.kind == "dots";
   return {
-    show: !figure.hidden.has(k), stroke: isArea ? undefined : paint, width: item.kind == "faint" ? 1 : 1.8,
-    alpha: item.kind == "faint" ? 0.35 : 1, fill: isArea ? paint + "b8" : undefined,
+    show: !figure.hidden.has(k), stroke: isArea ? undefined : paint,
+    width: item.kind == "faint" ? 1 : 1.8, alpha: item.kind == "faint" ? 0.35 : 1,
+    fill: isArea ? paint + "b8" : undefined,
     paths: isDots ? () => null : undefined,
     points: {show: isDots || item.count < 2, size: 8, width: 0, fill: paint, stroke: paint},
   };
@@ -119,8 +124,8 @@ function seriesOptions(figure, item, k) {
 
 function axis(extra) {
   const grid = {stroke: colour("var(--rule)"), width: 1};
-  return {stroke: colour("var(--soft)"), font: "11.5px system-ui, sans-serif", grid, ticks: {show: false},
-    ...extra};
+  return {stroke: colour("var(--soft)"), font: "11.5px system-ui, sans-serif", gap: 7, grid,
+    ticks: {show: false}, values: (_, ticks) => formatTicks(ticks), ...extra};
 }
 
 function overlay(figure, chart) {
@@ -175,31 +180,35 @@ function options(figure, raw) {
   const {spec, plot, log} = figure, isCrowded = spec.series.length > 5;
   const areas = spec.series.map((item, i) => item.kind == "area" ? i + 1 : 0).filter(k => k > 1);
   return {
-    width: plot.clientWidth, height: plot.clientHeight, padding: [10, 22, 0, 0], legend: {show: false},
+    width: plot.clientWidth, height: plot.clientHeight, padding: [10, 22, 0, 0],
+    legend: {show: false},
     scales: {
       x: {time: false, range: () => zoom || spec.x},
       y: {distr: log ? 3 : 1, range: chart => yLimits(chart, spec, log)},
     },
     axes: [
-      axis({incrs: STEP_INCREMENTS,
-        space: 64, size: 26, gap: 7, values: (_, ticks) => formatTicks(ticks)}),
-      axis({size: 58, gap: 7, filter: (_, ticks) => ticks, values: (_, ticks) => formatTicks(ticks),
-        splits: (_, k, low, high) => log ? logTicks(low, high) : roundTicks(low, high, plot.clientHeight / 50)}),
+      axis({incrs: STEP_INCREMENTS, space: 64, size: 26}),
+      axis({size: 58, filter: (_, ticks) => ticks, splits: (_, k, low, high) =>
+        log ? logTicks(low, high) : roundTicks(low, high, plot.clientHeight / 50)}),
     ],
     series: [{}, ...spec.series.map((item, i) => seriesOptions(figure, item, i + 1))],
     bands: areas.map(k => ({series: [k, k - 1]})),
     cursor: {
-      y: false, drag: {x: true, y: false, setScale: false}, dataIdx: nearest, focus: {prox: isCrowded ? 30 : -1},
-      sync: {key: sync.key, scales: ["x", null], filters: {pub: type => type.startsWith("mouse") && type != "mouseup" && type != "mousedown"}},
+      y: false, drag: {x: true, y: false, setScale: false}, dataIdx: nearest,
+      focus: {prox: isCrowded ? 30 : -1},
+      sync: {key: sync.key, scales: ["x", null],
+        filters: {pub: type => type == "mousemove" || type == "mouseleave"}},
       bind: {dblclick: () => () => setZoom(null)},
-      points: {...(spec.series.length > 12 && {show: false}), size: 8, width: 1.5, stroke: colour("var(--card)"), fill: (_, k) => colour(spec.series[k - 1].colour)},
+      points: {...(spec.series.length > 12 && {show: false}), size: 8, width: 1.5,
+        stroke: colour("var(--card)"), fill: (_, k) => colour(spec.series[k - 1].colour)},
     },
     focus: {alpha: isCrowded ? 0.25 : 1},
     hooks: {
       init: [chart => overlay(figure, chart)],
       draw: [chart => place(figure, chart)],
       setCursor: [chart => figure.at && showValues(figure, chart, raw)],
-      setSeries: [(_, focused) => figure.keys.forEach((key, i) => key.classList.toggle("near", isCrowded && focused == i + 1))],
+      setSeries: [(_, focused) => figure.keys.forEach((key, i) =>
+        key.classList.toggle("near", isCrowded && focused == i + 1))],
       setSelect: [chart => {
         const {left, width} = chart.select;
         if (width > 3) setZoom([chart.posToVal(left, "x"), chart.posToVal(left + width, "x")]);
