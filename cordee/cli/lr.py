@@ -26,7 +26,7 @@ from cordee.errors import ConfigError
 from cordee.optim.lr_search import LRSearchResult, LRSearchSettings, TrainFn, find_lr
 from cordee.planner.recipe import resolve_for_machine
 from cordee.report.charts import ChartSeries
-from cordee.report.metrics_writer import write_atomically
+from cordee.report.metrics_writer import without_non_finite, write_atomically
 from cordee.report.summary import format_amount, format_seconds
 from cordee.report.svg import Figure, svg_text
 
@@ -184,7 +184,7 @@ def conclusion(result: LRSearchResult, command: str | None) -> str:
 
 def to_json_dict(result: LRSearchResult, step_tokens: int) -> dict[str, Any]:
     """The finding as JSON can hold it: what is not finite is null."""
-    return {**_finite_or_none(asdict(result)), "step_tokens": step_tokens}
+    return {**without_non_finite(asdict(result)), "step_tokens": step_tokens}
 
 
 def write_result(
@@ -250,11 +250,3 @@ def _with_elapsed_time(print_line: Callable[[str], None]) -> Callable[[str], Non
     return lambda text: print_line(
         f"{format_seconds(round(time.monotonic() - start_s)):>12}  {text}"
     )
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite_or_none(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite_or_none(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -204,15 +204,15 @@ def _format_record(record: Mapping[str, Any]) -> str:
     try:
         return json.dumps(record, allow_nan=False, default=_to_scalar) + "\n"
     except ValueError:
-        return json.dumps(_without_non_finite(record), allow_nan=False, default=_to_scalar) + "\n"
+        return json.dumps(without_non_finite(record), allow_nan=False, default=_to_scalar) + "\n"
 
 
-def _without_non_finite(value: Any) -> Any:
+def without_non_finite(value: Any) -> Any:
     """A copy with None for every number that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(item) for key, item in value.items()}
+        return {key: without_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item) for item in value]
+        return [without_non_finite(item) for item in value]
     scalar = _to_scalar(value) if not isinstance(value, str | int | float | None) else value
     return None if isinstance(scalar, float) and not math.isfinite(scalar) else scalar
 
