@@ -229,6 +229,9 @@ class LaunchSettings:
     """HOST:PORT of any host of a run that this host joins with its ranks (--join)."""
     secret: str = ""
     """File (mode 0600) with the secret that hosts share (--secret); empty: `secret` in run.dir."""
+    register: str = "folder"
+    """Where several hosts keep the newest generation, by compare-and-swap: folder is a file in
+    run.dir; etcd://HOST:PORT[,HOST:PORT] is an etcd cluster (3.4 or newer, plain HTTP)."""
 
 
 @dataclass(frozen=True, kw_only=True)

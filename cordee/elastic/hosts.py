@@ -1,7 +1,6 @@
-"""A supervisor's traffic with those of other hosts: views, store keys, and the news of the end.
+"""A supervisor's traffic with the register and other hosts: views, store keys, news of the end.
 
-Not here: how messages travel (`link_checkpoint.py`), what views mean (`members.py`). A run on one
-host has no link, and everything here is local then.
+A run on one host has no transport and its register in memory: everything here is local then.
 """
 
 from __future__ import annotations
@@ -10,13 +9,15 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cordee.elastic.failure_detector import Timeouts
 from cordee.elastic.kv_store import KeyValueStore, ValueCallback
 from cordee.elastic.membership import Member
-from cordee.elastic.proposal import host_label
+from cordee.elastic.register import MemoryRegister, Register, RegisterClient
 from cordee.elastic.transport import Refusal, Transport
+from cordee.elastic.views import host_label
 from cordee.errors import ConfigError, RunError
 
 JOIN_TIMEOUT_S = 10.0
@@ -26,25 +27,30 @@ HELLO_INTERVAL_S = 0.5
 """Between two greetings of a host that has not answered yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RendezvousConfig:
-    """How this host meets others: a new `open_transport()` whenever it needs one (with a fresh id),
-    the member that speaks over it, whether the run's folder says that it is `is_finished()`, the
-    kind of this host's devices, and whom it asks to be let in ("": it founds the run)."""
+    """How this host meets others: the seconds by which they judge each other, the register, a new
+    `open_transport()` whenever it needs one (with a fresh id; None: it is alone), whether the run's
+    folder says that it is `is_finished()`, the kind of this host's devices, whom it asks to be let
+    in ("": it founds the run), and a generation that the run is known to have had."""
 
-    open_transport: Callable[[], Transport] | None
-    make_member: Callable[..., Member]
-    is_finished: Callable[[], bool]
+    timeouts: Timeouts
     device_kind: str
+    is_finished: Callable[[], bool]
+    open_transport: Callable[[], Transport] | None = None
+    register: Register = field(default_factory=MemoryRegister)
     join_address: str = ""
+    last_generation: int = 0
 
 
 class HostLink:
-    """This host's link and member, renewed when it was fenced; and the generation's keys."""
+    """This host's transport and member, renewed when it was fenced; and the generation's keys."""
 
     def __init__(self, config: RendezvousConfig, assign: Any, report: Any) -> None:
         self._config, self._assign, self._report = config, assign, report
         self.store = KeyValueStore()
+        self.register_client = RegisterClient(config.register)
+        self._register_problem = ""
         self._pending_gets: dict[int, ValueCallback] = {}
         self._request_numbers = itertools.count()
         self.remote_exit_code: int | None = None
@@ -63,8 +69,12 @@ class HostLink:
         self.transport = self._config.open_transport() if self._config.open_transport else None
         own_id = self.transport.id if self.transport else "here"
         self._own_addresses.add(address_of(own_id))
-        self.member = self._config.make_member(
-            own_id, assign=self._assign, report=self._make_report
+        self.member = Member(
+            own_id,
+            self._config.timeouts,
+            assign=self._assign,
+            report=self._make_report,
+            last_generation=self._config.last_generation,
         )
         self._join_address = join_address
         self._last_heard_s = time.monotonic()
@@ -93,7 +103,8 @@ class HostLink:
         ]
         if not untried_addresses:
             self._tried_addresses.clear()
-        self.close()
+        if self.transport is not None:
+            self.transport.close()
         self._connect(next(iter(untried_addresses or addresses), address_of(self.member.own_id)))
         if self._is_joining or self._known_hosts:
             self.join()
@@ -110,6 +121,8 @@ class HostLink:
         if refusals := [r for r in self._refusals if self._is_refusal_of_us(r)]:
             text = "\n".join(f"{r.reason}\n{r.table}".rstrip() for r in refusals)
             return 2, f"error: the run did not let this host in: {text}"
+        if self.member.join_refusal:
+            return 2, f"error: the run did not let this host in: {self.member.join_refusal}"
         if not self.unanswered_address:
             return None
         if self._config.is_finished():
@@ -126,6 +139,7 @@ class HostLink:
     def pump(self) -> None:
         """Takes in what has come, and sends what the member wants said."""
         transport, now = self.transport, time.monotonic()
+        self._pump_register(now)
         if transport is not None:
             for sender, message in transport.receive():
                 self._last_heard_s, self._heard_hosts[sender] = now, None
@@ -135,6 +149,7 @@ class HostLink:
                     self.remote_exit_code is None
                 ):  # else it has merely come to the end before this one
                     self.member.on_connection_lost(host, now)
+            self._pump_register(now)
             for target, message in self.member.take_outbox():
                 self._send(target, {"view": message})
             if self._join_address and self.member.view is None and now > self._next_hello_s:
@@ -145,6 +160,31 @@ class HostLink:
         if self.member.view is not None:
             self._known_hosts, self._join_address = self.member.view.hosts, ""
             self._tried_addresses.clear()
+
+    def _pump_register(self, now: float) -> None:
+        """Carries what the member asks of the register, and the answers: until nothing is left, as
+        a register in memory answers at once."""
+        while True:
+            for request in self.member.take_requests():
+                self.register_client.submit(request)
+            answers = self.register_client.take_answers()
+            for answer in answers:
+                self.member.on_register_answer(answer, now)
+            if not answers:
+                return
+
+    def register_notice(self) -> str:
+        """One line, when the register stops to be of use while a change of membership waits for it,
+        and when it is again; else ""."""
+        previous_problem, self._register_problem = (
+            self._register_problem,
+            self.member.register_problem,
+        )
+        if bool(previous_problem) == bool(self._register_problem):
+            return ""
+        if not self._register_problem:
+            return "the register answers again"
+        return f"changes of membership wait for the register: {self._register_problem}"
 
     def refused_peers_text(self) -> str:
         """Which hosts were refused here, and why, with the tables of differences; "": none."""
@@ -193,7 +233,8 @@ class HostLink:
                 self._send(host, {"over": exit_code})
 
     def close(self) -> None:
-        """Sends the last words and closes the link."""
+        """Sends the last words, and closes what it has open."""
+        self.register_client.close()
         if self.transport is not None:
             self.transport.close()
 
@@ -220,11 +261,11 @@ class HostLink:
                         self.transport.disconnect(
                             sender, f"it sent what makes no sense: {error.message}"
                         )
-            # Who keeps keys has promised the number of their generation, which it leads.
-            case {"set": [generation, key, value]} if generation <= self.member.promised_number:
+            # Who keeps keys has halted for their generation, which it leads.
+            case {"set": [generation, key, value]} if generation <= self.member.max_generation:
                 self.store.set(generation, key, value)
             case {"get": [generation, key, request_number]} if (
-                generation <= self.member.promised_number
+                generation <= self.member.max_generation
             ):
                 self.store.get(
                     generation,

@@ -140,28 +140,21 @@ _MESSAGE_KINDS: Mapping[str, Predicate] = {
 _HOST_LIST = _list_of(_is_text)
 _VIEW_MESSAGES: Mapping[str, Mapping[str, Predicate]] = {
     "beat": {
-        **dict.fromkeys(("beat", "view", "formed", "promised"), _is_number),
+        **dict.fromkeys(("beat", "view", "formed", "halted"), _is_number),
         "hears": _HOST_LIST,
         "meet": _HOST_LIST,
-        **dict.fromkeys(("joining", "leaving", "wants", "witnessed"), _is_flag),
+        **dict.fromkeys(("joining", "leaving", "wants"), _is_flag),
+        "register": _is_text,
     },
-    "join": {"host": _is_text, "witnessed": _is_flag},
+    "join": {"host": _is_text, "register": _is_text},
     "refused": {"says": _is_text},
-    "propose": {
+    "halt": {
         "number": _is_number,
-        "formed": _is_number,
+        "attempt": _is_number,
         "hosts": _HOST_LIST,
         "leavers": _HOST_LIST,
     },
-    "promise": {
-        "number": _is_number,
-        "formed": _optional(_is_view),
-        "attempts": _list_of(_is_view),
-        "report": _REPORT,
-        "calls": _list_of(_EVENT),
-    },
-    "refuse": {"number": _is_number, "promised": _is_number},
-    "accept": {"view": _is_view, "base": _optional(_is_view)},
-    "accepted": {"number": _is_number},
+    "halted": {"attempt": _is_number, "report": _REPORT, "calls": _list_of(_EVENT)},
+    "refuse": {"attempt": _is_number},
     "enter": {"view": _is_view},
 }

@@ -85,6 +85,9 @@ class Supervisor:
         }
         previous_wakeup_fd = signal.set_wakeup_fd(write_end.fileno())
         self._selector.register(read_end, selectors.EVENT_READ, lambda: read_end.recv(4096))
+        self._selector.register(
+            self.host_link.register_client, selectors.EVENT_READ, self._pump_hosts
+        )
         self._watch_transport()
         try:
             for _ in range(self.num_ranks):
@@ -468,6 +471,8 @@ class Supervisor:
             if not self.pool.ranked_workers() or now - progress.run_end_s > EXIT_GRACE_S:
                 progress.exit_code = exit_code
             return
+        if notice := host_link.register_notice():
+            self._print(notice)
         if refusals := host_link.refused_peers_text():
             self._print(f"refused {refusals}")
         if join_failure := host_link.join_failure(self.config.run_lock.is_only_holder):

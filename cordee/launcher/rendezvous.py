@@ -1,9 +1,7 @@
-"""Where the hosts of a run meet: addresses, the shared secret, what must be equal, the witness.
+"""Where the hosts of a run meet: addresses, the shared secret, the register, what must be equal.
 
-Paper: the launching process needs no torch. Hosts of one run share its folder (a network disk, or
-one machine), in which the witness of their votes lies. Not here: messages (`elastic/transport.py`)
-and votes (`elastic/membership.py`). Traded away: hosts without a common folder; their checkpoints
-would be in pieces on several disks.
+The launching process needs no torch. Hosts of one run share its folder (a network disk, or one
+machine): a checkpoint in pieces on several disks would be none.
 """
 
 from __future__ import annotations
@@ -27,11 +25,16 @@ from cordee.dist.process_group import module_command, present_cpu_variables
 from cordee.elastic.address import format_address, parse_address, resolve
 from cordee.elastic.failure_detector import Timeouts
 from cordee.elastic.hosts import RendezvousConfig
-from cordee.elastic.membership import Member
 from cordee.elastic.message_schema import message_error
+from cordee.elastic.register import (
+    EtcdRegister,
+    FolderRegister,
+    Register,
+    RegisterError,
+    parse_etcd_url,
+)
 from cordee.elastic.secret import make_secret, read_secret
 from cordee.elastic.transport import Transport
-from cordee.elastic.witness import FileWitness
 from cordee.errors import ConfigError
 from cordee.hardware.system import interface_of
 from cordee.planner.cluster import processor_flags
@@ -39,7 +42,7 @@ from cordee.report.metrics_writer import write_atomically
 from cordee.report.reader import as_count, finite_number, iter_records, last_event, record_step
 
 CHECKPOINT_DIR = "checkpoints"
-WITNESS_FILE = "members.json"
+REGISTER_FILE = "members.json"
 FOLDER_ID_FILE = "members.id"
 SECRET_FILE = "secret"
 ARITHMETIC_DIR = "arithmetic"
@@ -70,34 +73,59 @@ def make_rendezvous_config(
 
     if not is_multi_host(run):
         return RendezvousConfig(
-            None,
-            lambda host_id, **member_args: Member(
-                host_id, timeouts, last_generation=newest_generation, **member_args
-            ),
-            is_finished,
-            device,
+            timeouts=timeouts,
+            device_kind=device,
+            is_finished=is_finished,
+            last_generation=newest_generation,
         )
     fingerprint = measure_arithmetic(run, device) if run.requires_same_bits else ""
-    witness = FileWitness(folder / WITNESS_FILE)
     secret_file = Path(run.launch.secret or folder / SECRET_FILE)
     if run.launch.join:
         secret = read_secret(secret_file)
         bind_address = format_address(own_ip(run.launch.join), 0)
     else:
         secret, bind_address = make_secret(secret_file), run.launch.listen
-        witness.clear_view()
         if not (folder / FOLDER_ID_FILE).exists():
             (folder / FOLDER_ID_FILE).write_text(uuid.uuid4().hex)
     identity = run_identity(run, dataset_fingerprint, island_layout, device, fingerprint)
     return RendezvousConfig(
-        lambda: Transport.open(bind_address, secret, identity, message_error=message_error),
-        lambda host_id, **member_args: Member(
-            host_id, timeouts, last_generation=newest_generation, witness=witness, **member_args
+        timeouts=timeouts,
+        device_kind=device,
+        is_finished=is_finished,
+        open_transport=lambda: Transport.open(
+            bind_address, secret, identity, message_error=message_error
         ),
-        is_finished,
-        device,
-        run.launch.join,
+        register=open_register(run),
+        join_address=run.launch.join,
+        last_generation=newest_generation,
     )
+
+
+def open_register(run: Run) -> Register:
+    """Where the run's newest generation is written: `launch.register`."""
+    folder_id_file = Path(run.run.dir) / FOLDER_ID_FILE
+    run_id = folder_id_file.read_text().strip() if folder_id_file.exists() else ""
+    if run.launch.register == "folder":
+        return FolderRegister(Path(run.run.dir) / REGISTER_FILE, run_id)
+    return EtcdRegister(parse_etcd_url(run.launch.register), run_id)
+
+
+def _check_register(run: Run) -> None:
+    """ConfigError when the register does not answer, or is not this run's."""
+    try:
+        open_register(run).read()
+    except RegisterError as error:
+        is_folder = run.launch.register == "folder"
+        fix = (
+            f"remove {REGISTER_FILE} if no host of the run is left"
+            if is_folder
+            else "start it, or another address of it"
+        )
+        raise ConfigError(
+            f"the register cannot be used: {error}",
+            values={"launch.register": run.launch.register},
+            fix=fix,
+        ) from error
 
 
 def make_timeouts(run: Run) -> Timeouts:
@@ -118,6 +146,8 @@ def check_rendezvous(run: Run) -> None:
     elif run.launch.join:
         own_ip(run.launch.join)
         read_secret(secret_file)
+    if is_multi_host(run):
+        _check_register(run)
 
 
 def is_multi_host(run: Run) -> bool:
@@ -267,7 +297,8 @@ def read_end_event(run: Run) -> dict[str, Any] | None:
 
 
 def check_addresses(run: Run) -> None:
-    """ConfigError for addresses that are none, or a host that both founds and joins."""
+    """ConfigError for addresses that are none, a host that both founds and joins, or a register
+    that nobody would ask."""
     for key in ("listen", "join"):
         if address := getattr(run.launch, key):
             parse_address(address)
@@ -277,6 +308,14 @@ def check_addresses(run: Run) -> None:
             values={"launch.listen": run.launch.listen, "launch.join": run.launch.join},
             fix=f"launch.join={run.launch.join} alone",
         )
+    if run.launch.register != "folder":
+        parse_etcd_url(run.launch.register)
+        if not is_multi_host(run):
+            raise ConfigError(
+                "only a run of several hosts has a register",
+                values={"launch.register": run.launch.register},
+                fix="launch.listen=HOST:PORT, or leave launch.register out",
+            )
 
 
 def _package_version(package: str) -> str:

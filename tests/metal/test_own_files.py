@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import json
 import os
 import shutil
 import tomllib
@@ -29,7 +28,8 @@ from cordee.data.manifest import is_dataset, list_changed_sources, read_info
 from cordee.data.prepare import prepare
 from cordee.data.snapshot import MARKER_FILE, classify_snapshot, read_marker, remove_snapshot
 from cordee.data.writer import atomic_folder
-from cordee.elastic.witness import FileWitness, WitnessState
+from cordee.elastic.register import FolderRegister
+from cordee.elastic.views import View
 from cordee.errors import ConfigError, DataError
 from cordee.hf.safetensors_io import write_folder
 from cordee.launcher.prepare import (
@@ -273,8 +273,8 @@ def test_temporary_names_are_nobody_elses(work_folder: Path) -> None:
         Path(name).write_text("mine")
     tree_before = read_tree(work_folder)
     write_atomically(Path("x"), b"whole")
-    assert FileWitness(Path("members.json")).promise(1, "me", ["me"]) is not None
-    assert WitnessState.from_json(json.loads(Path("members.json").read_text())).number == 1
+    register, view = FolderRegister(Path("members.json"), "run"), View(1, "me", ("me",))
+    assert register.swap(None, view) == register.read() == view
     with atomic_folder(Path("d")) as folder:
         (folder / "file").touch()
     tree_after = read_tree(work_folder)

@@ -17,8 +17,8 @@ from typing import Any
 
 from cordee.elastic.failure_detector import Timeouts
 from cordee.elastic.membership import Member
-from cordee.elastic.views import Evicted, Left, View, ViewHalted, ViewInstalled, blocking_view
-from cordee.elastic.witness import WitnessReply, WitnessState
+from cordee.elastic.register import RegisterAnswer, RegisterRequest
+from cordee.elastic.views import Evicted, Left, View, ViewHalted, ViewInstalled
 
 RECOVERY_BOUND_S = 15.0
 """How long a whole network with a legitimate set of hosts may take to commit again."""
@@ -46,18 +46,12 @@ class SimulatedHost:
     step: int | None = None
     view: View | None = None
     voters: set[str] = field(default_factory=set)
-    eviction_count: int = 0
 
     def __post_init__(self) -> None:
         self.name = f"h{self.node}#{self.nonce}"
         self.clock_offset_s = self.simulation.random.uniform(0.0, 1e5)
-        witness = CutOffWitness(self.simulation, self) if self.simulation.witness_state else None
         self.member = Member(
-            self.name,
-            self.simulation.timeouts,
-            assign=assign,
-            report=lambda: self.step,
-            witness=witness,
+            self.name, self.simulation.timeouts, assign=assign, report=lambda: self.step
         )
 
     @property
@@ -69,6 +63,8 @@ class SimulatedHost:
         """Sends what the member wants sent and obeys its changes."""
         for target, message in self.member.take_outbox():
             self.simulation.send(self, target, json.loads(json.dumps(message)))
+        for request in self.member.take_requests():
+            self.simulation.register.ask(self, request)
         for change in self.member.take_changes():
             self.simulation.log_line(f"{self.name} {change}")
             if isinstance(change, ViewInstalled):
@@ -135,26 +131,62 @@ def assign(reports: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": max(steps)} if steps else {"none": True}
 
 
-class CutOffWitness:
-    """A witness as one host reaches it: sometimes not."""
+@dataclass
+class SimulatedRegister:
+    """The register in virtual time: late, away for some or for all, its answers lost; what it was
+    asked may still be done when the asker has given up, or is dead."""
 
-    def __init__(self, simulation: Simulation, host: SimulatedHost) -> None:
-        self.simulation, self.host = simulation, host
+    simulation: Simulation
+    view: View | None = None
+    history: dict[int, View] = field(default_factory=dict)
+    ended: dict[str, int] = field(default_factory=dict)
+    """For each host that has swapped a generation for the next: the newest that it has ended."""
+    is_away: bool = False
+    loss: float = 0.02
 
-    def promise(self, number: int, candidate: str, voters: Collection[str]) -> WitnessReply | None:
-        """None while this place is cut off from the folder."""
-        if self.host.node in self.simulation.blind_nodes:
-            return None
-        assert self.simulation.witness_state
-        return self.simulation.witness_state.promise(number, candidate, voters)
+    def ask(self, host: SimulatedHost, request: RegisterRequest) -> None:
+        """A request on its way there and back."""
+        simulation, rng = self.simulation, self.simulation.random
+        delay_s = rng.uniform(*simulation.register_delay_s)
+        if self.is_away or host.node in simulation.blind_nodes:
+            wait_s = rng.choice([0.001, 1.0])
+            simulation.call_later(wait_s, lambda: self._answer(host, request, "away"))
+        elif rng.random() < self.loss:
+            simulation.call_later(rng.uniform(0.0, 4.0), lambda: self._execute(host, request))
+            simulation.call_later(1.0, lambda: self._answer(host, request, "timed out"))
+        else:
 
-    def accept(self, view: View) -> bool:
-        """False while cut off."""
-        assert self.simulation.witness_state
-        return (
-            self.host.node not in self.simulation.blind_nodes
-            and self.simulation.witness_state.accept(view)
-        )
+            def execute() -> None:
+                self._execute(host, request)
+                view = self.view
+                simulation.call_later(delay_s / 2, lambda: self._answer(host, request, "", view))
+
+            simulation.call_later(delay_s / 2, execute)
+
+    def _execute(self, host: SimulatedHost, request: RegisterRequest) -> None:
+        """(4) A view is swapped only by a host of it that is out of it for good."""
+        if request.view is None or self.view != request.previous:
+            return
+        if request.previous and host.name not in request.previous.hosts:
+            self.simulation.fail(f"{host.name} ends {request.previous} without being in it")
+        if request.previous and host.is_alive and host.view == request.previous:
+            self.simulation.fail(f"{host.name} ends {request.previous} while it works in it")
+        if request.view.number <= (self.view.number if self.view else 0):
+            self.simulation.fail(f"{request.view} comes after {self.view}")
+        self.ended[host.name] = request.view.number - 1
+        self.view = self.history[request.view.number] = request.view
+        self.simulation.log_line(f"{host.name} installs {request.view.number}")
+
+    def _answer(
+        self, host: SimulatedHost, request: RegisterRequest, error: str, view: View | None = None
+    ) -> None:
+        answer = RegisterAnswer(request, "simulated", view, error)
+
+        def deliver() -> None:
+            host.member.on_register_answer(answer, host.now)
+            host.flush()
+
+        self.simulation._deliver(host, deliver)
 
 
 @dataclass
@@ -163,18 +195,18 @@ class Simulation:
 
     seed: int
     host_count: int
-    has_witness: bool = False
     timeouts: Timeouts = field(default_factory=Timeouts)
     delay_s: tuple[float, float] = (0.001, 0.05)
     loss: float = 0.01
     duplicate_rate: float = 0.01
     notice_rate: float = 0.5
+    register_delay_s: tuple[float, float] = (0.001, 0.01)
     is_verbose: bool = False
     now: float = 0.0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.witness_state = WitnessState() if self.has_witness else None
+        self.register = SimulatedRegister(self)
         self.event_queue: list[tuple[float, int, Callable[[], None]]] = []
         self.event_count = 0
         self.nodes: dict[int, SimulatedHost] = {}
@@ -308,13 +340,11 @@ class Simulation:
         if (
             host.is_alive
             and not host.is_frozen
-            and not host.eviction_count
             and host.member.view is None
+            and host.member._join_address
         ):
-            if host.member._join_address:
-                host.is_alive = False
-                self.restart(host.node)
-            return
+            host.is_alive = False
+            self.restart(host.node)
 
     # The network.
 
@@ -380,12 +410,16 @@ class Simulation:
         raise InvariantViolation(f"seed {self.seed}, {self.now:.3f} s: {problem}")
 
     def on_view_installed(self, host: SimulatedHost, view: View) -> None:
-        """(3) An active view's number is its own; who enters is in it."""
+        """(3) An active view's number is its own, and was in the register; who enters is in it."""
         first_view = self.views.setdefault(view.number, view)
         if first_view != view:
             self.fail(f"two views of one number: {first_view} and {view}")
         if host.name not in view.hosts:
             self.fail(f"{host.name} entered {view} without being in it")
+        if self.register.history.get(view.number) != view:
+            self.fail(f"{host.name} entered {view}, which the register never held")
+        if view.number <= self.register.ended.get(host.name, 0):
+            self.fail(f"{host.name} entered {view}, which it has ended")
 
     def on_vote(self, host: SimulatedHost, view: View, step: int) -> None:
         """(1, 2) When the last host has voted: commits are in order of generation and step.
@@ -438,28 +472,8 @@ class Simulation:
         steps = [host.step for host in hosts_by_name.values() if host.step is not None]
         if max(steps, default=-1) < last_step - 1:
             return False
-        if self.witness_state:
-            view = self.witness_state.view
-            return view is not None and bool(set(view.hosts) & set(hosts_by_name))
-        newest_view = self.views[max(self.views)]
-        if not newest_view.has_quorum(hosts_by_name):
-            return False
-        promises: dict[str, Any] = {
-            name: HostSnapshot(
-                host.member._acceptor.installed_view,
-                tuple(host.member._acceptor.accepted_views.values()),
-            )
-            for name, host in hosts_by_name.items()
-        }
-        return blocking_view(promises) is None
-
-
-@dataclass
-class HostSnapshot:
-    """What the oracle reads off a host."""
-
-    installed_view: View | None
-    accepted_views: tuple[View, ...]
+        view = self.register.view
+        return view is not None and bool(set(view.hosts) & set(hosts_by_name))
 
 
 def pairs_between(nodes: Collection[int], other_nodes: Collection[int]) -> list[tuple[int, int]]:
@@ -477,7 +491,7 @@ def inject_fault(simulation: Simulation) -> None:
     host = simulation.nodes[node]
     fault_kind = rng.choice(
         ["kill", "kill", "freeze", "freeze", "split", "split", "one way", "leave", "call", "call",
-         "reset", "restart", "blind", "kill leader", "storm"]
+         "reset", "restart", "blind", "away", "kill leader", "storm"]
     )  # fmt: skip
     if fault_kind == "kill leader":
         leaders = [h.node for h in simulation.live_hosts() if h.view and h.view.leader == h.name]
@@ -517,6 +531,10 @@ def inject_fault(simulation: Simulation) -> None:
     elif fault_kind == "blind":
         simulation.blind_nodes.add(node)
         simulation.call_later(rng.choice([1.0, 10.0]), lambda: simulation.blind_nodes.discard(node))
+    elif fault_kind == "away":
+        simulation.register.is_away = True
+        time_s = rng.choice([0.3, 3.0, 10.0])
+        simulation.call_later(time_s, lambda: setattr(simulation.register, "is_away", False))
     elif fault_kind == "storm":
         previous_loss, simulation.loss = simulation.loss, 0.3
         simulation.call_later(3.0, lambda: setattr(simulation, "loss", min(previous_loss, 0.05)))
@@ -526,7 +544,8 @@ def run_schedule(seed: int, is_verbose: bool = False) -> tuple[Simulation, str]:
     """Plays the seed's schedule; how it ended: on, blocked (rightly), or Wrong is raised."""
     rng = random.Random(~seed)
     simulation = Simulation(
-        seed, rng.randint(2, 7), has_witness=rng.random() < 0.4, is_verbose=is_verbose,
+        seed, rng.randint(2, 7), is_verbose=is_verbose,
+        register_delay_s=rng.choice([(0.0005, 0.002), (0.001, 0.05), (0.05, 0.8)]),
         delay_s=rng.choice([(0.0005, 0.002), (0.001, 0.05), (0.001, 0.3)]),
         loss=rng.choice([0.0, 0.01, 0.05]), notice_rate=rng.choice([0.0, 0.5, 1.0]),
     )  # fmt: skip
@@ -537,6 +556,7 @@ def run_schedule(seed: int, is_verbose: bool = False) -> tuple[Simulation, str]:
     simulation.run(time_s + rng.choice([1.0, 4.0, 10.0]))
     simulation.cut_counts.clear()
     simulation.blind_nodes.clear()
+    simulation.register.is_away, simulation.register.loss = False, 0.0
     simulation.loss = min(simulation.loss, 0.01)
     for host in list(simulation.nodes.values()):
         simulation.wake(host)

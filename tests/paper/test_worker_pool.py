@@ -14,7 +14,6 @@ import pytest
 from cordee.elastic import supervisor as supervisor_module
 from cordee.elastic.failure_detector import Timeouts
 from cordee.elastic.hosts import RendezvousConfig
-from cordee.elastic.membership import Member
 from cordee.elastic.oom import oom_kills
 from cordee.elastic.run_lock import RunLock
 from cordee.elastic.run_progress import SupervisorConfig
@@ -32,7 +31,7 @@ def supervisor(tmp_path: Path) -> Supervisor:
         run_lock=RunLock(tmp_path / "lock"),
     )  # fmt: skip
     rendezvous_config = RendezvousConfig(
-        None, lambda own_id, **given: Member(own_id, Timeouts(), **given), lambda: False, "cpu"
+        timeouts=Timeouts(), device_kind="cpu", is_finished=lambda: False
     )
     return Supervisor(supervisor_config, rendezvous_config)
 

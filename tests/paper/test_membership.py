@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,27 +14,19 @@ from hypothesis import strategies as st
 from cordee.config.load import load
 from cordee.elastic.failure_detector import AdaptiveTimeout, Timeouts
 from cordee.elastic.membership import Member
-from cordee.elastic.views import (
-    Acceptor,
-    Evicted,
-    Left,
-    Promise,
-    View,
-    ViewHalted,
-    ViewInstalled,
-    blocking_view,
-)
-from cordee.elastic.witness import FileWitness
+from cordee.elastic.register import MemoryRegister, RegisterAnswer, RegisterRequest, ask_register
+from cordee.elastic.views import Evicted, Left, View, ViewHalted, ViewInstalled
 from cordee.errors import RunError
 from cordee.launcher.rendezvous import make_timeouts
 from tests.paper.membership_simulation import (
     InvariantViolation,
+    SimulatedHost,
     Simulation,
     pairs_between,
     run_schedule,
 )
 
-FAST_SEEDS, ALL_SEEDS, SEEDS_PER_CASE = 300, 1500, 100
+FAST_SEEDS, ALL_SEEDS, SEEDS_PER_CASE = 1000, 4000, 250
 
 
 def run_schedules(first_seed: int) -> dict[str, int]:
@@ -126,49 +117,88 @@ def test_a_short_freeze_is_nobodys_death() -> None:
     assert simulation.views == views
 
 
-@pytest.mark.parametrize("has_witness", [False, True])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_two_hosts_of_which_one_dies(victim: int, has_witness: bool) -> None:
-    simulation = start_simulation(2, has_witness=has_witness)
+def test_two_hosts_of_which_one_dies(victim: int) -> None:
+    simulation = start_simulation(2)
     survivor, generation = simulation.nodes[1 - victim], simulation.commits[-1][1]
     simulation.kill(victim)
     simulation.run(simulation.now + 20.0)
-    if has_witness or victim == 1:
-        assert simulation.commits[-1][1] > generation and survivor.view is not None
-        assert survivor.view.hosts == (survivor.name,)
-    else:
-        assert simulation.commits[-1][1] == generation
-        assert "waiting for a majority: 1 of 2 hosts answers" in survivor.member.status
-        assert f"silent: h{victim}#0" in survivor.member.status
+    assert simulation.commits[-1][1] > generation and survivor.view is not None
+    assert survivor.view.hosts == (survivor.name,)
 
 
-@pytest.mark.parametrize("has_witness", [False, True])
 @pytest.mark.parametrize("heal_s", [3.0, 30.0])
-def test_a_partition_leaves_one_side_working(heal_s: float, has_witness: bool) -> None:
-    simulation = start_simulation(5, has_witness=has_witness)
+def test_a_partition_leaves_one_side_working(heal_s: float) -> None:
+    simulation = start_simulation(5)
     generation = simulation.commits[-1][1]
     simulation.cut_links(pairs_between([0, 1], [2, 3, 4]), heal_s)
     simulation.run(simulation.now + heal_s)
     working_hosts = [
         host for host in simulation.live_hosts() if host.view and host.view.number > generation
     ]
-    sides = [{2, 3, 4}, {0, 1}] if has_witness else [{2, 3, 4}]
-    assert {host.node for host in working_hosts} in sides
+    assert {host.node for host in working_hosts} in [{2, 3, 4}, {0, 1}]
     assert simulation.run(simulation.now + 15.0, lambda: is_view_complete(simulation, 5)), (
         "\n".join(simulation.log[-20:])
     )
 
 
-def test_without_a_majority_all_wait_and_go_on_by_themselves() -> None:
+def test_of_three_that_cannot_see_each_other_one_goes_on() -> None:
     simulation = start_simulation(3)
     simulation.cut_links(pairs_between([0], [1, 2]) + pairs_between([1], [2]), 30.0)
     simulation.run(simulation.now + 29.0)
+    assert sum(host.view is not None for host in simulation.live_hosts()) == 1
+    assert simulation.commits[-1][0] > simulation.now - 1.0
+    assert simulation.run(simulation.now + 15.0, lambda: is_view_complete(simulation, 3))
+
+
+def test_a_register_that_is_away_stops_no_step_and_changes_wait() -> None:
+    simulation = start_simulation(3)
+    follower, generation = simulation.nodes[2], simulation.commits[-1][1]
+    simulation.register.is_away = True
+    simulation.start_host(3, "h0")
+    follower.member.request_view({"event": "worker_ready", "host": follower.name}, follower.now)
+    follower.flush()
     commit_count = len(simulation.commits)
-    statuses = [host.member.status for host in simulation.live_hosts()]
-    assert all("waiting for a majority: 1 of 3 hosts answers" in status for status in statuses), (
-        statuses
-    )
-    assert simulation.run(simulation.now + 5.0, lambda: len(simulation.commits) > commit_count + 3)
+    simulation.run(simulation.now + 20.0)
+    assert len(simulation.commits) > commit_count + 20
+    assert simulation.commits[-1][1] == generation
+    assert "waiting for the register: away" in simulation.nodes[0].member.status
+    simulation.kill(1)
+    simulation.run(simulation.now + 10.0)
+    assert simulation.commits[-1][1] == generation
+    simulation.register.is_away = False
+    assert simulation.run(simulation.now + 3.0, lambda: simulation.commits[-1][1] > generation)
+    assert simulation.run(simulation.now + 3.0, lambda: is_view_complete(simulation, 3))
+    assert {host.node for host in simulation.live_hosts()} == {0, 2, 3}
+
+
+def test_who_is_out_learns_it_from_the_register_alone() -> None:
+    simulation = start_simulation(3)
+    lonely = simulation.nodes[2]
+    simulation.cut_links(pairs_between([2], [0, 1]), None)
+    assert simulation.run(simulation.now + 10.0, lambda: not lonely.is_alive)
+    assert "goes on without this host" in lonely.member.status
+
+
+@pytest.mark.parametrize("is_candidate_killed", [False, True])
+def test_a_swap_that_was_done_though_nobody_was_told(is_candidate_killed: bool) -> None:
+    simulation = start_simulation(3)
+    generation = simulation.commits[-1][1]
+    answer = simulation.register._answer
+
+    def lose_answer(host: SimulatedHost, request: RegisterRequest, *result: Any) -> None:
+        if request.view and request.view.number == generation + 1:
+            if is_candidate_killed:
+                simulation.kill(host.node)
+            result = ("timed out",)
+        answer(host, request, *result)
+
+    simulation.register._answer = lose_answer  # type: ignore[method-assign]
+    leader = simulation.nodes[0]
+    leader.member.request_view({"event": "worker_died", "host": leader.name}, leader.now)
+    leader.flush()
+    assert simulation.run(simulation.now + 6.0, lambda: simulation.commits[-1][1] > generation)
+    assert generation + 1 in simulation.register.history
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0), (1, 2)])
@@ -232,79 +262,125 @@ def test_verdicts_say_who_and_how_long() -> None:
     assert "goes on without it" in verdict["done"]
 
 
-def single_member(witness: FileWitness | None = None, own_id: str = "a#0") -> Member:
+def answer_requests(member: Member, register: MemoryRegister, now_s: float) -> None:
+    while requests := member.take_requests():
+        for request in requests:
+            member.on_register_answer(ask_register(register, request), now_s)
+
+
+def single_member(
+    register: MemoryRegister, own_id: str = "a#0", last_generation: int = 0
+) -> Member:
     member = Member(
-        own_id, Timeouts(), assign=lambda reports: dict(reports), report=list, witness=witness
+        own_id,
+        Timeouts(),
+        assign=lambda reports: dict(reports),
+        report=list,
+        last_generation=last_generation,
     )
     member.bootstrap(5.0)
+    answer_requests(member, register, 5.0)
     return member
 
 
 def test_one_host_needs_nobody() -> None:
-    member = single_member()
+    register = MemoryRegister()
+    member = single_member(register)
     (event,) = member.take_changes()
     assert event == ViewInstalled(member.view) and member.view.number == 1  # type: ignore[arg-type, union-attr]
     assert member.view.assignment == {"a#0": []} and member.status == "working in generation 1"  # type: ignore[union-attr]
     member.request_view({"event": "worker_died"}, 5.1)
+    answer_requests(member, register, 5.1)
     assert [type(change) for change in member.take_changes()] == [ViewHalted, ViewInstalled]
     assert not member.take_outbox()
     member.leave(6.0)
     assert [type(change) for change in member.take_changes()] == [ViewHalted, Left]
 
 
+def test_a_founder_goes_on_from_what_the_register_holds_and_the_run_knows() -> None:
+    register = MemoryRegister()
+    register.view = View(9, "b#0", ("b#0",))
+    first = single_member(register, last_generation=4).view
+    assert first and (first.number, first.hosts, first.events) == (10, ("a#0",), ())
+    second = single_member(register, "c#0", last_generation=20).view
+    assert second and (second.number, second.hosts) == (21, ("c#0",))
+
+
+def test_a_founder_waits_for_the_register() -> None:
+    member, register = Member("a#0", Timeouts(), assign=dict, report=list), MemoryRegister()
+    member.bootstrap(5.0)
+    (request,) = member.take_requests()
+    member.on_register_answer(RegisterAnswer(request, error="no route"), 5.0)
+    assert member.status == "waiting for the register: no route"
+    member.tick(5.1)
+    assert not member.take_requests(), "not in a hurry"
+    member.tick(5.6)
+    answer_requests(member, register, 5.6)
+    assert member.view and member.register_problem == ""
+
+
 def test_a_message_that_cannot_be_read_is_refused() -> None:
-    member = single_member()
+    member = single_member(MemoryRegister())
     for message in ({}, {"kind": "boo"}, {"kind": "enter", "view": {}}, {"kind": "beat"}):
         with pytest.raises(RunError):
             member.receive("b#0", message, 6.0)
 
 
-def test_who_has_no_witness_is_not_let_into_a_run_with_one(tmp_path: Path) -> None:
-    founder = single_member(FileWitness(tmp_path / "witness"))
+def test_who_has_another_register_is_not_let_in() -> None:
+    founder, register = single_member(MemoryRegister()), MemoryRegister()
+    register.identity = "another"  # type: ignore[misc]
     joiner = Member("b#0", Timeouts(), assign=dict, report=list)
     joiner.join("a", 1.0)
-    ((_, join_request),) = joiner.take_outbox()
-    founder.receive("b#0", join_request, 5.1)
+    answer_requests(joiner, register, 1.0)
+    for _, heartbeat in joiner.take_outbox():
+        founder.receive("b#0", heartbeat, 5.1)
     for target, message in founder.take_outbox():
         assert target == "b#0"
         joiner.receive("a#0", message, 1.1)
-    assert "witness" in joiner.status
+    assert "its register is another, this run's is memory" in joiner.join_refusal
 
 
-def test_the_file_witness_remembers_and_refuses(tmp_path: Path) -> None:
-    path = tmp_path / "witness.json"
-    member = single_member(FileWitness(path))
-    assert member.view is not None
-    second_witness = FileWitness(path)
-    reply = second_witness.promise(9, "c#0", ["c#0"])
-    assert reply is not None and not reply.is_granted and reply.view == member.view
-    reply = second_witness.promise(9, "a#0", ["a#0", "b#0"])
-    assert reply is not None and reply.is_granted
-    assert not second_witness.accept(View(8, "a#0", ("a#0",)))
-    assert second_witness.accept(View(9, "a#0", ("a#0", "b#0")))
-    second_reply = second_witness.promise(9, "b#0", ["b#0"])
-    assert second_reply is not None and not second_reply.is_granted and second_reply.number == 9
-    other_member = single_member(FileWitness(path), "d#0")
-    assert other_member.view is None and "holds generation 9 of a#0, b#0" in other_member.status
-    second_witness.clear_view()
-    other_member.tick(7.0)
-    other_member.tick(7.5)
-    other_member.tick(8.0)
-    assert other_member.view is not None and other_member.view.number > 9
+@pytest.mark.parametrize(
+    ("held", "identity", "reason"),
+    [
+        (View(3, "a#0", ("a#0",)), "memory", "went back from generation 5 to 3"),
+        (None, "memory", "went back from generation 5 to 0"),
+        (View(5, "b#0", ("b#0",)), "memory", "holds a generation 5 that is not this run's"),
+        (View(6, "b#0", ("b#0",)), "another", "is another one (another; this run's is memory)"),
+    ],
+)
+def test_a_register_that_is_not_to_be_believed_changes_nothing(
+    held: View | None, identity: str, reason: str
+) -> None:
+    register = MemoryRegister()
+    member = single_member(register, last_generation=4)
+    member.take_changes()
+    register.view, register.identity = held, identity  # type: ignore[misc]
+    member.request_view({"event": "worker_ready"}, 5.1)
+    answer_requests(member, register, 5.1)
+    assert reason in member.status and "refused" in member.register_problem
+    assert not member.take_changes() and member.view and register.view == held
 
 
-def test_a_witness_that_cannot_be_reached_promises_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "witness.json"
-    witness = FileWitness(path)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert witness.promise(1, "a#0", ["a#0"]) is None and "locked" in witness.failure
-    path.write_text("{")
-    assert witness.promise(1, "a#0", ["a#0"]) is None and not witness.accept(View(0, "a", ("a",)))
-    path.unlink()
-    assert FileWitness(tmp_path / "no" / "w").promise(1, "a#0", ["a#0"]) is None
-    path.mkdir()
-    assert not FileWitness(path).accept(View(0, "a", ("a",)))
+def test_an_answer_that_was_overtaken_is_no_step_back() -> None:
+    """The question was asked before this host heard of the newer generation."""
+    member = single_member(MemoryRegister())
+    member.request_view({"event": "worker_ready"}, 5.1)
+    (request,) = member.take_requests()
+    old_view, new_view = member.view, View(2, "b#0", ("a#0", "b#0"))
+    member.receive("b#0", {"kind": "enter", "view": new_view.to_json()}, 5.2)
+    assert member.view == new_view
+    member.on_register_answer(RegisterAnswer(request, "memory", old_view), 5.3)
+    assert member.view == new_view and not member.register_problem
+
+
+def test_silence_of_the_register_is_told() -> None:
+    member = single_member(MemoryRegister())
+    member.request_view({"event": "worker_ready"}, 5.1)
+    assert len(member.take_requests()) == 1
+    for tick in range(30):
+        member.tick(5.2 + tick / 10)
+    assert member.register_problem == "it has not answered for 1 s" and member.view is not None
 
 
 @given(st.lists(st.floats(0.15, 0.25), min_size=40, max_size=64), st.floats(1.0, 1e6))
@@ -343,45 +419,6 @@ def test_deadlines_between_hosts_follow_the_keys() -> None:
         assert (timeouts.min_silence_s, timeouts.max_silence_s) == (min_s, max_s), overrides
 
 
-def promise(installed_view: View, *accepted_views: View) -> Promise:
-    return Promise(installed_view, accepted_views, None, ())
-
-
-def test_a_view_that_may_be_active_counts_and_one_that_cannot_be_does_not() -> None:
-    base = View(1, "a", ("a", "b", "c"))
-    subset, superset = View(5, "a", ("a", "b")), View(5, "a", ("a", "b", "j", "k", "l"))
-    assert blocking_view({"b": promise(base), "c": promise(base)}) is None
-    assert blocking_view({"a": promise(base, subset)}) == base, (
-        "what only a accepted does not free it"
-    )
-    assert blocking_view({"b": promise(base, subset), "c": promise(base)}) == subset, (
-        "a may be in it"
-    )
-    assert blocking_view({"a": promise(base, subset), "c": promise(base)}) is None, (
-        "half with leader"
-    )
-    assert blocking_view({"b": promise(base), "a": promise(base, subset)}) is None, (
-        "void: b never did"
-    )
-    assert blocking_view({host: promise(base, superset) for host in ("j", "k", "l")}) == base
-    assert blocking_view({"b": promise(subset)}) == subset, "half without the leader"
-    with pytest.raises(RunError):
-        blocking_view({"j": Promise(None, (), None, ())})
-
-
-def test_a_number_is_promised_once_and_nothing_lower_is_accepted_after() -> None:
-    acceptor, view = Acceptor(3), View(5, "a", ("a", "b"))
-    assert not acceptor.may_promise(3, "a") and acceptor.may_promise(5, "a")
-    acceptor.promise(5, "a")
-    assert acceptor.may_promise(5, "a") and not acceptor.may_promise(5, "b")
-    assert not acceptor.accept(view, None, "b") and acceptor.accept(view, View(1, "a", ("a",)), "a")
-    assert acceptor.installed_number == 1 and list(acceptor.accepted_views.values()) == [view]
-    acceptor.promise(6, "b")
-    assert not acceptor.accept(view, None, "a")
-    acceptor.learn(view)
-    assert acceptor.installed_view == view and not acceptor.accepted_views
-
-
 def test_views_are_read_strictly() -> None:
     view = View(3, "a", ("a", "b"), {"x": 1}, ({"event": "e"},))
     assert View.from_json(view.to_json()) == view
@@ -399,7 +436,7 @@ def test_views_are_read_strictly() -> None:
 
 def test_membership_imports_no_torch() -> None:
     code = (
-        "import sys, cordee.elastic.membership, cordee.elastic.witness as w;"
+        "import sys, cordee.elastic.membership, cordee.elastic.register;"
         " assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
@@ -407,3 +444,18 @@ def test_membership_imports_no_torch() -> None:
 
 def test_an_eviction_has_a_sentence() -> None:
     assert Evicted("fenced: generation 9 goes on without this host").reason.startswith("fenced")
+
+
+def test_who_has_ended_a_generation_never_works_in_it_again() -> None:
+    member = single_member(MemoryRegister())
+    view = View(2, "b#0", ("a#0", "b#0"))
+    enter = {"kind": "enter", "view": view.to_json()}
+    member.receive("b#0", enter, 5.2)
+    member.request_view({"event": "worker_died"}, 5.3)
+    halt = {"kind": "halt", "number": 3, "attempt": 1, "hosts": ["b#0", "a#0"], "leavers": []}
+    member.receive("b#0", halt, 5.4)
+    assert member.view is None
+    member.receive("b#0", enter, 5.5)
+    assert member.view is None
+    member.receive("b#0", {"kind": "enter", "view": view.to_json() | {"number": 3}}, 5.6)
+    assert member.view and member.view.number == 3
