@@ -64,7 +64,6 @@ class Member:
         self._is_founder = self._is_leaving = self._is_out = False
         self._last_progress_s = self._next_heartbeat_s = 0.0
         self._heartbeat_number = 0
-        self._wait_reason = ""
         self._register_identity = ""
         self._request_count, self._next_register_s = 0, 0.0
         self._open_requests: dict[int, float] = {}
@@ -74,24 +73,6 @@ class Member:
         self._changes: list[MembershipChange] = []
 
     # What the supervisor calls.
-
-    @property
-    def status(self) -> str:
-        """One sentence for a person: what this host is in, or waits for."""
-        if self._is_out:
-            return self._wait_reason
-        if self.register_problem:
-            return f"waiting for the register: {self.register_problem}"
-        if self._proposal and self._proposal.stage is Stage.HALT:
-            names = ", ".join(self._proposal.pending_voters)
-            return f"forming generation {self._proposal.number}: waiting for {names}"
-        if self._join_address:
-            return self.join_refusal or f"asking {self._join_address} to be let in"
-        if self.view:
-            return f"working in generation {self.view.number}" + (
-                f"; {self._wait_reason}" if self._wait_reason else ""
-            )
-        return self._wait_reason or "waiting for a new generation"
 
     @property
     def max_generation(self) -> int:
@@ -116,7 +97,7 @@ class Member:
         self._detector.advance(now)
         self._is_leaving = True
         if self._join_address:
-            self._leave_run(Left(), "left before it was let in")
+            self._leave_run(Left())
         self._send_heartbeats()
         self._propose_if_due()
         self._deliver_local()
@@ -207,7 +188,7 @@ class Member:
         if self.register_problem:
             self._next_register_s = self._detector.clock_s + REGISTER_RETRY_S
             if is_proposals:
-                self._abandon_proposal("")
+                self._abandon_proposal()
             return
         if not self._register_identity:
             self._register_identity = answer.identity
@@ -249,7 +230,7 @@ class Member:
         elif proposal.stage is Stage.READ and (proposal.is_first or view == self._installed_view):
             self._prepare_proposal(proposal, view)
         else:
-            self._abandon_proposal("waiting: another host was first")
+            self._abandon_proposal()
             if view:
                 self._learn(view)
 
@@ -276,9 +257,8 @@ class Member:
         is_newer = view.number > newest_number
         if self.own_id not in view.hosts:
             if is_newer and not self._join_address:
-                reason = f"generation {view.number} goes on without this host"
-                change = Left() if self._is_leaving else Evicted(f"fenced: {reason}")
-                self._leave_run(change, reason)
+                reason = f"fenced: generation {view.number} goes on without this host"
+                self._leave_run(Left() if self._is_leaving else Evicted(reason))
             return
         if is_newer:
             self._installed_view = view
@@ -289,7 +269,7 @@ class Member:
 
     def _install_view(self, view: View) -> None:
         self._halt_view()
-        self.view, self._proposal, self._join_address, self._wait_reason = view, None, "", ""
+        self.view, self._proposal, self._join_address = view, None, ""
         self._halted_for = ""
         if view.hosts == (self.own_id,):  # the last one saves before it leaves
             self._is_leaving = False
@@ -306,10 +286,10 @@ class Member:
             self._changes.append(ViewHalted(self.view.number))
             self.view = None
 
-    def _leave_run(self, change: MembershipChange, reason: str) -> None:
+    def _leave_run(self, change: MembershipChange) -> None:
         self._halt_view()
         self._changes.append(change)
-        self._is_out, self._proposal, self._wait_reason = True, None, reason
+        self._is_out, self._proposal = True, None
 
     # Heartbeats.
 
@@ -355,7 +335,7 @@ class Member:
             self._send_heartbeats()
         needs_view = message["wants"] or message["leaving"] or self._heartbeats.joiners
         if self._is_leave_complete(sender, message):
-            self._leave_run(Left(), f"left: generation {self._installed_number} goes on")
+            self._leave_run(Left())
         elif needs_view or (self.view and message["halted"] >= self.view.number):
             self._propose_if_due()
 
@@ -436,18 +416,16 @@ class Member:
         known_hosts = self._known_hosts()
         if self.own_id not in known_hosts:  # a leaver that waits until the others are in
             if all(self._detector.is_silent(host) for host in known_hosts):
-                self._leave_run(Left(), "left: the others have not been heard since")
+                self._leave_run(Left())
             return
         if self._is_leaving and known_hosts == [self.own_id]:
-            self._leave_run(Left(), "left: no host stays in the run")
+            self._leave_run(Left())
             return
         has_reason = self._choose_hosts(proposal)
         if self.view is None or self.view.leader != self.own_id:
             has_reason = self._is_own_turn(proposal)
         if has_reason:
             self._start_proposal(proposal)
-        elif self.view:
-            self._wait_reason = ""
 
     def _read_if_untold(self) -> None:
         """A joiner reads the register until it answers; and when the host that it halted for is
@@ -507,9 +485,8 @@ class Member:
         for host in proposal.pending_voters:
             self._send(host, message)
 
-    def _abandon_proposal(self, reason: str) -> None:
-        self._proposal, self._wait_reason = None, reason
-        self._last_progress_s = self._detector.clock_s
+    def _abandon_proposal(self) -> None:
+        self._proposal, self._last_progress_s = None, self._detector.clock_s
 
     def _on_halt(self, sender: str, message: Message) -> None:
         number, attempt = message["number"], message["attempt"]
@@ -571,7 +548,7 @@ class Member:
     def _on_refuse(self, sender: str, message: Message) -> None:
         proposal = self._proposal
         if proposal and (proposal.stage, proposal.attempt) == (Stage.HALT, message["attempt"]):
-            self._abandon_proposal(f"waiting: {sender} follows another leader")
+            self._abandon_proposal()
             # Its leader still seems well to it: ask again soon.
             self._last_progress_s -= (
                 self._timeouts.election_stagger_s - self._timeouts.heartbeat_interval_s

@@ -181,14 +181,14 @@ def test_another_cluster_and_one_that_was_restored_are_refused(tmp_path: Path) -
         member.take_changes()
         member.request_view({"event": "joined"}, 3.0)
         answer_requests(member, register, 3.0)
-        assert "refused: it went back from generation 2 to 1" in member.status
+        assert "refused: it went back from generation 2 to 1" in member.register_problem
         server.stop()
         shutil.rmtree(tmp_path / "data")
         server.start()
         member.tick(4.0)
         member.tick(4.5)
         answer_requests(member, register, 5.0)
-        assert "refused: it is another one (the etcd cluster " in member.status
+        assert "refused: it is another one (the etcd cluster " in member.register_problem
         assert member.take_changes() == [] and member.view.number == 2, "the run goes on"
 
 

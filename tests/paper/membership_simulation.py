@@ -46,6 +46,7 @@ class SimulatedHost:
     step: int | None = None
     view: View | None = None
     voters: set[str] = field(default_factory=set)
+    member_end: Evicted | Left | None = None
 
     def __post_init__(self) -> None:
         self.name = f"h{self.node}#{self.nonce}"
@@ -318,7 +319,7 @@ class Simulation:
 
     def on_member_out(self, host: SimulatedHost, change: Evicted | Left) -> None:
         """A member that is out; a fenced one comes back as a new one."""
-        host.is_alive, host.view = False, None
+        host.is_alive, host.view, host.member_end = False, None, change
         if isinstance(change, Evicted):
             self.call_later(self.random.uniform(0.2, 1.0), lambda: self.restart(host.node))
 
@@ -572,9 +573,17 @@ def run_schedule(seed: int, is_verbose: bool = False) -> tuple[Simulation, str]:
             simulation.run(simulation.now + 3.0)
             if not simulation.can_go_on():
                 return simulation, "blocked"
-    statuses = {host.name: host.member.status for host in simulation.live_hosts()}
+    statuses = {host.name: describe_member(host.member) for host in simulation.live_hosts()}
     raise InvariantViolation(
         f"seed {seed}: nothing was committed {RECOVERY_BOUND_S} s after all was whole: {statuses}"
+    )
+
+
+def describe_member(member: Member) -> str:
+    """What a member is in, or waits for."""
+    return (
+        f"in {member.view and member.view.number} of {member._installed_number}, joins by"
+        f" {member._join_address!r}, proposes {member._proposal}, {member.register_problem}"
     )
 
 
@@ -586,7 +595,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         simulation, outcome = run_schedule(arguments.seed, is_verbose=True)
-        print(outcome, {host.name: host.member.status for host in simulation.nodes.values()})
+        print(
+            outcome, {host.name: describe_member(host.member) for host in simulation.nodes.values()}
+        )
         return
     outcome_counts: dict[str, int] = {}
     for seed in range(arguments.seeds):
