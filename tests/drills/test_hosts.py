@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ from tests.drills.hosts import (
     free_port,
 )
 from tests.drills.network_namespaces import NetworkNamespaces, require_namespaces
+from tests.etcd_server import EtcdServer
+
+ON_BOTH_REGISTERS = pytest.mark.parametrize(
+    "register", ["folder", pytest.param("etcd", marks=pytest.mark.nightly)], indirect=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +38,27 @@ def reference_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return clean_digest(tmp_path_factory.mktemp("clean") / "run")
 
 
+@pytest.fixture
+def register(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The override that names a register of this kind."""
+    if request.param == "folder":
+        yield "launch.register=folder"
+    else:
+        with EtcdServer(tmp_path / "etcd") as server:
+            yield f"launch.register={server.url}"
+
+
 def wait_for_islands(host_group: HostGroup, islands: int) -> None:
     """So many islands compute, and a few steps go by."""
     host_group.wait_for_islands(islands)
     host_group.wait_for_step(host_group.last_step + 5)
 
 
+@ON_BOTH_REGISTERS
 def test_hosts_are_killed_and_join_again_the_founder_too(
-    reference_digest: str, run_dir: Path
+    reference_digest: str, run_dir: Path, register: str
 ) -> None:
-    with HostGroup(run_dir) as host_group:
+    with HostGroup(run_dir, register) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         wait_for_islands(host_group, 2)
         worker_pids = joiner.kill()
@@ -106,10 +123,41 @@ def test_who_may_not_join_is_told_why_and_disturbs_nobody(
 
 
 @pytest.mark.slow
-def test_a_frozen_host_is_fenced_and_comes_back_the_founder_too(
-    reference_digest: str, run_dir: Path
+def test_an_etcd_that_is_away_stops_no_step_and_changes_wait(
+    reference_digest: str, run_dir: Path, tmp_path: Path
 ) -> None:
-    with HostGroup(run_dir) as host_group:
+    with (
+        EtcdServer(tmp_path / "etcd") as server,
+        HostGroup(run_dir, f"launch.register={server.url}") as host_group,
+    ):
+        founder, joiner = host_group.start_first(), host_group.join()
+        wait_for_islands(host_group, 2)
+        server.stop()
+        wait_for_islands(host_group, 2)
+        refused_host = host_group.join()
+        assert refused_host.wait_exit(40) == 2, host_group.transcript()
+        assert "the register cannot be used: etcd at 127.0.0.1" in refused_host.output
+        joiner.kill()
+        host_group.wait_until(
+            lambda: "membership wait for the register: etcd at 127.0.0.1" in founder.output, 30
+        )
+        step = host_group.last_step
+        server.start()
+        host_group.wait_for_step(step + 1)
+        assert founder.wait_exit() == 0, host_group.transcript()
+        assert founder.output.count("wait for the register") == 1, host_group.transcript()
+        assert founder.output.count("the register answers again") == 1
+    event_names = [event["event"] for event in check_run(run_dir, reference_digest)]
+    assert event_names.count("host_silent") == 1
+    assert not (run_dir / "members.json").exists(), "the folder has no part in it"
+
+
+@pytest.mark.slow
+@ON_BOTH_REGISTERS
+def test_a_frozen_host_is_fenced_and_comes_back_the_founder_too(
+    reference_digest: str, run_dir: Path, register: str
+) -> None:
+    with HostGroup(run_dir, register) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         for host, workers_first in ((joiner, False), (founder, True)):
             wait_for_islands(host_group, 2)
@@ -151,10 +199,11 @@ def test_one_to_four_to_two_to_three_to_four_islands(reference_digest: str, run_
 
 
 @pytest.mark.slow
+@ON_BOTH_REGISTERS
 def test_all_are_asked_to_leave_at_once_and_the_last_one_saves(
-    reference_digest: str, run_dir: Path
+    reference_digest: str, run_dir: Path, register: str
 ) -> None:
-    with HostGroup(run_dir) as host_group:
+    with HostGroup(run_dir, register) as host_group:
         founder, joiner = host_group.start_first(), host_group.join()
         wait_for_islands(host_group, 2)
         founder.send_signal(signal.SIGINT)
@@ -176,8 +225,11 @@ def test_all_are_asked_to_leave_at_once_and_the_last_one_saves(
 
 
 @pytest.mark.slow
-def test_who_joins_at_the_end_ends_well_too(reference_digest: str, run_dir: Path) -> None:
-    with HostGroup(run_dir) as host_group:
+@ON_BOTH_REGISTERS
+def test_who_joins_at_the_end_ends_well_too(
+    reference_digest: str, run_dir: Path, register: str
+) -> None:
+    with HostGroup(run_dir, register) as host_group:
         founder = host_group.start_first()
         host_group.wait_for_step(155)
         joiner = host_group.join()
