@@ -18,9 +18,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cordee.elastic.failure_detector import FailureDetector, HeartbeatTable, Timeouts
-from cordee.elastic.proposal import Message, Proposal, Stage
 from cordee.elastic.register import RegisterAnswer, RegisterRequest
-from cordee.elastic.views import Evicted, Left, MembershipChange, View, ViewHalted, ViewInstalled
+from cordee.elastic.views import (
+    Evicted,
+    Left,
+    MembershipChange,
+    Message,
+    Proposal,
+    Stage,
+    View,
+    ViewHalted,
+    ViewInstalled,
+)
 from cordee.errors import RunError
 
 REGISTER_RETRY_S = 0.5

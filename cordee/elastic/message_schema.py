@@ -1,7 +1,6 @@
 """What supervisors may say to each other: every message is held to this before anybody acts on it.
 
-PAPER: a message in, a reason out. Not here: who may speak at all (`handshake.py`), and whether what
-is said makes sense now (`members.py`, `views.py`).
+A message in, a reason out; whether it makes sense now is for `membership.py` to say.
 """
 
 from __future__ import annotations

@@ -37,6 +37,15 @@ CASES = {
     "a name of nobody": (("launch.listen=no.such.host.invalid:7433",), "no.such.host.invalid"),
     "another machine's address": (("launch.listen=192.0.2.7:0",), "192.0.2.7"),
     "every address": (("launch.listen=0.0.0.0:0",), "0.0.0.0"),
+    "a register of no kind": (
+        ("launch.register=zookeeper://a:1", "launch.listen=127.0.0.1:0"),
+        "launch.register=folder, or etcd://HOST:PORT",
+    ),
+    "a register for one host": (("launch.register=etcd://127.0.0.1:9",), "launch.listen"),
+    "an etcd that is away": (
+        ("launch.register=etcd://127.0.0.1:9", "launch.listen=127.0.0.1:0"),
+        "the register cannot be used: etcd at 127.0.0.1:9: Connection refused",
+    ),
 }
 
 
