@@ -19,6 +19,7 @@ HOST_FLAGS = {
     "listen": ("HOST:PORT", "where other hosts may join this run (launch.listen)"),
     "join": ("HOST:PORT", "of any host of the run that this one joins (launch.join)"),
     "secret": ("FILE", "of mode 0600 that the hosts share (launch.secret)"),
+    "register": ("WHERE", "the generation stands: folder, or etcd://HOST:PORT (launch.register)"),
 }
 """Flags for several hosts: keys of the section launch under shorter names."""
 
