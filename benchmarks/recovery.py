@@ -58,6 +58,7 @@ from benchmarks.watched import (
     train_command,
     wait_for_rows,
     with_digest_check,
+    worker_name,
 )
 from cordee.report.reader import last_event
 
@@ -157,7 +158,7 @@ def measure_spare(bench: RecoveryBench) -> list[FaultTrial]:
             wait_until_settled(run, [host], 1)
             trials.append(bench.inject_fault(run, fault, rank_killer(run, rank, signal_number)))
         wait_until_settled(run, [host], 1)
-        worker_pids = child_pids(host.pid)
+        worker_pids = [p for p in child_pids(host.pid) if worker_name(p) != "template"]
 
         def kill_all() -> None:
             for pid in worker_pids:

@@ -116,7 +116,7 @@ class Soak:
             [worker_name(child) for child in child_pids(host.pid)] for host in self.hosts
         ]
         return len(names_by_host) == self.host_count and all(
-            any(map(str.strip, names)) for names in names_by_host
+            any(name.startswith(("rank", "ready")) for name in names) for names in names_by_host
         )
 
     def check_hosts(self) -> None:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cordee.cli.arguments import make_parser, parse_arguments
-from cordee.dist.process_group import exit_with_parent
+from cordee.dist.process_group import exit_with_parent, read_launch_info
 from cordee.dist.streams import print_to_stderr
-from cordee.launcher.prepare import launch_local_ranks, prepare_run
+from cordee.launcher.prepare import launch_local_ranks, prepare_run, prepared_worker_run
 from cordee.report.reader import last_event
 
 HOST_FLAGS = {
@@ -27,6 +27,12 @@ HOST_FLAGS = {
 def run(argv: list[str]) -> int:
     """See --help."""
     exit_with_parent()  # before what takes long: a worker may lose its supervisor while it imports
+    launch_info = read_launch_info()
+    if launch_info.is_supervised:
+        from cordee.training.user_parts import Parts  # here torch comes in
+        from cordee.training.worker import run_worker
+
+        return run_worker(prepared_worker_run(launch_info), Parts()).exit_code
     arg_parser = make_parser(
         "train",
         "Trains; the same command again goes on where the run stands.\n"

@@ -220,6 +220,9 @@ class LaunchSettings:
     unless run.exact."""
     timeout_s: float = 300.0
     """A collective that waits longer than this has failed."""
+    fork_server: bool = True
+    """Workers are forks of one process that has imported torch, so that a new one computes at once;
+    false: each imports for itself, as with accelerators and on macOS, where forks are not safe."""
     probe: bool = True
     """Measure this machine the first time that a plan needs it (`cordee probe` measures anew);
     false (--no-probe): without a kept profile, take the processor's flags."""

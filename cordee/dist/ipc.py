@@ -13,7 +13,8 @@ import json
 import socket
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cordee.hardware.system import packet_pair
@@ -26,6 +27,29 @@ LENGTH_PREFIX = struct.Struct("<I")
 
 PROGRESS_RECORD = struct.Struct("<q32s")
 """What a worker notes in shared memory of where it is: step, phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A worker's place in a generation; number 0 is the one generation of ranks without our
+    supervisor. A supervisor sends it as it is, by field names."""
+
+    rank: int
+    size: int
+    local_rank: int
+    generation: int = 0
+    plan: str = ""
+    """The generation's plan (JSON); empty: the one that the process was started with."""
+    drill: str = ""
+    """The fault that is armed in this generation."""
+    verdicts: Sequence[Mapping[str, Any]] = ()
+    """Events that led to this generation and that nobody has recorded yet."""
+    members: Sequence[Mapping[str, Any]] = ()
+    """Every rank's host and pid, by rank."""
+    previous_end_s: float = 0.0
+    """Monotonic time of this host at which the generation before ended; 0: there was none."""
+    is_emergency: bool = False
+    """Not to train: to save, with the others, what is left of the run, and to wait."""
 
 
 class MessageSocket:

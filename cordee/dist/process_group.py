@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HOST_COUNT_VARIABLES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 CHANNEL_VARIABLE = "CORDEE_LINE"
-"""Descriptors that a worker inherits: line, plan, mark, standard output, standard error."""
+"""Descriptors that a worker inherits: channel, config, progress, standard output and error."""
 PLAN_FILE = "plan.json"
 """The plan of the newest start, in the run's folder."""
 LOOPBACK_INTERFACE = "lo"
@@ -77,8 +77,9 @@ WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 class LaunchInfo:
     """What a launcher told this process. `store_file` is a rendezvous file (of tests), else empty;
     `host_count` is 1 unless the launcher says otherwise. A worker of our supervisor has a
-    `channel_descriptor`, and descriptors of the `plan_descriptor`, of the `progress_descriptor`
-    where it notes what it does, and of the `terminal_descriptors`; its rank comes later."""
+    `channel_descriptor`, a `config_descriptor` to read its run and plan from, a
+    `progress_descriptor` to note in what it does, and the `terminal_descriptors`; its rank comes
+    later."""
 
     rank: int = 0
     size: int = 1
@@ -87,7 +88,7 @@ class LaunchInfo:
     has_launcher: bool = False
     host_count: int = 1
     channel_descriptor: int = -1
-    plan_descriptor: int = -1
+    config_descriptor: int = -1
     progress_descriptor: int = -1
     terminal_descriptors: tuple[int, int] = (1, 2)
 
@@ -96,11 +97,10 @@ class LaunchInfo:
         """Whether this process is a worker of our own supervisor."""
         return self.channel_descriptor >= 0
 
-    def read_plan(self) -> str:
-        """The plan that our supervisor made (JSON); empty when there is none."""
-        if self.plan_descriptor < 0:
-            return ""
-        return os.pread(self.plan_descriptor, os.fstat(self.plan_descriptor).st_size, 0).decode()
+    def read_config(self) -> str:
+        """What our supervisor has every worker do (`launcher/prepare.py`, JSON)."""
+        size = os.fstat(self.config_descriptor).st_size
+        return os.pread(self.config_descriptor, size, 0).decode()
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,14 @@ def read_launch_info(environment: Mapping[str, str] | None = None) -> LaunchInfo
     """Reads the launcher's variables; ConfigError when they contradict each other."""
     env = os.environ if environment is None else environment
     if CHANNEL_VARIABLE in env:
-        (
-            channel_descriptor,
-            plan_descriptor,
-            progress_descriptor,
-            stdout_descriptor,
-            stderr_descriptor,
-        ) = map(int, env[CHANNEL_VARIABLE].split(","))
-        launch_info = LaunchInfo(
+        channel, config, progress, stdout, stderr = map(int, env[CHANNEL_VARIABLE].split(","))
+        return LaunchInfo(
             has_launcher=True,
-            channel_descriptor=channel_descriptor,
-            plan_descriptor=plan_descriptor,
-            progress_descriptor=progress_descriptor,
+            channel_descriptor=channel,
+            config_descriptor=config,
+            progress_descriptor=progress,
+            terminal_descriptors=(stdout, stderr),
         )
-        return replace(launch_info, terminal_descriptors=(stdout_descriptor, stderr_descriptor))
     for rank_name, size_name, local_name in RANK_VARIABLES:
         if rank_name not in env or size_name not in env:
             continue
@@ -251,11 +245,10 @@ def set_passive_wait() -> None:
     os.environ.update(passive_wait_variables())
 
 
-def worker_environment(
-    descriptors: Sequence[int], lifeline_descriptor: int, threads: int, interface: str
-) -> dict[str, str]:
-    """The environment of a worker that our supervisor starts; `interface`: the network
-    interface that its peers reach it by ("": whatever this host's name stands for)."""
+def worker_environment(lifeline_descriptor: int, threads: int, interface: str) -> dict[str, str]:
+    """The environment of workers that our supervisor starts, but for `channel_environment`;
+    `interface`: the network interface that peers reach them by ("": whatever this host's name
+    stands for)."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
     # On one host a user's own choice stands; with several it must be the one that others dial.
     interface_variables = {
@@ -267,12 +260,21 @@ def worker_environment(
         **os.environ,
         **passive_wait_variables(),
         **interface_variables,
-        CHANNEL_VARIABLE: ",".join(map(str, descriptors)),
         PARENT_VARIABLE: str(os.getpid()),
         LIFELINE_VARIABLE: str(lifeline_descriptor),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
+
+
+def channel_environment(descriptors: Sequence[int]) -> dict[str, str]:
+    """What a worker is told beside `worker_environment`: the descriptors that `LaunchInfo` has."""
+    return {CHANNEL_VARIABLE: ",".join(map(str, descriptors))}
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Sets these variables in this process."""
+    os.environ.update(variables)
 
 
 def broadcast_text(text: str) -> str:

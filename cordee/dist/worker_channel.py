@@ -1,11 +1,9 @@
-"""A worker's line to its host's supervisor: seats, halts, heartbeats, and the rendezvous store.
+"""A worker's end of the channel to its host's supervisor: assignments, heartbeats, keys.
 
-A worker takes part in one generation after another. For each it is given a seat: rank, size, plan.
-When a generation ends (a peer died, froze or left, or somebody joined), the line shuts this
-process's TCP connections, so that a collective that waits for a peer raises at once, whatever the
-peer's state; gloo's own `abort` does not wake it. The store that process groups are made through
-belongs to one generation, so no key of the dead is ever read. Not here: what is done with the
-state (`train.py`, `resume.py`), and who gets a seat (`elastic/supervisor.py`).
+A worker takes part in one generation after another, with an `Assignment` for each. When a
+generation ends, this process's TCP connections are shut, so that a collective that waits for a peer
+raises at once, whatever the peer's state; gloo's own `abort` does not wake it. The store that
+process groups are made through belongs to one generation: no key of the dead is ever read.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from cordee.dist.ipc import PROGRESS_RECORD, MessageSocket
+from cordee.dist.ipc import PROGRESS_RECORD, Assignment, MessageSocket
 from cordee.dist.process_group import LaunchInfo
 from cordee.hardware.system import open_tcp_connections, set_process_name
 
@@ -59,25 +57,6 @@ class GenerationEnded(RuntimeError):
     """The generation ended while something of it was waited for."""
 
 
-@dataclass(frozen=True)
-class AssignmentMessage:
-    """This worker's place in a generation. `plan` is JSON; `why` are the verdicts that led to it;
-    `members` name every rank's process (host, pid); `drill` is the fault that is armed in it."""
-
-    generation: int
-    rank: int
-    size: int
-    local_rank: int
-    plan: str
-    why: Sequence[Mapping[str, Any]] = ()
-    members: Sequence[Mapping[str, Any]] = ()
-    drill: str = ""
-    ended_s: float = 0.0
-    """Monotonic time of this host at which the generation before ended; 0: there was none."""
-    rescue: bool = False
-    """Not to train: to save, with the others, what is left of the run, and to wait."""
-
-
 @dataclass
 class _KeyRequest:
     answer: bytes = b""
@@ -96,13 +75,13 @@ class SupervisorClient:
         self._socket = MessageSocket(socket.socket(fileno=descriptor))
         self._progress_memory = mmap.mmap(progress_descriptor, PROGRESS_RECORD.size)
         self._lock = threading.Lock()
-        self._assignments: queue.SimpleQueue[AssignmentMessage | None] = queue.SimpleQueue()
+        self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self._requests: dict[int, _KeyRequest] = {}
         self._terminal_descriptors = terminal_descriptors
         self._log_descriptors = (os.dup(1), os.dup(2))
         self._ended_generation = 0
         self._cut_at_s = math.inf
-        self._assignment: AssignmentMessage | None = None
+        self._assignment: Assignment | None = None
         self._end_condition = threading.Condition()
         self._cut_lock = threading.Lock()
         """Held while connections are cut: none of the next generation is made meanwhile."""
@@ -120,7 +99,7 @@ class SupervisorClient:
         set_process_name("cordee ready")
         self._send({"say": "ready"})
 
-    def next_assignment(self) -> AssignmentMessage | None:
+    def next_assignment(self) -> Assignment | None:
         """Waits for the next seat; None: nothing is left to do, or the supervisor is gone."""
         with self._cut_lock:
             self._assignment = None
@@ -186,7 +165,7 @@ class SupervisorClient:
         self._send_heartbeat()
         self._redirect_output(False)
 
-    def make_store(self, assignment: AssignmentMessage) -> Store:
+    def make_store(self, assignment: Assignment) -> Store:
         """The store through which the groups of `assignment`'s generation are made."""
         return _GenerationStore(self, assignment.generation)
 
@@ -243,8 +222,8 @@ class SupervisorClient:
 
     def _dispatch(self, message: Mapping[str, Any]) -> None:
         match message["do"]:
-            case "sit":
-                self._assignments.put(AssignmentMessage(**message["seat"]))
+            case "assign":
+                self._assignments.put(Assignment(**message["assignment"]))
             case "halt":
                 with self._end_condition:
                     self._ended_generation = max(self._ended_generation, int(message["generation"]))

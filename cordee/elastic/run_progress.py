@@ -1,7 +1,4 @@
-"""What a supervisor is to keep running, and how the run is going as far as its host knows.
-
-Values and their bookkeeping; no process is touched here (`run_supervisor.py` does that).
-"""
+"""What a supervisor is to keep running, and how the run is going as far as its host knows."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cordee.dist.ipc import Assignment
 from cordee.dist.streams import print_to_stderr
 from cordee.elastic.assignment import is_training
 from cordee.elastic.run_lock import RunLock
@@ -39,14 +37,14 @@ new worker is there before."""
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorConfig:
-    """What a supervisor keeps running: `num_ranks` workers with a seat, whole islands of
-    `island_size` ranks, and `spares` besides. `replan`: see `orders.assign_ranks`; `max_failures`
-    is how often the same step may fail; `drills[i]` is armed in the i-th generation;
-    `network_interface` is where workers of other hosts are met; `run_lock` is the run's folder,
-    shared by all hosts that are in."""
+    """What a supervisor keeps running: `num_ranks` workers with a rank, whole islands of
+    `island_size` ranks, and `spares` besides. `worker_config`: what workers read (JSON);
+    `preload`: modules that they need, imported once for all of them, or empty and `no_fork_cause`
+    says why each imports its own; `replan`: see `assign_ranks`; `max_failures`: how often the same
+    step may fail; `drills[i]` is armed in the i-th generation; `interface` is where workers of
+    other hosts are met; `run_lock` is the run's folder, shared by all hosts that are in."""
 
-    command: Sequence[str]
-    plan: str
+    worker_config: str
     replan: Callable[..., tuple[str, int]]
     island_size: int
     num_ranks: int
@@ -59,6 +57,8 @@ class SupervisorConfig:
     run_lock: RunLock
     drills: Sequence[str] = ()
     interface: str = ""
+    preload: Sequence[str] = ()
+    no_fork_cause: str = ""
 
     def drill_for(self, generation_index: int) -> str:
         """What is armed in that generation of the run, counted from 0."""
@@ -162,21 +162,19 @@ class RunProgress:
 
 def worker_assignment(
     view: View, rank: int, slot: int, progress: RunProgress, drill: str
-) -> dict[str, Any]:
-    """A worker's seat in a generation (`dist/worker_channel.py`)."""
-    assignment, is_rescue = view.assignment, not is_training(view.assignment)
-    members = [
-        {"host": assignment["names"][host], "pid": pid} for host, _, pid in assignment["ranks"]
-    ]
-    return {
-        "generation": view.number,
-        "rank": rank,
-        "size": len(assignment["ranks"]),
-        "local_rank": slot,
-        "plan": assignment["plan"],
-        "why": [] if is_rescue else list(progress.unrecorded_events),
-        "members": members,
-        "drill": drill,
-        "ended_s": progress.generation_end_s,
-        "rescue": is_rescue,
-    }
+) -> Assignment:
+    """What a worker of this host does in a generation."""
+    orders, is_emergency = view.assignment, not is_training(view.assignment)
+    members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in orders["ranks"]]
+    return Assignment(
+        rank=rank,
+        size=len(members),
+        local_rank=slot,
+        generation=view.number,
+        plan=orders["plan"],
+        drill=drill,
+        verdicts=() if is_emergency else tuple(progress.unrecorded_events),
+        members=tuple(members),
+        previous_end_s=progress.generation_end_s,
+        is_emergency=is_emergency,
+    )

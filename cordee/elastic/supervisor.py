@@ -1,10 +1,9 @@
 """A host's supervisor: keeps its workers running and, with other hosts', decides who computes what.
 
 One thread, one selector, no torch. A worker that dies is seen at once, one that falls silent is
-killed; either way the hosts agree on a new generation (`members.py`) in which the others, a warm
-spare among them, go on. Not here: what a worker does (`train.py`); messages between hosts
-(`measure_hosts.py`). Traded away: a watcher of the watcher; workers die with their supervisor, and
-the same command goes on from the newest checkpoint.
+killed; either way the hosts agree on a new generation (`membership.py`) in which the others, a warm
+spare among them, go on. Workers die with their supervisor, and the same command goes on from the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 from cordee.dist.streams import print_to_stderr
 from cordee.elastic.assignment import assign_ranks, is_training
+from cordee.elastic.fork_server import ForkServerError
 from cordee.elastic.hosts import HostLink, RendezvousConfig
 from cordee.elastic.oom import oom_kills
 from cordee.elastic.run_progress import (
@@ -63,7 +64,9 @@ class Supervisor:
         self.host_name = socket.gethostname()
         self.progress = RunProgress()
         self.watchdog = Watchdog(config.heartbeat_timeout_s, config.startup_timeout_s)
-        self.pool = WorkerPool(config.command, config.threads, config.plan, config.interface)
+        self.pool = WorkerPool(
+            config.worker_config, config.threads, config.interface, config.preload
+        )
         self.host_link = HostLink(
             rendezvous,
             lambda reports: assign_ranks(reports, config.island_size, config.replan),
@@ -90,8 +93,7 @@ class Supervisor:
         )
         self._watch_transport()
         try:
-            for _ in range(self.num_ranks):
-                self._start_worker()
+            self._start_fork_server(self.config.no_fork_cause)
             # While they import: what a first death would have to wait for.
             self.config.replan(max(1, self.num_ranks // self.config.island_size - 1))
             while self.progress.exit_code is None:
@@ -127,6 +129,13 @@ class Supervisor:
         """Whether other hosts are in the run now."""
         return self.view is not None and len(self.view.hosts) > 1
 
+    @property
+    def _needs_no_workers(self) -> bool:
+        """Whether the run is about to end, here at least."""
+        progress = self.progress
+        is_over = progress.is_ending or progress.exit_code is not None
+        return is_over or bool(progress.received_signals)
+
     # ---- what happens ----
 
     def _watch_transport(self) -> None:
@@ -135,10 +144,50 @@ class Supervisor:
                 self.host_link.transport, selectors.EVENT_READ, self._pump_hosts
             )
 
+    def _start_fork_server(self, no_fork_cause: str = "") -> None:
+        """Starts the server that workers are forks of, or says why each worker imports for itself;
+        then the workers that are missing, as soon as may be."""
+        try:
+            if no_fork_cause:
+                raise ForkServerError(no_fork_cause)
+            server = self.pool.start_fork_server()
+            self._selector.register(server, selectors.EVENT_READ, self._on_fork_server)
+        except ForkServerError as error:
+            self.pool.close_fork_server()
+            self._print(f"each worker imports torch for itself: {error}")
+        self._start_missing(is_urgent=True)
+
+    def _on_fork_server(self) -> None:
+        """The fork server has imported everything, or it has ended."""
+        assert self.pool.fork_server is not None
+        try:
+            self.pool.fork_server.check()
+        except ForkServerError as error:
+            self._replace_fork_server(str(error))
+        else:
+            self._start_missing(is_urgent=True)
+
+    def _replace_fork_server(self, cause: str) -> None:
+        """Starts another fork server, as this one has failed; not when it never was ready: what
+        ails it, a worker that imports for itself says better."""
+        server = self.pool.fork_server
+        assert server is not None
+        self._selector.unregister(server)
+        if self._needs_no_workers:
+            self.pool.close_fork_server()
+        elif server.is_ready:
+            self._print(f"the fork server is started again: {cause}")
+            self._start_fork_server()
+        else:
+            self._start_fork_server(f"the fork server failed: {cause}")
+
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system has no room for it now: others may go on."""
         try:
             worker = self.pool.start()
+        except ForkServerError as error:
+            self._replace_fork_server(str(error))
+            return False
         except OSError as error:
             if not (self.pool.workers or self.progress.has_begun):
                 raise RunError(
@@ -417,9 +466,8 @@ class Supervisor:
             worker.rank, worker.assigned_s = rank, progress.view_start_s
             if is_training(assignment):
                 worker.last_rank, worker.last_generation = rank, view.number
-            worker.channel.send(
-                {"do": "sit", "seat": worker_assignment(view, rank, worker.slot, progress, drill)}
-            )
+            assignment_fields = asdict(worker_assignment(view, rank, worker.slot, progress, drill))
+            worker.channel.send({"do": "assign", "assignment": assignment_fields})
             if progress.received_signals and not self._is_multi_host:
                 worker.channel.send({"do": "leave", "signal": progress.received_signals[0]})
 
@@ -458,6 +506,9 @@ class Supervisor:
                 self._request_view(
                     "broken", ranked_workers[0], "a connection broke", "all meet again"
                 )
+        server = self.pool.fork_server
+        if server and not server.is_ready and server.age_s > self.config.startup_timeout_s:
+            self._replace_fork_server(f"it imported for {server.age_s:.0f} s")
         self._start_missing(is_urgent=False)
 
     def _handle_other_hosts(self, now: float) -> None:
@@ -493,7 +544,7 @@ class Supervisor:
     def _start_missing(self, is_urgent: bool) -> None:
         """Starts what is missing: at once what computes, spares when the run is under way."""
         progress = self.progress
-        if progress.received_signals or progress.is_ending or progress.exit_code is not None:
+        if self._needs_no_workers or self.pool.is_importing:
             return
         active_workers = [w for w in self.pool.workers.values() if w.leave_signal is None]
         is_under_way = (

@@ -1,9 +1,8 @@
 """A host's worker processes: started, seen to die at once, ended, and their last words kept.
 
-A worker is the same command again with a line to this process (`dist/worker_channel.py`); which
-rank it is, if any, it learns later. No torch, no port, no file: plan and words live in memory
-files, so a kill of everything leaves nothing behind. Not here: who computes what (`orders.py`),
-when to replace (`supervise.py`).
+A worker is a fork of a server that has imported torch, where that is safe, else a process of its
+own; which rank it has, if any, it learns over its channel. No port and no file: what it reads and
+what it says lie in memory files, so a kill of everything leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,9 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.dist.ipc import PROGRESS_RECORD, MessageSocket, make_socket_pair
-from cordee.dist.process_group import python_command, worker_environment
+from cordee.dist.process_group import channel_environment, python_command, worker_environment
 from cordee.elastic.assignment import AvailableWorker
-from cordee.hardware.system import ChildWatch, memory_file
+from cordee.elastic.fork_server import ForkServer, ForkServerError
+from cordee.hardware.system import ChildProcess, ChildWatch, memory_file
+
+WORKER_WORDS = ("train",)
+"""The command line of a worker: what it trains is in its config."""
+
+WORKER_ENTRY = "cordee.cli.main:program"
+"""What a fork calls: what `__main__.py` calls in a process of its own."""
+
+MAX_SERVER_STARTS = 4
+"""How often the fork server is started; one that goes on dying is not worth its imports."""
 
 STDERR_TAIL_BYTES = 1 << 16
 """How much of a worker's last words is shown."""
@@ -36,7 +45,7 @@ class Worker:
     `kill_reason`: why it was killed, if it was."""
 
     number: int
-    process: subprocess.Popen[bytes]
+    process: ChildProcess
     channel: MessageSocket
     stderr_descriptor: int
     progress_descriptor: int
@@ -87,18 +96,43 @@ class Worker:
 class WorkerPool:
     """The workers of this host, by number in the order of their start."""
 
-    def __init__(self, command: Sequence[str], threads: int, plan: str, interface: str) -> None:
-        """`command`: the words after `run_cordee`; `plan`: JSON, what workers check with."""
-        self.command, self.threads, self.interface = list(command), threads, interface
+    def __init__(
+        self, worker_config: str, threads: int, interface: str, preload: Sequence[str] = ()
+    ) -> None:
+        """`worker_config`: what every worker reads; `preload`: see `SupervisorConfig`."""
+        self.threads, self.interface, self.preload = threads, interface, preload
         self.workers: dict[int, Worker] = {}
-        self._plan_descriptor = memory_file("cordee-plan")
-        os.write(self._plan_descriptor, plan.encode())
+        self.fork_server: ForkServer | None = None
+        self._config_descriptor = memory_file("cordee-plan")
+        os.write(self._config_descriptor, worker_config.encode())
         self._terminal_descriptors = (os.dup(1), os.dup(2))
         self._lifeline, self._lifeline_write_end = os.pipe()  # its other end ends with this process
-        self._start_count = 0
+        self._start_count = self._server_start_count = 0
+
+    @property
+    def is_importing(self) -> bool:
+        """Whether starts had better wait: a fork will be sooner than a start that begins now."""
+        return self.fork_server is not None and not self.fork_server.is_ready
+
+    def start_fork_server(self) -> ForkServer:
+        """Starts, anew, the server that workers are forks of. ForkServerError: there is none."""
+        self.close_fork_server()
+        if self._server_start_count == MAX_SERVER_STARTS:
+            raise ForkServerError(f"it ended {MAX_SERVER_STARTS} times")
+        self._server_start_count += 1
+        environment = worker_environment(self._lifeline, self.threads, self.interface)
+        self.fork_server = ForkServer(self.preload, environment, [self._lifeline])
+        return self.fork_server
+
+    def close_fork_server(self) -> None:
+        """Ends the server, if there is one; its forks stay."""
+        if self.fork_server is not None:
+            self.fork_server.close()
+        self.fork_server = None
 
     def start(self) -> Worker:
-        """Starts a worker, which will say that it is ready. OSError: the system has no room."""
+        """Starts a worker, which will say that it is ready. OSError: the system has no room;
+        ForkServerError: the server is not to be asked again."""
         channel, worker_socket = make_socket_pair()
         stderr_descriptor, progress_descriptor = (
             memory_file("cordee-words"),
@@ -107,22 +141,13 @@ class WorkerPool:
         os.ftruncate(progress_descriptor, PROGRESS_RECORD.size)
         descriptors = (
             worker_socket.fileno(),
-            self._plan_descriptor,
+            self._config_descriptor,
             progress_descriptor,
             *self._terminal_descriptors,
         )
         try:
-            process = subprocess.Popen(
-                [*python_command(), *self.command],
-                env=worker_environment(descriptors, self._lifeline, self.threads, self.interface),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr_descriptor,
-                pass_fds=(*descriptors, self._lifeline),
-                # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
-                process_group=0,
-            )
-        except OSError:
+            process = self._start_process(descriptors, stderr_descriptor)
+        except (OSError, ForkServerError):
             channel.close()
             os.close(stderr_descriptor)
             os.close(progress_descriptor)
@@ -140,6 +165,24 @@ class WorkerPool:
         )
         self.workers[worker.number] = worker
         return worker
+
+    def _start_process(self, descriptors: Sequence[int], stderr_descriptor: int) -> ChildProcess:
+        environment = worker_environment(self._lifeline, self.threads, self.interface)
+        channel_variables, server = channel_environment(descriptors), self.fork_server
+        if server is not None and server.is_ready and server.has_environment(environment):
+            return server.fork(
+                WORKER_ENTRY, WORKER_WORDS, channel_variables, stderr_descriptor, descriptors
+            )
+        return subprocess.Popen(
+            [*python_command(), *WORKER_WORDS],
+            env=environment | channel_variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr_descriptor,
+            pass_fds=(*descriptors, self._lifeline),
+            # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
+            process_group=0,
+        )
 
     def ranked_workers(self) -> list[Worker]:
         """Workers that have a rank now, in its order."""
@@ -185,7 +228,8 @@ class WorkerPool:
         worker.exit_watch.kill()
 
     def shutdown(self, grace_s: float) -> None:
-        """Lets workers go for up to `grace_s`, then kills what is left."""
+        """Lets workers go for up to `grace_s`, then kills what is left, the fork server too."""
+        self.close_fork_server()
         deadline = time.monotonic() + grace_s
         for worker in list(self.workers.values()):
             with suppress(subprocess.TimeoutExpired):

@@ -19,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from cordee.errors import ConfigError
 
@@ -72,11 +74,64 @@ def memory_file(name: str) -> int:
     return descriptor
 
 
+class ChildProcess(Protocol):
+    """A child of this process: what `subprocess.Popen` and `AdoptedChild` have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The same at its end; TimeoutExpired."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+
+class AdoptedChild:
+    """A child by `set_subreaper`: some other process started it and has ended since."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._exit_code: int | None = None
+
+    def poll(self) -> int | None:
+        """See `ChildProcess`. An exit code that somebody else has taken is 0, as with Popen."""
+        if self._exit_code is None:
+            self._wait(os.WNOHANG)
+        return self._exit_code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """See `ChildProcess`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._exit_code is None:
+            self._wait(0 if deadline is None else os.WNOHANG)
+            if self._exit_code is None and deadline is not None:
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(f"pid {self.pid}", timeout or 0.0)
+                time.sleep(0.005)
+        return self._exit_code
+
+    def kill(self) -> None:
+        """See `ChildProcess`."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _wait(self, flags: int) -> None:
+        try:
+            pid, status = os.waitpid(self.pid, flags)
+            if pid:
+                self._exit_code = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            self._exit_code = 0
+
+
 class ChildWatch:
     """A child that is seen to die at once: readable from then on. Without pidfd a thread waits for
     it, which also reaps it: its exit code is then known to `process` alone."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: ChildProcess) -> None:
         self._process, self._has_pidfd = process, True
         try:
             self._descriptor = os.pidfd_open(process.pid)
@@ -121,6 +176,14 @@ def die_with_parent(parent_pid: int, lifeline: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_parent, name="cordee-lifeline", daemon=True).start()
+
+
+def set_subreaper(is_on: bool) -> bool:
+    """From now on orphans among this process's descendants become its children, so that it can wait
+    for them; False on a system without such a call."""
+    pr_set_child_subreaper = 36
+    prctl = _libc("prctl")
+    return prctl is not None and prctl(pr_set_child_subreaper, int(is_on), 0, 0, 0) == 0
 
 
 def set_process_name(name: str, *, thread: bool = False) -> None:
@@ -171,7 +234,7 @@ def set_tcp_user_timeout(connection: socket.socket, timeout_ms: int) -> None:
 def open_tcp_connections() -> Iterator[socket.socket]:
     """This process's TCP connections, each as a second socket on it that is closed afterwards. Not
     those that listen."""
-    for descriptor in _open_descriptors():
+    for descriptor in open_descriptors():
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
@@ -184,7 +247,8 @@ def open_tcp_connections() -> Iterator[socket.socket]:
             continue
 
 
-def _open_descriptors() -> list[int]:
+def open_descriptors() -> list[int]:
+    """This process's descriptors, or numbers among which they are; one may be closed by now."""
     for folder in DESCRIPTORS:
         with suppress(OSError):
             return [int(name) for name in os.listdir(folder)]

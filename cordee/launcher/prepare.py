@@ -1,11 +1,12 @@
 """All that happens before a rank exists: settle, check, look at the folder, lay out the data.
 
-Paper but for numpy: the launching process needs no torch. Whatever is wrong with the command or its
-input is found here, before anything is started or written. Not here: the run itself (`train.py`).
+The launching process needs no torch. Whatever is wrong with the command or its input is found here,
+before anything is started or written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,10 @@ JOIN_WAIT_S = 30.0
 """How long a host that joins waits for run.toml, which the first rank of the run writes."""
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
+WORKER_MODULES = ("cordee.cli.main", "cordee.cli.train", "cordee.training.worker", "numpy.random")
+"""What every worker imports before its first step."""
+AXIS_MODULES = {"shard": "torch.distributed.fsdp", "pipeline": "torch.distributed.pipelining"}
+"""What it needs besides where an axis is cut."""
 RUN_OUTPUTS = ("events.jsonl", "metrics.jsonl", "layers.jsonl", "checkpoints")
 """What a run writes into its folder after run.toml."""
 
@@ -351,7 +356,6 @@ def _open_run_lock(folder: Path) -> RunLock:
 def launch_local_ranks(run: Run, plan: Plan) -> int:
     """Starts the plan's ranks of this very run on this machine and keeps them running, with those
     of other hosts if there are any; the run's exit code."""
-    overrides = [f"{key}={value}" for key, value in _run_overrides(run).items()]
     cluster, planner_run = select_cluster(run, local_cluster()), with_hub_shape(run)
     vocabulary = read_vocabulary_size(run)
 
@@ -368,8 +372,7 @@ def launch_local_ranks(run: Run, plan: Plan) -> int:
     raise_file_limit()
     with acquire_run_lock(run) as run_lock, arithmetic_environment(run.run.arithmetic):
         supervisor_config = SupervisorConfig(
-            command=["train", *overrides],
-            plan=plan.to_json(),
+            worker_config=dump_run_and_plan(run, plan),
             replan=plan_for,
             island_size=layout.size // layout.island,
             num_ranks=plan.processes,
@@ -382,7 +385,13 @@ def launch_local_ranks(run: Run, plan: Plan) -> int:
             run_lock=run_lock,
             drills=fault.kill_specs,
             interface=network_interface(run),
-        )
+            preload=(
+                *WORKER_MODULES,
+                *(name for axis, name in AXIS_MODULES.items() if getattr(layout, axis) > 1),
+            ),
+            no_fork_cause="launch.fork_server=false" if not run.launch.fork_server
+            else "" if plan.device == "cpu" else f"forks cannot share {plan.device}",
+        )  # fmt: skip
         dataset_fingerprint = read_info(dataset_dir_of(run, Path(run.run.dir))).fingerprint
         island_layout = replace(layout, island=1).describe()
         return run_supervisor(
@@ -391,21 +400,21 @@ def launch_local_ranks(run: Run, plan: Plan) -> int:
         )
 
 
-def _run_overrides(run: Run) -> dict[str, str]:
-    """The run as overrides on what its model implies: what the ranks' command line needs."""
-    value_texts = {
-        key: str(value).lower() if isinstance(value, bool) else str(value)
-        for key, value in flatten(run).items()
-    }
-    model_overrides = [
-        f"{key}={text}" for key, text in value_texts.items() if key.startswith("model.")
-    ]
-    default_values, run_values = flatten(load(None, model_overrides).run), flatten(run)
-    return {
-        k: w
-        for k, w in value_texts.items()
-        if default_values[k] != run_values[k] or k.startswith("model.")
-    }
+def dump_run_and_plan(run: Run, plan: Plan) -> str:
+    """A resolved run and a plan as JSON, for other processes of the same run."""
+    return json.dumps({"run": flatten(run), "plan": plan.to_json()})
+
+
+def load_run_and_plan(text: str) -> tuple[Run, Plan]:
+    """What `dump_run_and_plan` was given."""
+    values = json.loads(text)
+    return override(Run(), values["run"]), Plan.from_json(values["plan"])
+
+
+def prepared_worker_run(launch_info: LaunchInfo) -> PreparedRun:
+    """The run of a worker: its supervisor has resolved, checked and planned it."""
+    run, plan = load_run_and_plan(launch_info.read_config())
+    return PreparedRun(run, plan, launch_info, RunStatus(None), is_launcher=False)
 
 
 def _reject_foreign_files(folder: Path) -> None:
@@ -464,51 +473,14 @@ def prepare_run(run: Run, parts: PartsInfo = PartsInfo()) -> PreparedRun:
     What is `parts` cannot travel to other processes: outside a launcher there is one. When ranks
     are to be launched, the data is laid out here, by the one process there is.
     """
-    run = resolve_config(run)
-    launch_info = read_launch_info()
-    if not launch_info.is_supervised:
-        run = apply_recorded_settings(run)
-    if (
-        is_multi_host(run) and not launch_info.is_supervised
-    ):  # one supervisor a host, whatever started it
+    run, launch_info = apply_recorded_settings(resolve_config(run)), read_launch_info()
+    if is_multi_host(run):  # one supervisor a host, whatever started it
         launch_info = LaunchInfo()
-    # A worker's supervisor has looked; by now the run itself may have written there.
-    status = (
-        RunStatus(None) if launch_info.is_supervised else inspect_run_dir(run, parts.model_name)
-    )
-    processes = (
-        None
-        if launch_info.is_supervised
-        else _process_count(run, launch_info, 1 if parts.has_any else None)
-    )
-    if plan_json := launch_info.read_plan():
-        plan = Plan.from_json(plan_json)
-    else:
-        # A launcher's other ranks take rank 0's plan: they need no profile of their own.
-        may_probe = run.launch.probe and launch_info.rank == 0 and status.end_event is None
-        cluster, profile = measure_cluster(may_probe)
-        cluster = replace(cluster, hosts=launch_info.host_count)
-        vocabulary = read_vocabulary_size(run)
-        is_new_run = not os.path.isfile(Path(run.run.dir) / RUN_FILE)
-        if is_new_run and not parts.has_any:
-            run, recipe_text = resolve_for_machine(run, cluster, vocabulary, processes)
-            if recipe_text and launch_info.rank == 0:
-                print_to_stderr(f"recipe  {recipe_text}")
-        run = with_precision(run, select_cluster(run, cluster))
-        planner_run = with_hub_shape(run)
-        if launch_info.has_launcher or parts.has_any:  # nobody would come back to a copy
-            planner_run = override(planner_run, {"fault.copy_every": 0})
-        if not parts.model_name:
-            _check_vocabulary(planner_run, vocabulary)
-        plan = replace(make_plan(planner_run, cluster, vocabulary, processes), profile=profile)
-        if parts.model_name:
-            plan = without_prediction(plan, parts.parameter_count)
-        rate = plan.predicted.tokens_per_s
-        run = with_evaluation(run, rate, rate / plan.processes)
+    status = inspect_run_dir(run, parts.model_name)
+    run, plan = _resolve_plan(run, parts, launch_info, status)
     check_compiler(run, plan.device)
-    if not launch_info.is_supervised:
-        check_threads(run, usable_cores())
-    reads_source = not (parts.has_data or launch_info.is_supervised or status.end_event)
+    check_threads(run, usable_cores())
+    reads_source = not (parts.has_data or status.end_event)
     if reads_source and find_dataset_dir(run) in (None, Path(run.data.path)):
         check_sources(run.data.path, run.model, run.data.weights)
     needs_ranks = plan.processes > 1 or is_multi_host(run)
@@ -528,6 +500,34 @@ def prepare_run(run: Run, parts: PartsInfo = PartsInfo()) -> PreparedRun:
             prepare_dataset(run)
     arithmetic_note = f"{run.run.arithmetic} ({reason})" if run.run.exact else ""
     return PreparedRun(run, plan, launch_info, status, is_launcher, arithmetic_note)
+
+
+def _resolve_plan(
+    run: Run, parts: PartsInfo, launch_info: LaunchInfo, status: RunStatus
+) -> tuple[Run, Plan]:
+    """The plan of a run, and the run with what follows from this machine and from the plan."""
+    processes = _process_count(run, launch_info, 1 if parts.has_any else None)
+    # A launcher's other ranks take rank 0's plan: they need no profile of their own.
+    may_probe = run.launch.probe and launch_info.rank == 0 and status.end_event is None
+    cluster, profile = measure_cluster(may_probe)
+    cluster = replace(cluster, hosts=launch_info.host_count)
+    vocabulary = read_vocabulary_size(run)
+    is_new_run = not os.path.isfile(Path(run.run.dir) / RUN_FILE)
+    if is_new_run and not parts.has_any:
+        run, recipe_text = resolve_for_machine(run, cluster, vocabulary, processes)
+        if recipe_text and launch_info.rank == 0:
+            print_to_stderr(f"recipe  {recipe_text}")
+    run = with_precision(run, select_cluster(run, cluster))
+    planner_run = with_hub_shape(run)
+    if launch_info.has_launcher or parts.has_any:  # nobody would come back to a copy
+        planner_run = override(planner_run, {"fault.copy_every": 0})
+    if not parts.model_name:
+        _check_vocabulary(planner_run, vocabulary)
+    plan = replace(make_plan(planner_run, cluster, vocabulary, processes), profile=profile)
+    if parts.model_name:
+        plan = without_prediction(plan, parts.parameter_count)
+    rate = plan.predicted.tokens_per_s
+    return with_evaluation(run, rate, rate / plan.processes), plan
 
 
 def _check_shared_run_dir(run: Run) -> None:

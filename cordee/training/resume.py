@@ -1,8 +1,7 @@
 """How a run goes on: from what live ranks hold, else from the newest checkpoint that verifies.
 
-Start, resume, shrink, grow and repair are this one path: take a seat, build, restore. What survives
-is listed in `checkpoint/train_state.py`; this file puts it back. Not here: who has a seat
-(`elastic/supervisor.py`), and whether the folder may be gone on with (`begin.py`).
+Start, resume, shrink, grow and repair are this one path: take an assignment, build, restore. What
+survives is listed in `checkpoint/train_state.py`; this file puts it back.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from cordee.checkpoint.train_state import Progress, make_metadata, make_reader, 
 from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.config.run import Run
 from cordee.data.manifest import DatasetInfo
+from cordee.dist.ipc import Assignment
 from cordee.dist.process_group import LaunchInfo, RankProcess
 from cordee.dist.tree_all_reduce import all_gather_bytes, all_gather_rows
 from cordee.dist.worker_channel import SupervisorClient
@@ -36,61 +36,28 @@ from cordee.launcher.prepare import PreparedRun
 from cordee.launcher.rendezvous import last_generation, remedy
 from cordee.layout.axes import AXES, MODEL_AXES
 from cordee.model.arithmetic import arithmetic_fingerprint, library_versions
-from cordee.planner.plan import Plan
 from cordee.report.metrics_writer import JsonLinesWriter, utc_timestamp
 from cordee.report.screen import Screen
 from cordee.training.build import RunState
 from cordee.training.run_logger import RunLogger
 
 
-@dataclass(frozen=True)
-class WorkerAssignment:
-    """This process's place in a generation: the plan, its rank, the rendezvous `store` (None: what
-    the launcher told), and of a supervised one its number (0: of no supervisor), the verdicts that
-    led to it, all its processes, and when the one before ended (this host's monotonic clock);
-    `is_emergency`: not to train, but to save what is left."""
-
-    plan: Plan
-    launch_info: LaunchInfo
-    drill: str
-    store: Any = None
-    record_phase: Any = None
-    generation: int = 0
-    verdicts: tuple[Mapping[str, Any], ...] = ()
-    members: tuple[Mapping[str, Any], ...] = ()
-    previous_end_s: float = 0.0
-    is_emergency: bool = False
-
-
 def assignments(
     prepared_run: PreparedRun, supervisor: SupervisorClient | None
-) -> Iterator[WorkerAssignment]:
-    """The seats of this process, one after another; without a supervisor it has one."""
+) -> Iterator[Assignment]:
+    """The assignments of this process, one after another; without a supervisor there is one."""
     if supervisor is None:
-        yield WorkerAssignment(
-            prepared_run.plan, prepared_run.launch_info, prepared_run.run.fault.kill_specs[0]
+        launch_info, drill = prepared_run.launch_info, prepared_run.run.fault.kill_specs[0]
+        yield Assignment(
+            rank=launch_info.rank,
+            size=launch_info.size,
+            local_rank=launch_info.local_rank,
+            drill=drill,
         )
         return
     supervisor.report_ready()
-    while (message := supervisor.next_assignment()) is not None:
-        launch_info = replace(
-            prepared_run.launch_info,
-            rank=message.rank,
-            size=message.size,
-            local_rank=message.local_rank,
-        )
-        yield WorkerAssignment(
-            Plan.from_json(message.plan),
-            launch_info,
-            message.drill,
-            supervisor.make_store(message),
-            supervisor.record_phase,
-            message.generation,
-            tuple(message.why),
-            tuple(message.members),
-            message.ended_s,
-            message.rescue,
-        )
+    while (assignment := supervisor.next_assignment()) is not None:
+        yield assignment
 
 
 @dataclass
@@ -122,7 +89,7 @@ class SurvivorState:
             *peer_snapshots,
         ]
 
-    def start_peer_backup(self, state: RunState, assignment: WorkerAssignment) -> None:
+    def start_peer_backup(self, state: RunState, assignment: Assignment) -> None:
         """From now on, and at once, a neighbour keeps what only this rank holds."""
         run, size = state.run, state.process.size
         if (
@@ -168,7 +135,7 @@ def backup_to_peer(state: RunState) -> None:
 
 
 def restore_state(
-    state: RunState, logger: RunLogger, assignment: WorkerAssignment, survivor: SurvivorState
+    state: RunState, logger: RunLogger, assignment: Assignment, survivor: SurvivorState
 ) -> None:
     """Puts back what live ranks hold, else the newest complete checkpoint, and says how the run
     begins or goes on."""
@@ -269,10 +236,9 @@ def _check_identities(
 
 
 def emergency_save(
-    run: Run, assignment: WorkerAssignment, survivor: SurvivorState, process: RankProcess
+    run: Run, assignment: Assignment, survivor: SurvivorState, process: RankProcess
 ) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
-    assignment.record_phase("rescue", max(survivor.step, 0))
     folder, group = Path(run.run.dir), dist.group.WORLD if process.size > 1 else None
     saver = Saver(folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault)
     events, screen = JsonLinesWriter(folder / "events.jsonl"), Screen(silent=not process.is_first)
@@ -345,7 +311,7 @@ def _restore_meta(state: RunState, meta: Mapping[str, Any], generation: int) -> 
 
 
 def _log_generation(
-    state: RunState, logger: RunLogger, assignment: WorkerAssignment, stats: RestoreStats
+    state: RunState, logger: RunLogger, assignment: Assignment, stats: RestoreStats
 ) -> None:
     """The events of a generation that goes on from live ranks."""
     step = state.progress.step
@@ -368,7 +334,7 @@ def _log_generation(
 
 
 def choose_checkpoint(
-    state: RunState, logger: RunLogger, assignment: WorkerAssignment
+    state: RunState, logger: RunLogger, assignment: Assignment
 ) -> tuple[Checkpoint | None, int]:
     """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation).
 

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from cordee.checkpoint.fingerprint import weights_sha256
 from cordee.checkpoint.train_state import make_metadata, select_pieces
-from cordee.config.load import flatten, override
 from cordee.config.run import Run
 from cordee.data.byte_table import ngram_bits_per_byte
 from cordee.data.dataset import TokenDataset, open_dataset
 from cordee.data.loader import held_out_token_batches
 from cordee.data.manifest import DatasetInfo, list_changed_sources
 from cordee.data.map_dataset import describe_samples, sample_batches
+from cordee.dist.ipc import Assignment
 from cordee.dist.mesh import DATA_AXES
 from cordee.dist.process_group import (
     LaunchInfo,
@@ -46,15 +46,17 @@ from cordee.dist.process_group import (
 )
 from cordee.dist.step_sync import StepSummary, gather_step_summary
 from cordee.dist.tree_all_reduce import all_gather_bytes, all_gather_rows
-from cordee.dist.worker_channel import connect_supervisor
+from cordee.dist.worker_channel import SupervisorClient, connect_supervisor
 from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.hf.safetensors_io import slice_box
 from cordee.launcher.prepare import (
     PartsInfo,
     PreparedRun,
     acquire_run_lock,
+    dump_run_and_plan,
     inspect_run_dir,
     launch_local_ranks,
+    load_run_and_plan,
     prepare_dataset,
     prepare_run,
     read_or_prepare_dataset,
@@ -74,7 +76,6 @@ from cordee.training.generate import generate, to_text
 from cordee.training.load_balance import rebalance
 from cordee.training.resume import (
     SurvivorState,
-    WorkerAssignment,
     assignments,
     backup_to_peer,
     check_arithmetic,
@@ -151,7 +152,9 @@ def run_worker(prepared_run: PreparedRun, parts: Parts) -> Report:
             inspect_run_dir(run, parts.model_name)
         for assignment in assignments(prepared_run, supervisor):
             try:
-                report = run_generation(prepared_run, parts, assignment, survivor, stop_request)
+                report = run_generation(
+                    prepared_run, parts, assignment, supervisor, survivor, stop_request
+                )
             except RuntimeError as error:
                 if supervisor is None or not supervisor.is_generation_end(
                     error, run.launch.timeout_s
@@ -173,30 +176,36 @@ def run_worker(prepared_run: PreparedRun, parts: Parts) -> Report:
 def run_generation(
     prepared_run: PreparedRun,
     parts: Parts,
-    assignment: WorkerAssignment,
+    assignment: Assignment,
+    supervisor: SupervisorClient | None,
     survivor: SurvivorState,
     stop_request: StopRequest,
 ) -> Report | None:
     """One generation: join, build, load, walk, finish; None after one that only saved."""
-    run, plan, launch_info = prepared_run.run, assignment.plan, assignment.launch_info
-    # The seat's plan is the leader's, whose devices, and cores, may be others than this host's.
+    run, launch_info = prepared_run.run, replace(
+        prepared_run.launch_info,
+        rank=assignment.rank, size=assignment.size, local_rank=assignment.local_rank,
+    )  # fmt: skip
+    # A generation's plan is the leader's, whose devices, and cores, may be others than this host's.
+    plan = Plan.from_json(assignment.plan) if assignment.plan else prepared_run.plan
     device, threads = (
         prepared_run.plan.device,
         (prepared_run.plan if plan.devices else plan).threads,
     )
-    drill = make_fault_injector(
-        assignment.drill, run.fault, launch_info.rank, assignment.record_phase
-    )
+    record_phase = None if supervisor is None else supervisor.record_phase
+    drill = make_fault_injector(assignment.drill, run.fault, launch_info.rank, record_phase)
     drill.fault_point("group", max(survivor.step, 0))
     with join_process_group(
         launch_info, device, threads, run.launch.timeout_s,
-        force_group=run.memory.offload != "none", store=assignment.store,
+        force_group=run.memory.offload != "none",
+        store=None if supervisor is None else supervisor.make_store(assignment),
         has_mixed_devices=plan.has_mixed_devices or assignment.is_emergency,
     ) as process, portable_sqrt(run.run.arithmetic == COMPATIBLE):  # fmt: skip
         drill.fault_point("build", max(survivor.step, 0))
         if launch_info.has_launcher and launch_info.size > 1 and not launch_info.is_supervised:
             run, plan = broadcast_config(run, plan)
         if assignment.is_emergency:
+            drill.fault_point("rescue", max(survivor.step, 0))
             emergency_save(run, assignment, survivor, process)
             return None
         data = survivor.data or distribute_data(run, parts, launch_info)
@@ -221,8 +230,7 @@ def run_generation(
 def broadcast_config(run: Run, plan: Plan) -> tuple[Run, Plan]:
     """Rank 0's run and plan: under a launcher each rank has resolved its own, and profiles of
     hosts, or of one host at two times, differ."""
-    settings, text = json.loads(broadcast_text(json.dumps([flatten(run), plan.to_json()])))
-    return override(run, settings), Plan.from_json(text)
+    return load_run_and_plan(broadcast_text(dump_run_and_plan(run, plan)))
 
 
 def log_device_kinds(state: RunState, logger: RunLogger) -> None:

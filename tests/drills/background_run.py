@@ -77,6 +77,14 @@ class BackgroundRun:
 
     def worker_names(self) -> dict[int, str]:
         """Living workers by pid, and what they call themselves ("rank 0", "ready", else "")."""
+        return {pid: name for pid, name in self.process_names().items() if name != "template"}
+
+    def template_pids(self) -> list[int]:
+        """The pid of the process that workers are forks of, in a list."""
+        return [pid for pid, name in self.process_names().items() if name == "template"]
+
+    def process_names(self) -> dict[int, str]:
+        """The same of all processes that the supervisor has started."""
         parent_entry, names = f"CORDEE_PARENT={self.process.pid}".encode(), {}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
@@ -144,8 +152,8 @@ class BackgroundRun:
     def check_nothing_left(self) -> None:
         """No process, no file and no shared memory of this run is left."""
         deadline = time.monotonic() + 10
-        while self.worker_names():
-            assert time.monotonic() < deadline, f"left behind: {self.worker_names()}"
+        while self.process_names():
+            assert time.monotonic() < deadline, f"left behind: {self.process_names()}"
             time.sleep(0.02)
         file_names = {path.name for path in self.temporary_folder.rglob("*")}
         assert not {name for name in file_names if not name.startswith("torchinductor_")}, (

@@ -10,6 +10,7 @@ from cordee.config.run import Run
 from cordee.dist.process_group import (
     MAX_OPEN_FILES,
     LaunchInfo,
+    channel_environment,
     passive_wait_variables,
     raise_file_limit,
     read_launch_info,
@@ -37,11 +38,11 @@ LAUNCHERS = {
         LaunchInfo(2, 6, 0, "", True, 3),
     ),
     "ours": (
-        {"CORDEE_LINE": "5,6,7,8,9"},
+        channel_environment((5, 6, 7, 8, 9)),
         LaunchInfo(
             has_launcher=True,
             channel_descriptor=5,
-            plan_descriptor=6,
+            config_descriptor=6,
             progress_descriptor=7,
             terminal_descriptors=(8, 9),
         ),
@@ -80,10 +81,10 @@ def test_ranks_of_one_host_listen_to_nobody_else(monkeypatch: pytest.MonkeyPatch
     assert name == "lo"
     for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(key, raising=False)
-        assert worker_environment((3,), 9, 1, name)[key] == "lo"
+        assert worker_environment(9, 1, name)[key] == "lo"
         monkeypatch.setenv(key, "eth7")
-        assert worker_environment((3,), 9, 1, name)[key] == "eth7", "a user's own choice"
-        assert worker_environment((3,), 9, 1, "eth0")[key] == "eth0", "what other hosts dial"
+        assert worker_environment(9, 1, name)[key] == "eth7", "a user's own choice"
+        assert worker_environment(9, 1, "eth0")[key] == "eth0", "what other hosts dial"
 
 
 def test_the_limit_of_open_files_is_raised() -> None:
@@ -104,10 +105,10 @@ def test_threads_of_workers_sleep_unless_the_user_says_how_they_wait(
 ) -> None:
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(variable, raising=False)
-    environment = worker_environment((3, 4, 5, 6, 7), 9, 2, "")
+    environment = worker_environment(9, 2, "")
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
     monkeypatch.setenv(name, "300")
-    environment = worker_environment((3, 4, 5, 6, 7), 9, 2, "")
+    environment = worker_environment(9, 2, "")
     assert environment[name] == "300" and (
         name == "OMP_WAIT_POLICY" or "OMP_WAIT_POLICY" not in environment
     )

@@ -25,7 +25,7 @@ from cordee.errors import RunError
 def supervisor(tmp_path: Path) -> Supervisor:
     """One of a host alone, whose workers are processes that wait."""
     supervisor_config = SupervisorConfig(
-        command=["-c", "import time; time.sleep(60)"], plan="{}",
+        worker_config="{}", no_fork_cause="as this test says",
         replan=lambda islands, devices=(): ("{}", islands), island_size=1, num_ranks=2, spares=0,
         threads=1, heartbeat_timeout_s=60, startup_timeout_s=60, max_failures=3, recover=True,
         run_lock=RunLock(tmp_path / "lock"),
