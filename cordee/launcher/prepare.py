@@ -389,15 +389,21 @@ def launch_local_ranks(run: Run, plan: Plan) -> int:
                 *WORKER_MODULES,
                 *(name for axis, name in AXIS_MODULES.items() if getattr(layout, axis) > 1),
             ),
-            no_fork_cause="launch.fork_server=false" if not run.launch.fork_server
-            else "" if plan.device == "cpu" else f"forks cannot share {plan.device}",
-        )  # fmt: skip
+            no_fork_cause=no_fork_cause(run, plan.device),
+        )
         dataset_fingerprint = read_info(dataset_dir_of(run, Path(run.run.dir))).fingerprint
         island_layout = replace(layout, island=1).describe()
         return run_supervisor(
             supervisor_config,
             make_rendezvous_config(run, dataset_fingerprint, island_layout, plan.device),
         )
+
+
+def no_fork_cause(run: Run, device: str) -> str:
+    """Why workers of a run on this kind of device cannot be forks; "" when they can."""
+    if not run.launch.fork_server:
+        return "launch.fork_server=false"
+    return "" if device == "cpu" else f"a fork cannot use {device} safely"
 
 
 def dump_run_and_plan(run: Run, plan: Plan) -> str:

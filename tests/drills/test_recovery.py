@@ -161,7 +161,8 @@ def test_the_supervisor(reference_digest: str, run_dir: Path) -> None:
 
 def test_who_dies_before_all_are_ready_is_replaced(reference_digest: str, run_dir: Path) -> None:
     """One that imports, then one that is ready while the other still imports."""
-    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG_SILENCE) as run:
+    overrides = (LONG_SILENCE, "launch.fork_server=false")  # a fork does not import
+    with BackgroundRun(run_dir, *TWO_PROCESSES, *overrides) as run:
         first_pid, second_pid = run.wait_until(
             lambda: worker_pids if len(worker_pids := sorted(run.worker_names())) == 2 else None
         )
@@ -177,8 +178,8 @@ def test_who_dies_before_all_are_ready_is_replaced(reference_digest: str, run_di
 
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.nightly)])
 def test_random_kills(kills: int, tmp_path: Path) -> None:
-    """Of any worker, ranks, spares and those that import; sometimes two at once or one after
-    another while the first is being replaced."""
+    """Of any process but the supervisor: ranks, spares, the one they are forks of; sometimes two at
+    once or one after another while the first is being replaced."""
     seed = int(os.environ.get("DRILL_SEED", random.randrange(1 << 32)))
     print(f"replay: DRILL_SEED={seed} pytest tests/drills/test_recovery.py -k random_kills")
     rng, steps = random.Random(seed), 6 * kills
@@ -195,7 +196,7 @@ def test_random_kills(kills: int, tmp_path: Path) -> None:
             run.wait_until(lambda step=step: run.step_count >= step)  # type: ignore[misc]
             for _ in range(rng.choice((1, 1, 2))):
                 time.sleep(rng.uniform(0, 0.2))
-                rank_pids, workers = list(run.pids_by_rank().values()), list(run.worker_names())
+                rank_pids, workers = list(run.pids_by_rank().values()), list(run.process_names())
                 candidates = rank_pids if rank_pids and rng.random() < 0.7 else workers
                 if candidates:
                     with suppress(ProcessLookupError):
