@@ -1,10 +1,8 @@
 """Messages between a host's supervisor and its workers: JSON, one packet each, over a socketpair.
 
-Both ends are processes of one machine that one made and the other inherited, so nothing is
-authenticated here (hosts talk by `elastic/transport.py`). No torch. Packets keep their borders
-(SOCK_SEQPACKET), so a reader never sees half a message, and a closed end is told by an empty one;
-on a stream (SOCK_STREAM, where the system has no such packets) each has its length before it.
-Traded away: messages of more than a few hundred KiB.
+The worker inherited its end, so nothing is authenticated. Packets keep their borders
+(SOCK_SEQPACKET), and an empty one is the end; on a stream (SOCK_STREAM, where the system has none)
+each has its length before it. A message is at most a few hundred KiB.
 """
 
 from __future__ import annotations
@@ -65,7 +63,6 @@ class MessageSocket:
         self.is_closed = False
 
     def fileno(self) -> int:
-        """Readable when `receive` has something."""
         return self._socket.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -120,7 +117,6 @@ class MessageSocket:
         return messages
 
     def close(self) -> None:
-        """Ends the talk; the other end hears of it."""
         self.is_closed = True
         self._socket.close()
 

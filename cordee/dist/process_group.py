@@ -1,9 +1,8 @@
 """How a process becomes a rank: reads the environment, joins the others, leaves cleanly.
 
-The only reader of environment variables in the house. A launcher's variables (torchrun and
-Kubernetes, Slurm, Open MPI, Ray, or our own `launch.py`) are taken as they are; without any, the
-process is rank 0 of 1. A worker of our own supervisor (`elastic/supervisor.py`) is told its rank
-over its line, generation by generation. Not here: starting other processes.
+The only reader of environment variables. A launcher's (torchrun and Kubernetes, Slurm, Open MPI,
+Ray) are taken as they are; without any, the process is rank 0 of 1. A worker of our own supervisor
+gets its rank over its channel, generation by generation.
 """
 
 from __future__ import annotations
@@ -374,13 +373,9 @@ def join_process_group(
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield RankProcess(
-            launch_info.rank,
-            launch_info.size,
-            launch_info.local_rank,
-            device_string,
-            socket.gethostname(),
-            os.getpid(),
-        )
+            launch_info.rank, launch_info.size, launch_info.local_rank, device_string,
+            socket.gethostname(), os.getpid(),
+        )  # fmt: skip
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -417,30 +412,18 @@ def _init_process_group(
             base_store, _, _ = next(
                 torch_dist.rendezvous("env://", launch_info.rank, launch_info.size, timeout=timeout)
             )
-            group_store = torch_dist.PrefixStore(
-                f"cordee/{os.environ[RESTARTS_VARIABLE]}", base_store
-            )
-        method = (
-            None
-            if group_store is not None
-            else f"file://{launch_info.store_file}"
-            if launch_info.store_file
-            else "env://"
-        )
+            prefix = f"cordee/{os.environ[RESTARTS_VARIABLE]}"
+            group_store = torch_dist.PrefixStore(prefix, base_store)
+        method = f"file://{launch_info.store_file}" if launch_info.store_file else "env://"
         dist.init_process_group(
-            backend,
-            init_method=method,
-            store=group_store,
-            rank=launch_info.rank,
-            world_size=launch_info.size,
-            timeout=timeout,
-        )
+            backend, init_method=None if group_store is not None else method, store=group_store,
+            rank=launch_info.rank, world_size=launch_info.size, timeout=timeout,
+        )  # fmt: skip
     except (dist.DistError, ValueError, OSError, RuntimeError) as error:
         if store is not None:  # the generation's end, which its worker knows of
             raise
         address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-        is_port_busy = "in use" in str(error) or "EADDRINUSE" in str(error)
-        if is_port_busy:
+        if "in use" in str(error) or "EADDRINUSE" in str(error):
             raise ConfigError(
                 "the rendezvous port is in use by another process",
                 values={"MASTER_ADDR:MASTER_PORT": address, "rank": launch_info.rank},
@@ -448,10 +431,7 @@ def _init_process_group(
             ) from error
         raise RunError(
             "the ranks could not find each other",
-            values={
-                "rank": launch_info.rank,
-                "world": launch_info.size,
-                "at": launch_info.store_file or address,
-            },
+            values={"rank": launch_info.rank, "world": launch_info.size,
+                    "at": launch_info.store_file or address},
             fix="start every rank with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE",
-        ) from error
+        ) from error  # fmt: skip

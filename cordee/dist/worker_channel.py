@@ -66,18 +66,14 @@ class _KeyRequest:
 class SupervisorClient:
     """See the file's header. One thread reads, answers and beats; the main thread trains."""
 
-    def __init__(
-        self, descriptor: int, progress_descriptor: int, terminal_descriptors: tuple[int, int]
-    ) -> None:
-        """`descriptor`: the inherited end; `progress_descriptor`: memory in which this worker notes
-        where it is, to be read when it is dead; `terminal_descriptors`: where the first rank's
-        words go."""
-        self._socket = MessageSocket(socket.socket(fileno=descriptor))
-        self._progress_memory = mmap.mmap(progress_descriptor, PROGRESS_RECORD.size)
+    def __init__(self, launch_info: LaunchInfo) -> None:
+        """Takes over the descriptors that this worker was started with."""
+        self._socket = MessageSocket(socket.socket(fileno=launch_info.channel_descriptor))
+        self._progress_memory = mmap.mmap(launch_info.progress_descriptor, PROGRESS_RECORD.size)
         self._lock = threading.Lock()
         self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self._requests: dict[int, _KeyRequest] = {}
-        self._terminal_descriptors = terminal_descriptors
+        self._terminal_descriptors = launch_info.terminal_descriptors
         self._log_descriptors = (os.dup(1), os.dup(2))
         self._ended_generation = 0
         self._cut_at_s = math.inf
@@ -95,12 +91,12 @@ class SupervisorClient:
     # ---- the main thread ----
 
     def report_ready(self) -> None:
-        """Says that this worker has imported everything and may be given a seat."""
+        """Says that this worker has imported everything and may get a rank."""
         set_process_name("cordee ready")
         self._send({"say": "ready"})
 
     def next_assignment(self) -> Assignment | None:
-        """Waits for the next seat; None: nothing is left to do, or the supervisor is gone."""
+        """Waits for the next assignment; None: nothing is left to do, or the supervisor is gone."""
         with self._cut_lock:
             self._assignment = None
         self.record_phase("wait", self.step)
@@ -115,7 +111,7 @@ class SupervisorClient:
                 return assignment
 
     def record_phase(self, phase: str, step: int) -> None:
-        """Notes where in a step this worker is. Halted: its generation ended, and nothing of a step
+        """Notes where in a step this worker is. GenerationEnded: it is over, and nothing of a step
         has begun (a rank that is alone would not hear of it by a broken connection)."""
         if phase.startswith("save."):
             return
@@ -172,12 +168,11 @@ class SupervisorClient:
     # ---- store ----
 
     def put(self, generation: int, key: str, value: bytes) -> None:
-        """Writes a key of a generation."""
         encoded_value = base64.b64encode(value).decode()
         self._send({"say": "set", "generation": generation, "key": key, "value": encoded_value})
 
     def get(self, generation: int, key: str, patience_s: float) -> bytes:
-        """Waits for a key of a generation. Halted: the generation ended, or nobody wrote it."""
+        """Waits for a key of a generation. GenerationEnded: it is over, or nobody wrote it."""
         request = _KeyRequest()
         with self._lock:
             request_id = len(self._requests)
@@ -189,7 +184,7 @@ class SupervisorClient:
                 raise GenerationEnded(f"generation {generation} ended while {key} was waited for")
         return request.answer
 
-    # ---- the line's thread ----
+    # ---- the channel's thread ----
 
     def _receive_loop(self) -> None:
         set_process_name("cordee line", thread=True)
@@ -273,41 +268,24 @@ class _GenerationStore(Store):
         self._patience_s = 20.0
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Writes a key."""
         data = value.encode() if isinstance(value, str) else bytes(value)
         self._client.put(self._generation, _strip_group_count(key), data)
 
     def get(self, key: str) -> bytes:
-        """Waits for a key."""
         return self._client.get(self._generation, _strip_group_count(key), self._patience_s)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits for keys."""
         patience_s = timeout.total_seconds() if timeout else self._patience_s
         for key in keys:
             self._client.get(self._generation, _strip_group_count(key), patience_s)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long a key is waited for."""
         self._patience_s = timeout.total_seconds()
 
 
 def _strip_group_count(key: str) -> str:
     group_count, separator, plain_key = key.partition("//")
     return plain_key if separator and group_count.isdigit() and len(group_count) < 10 else key
-
-
-def connect_supervisor(launch_info: LaunchInfo) -> SupervisorClient | None:
-    """The line of a worker that a supervisor started; None for any other process."""
-    return (
-        SupervisorClient(
-            launch_info.channel_descriptor,
-            launch_info.progress_descriptor,
-            launch_info.terminal_descriptors,
-        )
-        if launch_info.channel_descriptor >= 0
-        else None
-    )
 
 
 def cut_connections() -> None:

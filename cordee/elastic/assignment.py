@@ -1,11 +1,8 @@
 """Who computes what in a generation, from what every host says it has.
 
-PAPER in spirit: values in, values out; the same on whichever host leads. Survivors keep their order
-and come first, so that the first rank is one that knows the run; spares and newcomers fill up.
-Islands are whole or not at all, and each is of workers on one kind of device. What is left over
-waits; where nothing else is left, and that has lasted, it is told to save what it holds together
-("rescue"). Not here: the split of the batch, which follows from the plan, and agreement about it
-(`members.py`).
+Survivors keep their order and come first, so that the first rank knows the run; spares and
+newcomers fill up. Islands are whole or not at all, each of workers on one kind of device. What is
+left over waits; where nothing else is left for long, it is to save what it holds ("rescue").
 """
 
 from __future__ import annotations
@@ -23,8 +20,8 @@ def is_training(assignment: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class AvailableWorker:
-    """A worker that may be given a seat. `rank` and `generation`: its last seat; None and 0 for one
-    that never had any."""
+    """A worker that may get a rank. `rank` and `generation` are its last ones, None and 0 where it
+    never had any."""
 
     host: str
     number: int
@@ -33,7 +30,6 @@ class AvailableWorker:
     generation: int
 
     def to_list(self) -> list[Any]:
-        """As it travels in a report."""
         return [self.number, self.pid, self.rank, self.generation]
 
 
@@ -45,11 +41,11 @@ def assign_ranks(
     """The orders of a view: {"ranks": [[host, number, pid], ...], "plan": JSON, "names": hosts'
     names}; {} when not one island is whole, or a run that has not begun waits for its first ranks.
 
-    A report says: `module_name`, `wants` (workers with a seat), `device` (kind of its workers'),
-    `available` (list of `AvailableWorker.to_list()`), `has_begun` (whether this host knows of a
-    generation that ran), `stranded` (whether it has waited long for an island to be whole).
-    `island_size`: ranks of an island; `plan_for(islands, devices)`: the plan (JSON) of so many
-    islands on these kinds of device, or of fewer, and how many those are.
+    A report says: `name`, `wants` (workers with a rank), `device` (kind of its workers'), `ready`
+    (list of `AvailableWorker.to_list()`), `begun` (whether this host knows of a generation that
+    ran), `stranded` (whether it has waited long for an island to be whole). `island_size`: ranks of
+    an island; `replan(islands, devices)`: the plan (JSON) of so many islands on these kinds of
+    device, or of fewer, and how many those are.
     """
     target_ranks = sum(int(report["wants"]) for report in reports.values())
     has_begun = any(report["begun"] for report in reports.values())

@@ -1,9 +1,9 @@
 """Processes as forks of one, the server, that has imported what all of them need.
 
-A start of Python with torch takes seconds; a fork takes milliseconds and shares the memory of what
-is imported. The server has one thread, no process group and no accelerator's context, which no fork
-survives. A fork's parent is not the server but its owner, who waits for it like for any child and
-with whom it ends; so a server that dies takes nobody along.
+An import of torch takes seconds; a fork takes milliseconds and shares the memory of what is
+imported. The server has one thread and no accelerator's context, which no fork survives. A fork's
+parent is not the server but its owner, who waits for it like for any child and with whom it ends;
+so a server that dies takes nobody along.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ FORK_TIMEOUT_S = 2.0
 """A fork takes some 20 ms; a server that takes so long is stopped or swapped out."""
 
 MAX_REQUEST_BYTES, MAX_DESCRIPTORS = 1 << 16, 16
-
-SERVER_NAME = "cordee template"
 
 
 class ForkServerError(RuntimeError):
@@ -76,11 +74,9 @@ class ForkServer:
 
     @property
     def age_s(self) -> float:
-        """Seconds since its start."""
         return time.monotonic() - self._start_s
 
     def fileno(self) -> int:
-        """For a selector."""
         return self._endpoint.fileno()
 
     def check(self) -> None:
@@ -257,6 +253,6 @@ def _renumber(descriptors: Sequence[int], targets: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     exit_with_parent()
-    set_process_name(SERVER_NAME)
+    set_process_name("cordee template")
     shared = [int(number) for number in sys.argv[2].split(",") if number]
     serve(socket.socket(fileno=int(sys.argv[1])), shared, sys.argv[3:])

@@ -61,7 +61,6 @@ class SupervisorConfig:
     no_fork_cause: str = ""
 
     def drill_for(self, generation_index: int) -> str:
-        """What is armed in that generation of the run, counted from 0."""
         return self.drills[generation_index] if generation_index < len(self.drills) else ""
 
 
@@ -153,8 +152,7 @@ class RunProgress:
         if len(self.failures) > 1:
             print_to_stderr(
                 f"\nstopped after {len(self.failures)} failures in a row at step"
-                f" {first_failure.step}, none"
-                " of which the run came past; the first was:"
+                f" {first_failure.step}, none of which the run came past; the first was:"
             )
         first_failure.report()
         return first_failure.exit_code if first_failure.exit_code > 0 else 1
@@ -167,14 +165,8 @@ def worker_assignment(
     orders, is_emergency = view.assignment, not is_training(view.assignment)
     members = [{"host": orders["names"][host], "pid": pid} for host, _, pid in orders["ranks"]]
     return Assignment(
-        rank=rank,
-        size=len(members),
-        local_rank=slot,
-        generation=view.number,
-        plan=orders["plan"],
-        drill=drill,
-        verdicts=() if is_emergency else tuple(progress.unrecorded_events),
-        members=tuple(members),
-        previous_end_s=progress.generation_end_s,
-        is_emergency=is_emergency,
-    )
+        rank=rank, size=len(members), local_rank=slot, generation=view.number,
+        plan=orders["plan"], drill=drill, members=members,
+        verdicts=() if is_emergency else list(progress.unrecorded_events),
+        previous_end_s=progress.generation_end_s, is_emergency=is_emergency,
+    )  # fmt: skip

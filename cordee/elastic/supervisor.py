@@ -56,7 +56,7 @@ COMPUTE_PHASES = ("step.", "evaluate", "finish")
 
 
 class Supervisor:
-    """See the file's header. `measure_run` returns the exit code."""
+    """See the file's header."""
 
     def __init__(self, config: SupervisorConfig, rendezvous: RendezvousConfig) -> None:
         self.config = config
@@ -378,9 +378,8 @@ class Supervisor:
         """How a worker died that nobody here has killed."""
         previous_count, self._oom_count = self._oom_count, oom_kills()
         is_out_of_memory = exit_code == -signal.SIGKILL and self._oom_count > previous_count
-        return describe_exit_code(exit_code) + (
-            ", as the kernel was out of memory" if is_out_of_memory else ""
-        )
+        suffix = ", as the kernel was out of memory" if is_out_of_memory else ""
+        return describe_exit_code(exit_code) + suffix
 
     # ---- generations ----
 
@@ -449,17 +448,9 @@ class Supervisor:
             if host != self.host_link.member.own_id:
                 continue
             if worker_number not in self.pool.workers:  # it died meanwhile: nobody may wait for it
-                sentence = (
-                    f"pid {pid} on {self.host_name} died before it had its seat; all meet again"
-                )
-                record = {
-                    "event": "lost",
-                    "host": self.host_name,
-                    "pid": pid,
-                    "rank": rank,
-                    "says": sentence,
-                }
-                self.host_link.member.request_view(record, time.monotonic())
+                says = f"pid {pid} on {self.host_name} died before it had its seat; all meet again"
+                record = {"event": "lost", "host": self.host_name, "pid": pid, "rank": rank}
+                self.host_link.member.request_view({**record, "says": says}, time.monotonic())
                 continue
             worker = self.pool.workers[worker_number]
             worker.slot = self.pool.free_slot() if worker.slot is None else worker.slot
@@ -558,8 +549,3 @@ class Supervisor:
         for _ in range(missing_count if is_urgent or is_under_way or self._start_refused_s else 0):
             if not self._start_worker():
                 return
-
-
-def run_supervisor(config: SupervisorConfig, rendezvous: RendezvousConfig) -> int:
-    """Runs a post to its end; the exit code. The founder holds the run's folder already."""
-    return Supervisor(config, rendezvous).run()

@@ -73,7 +73,6 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
         return self.process.pid
 
     def read_progress(self) -> None:
@@ -134,17 +133,13 @@ class WorkerPool:
         """Starts a worker, which will say that it is ready. OSError: the system has no room;
         ForkServerError: the server is not to be asked again."""
         channel, worker_socket = make_socket_pair()
-        stderr_descriptor, progress_descriptor = (
-            memory_file("cordee-words"),
-            memory_file("cordee-mark"),
-        )
+        stderr_descriptor = memory_file("cordee-words")
+        progress_descriptor = memory_file("cordee-mark")
         os.ftruncate(progress_descriptor, PROGRESS_RECORD.size)
         descriptors = (
-            worker_socket.fileno(),
-            self._config_descriptor,
-            progress_descriptor,
+            worker_socket.fileno(), self._config_descriptor, progress_descriptor,
             *self._terminal_descriptors,
-        )
+        )  # fmt: skip
         try:
             process = self._start_process(descriptors, stderr_descriptor)
         except (OSError, ForkServerError):
@@ -156,13 +151,9 @@ class WorkerPool:
             worker_socket.close()
         self._start_count += 1
         worker = Worker(
-            self._start_count,
-            process,
-            channel,
-            stderr_descriptor,
-            progress_descriptor,
+            self._start_count, process, channel, stderr_descriptor, progress_descriptor,
             ChildWatch(process),
-        )
+        )  # fmt: skip
         self.workers[worker.number] = worker
         return worker
 
@@ -173,19 +164,14 @@ class WorkerPool:
             return server.fork(
                 WORKER_ENTRY, WORKER_WORDS, channel_variables, stderr_descriptor, descriptors
             )
+        # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
         return subprocess.Popen(
-            [*python_command(), *WORKER_WORDS],
-            env=environment | channel_variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr_descriptor,
-            pass_fds=(*descriptors, self._lifeline),
-            # Its own group: the terminal's Ctrl-C reaches us alone, and we pass it on once.
-            process_group=0,
-        )
+            [*python_command(), *WORKER_WORDS], env=environment | channel_variables,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr_descriptor,
+            pass_fds=(*descriptors, self._lifeline), process_group=0,
+        )  # fmt: skip
 
     def ranked_workers(self) -> list[Worker]:
-        """Workers that have a rank now, in its order."""
         workers = [w for w in self.workers.values() if w.rank is not None]
         return sorted(workers, key=lambda w: w.rank or 0)
 
@@ -195,7 +181,7 @@ class WorkerPool:
         return next(slot for slot in range(len(used_slots) + 1) if slot not in used_slots)
 
     def reap(self, worker: Worker) -> int:
-        """Takes a dead worker from the crew; its exit code, negative for a signal."""
+        """Takes a dead worker from the pool; its exit code, negative for a signal."""
         exit_code = worker.process.wait()
         worker.channel.close()
         worker.exit_watch.close()
@@ -205,7 +191,7 @@ class WorkerPool:
         return exit_code
 
     def available_workers(self, host: str) -> list[list[Any]]:
-        """Who may be given a seat, for this host's report (`orders.assign_ranks`)."""
+        """Who may get a rank, for this host's report (`assign_ranks`)."""
         return [
             AvailableWorker(host, w.number, w.pid, w.last_rank, w.last_generation).to_list()
             for w in self.workers.values()
@@ -217,8 +203,7 @@ class WorkerPool:
         ready_count = sum(w.is_ready for w in self.workers.values())
         return (
             f"no island is whole: {ready_count} of {island_size} ranks are ready here; the run"
-            " waits for"
-            " others, and those keep their state"
+            " waits for others, and those keep their state"
         )
 
     def kill(self, worker: Worker, reason: str = "") -> None:

@@ -1,8 +1,7 @@
 """Calls that not every system has, each with a portable way beside it.
 
-Which way is taken follows from whether the call is there, never from a system's name. Not here:
-locks of files (`flock` is everywhere but on Windows) and devices. Traded away: what only Linux
-gives; where a way does less, it says so.
+Which way is taken follows from whether the call is there, never from a system's name; one that does
+less says so.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import ctypes
 import os
 import platform
 import re
+import select
 import signal
 import socket
 import stat
@@ -19,11 +19,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from cordee.errors import ConfigError
 
@@ -74,57 +72,39 @@ def memory_file(name: str) -> int:
     return descriptor
 
 
-class ChildProcess(Protocol):
-    """A child of this process: what `subprocess.Popen` and `AdoptedChild` have in common."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The same at its end; TimeoutExpired."""
-
-    def kill(self) -> None:
-        """Ends it."""
-
-
 class AdoptedChild:
-    """A child by `set_subreaper`: some other process started it and has ended since."""
+    """A child by `set_subreaper`, that some other process started and left; with the calls of
+    `subprocess.Popen`, and as there an exit code that somebody else has taken is 0."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._exit_code: int | None = None
 
     def poll(self) -> int | None:
-        """See `ChildProcess`. An exit code that somebody else has taken is 0, as with Popen."""
         if self._exit_code is None:
-            self._wait(os.WNOHANG)
-        return self._exit_code
+            with suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if not pid:
+                    return None
+                self._exit_code = os.waitstatus_to_exitcode(status)
+        return self._exit_code or 0
 
     def wait(self, timeout: float | None = None) -> int:
-        """See `ChildProcess`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._exit_code is None:
-            self._wait(0 if deadline is None else os.WNOHANG)
-            if self._exit_code is None and deadline is not None:
-                if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(f"pid {self.pid}", timeout or 0.0)
-                time.sleep(0.005)
-        return self._exit_code
+        descriptor = os.pidfd_open(self.pid) if self.poll() is None else -1
+        if descriptor >= 0:
+            select.select([descriptor], [], [], timeout)
+            os.close(descriptor)
+        exit_code = self.poll()
+        if exit_code is None:
+            raise subprocess.TimeoutExpired(f"pid {self.pid}", timeout or 0.0)
+        return exit_code
 
     def kill(self) -> None:
-        """See `ChildProcess`."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
-    def _wait(self, flags: int) -> None:
-        try:
-            pid, status = os.waitpid(self.pid, flags)
-            if pid:
-                self._exit_code = os.waitstatus_to_exitcode(status)
-        except ChildProcessError:
-            self._exit_code = 0
+
+ChildProcess = subprocess.Popen[bytes] | AdoptedChild
 
 
 class ChildWatch:

@@ -41,7 +41,7 @@ from cordee.dist.process_group import (
 from cordee.dist.streams import print_to_stderr
 from cordee.elastic.run_lock import RunLock
 from cordee.elastic.run_progress import SupervisorConfig
-from cordee.elastic.supervisor import run_supervisor
+from cordee.elastic.supervisor import Supervisor
 from cordee.errors import ConfigError, DataError, RunError
 from cordee.launcher.local_cluster import measure_cluster
 from cordee.launcher.rendezvous import (
@@ -391,12 +391,10 @@ def launch_local_ranks(run: Run, plan: Plan) -> int:
             ),
             no_fork_cause=no_fork_cause(run, plan.device),
         )
-        dataset_fingerprint = read_info(dataset_dir_of(run, Path(run.run.dir))).fingerprint
+        fingerprint = read_info(dataset_dir_of(run, Path(run.run.dir))).fingerprint
         island_layout = replace(layout, island=1).describe()
-        return run_supervisor(
-            supervisor_config,
-            make_rendezvous_config(run, dataset_fingerprint, island_layout, plan.device),
-        )
+        rendezvous = make_rendezvous_config(run, fingerprint, island_layout, plan.device)
+        return Supervisor(supervisor_config, rendezvous).run()
 
 
 def no_fork_cause(run: Run, device: str) -> str:

@@ -49,11 +49,9 @@ def assignments(
     if supervisor is None:
         launch_info, drill = prepared_run.launch_info, prepared_run.run.fault.kill_specs[0]
         yield Assignment(
-            rank=launch_info.rank,
-            size=launch_info.size,
-            local_rank=launch_info.local_rank,
+            rank=launch_info.rank, size=launch_info.size, local_rank=launch_info.local_rank,
             drill=drill,
-        )
+        )  # fmt: skip
         return
     supervisor.report_ready()
     while (assignment := supervisor.next_assignment()) is not None:
@@ -102,13 +100,9 @@ class SurvivorState:
         group, hosts = state.mesh.group(*AXES), [str(m["host"]) for m in assignment.members]
         if self.peer_backup is None:
             self.peer_backup = PeerBackup(
-                run.fault.copy_every,
-                group,
-                state.process.rank,
-                size,
-                hosts,
+                run.fault.copy_every, group, state.process.rank, size, hosts,
                 state.drill.fault_point,
-            )
+            )  # fmt: skip
         else:
             self.peer_backup.discard_after(state.progress.step)
             self.peer_backup.rebind(group, state.process.rank, size, hosts)
@@ -250,24 +244,15 @@ def emergency_save(
     required_names = [f"model/{name}" for name in survivor.state.specs] if survivor.state else []
     try:
         save_result = write_emergency_save(
-            survivor.snapshots(),
-            required_names,
-            saver,
-            assignment.generation,
-            saved_step,
-            group,
-            process.rank,
-            process.size,
-        )
+            survivor.snapshots(), required_names, saver, assignment.generation, saved_step, group,
+            process.rank, process.size,
+        )  # fmt: skip
     except CheckpointError as error:
         save_result = EmergencySave(None, None, error.message)
     if process.is_first:
         events.claim_file()
-        fields = {
-            "generation": assignment.generation,
-            "members": list(assignment.members),
-            **event_fields(save_result),
-        }
+        fields = {"generation": assignment.generation, "members": list(assignment.members),
+                  **event_fields(save_result)}  # fmt: skip
         events.write(
             {"time": utc_timestamp(), "event": "rescued", **fields, "step": max(survivor.step, 0)}
         )
@@ -348,14 +333,8 @@ def choose_checkpoint(
             folder, logger.log_rejected_checkpoint, logger.log_skipped_checkpoint
         )
         generation = assignment.generation or last_generation(state.folder) + 1
-    row = torch.tensor(
-        [
-            generation,
-            checkpoint.step if checkpoint else -1,
-            checkpoint.generation if checkpoint else -1,
-        ],
-        dtype=torch.int64,
-    )
+    saved = (checkpoint.step, checkpoint.generation) if checkpoint else (-1, -1)
+    row = torch.tensor([generation, *saved], dtype=torch.int64)
     generation, step, saved_generation = all_gather_rows(
         row, state.mesh.group(*AXES), state.process.size
     )[0].tolist()

@@ -46,7 +46,7 @@ from cordee.dist.process_group import (
 )
 from cordee.dist.step_sync import StepSummary, gather_step_summary
 from cordee.dist.tree_all_reduce import all_gather_bytes, all_gather_rows
-from cordee.dist.worker_channel import SupervisorClient, connect_supervisor
+from cordee.dist.worker_channel import SupervisorClient
 from cordee.errors import CheckpointError, CordeeError, RunError
 from cordee.hf.safetensors_io import slice_box
 from cordee.launcher.prepare import (
@@ -142,7 +142,7 @@ def run_worker(prepared_run: PreparedRun, parts: Parts) -> Report:
     exit_with_parent()
     raise_file_limit()
     run, launch_info = prepared_run.run, prepared_run.launch_info
-    supervisor = connect_supervisor(launch_info)
+    supervisor = SupervisorClient(launch_info) if launch_info.is_supervised else None
     lock = acquire_run_lock(run) if supervisor is None and launch_info.rank == 0 else nullcontext()
     survivor = SurvivorState()
     with lock, catch_stop_signals(supervisor) as stop_request:
