@@ -109,7 +109,7 @@ def test_a_kind_of_socket_that_only_has_a_name(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("without_prctl", [False, True])
 def test_a_process_dies_with_its_parent(without_prctl: bool) -> None:
     worker = (
-        "import sys, time; from cordee import system;"
+        "import sys, time; from cordee.hardware import system;"
         f" system._libc = (lambda name: None) if {without_prctl} else system._libc;"
         " system.die_with_parent(int(sys.argv[1]), int(sys.argv[2])); print(1, flush=True);"
         " time.sleep(600)"
@@ -219,7 +219,7 @@ def test_windows_is_told_what_it_needs() -> None:
     assert result.returncode == 0, result.stderr
     expected_modules = [
         "cordee", "cordee.cli", "cordee.cli.main", "cordee.dist", "cordee.dist.streams",
-        "cordee.errors", "cordee.hardware.system",
+        "cordee.errors", "cordee.hardware", "cordee.hardware.system",
     ]  # fmt: skip
     assert result.stdout.startswith(f"{expected_modules} [2, 2, 2, 'cordee needs the calls"), (
         result.stdout
