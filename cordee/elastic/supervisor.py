@@ -20,7 +20,7 @@ from typing import Any
 
 from cordee.dist.streams import print_to_stderr
 from cordee.elastic.assignment import assign_ranks, is_training
-from cordee.elastic.fork_server import ForkServerError
+from cordee.elastic.fork_server import ForkServer, ForkServerError
 from cordee.elastic.hosts import HostLink, RendezvousConfig
 from cordee.elastic.oom import oom_kills
 from cordee.elastic.run_progress import (
@@ -151,17 +151,20 @@ class Supervisor:
             if no_fork_cause:
                 raise ForkServerError(no_fork_cause)
             server = self.pool.start_fork_server()
-            self._selector.register(server, selectors.EVENT_READ, self._on_fork_server)
+            self._selector.register(
+                server, selectors.EVENT_READ, lambda: self._on_fork_server(server)
+            )
         except ForkServerError as error:
             self.pool.close_fork_server()
             self._print(f"each worker imports torch for itself: {error}")
         self._start_missing(is_urgent=True)
 
-    def _on_fork_server(self) -> None:
+    def _on_fork_server(self, server: ForkServer) -> None:
         """The fork server has imported everything, or it has ended."""
-        assert self.pool.fork_server is not None
+        if server is not self.pool.fork_server:
+            return  # replaced since the selector looked: a worker died with it
         try:
-            self.pool.fork_server.check()
+            server.check()
         except ForkServerError as error:
             self._replace_fork_server(str(error))
         else:

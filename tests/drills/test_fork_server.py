@@ -62,9 +62,13 @@ def test_kills_of_a_worker_and_of_its_template(reference_digest: str, run_dir: P
         os.kill(template_pid, signal.SIGKILL)
         new_template_pid = wait_for_template(run, template_pid)
         assert run.pids_by_rank() == ranks and "the fork server is started again" in run.output
+
+        run.process.send_signal(signal.SIGSTOP)  # so that it sees both deaths at once
+        os.kill(new_template_pid, signal.SIGKILL)
         os.kill(ranks[0], signal.SIGKILL)
+        run.process.send_signal(signal.SIGCONT)
         second_pid = wait_for_replacement(run, ranks[0])
-        assert command_line(second_pid) == command_line(new_template_pid)
+        assert command_line(second_pid) == command_line(wait_for_template(run, new_template_pid))
         assert run.wait_exit() == 0, run.output[-3000:]
         assert len(run.events_named("lost")) == 2
     check_same_descent(run_dir, reference_digest, STEPS)
