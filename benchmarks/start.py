@@ -39,7 +39,7 @@ from benchmarks.watched import (
     wait_for_rows,
     worker_name,
 )
-from cordee.report.metrics_writer import last_event
+from cordee.report.reader import last_event
 
 SIDES = {"before": "launch.fork_server=false", "after": "launch.fork_server=true"}
 STEPS = 160
