@@ -18,7 +18,6 @@ from typing import Any
 from cordee.cli.arguments import ParsedArguments, check_flags, make_parser, parse_arguments
 from cordee.cli.run_paths import refuse_overwrite
 from cordee.config.paths import expand_home
-from cordee.config.presets import DEFAULT_LR
 from cordee.config.ranges import MAX_COUNT, Range
 from cordee.config.run import Run
 from cordee.dist.streams import print_to_stderr
@@ -71,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     cluster, _ = measure_cluster(run_config.launch.probe)
     run_config, _ = resolve_for_machine(run_config, cluster, read_vocabulary_size(run_config))
     settings = LRSearchSettings(
-        centre=peak_lr(run_config),
+        centre=run_config.optim.peak_lr,
         steps=args.flags.steps,
         seeds=args.flags.seeds,
         first_seed=run_config.run.seed,
@@ -124,11 +123,6 @@ def _is_search_result(path: Path) -> bool:
     return isinstance(document, dict) and {"range_test", "conclusive"} <= document.keys()
 
 
-def peak_lr(run: Run) -> float:
-    """The rate that the run would use: its own, or the rule's default."""
-    return DEFAULT_LR[run.optim.name] if run.optim.lr == "auto" else float(run.optim.lr)
-
-
 def train_command(result: LRSearchResult, run: Run, args: ParsedArguments) -> str | None:
     """The command that trains with the suggestion; None when there is none."""
     if result.suggestion is None:
@@ -137,8 +131,9 @@ def train_command(result: LRSearchResult, run: Run, args: ParsedArguments) -> st
         w for w in args.overrides if w.partition("=")[0] not in ("optim.lr", "optim.adam_lr")
     ]
     rates = [f"optim.lr={result.suggestion:.3g}"]
-    if run.optim.name == "muon":
-        rates.append(f"optim.adam_lr={run.optim.adam_lr * result.suggestion / peak_lr(run):.3g}")
+    if run.optim.rule.rule_of_others:
+        adam_lr = run.optim.adam_lr * result.suggestion / run.optim.peak_lr
+        rates.append(f"optim.adam_lr={adam_lr:.3g}")
     return " ".join(["cordee train", *([args.file] if args.file else []), *other_overrides, *rates])
 
 

@@ -7,21 +7,10 @@ DeepSeek-V3's experts and plain grouped queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from cordee.config.model import ModelSettings, MoeSettings
-
-DEFAULT_LR: Mapping[str, float] = {
-    "sgd": 0.5,
-    "momentum": 0.05,
-    "adam": 0.002,
-    "adamw": 0.002,
-    "muon": 0.015,
-    "adafactor": 0.01,
-}
-"""Peak learning rate per update rule, for the byte models of 1-3 M parameters (docs/tuning.md)."""
 
 _PUBLISHED = partial(ModelSettings, mlp="gated", logit_cap=0.0)
 _LLAMA3 = partial(

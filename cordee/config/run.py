@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.update_rules import UPDATE_RULES, RuleName, UpdateRule
 
 Auto = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
@@ -116,7 +117,7 @@ class MemorySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    name: Literal["sgd", "momentum", "adam", "adamw", "muon", "adafactor"] = "muon"
+    name: RuleName = "muon"
     """The update rule; muon uses adamw for embedding, head and vectors."""
     lr: AutoFloat = "auto"
     """Peak learning rate; auto is the rule's own default (`cordee lr` finds one by experiment)."""
@@ -141,6 +142,16 @@ class OptimSettings:
     """wsd: part of the run, at its end, over which the rate falls."""
     final: float = 0.0
     """Learning rate at the end as a part of the peak."""
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The row of the table that `name` stands for."""
+        return UPDATE_RULES[self.name]
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate: as given, or the rule's default."""
+        return self.rule.default_lr if self.lr == "auto" else float(self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)

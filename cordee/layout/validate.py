@@ -18,6 +18,7 @@ from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import MODEL_AXES, Layout
 from cordee.layout.counts import ORIGIN, TensorCounts, count_model_tensors
 from cordee.layout.stages import stage_count
+from cordee.layout.tensors import CUT_AXES
 
 NON_SHARD_AXES = ("pipeline", "context", "expert", "tensor")
 """Axes inside an island other than shard."""
@@ -109,9 +110,8 @@ def _unsupported_axes(run: Run, layout: Layout) -> Iterator[Violation]:
         if run.run.exact and axis in NON_SHARD_AXES:
             clause = "adds in an order of its own, so run.exact takes islands and shards only"
             yield _violation(layout, axis, clause, fix)
-        if run.optim.name == "adafactor" and axis in ("shard", "tensor", "expert"):
-            clause = "cuts matrices, and adafactor keeps statistics of whole rows and columns"
-            yield _violation(layout, axis, clause, "optim.name=adamw")
+        if axis in CUT_AXES and (reason := run.optim.rule.whole_matrix_reason):
+            yield _violation(layout, axis, f"cuts matrices, and {reason}", "optim.name=adamw")
         if (
             run.model.hub
             and axis in NON_SHARD_AXES

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cordee.dist.collectives import all_gather_flat, to_transport_device
 from cordee.errors import LayoutError
-from cordee.optim.update_rules import OptimizerState, UpdateRule
+from cordee.optim.update_rules import Optimizer, OptimizerState
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X: chosen by Jordan et al. for slope at zero."""
@@ -169,7 +169,7 @@ def assign_owners(costs: Sequence[int], size: int) -> list[int]:
     return owners
 
 
-class Muon(UpdateRule):
+class Muon(Optimizer):
     """Muon for parameters of two or more dims (further dims count as columns).
 
     Update: m <- m + (1 - momentum)(g - m); u = g + momentum (m - g) (Nesterov);

@@ -1,12 +1,9 @@
-"""Who is updated by what: groups of parameters, and one object over their optimisers.
-
-Not here: update rules (torch.optim's, and `muon.py`), the schedule's shape, files. State exists
-from the start, not from the first step, so that saving and loading have one case. Traded away:
-param groups of the user's own; a rule has one rate, and weight decay is on matrices only.
-"""
+"""The optimiser of a run: groups of parameters, the update rules over them, the learning rate's
+schedule and fp16's loss scale."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import OptimSettings
-from cordee.errors import CheckpointError, ConfigError
+from cordee.errors import CheckpointError
 from cordee.layout.tensors import parameter_group
 from cordee.optim.muon import MatrixSpec, Muon, MuonUpdate, product_dtype
-from cordee.optim.update_rules import SGD, Adafactor, Adam, UpdateRule
+from cordee.optim.update_rules import LOCAL_OPTIMIZERS, Adam, Optimizer
 
 PARAMETER_GROUPS = ("matrices", "embeddings", "vectors")
 """Kinds of parameters; ClipSettings has limits for each."""
+
+MIN_WARMUP_FACTOR = 0.01
+"""Least factor during warm-up: a first step of length zero would be a step thrown away."""
+
+INITIAL_SCALE = 2.0**16
+MIN_SCALE = 1.0
+MAX_SCALE = 2.0**24
+GROWTH_INTERVAL = 2000
+"""Good steps in a row after which the scale doubles."""
 
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -44,10 +49,10 @@ class _GroupRate:
 
 
 class Optimizers:
-    """One or two update rules as one: step, rates, state by name. Made by `make_optimizer`."""
+    """One or two optimisers as one: step, rates, state by name. `parameters` maps 'group/name' to
+    the parameter; the rates that param groups come with become the peaks."""
 
-    def __init__(self, rules: Sequence[UpdateRule], parameters: dict[str, Tensor]) -> None:
-        """`parameters` maps 'group/name' to the parameter; rates so far become the peaks."""
+    def __init__(self, rules: Sequence[Optimizer], parameters: dict[str, Tensor]) -> None:
         self.rules = rules
         self._parameters = parameters
         self._rates = [_GroupRate(g, float(g["lr"])) for rule in rules for g in rule.param_groups]
@@ -150,52 +155,25 @@ def make_optimizer(
     parameters = {
         f"{group}/{name}": p for group, named_tensors in groups.items() for name, p in named_tensors
     }
-    lr = float(DEFAULT_LR[settings.name] if settings.lr == "auto" else settings.lr)
     if settings.name != "muon":
-        return Optimizers([_make_torch_rule(settings, groups, lr, fused)], parameters)
-    rules: list[UpdateRule] = []
+        local_class = LOCAL_OPTIMIZERS[settings.name]
+        rules: list[Optimizer] = [
+            local_class(_param_groups(groups, settings), settings.peak_lr, settings, fused=fused)
+        ]
+        return Optimizers(rules, parameters)
+    rules = []
     if named_tensors := groups["matrices"]:
         tensors, decay = [p for _, p in named_tensors], settings.weight_decay
         matrix_specs = None if matrices is None else [matrices[name] for name, _ in named_tensors]
         dtype = muon_dtype or product_dtype(tensors[0].device)
         rules.append(
-            Muon(tensors, lr, momentum=settings.momentum, weight_decay=decay, dtype=dtype,
-                 matrices=matrix_specs)
+            Muon(tensors, settings.peak_lr, momentum=settings.momentum, weight_decay=decay,
+                 dtype=dtype, matrices=matrix_specs)
         )  # fmt: skip
     if groups["embeddings"] or groups["vectors"]:
-        other_groups = {**groups, "matrices": []}
-        rules.append(
-            _make_adam(settings, other_groups, settings.adam_lr, fused, decoupled_decay=True)
-        )
+        other_groups = _param_groups({**groups, "matrices": []}, settings)
+        rules.append(Adam(other_groups, settings.adam_lr, settings, fused=fused))
     return Optimizers(rules, parameters)
-
-
-def _make_torch_rule(
-    settings: OptimSettings, groups: dict[str, NamedTensors], lr: float, fused: bool
-) -> UpdateRule:
-    match settings.name:
-        case "sgd" | "momentum":
-            momentum = settings.momentum if settings.name == "momentum" else 0.0
-            return SGD(_param_groups(groups, settings), lr, momentum, fused)
-        case "adam" | "adamw":
-            return _make_adam(settings, groups, lr, fused, decoupled_decay=settings.name == "adamw")
-        case "adafactor":
-            return Adafactor(_param_groups(groups, settings), lr)
-    raise ConfigError(
-        "no such update rule", values={"optim.name": settings.name}, fix="optim.name=muon"
-    )
-
-
-def _make_adam(
-    settings: OptimSettings,
-    groups: dict[str, NamedTensors],
-    lr: float,
-    fused: bool,
-    *,
-    decoupled_decay: bool,
-) -> Adam:
-    betas, param_groups = (settings.beta1, settings.beta2), _param_groups(groups, settings)
-    return Adam(param_groups, lr, betas, settings.eps, decoupled_decay=decoupled_decay, fused=fused)
 
 
 def _param_groups(groups: dict[str, NamedTensors], settings: OptimSettings) -> list[dict[str, Any]]:
@@ -206,3 +184,78 @@ def _param_groups(groups: dict[str, NamedTensors], settings: OptimSettings) -> l
     return [
         {"params": params, "weight_decay": decay} for params, decay in params_and_decay if params
     ]
+
+
+def lr_factor(settings: OptimSettings, progress: float, step: int) -> float:
+    """Factor on the peak rate for `step` (from 0), which starts at `progress` (0 to 1) of the run.
+
+    Warm-up rises to 1 at `settings.warmup` and is read at the end of the step (from the average
+    length of the steps so far), so that it is never 0. Then, down to `settings.final`: constant
+    stays; cosine (Loshchilov & Hutter 2017) and linear fall from the end of the warm-up to the end
+    of the run; wsd (Hu et al. 2024) is flat and falls linearly over the last `settings.decay`.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    return _warmup_factor(settings, progress, step) * _decay_factor(settings, progress)
+
+
+def _warmup_factor(settings: OptimSettings, progress: float, step: int) -> float:
+    if progress >= settings.warmup:
+        return 1.0
+    end = progress * (step + 1) / max(step, 1)
+    return min(1.0, max(MIN_WARMUP_FACTOR, end / settings.warmup))
+
+
+def _decay_factor(settings: OptimSettings, progress: float) -> float:
+    if settings.schedule == "constant":
+        return 1.0
+    start = settings.warmup
+    if settings.schedule == "wsd":
+        start = max(start, 1.0 - settings.decay)
+    if progress <= start:
+        return 1.0
+    decay_progress = (progress - start) / (1.0 - start)
+    remainder = (
+        0.5 + 0.5 * math.cos(math.pi * decay_progress)
+        if settings.schedule == "cosine"
+        else 1.0 - decay_progress
+    )
+    return settings.final + (1.0 - settings.final) * remainder
+
+
+class LossScaler:
+    """The factor on the loss; `fixed_scale` for ever where it is not `is_dynamic`.
+
+    `value` and `good_steps` survive a restart. All ranks give it the same agreed numbers, so all
+    hold the same scale.
+    """
+
+    def __init__(self, is_dynamic: bool, fixed_scale: float = MIN_SCALE) -> None:
+        self.is_dynamic = is_dynamic
+        self.value = INITIAL_SCALE if is_dynamic else fixed_scale
+        self.good_steps = 0
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Divides gradients by the scale, in place; exact but for values below 2^-102."""
+        if self.value != 1.0:
+            torch._foreach_mul_(list(gradients), 1.0 / self.value)
+
+    def update(self, losses: Sequence[float], grad_norm: float) -> str:
+        """Adapts to a step; says why it is dropped when its gradient overflowed, else "".
+
+        Doubles after `GROWTH_INTERVAL` good steps, halves at an overflow. A loss that is not finite
+        is no overflow of the gradient, and at a scale of 1 there is nothing left to halve: both are
+        left to the guard.
+        """
+        if not self.is_dynamic or not all(map(math.isfinite, losses)):
+            return ""
+        old_value = self.value
+        if math.isfinite(grad_norm):
+            self.good_steps += 1
+            if self.good_steps >= GROWTH_INTERVAL and old_value < MAX_SCALE:
+                self.value, self.good_steps = 2 * old_value, 0
+            return ""
+        self.good_steps = 0
+        if old_value <= MIN_SCALE:
+            return ""
+        self.value = old_value / 2
+        return f"fp16 overflow; loss scale {old_value:.0f} -> {self.value:.0f}"

@@ -222,12 +222,6 @@ MUON_COSTS: Mapping[str, MuonCost] = {
     "bf16": MuonCost(3.3, 120, 62),  # casts and small matrices count, hardly the products
 }
 
-UPDATE_BYTES: Mapping[str, int] = {
-    "sgd": 6, "momentum": 15, "adam": 14, "adamw": 14, "muon": 30, "adafactor": 80,
-}  # fmt: skip
-"""Traffic of an update per parameter, in bytes at nominal CPU bandwidth, fused kernels."""
-UNFUSED_UPDATE_BYTES: Mapping[str, int] = {**UPDATE_BYTES, "adam": 76, "adamw": 76}
-"""The same without fused kernels, as run.exact needs it."""
 CLIP_BYTES = 12
 """Norm and scaling of a gradient, per parameter."""
 
@@ -449,11 +443,10 @@ def update_s(
 ) -> float:
     """Seconds of clip and update on the rank with most work of those that hold `layer_ranges`."""
     constants = device_constants(cluster, run.run.precision)
-    bytes_per_parameter = UNFUSED_UPDATE_BYTES if run.run.exact else UPDATE_BYTES
-    name, traffic = run.optim.name, 0.0
+    traffic = 0.0
     for tensors in count_tensors(specs).rank_tensors(layout, ORIGIN, layer_ranges):
-        rule = "adamw" if name == "muon" and tensors.spec.group != "matrices" else name
-        traffic += tensors.elements * (bytes_per_parameter[rule] + CLIP_BYTES)
+        rule = run.optim.rule.for_group(tensors.spec.group)
+        traffic += tensors.elements * (rule.traffic_bytes(not run.run.exact) + CLIP_BYTES)
     slowdown = _pass_slowdown(constants, threads, cluster)
     seconds = traffic / cluster.memory_bytes_per_s * slowdown
     return seconds + sum(

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cordee.config.run import MemorySettings, Run
+from cordee.config.run import MemorySettings, OptimSettings, Run
 from cordee.hardware.devices import DEVICES
 from cordee.layout.axes import Layout
 from cordee.layout.counts import (
@@ -37,15 +37,6 @@ OVERHEAD_BYTES: Mapping[str, int] = {k: device.overhead_bytes for k, device in D
 
 USABLE_MEMORY_SHARE = 0.90
 """Part of the memory that a plan may fill; the rest is the allocator's fragments."""
-
-OPTIMIZER_STATE_BYTES: Mapping[str, int] = {
-    "sgd": 0,
-    "momentum": 4,
-    "adam": 8,
-    "adamw": 8,
-    "muon": 4,
-}
-"""Optimiser bytes per parameter; muon: of matrices (adamw keeps the rest), adafactor: factored."""
 
 SLACK_BYTES = 30 << 20
 SLACK_RANKS_BYTES = 12 << 20
@@ -391,7 +382,7 @@ def _state_items(
     for tensors in tensor_counts.rank_tensors(layout, coords, layer_ranges):
         sizes["parameters"] += FP32 * tensors.elements
         sizes["gradients"] += FP32 * tensors.elements
-        sizes["optimiser"] += _optimizer_bytes(run.optim.name, tensors)
+        sizes["optimiser"] += _optimizer_bytes(run.optim, tensors)
     return sizes
 
 
@@ -469,28 +460,26 @@ def _buffer_bytes(run: Run, layout: Layout, sync: SyncChoice, grad_bytes: int) -
 
 
 def _update_bytes(run: Run, tensor_counts: TensorCounts, parameter_bytes: int) -> int:
-    """What the rule holds beside its state: muon all updates before the first is applied (fp32) and
-    the share that it sends, adam's kernels that are not fused a copy of all parameters."""
-    if run.optim.name == "muon":
+    """What the rule holds beside its state: updates until they are applied, and the copies that
+    kernels make where they are not fused."""
+    rule = run.optim.rule
+    if rule.held_update_bytes:
         matrix_elements = sum(
             tensor.spec.elements * len(tensor.layers)
             for tensor in tensor_counts.tensors
             if tensor.spec.group == "matrices"
         )
-        return parameter_bytes * matrix_elements * 6 // (FP32 * tensor_counts.parameters)
-    return parameter_bytes if run.run.exact and run.optim.name in ("adam", "adamw") else 0
+        held_bytes = matrix_elements * rule.held_update_bytes
+        return parameter_bytes * held_bytes // (FP32 * tensor_counts.parameters)
+    return parameter_bytes * rule.unfused_copies if run.run.exact else 0
 
 
-def _optimizer_bytes(name: str, tensors: RankTensors) -> int:
-    if name == "adafactor":
-        rows, columns = (
-            math.prod(tensors.shape[:-1]),
-            math.prod((*tensors.shape[:-2], tensors.shape[-1])),
-        )
-        is_factored = len(tensors.shape) > 1
-        return FP32 * tensors.count * (rows + columns) if is_factored else FP32 * tensors.elements
-    rule = "adamw" if name == "muon" and tensors.spec.group != "matrices" else name
-    return OPTIMIZER_STATE_BYTES[rule] * tensors.elements
+def _optimizer_bytes(settings: OptimSettings, tensors: RankTensors) -> int:
+    rule, shape = settings.rule.for_group(tensors.spec.group), tensors.shape
+    if rule.is_factored and len(shape) > 1:
+        rows, columns = math.prod(shape[:-1]), math.prod((*shape[:-2], shape[-1]))
+        return rule.state_bytes * tensors.count * (rows + columns)
+    return rule.state_bytes * tensors.elements
 
 
 def _is_aligned(count: int, dp_size: int) -> bool:

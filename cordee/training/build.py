@@ -36,9 +36,8 @@ from cordee.layout.tensors import TensorSpec
 from cordee.layout.validate import gathers_param_dtype
 from cordee.model.precision import autocast_dtype
 from cordee.optim.clip import NormSums, global_norm
-from cordee.optim.loss_scale import MIN_SCALE, LossScaler
 from cordee.optim.muon import MatrixSpec, RankGroup
-from cordee.optim.optimizer import Optimizers, make_optimizer, split_groups
+from cordee.optim.optimizer import MIN_SCALE, LossScaler, Optimizers, make_optimizer, split_groups
 from cordee.parallel.engine import Engine, MicrobatchLoader, StepSpec
 from cordee.parallel.external import (
     check_equivalence,

@@ -65,7 +65,7 @@ from cordee.launcher.prepare import (
 from cordee.layout.axes import AXES, MODEL_AXES
 from cordee.model.arithmetic import COMPATIBLE, portable_sqrt
 from cordee.optim.clip import clip_gradients, limit_parameters
-from cordee.optim.schedule import lr_factor
+from cordee.optim.optimizer import lr_factor
 from cordee.parallel.parallelize import make_local_slice
 from cordee.planner.plan import Plan
 from cordee.report.reader import last_event

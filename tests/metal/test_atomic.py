@@ -19,7 +19,7 @@ from cordee.data.map_dataset import describe_samples
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.launcher.run_ranks import launch
-from cordee.optim.loss_scale import GROWTH_INTERVAL
+from cordee.optim.optimizer import GROWTH_INTERVAL
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
 from cordee.training.build import RunState, build_run_state

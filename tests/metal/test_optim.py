@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cordee.config.load import config_keys
 from cordee.config.model import InitialSettings, ModelSettings
-from cordee.config.presets import DEFAULT_LR
 from cordee.config.run import ClipSettings, OptimSettings, ParameterLimit
+from cordee.config.update_rules import UPDATE_RULES
 from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh, make_mesh
 from cordee.errors import CheckpointError, LayoutError
@@ -39,12 +41,20 @@ from cordee.optim.muon import (
     orthogonalise_cost,
     product_dtype,
 )
-from cordee.optim.optimizer import Optimizers, make_optimizer, parameter_group, split_groups
-from cordee.optim.schedule import lr_factor
+from cordee.optim.optimizer import (
+    Optimizers,
+    lr_factor,
+    make_optimizer,
+    parameter_group,
+    split_groups,
+)
+from cordee.optim.update_rules import LOCAL_OPTIMIZERS
 from cordee.parallel.fsdp import Sharding, apply_fsdp, reshard
 from cordee.training.build import muon_matrix
 
-RULES = tuple(DEFAULT_LR)
+RULES = tuple(UPDATE_RULES)
+LIBRARY_RULES = ("sgd", "momentum", "adam", "adamw", "adafactor")
+"""Rules that torch.optim has a class for."""
 UNEVEN_MODEL = ModelSettings(layers=1, width=20, heads=2, ffn=4)
 """No dim 0 of it divides by 3 (of 4 rows the third shard has none), nor the vocabulary 7 by 2."""
 
@@ -109,13 +119,34 @@ def create_optimizer(
     )  # type: ignore[arg-type]
 
 
+def test_the_table_of_rules_is_what_config_and_optimizer_know() -> None:
+    assert set(UPDATE_RULES) == {*LOCAL_OPTIMIZERS, "muon"}
+    assert set(get_args(config_keys()["optim.name"])) == set(UPDATE_RULES)
+    assert all(UPDATE_RULES[r.rule_of_others or r.name] for r in UPDATE_RULES.values())
+
+
+@pytest.mark.parametrize("name", LOCAL_OPTIMIZERS)
+def test_only_rules_with_a_reason_need_whole_matrices(name: str) -> None:
+    """The rows of an updated matrix are the update of its rows, wherever the table allows cuts."""
+    full_model, part_model = nn.Linear(8, 6, bias=False), nn.Linear(8, 3, bias=False)
+    part_model.weight.data.copy_(full_model.weight[3:])
+    full_optimizer, part_optimizer = (create_optimizer(m, name) for m in (full_model, part_model))
+    for step in range(3):
+        set_random_grads(full_model, step)
+        part_model.weight.grad = full_model.weight.grad[3:].clone()
+        full_optimizer.step()
+        part_optimizer.step()
+    is_same = torch.equal(full_model.weight[3:], part_model.weight)
+    assert is_same == (not UPDATE_RULES[name].whole_matrix_reason)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_learns_a_toy(name: str, fused: bool) -> None:
     model = make_model(ModelSettings(layers=1, width=16, heads=2), 16)
     tokens = torch.randint(0, 16, (4, 17))
     optimizer = create_optimizer(model, name, fused)
-    assert optimizer.peak_lr == DEFAULT_LR[name]
+    assert optimizer.peak_lr == UPDATE_RULES[name].default_lr
     losses = []
     for _ in range(40):
         loss = model.loss(tokens) / tokens[:, 1:].numel()
@@ -168,7 +199,7 @@ def make_library_optimizer(
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": other_parameters, "weight_decay": 0.0},
     ]
-    lr, betas = DEFAULT_LR[settings.name], (settings.beta1, settings.beta2)
+    lr, betas = settings.peak_lr, (settings.beta1, settings.beta2)
     kernels = {"fused": True} if fused else {"foreach": True}
     momentum = settings.momentum if settings.name == "momentum" else 0.0
     match settings.name:
@@ -182,7 +213,7 @@ def make_library_optimizer(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", [name for name in RULES if name != "muon"])
+@pytest.mark.parametrize("name", LIBRARY_RULES)
 def test_a_rule_is_the_librarys_class_to_the_bit(name: str, fused: bool) -> None:
     """And zero state is what the library makes at its first step."""
     own_model, library_model = make_model(), make_model()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cordee.config.load import load
 from cordee.config.presets import model_presets
 from cordee.config.run import Run
+from cordee.config.update_rules import UPDATE_RULES
 from cordee.errors import ConfigError, LayoutError
 from cordee.layout.axes import Layout
 from cordee.layout.microbatches import Node, TreeSum, split_evenly
@@ -137,8 +138,6 @@ def test_muons_matrices_are_dealt_to_the_least_loaded(
 
 # ---- bytes ---------------------------------------------------------------------------------------
 
-OPTIMISERS = ("sgd", "momentum", "adam", "adamw", "muon", "adafactor")
-
 
 @given(
     layers=st.integers(1, 5),
@@ -148,7 +147,7 @@ OPTIMISERS = ("sgd", "momentum", "adam", "adamw", "muon", "adafactor")
     tied=st.booleans(),
     vocabulary=st.integers(2, 700),
     shards=st.integers(1, 300),
-    optimiser=st.sampled_from([o for o in OPTIMISERS if o != "adafactor"]),
+    optimiser=st.sampled_from([r.name for r in UPDATE_RULES.values() if not r.is_factored]),
 )
 @settings(max_examples=150, deadline=None)
 def test_shards_add_up_to_the_whole(

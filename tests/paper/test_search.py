@@ -21,8 +21,8 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from cordee.cli.arguments import make_parser, parse_arguments
-from cordee.cli.lr import conclusion, peak_lr, result_table, run, train_command, write_result
-from cordee.config.presets import DEFAULT_LR
+from cordee.cli.lr import conclusion, result_table, run, train_command, write_result
+from cordee.config.update_rules import UPDATE_RULES
 from cordee.errors import ConfigError
 from cordee.optim.lr_search import (
     LRSearchResult,
@@ -380,8 +380,9 @@ def test_command_that_uses_it_keeps_the_users_words() -> None:
     assert command == f"cordee train model.preset=small optim.name=adamw optim.lr={rate_text}"
     assert command in conclusion(result, command)
     arguments = parse_arguments(make_parser("lr", "", ""), [])
-    assert peak_lr(arguments.load().run) == DEFAULT_LR["muon"]
-    adam_rate_text = f"{0.02 * result.suggestion / DEFAULT_LR['muon']:.3g}"
+    muon_lr = UPDATE_RULES["muon"].default_lr
+    assert arguments.load().run.optim.peak_lr == muon_lr
+    adam_rate_text = f"{0.02 * result.suggestion / muon_lr:.3g}"
     command = train_command(result, arguments.load().run, arguments)
     assert command == f"cordee train optim.lr={rate_text} optim.adam_lr={adam_rate_text}"
     failed_result, _ = run_search(lambda rates, seed: [math.nan])
