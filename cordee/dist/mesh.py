@@ -17,27 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cordee.hardware.devices import BACKENDS, HOST_GLOO
-from cordee.layout.axes import AXES, MODEL_AXES, Layout
-
-DATA_AXES = ("island", "expert", "shard")
-"""Axes whose ranks compute different microbatches."""
-
-GROUP_AXES = (
-    *((axis,) for axis in AXES),
-    DATA_AXES,
-    AXES,
-    MODEL_AXES,
-    ("context", "expert"),
-    ("context", "tensor"),
-    ("context", "expert", "tensor"),
-    ("shard", "tensor"),
-    ("island", "context", "expert"),
-    ("island", "context", "tensor"),
-    ("expert", "shard", "tensor"),
-    ("context", "expert", "shard", "tensor"),
-    ("island", "context", "expert", "shard", "tensor"),
-)
-"""Sets of axes that get a group."""
+from cordee.layout.axes import AXES, DATA_AXES, Layout
+from cordee.layout.tensors import group_axes
 
 
 @dataclass(frozen=True)
@@ -87,7 +68,7 @@ def make_mesh(layout: Layout, rank: int, device: str, force_shard_mesh: bool = F
     coords, device_type = layout.coordinates(rank), device.split(":")[0]
     group_by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-    for axes in GROUP_AXES:
+    for axes in group_axes():
         active_axes = tuple(axis for axis in AXES if axis in axes and getattr(layout, axis) > 1)
         if not active_axes or active_axes in groups:
             continue

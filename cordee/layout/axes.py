@@ -24,6 +24,12 @@ MODEL_AXES = AXES[1:]
 DATA_AXES = ("island", "expert", "shard")
 """Axes whose ranks compute different microbatches, in the order in which those are dealt."""
 
+SEQUENCE_AXES = ("context", "tensor")
+"""Axes whose ranks share the positions of a sequence."""
+
+STAGE_AXES = tuple(axis for axis in AXES if axis != "pipeline")
+"""Axes along which all ranks have the same layers."""
+
 
 @dataclass(frozen=True)
 class Layout:

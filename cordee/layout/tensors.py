@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
-from cordee.layout.axes import Layout
+from cordee.layout.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES, STAGE_AXES, Layout
 from cordee.layout.classifier import classifier_tensors
 from cordee.layout.microbatches import shard_rows
 from cordee.layout.slices import Box
@@ -172,8 +172,9 @@ class TensorSpec:
     def replicated_axes(self, layout: Layout) -> tuple[str, ...]:
         """Axes (degree above 1) along which ranks hold the very same part; not the pipeline."""
         cut_axes = {axis for axis, _ in self.cuts(layout)}
-        axes = ("island", "context", "expert", "shard", "tensor")
-        return tuple(axis for axis in axes if axis not in cut_axes and _degree(layout, axis) > 1)
+        return tuple(
+            axis for axis in STAGE_AXES if axis not in cut_axes and _degree(layout, axis) > 1
+        )
 
     def grad_reduce_axes(self, layout: Layout) -> tuple[str, ...]:
         """Axes inside an island over which its gradient must still be summed after FSDP2 did.
@@ -207,6 +208,25 @@ def tensor_specs(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     for rule in TENSOR_TABLE[TENSOR_TABLE.index(block_rules[-1]) + 1 :]:
         if _conditions(model, model.layers).issuperset(rule.condition.split()):
             yield _spec(rule, rule.pattern, sizes, model.layers)
+
+
+def group_axes() -> list[tuple[str, ...]]:
+    """Sets of axes whose ranks form a process group, each once, in an order that all ranks share.
+
+    Axes of degree 1 drop out of a set, so the sets of a layout that has every axis serve all. Other
+    people's models are cut by shard and tensor alone and need none beside these.
+    """
+    layout = Layout(**dict.fromkeys(AXES, 2))
+    sets = [*((axis,) for axis in AXES), DATA_AXES, AXES, MODEL_AXES, STAGE_AXES, SEQUENCE_AXES]
+    for rule in TENSOR_TABLE:
+        spec = _spec(rule, rule.pattern, dict.fromkeys(rule.shape, 1), 0)
+        sets.append(spec.grad_reduce_axes(layout))
+        if rule.group == "matrices":
+            # Muon shares its work among the ranks that cut a matrix, else among those that hold it.
+            cut_axes = {axis for axis, _ in spec.cuts(layout)}
+            sets.append(tuple(axis for axis in AXES if axis in cut_axes and axis != "expert"))
+            sets.append(spec.replicated_axes(layout))
+    return list(dict.fromkeys(sets))
 
 
 def router_bias_specs(model: ModelSettings) -> Iterator[TensorSpec]:

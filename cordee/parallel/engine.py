@@ -26,7 +26,7 @@ from cordee.dist.tree_all_reduce import PartialSums, all_gather_rows, do_nothing
 from cordee.errors import ConfigError
 from cordee.hardware.devices import DEVICES
 from cordee.hf.safetensors_io import slice_box
-from cordee.layout.axes import AXES
+from cordee.layout.axes import STAGE_AXES
 from cordee.layout.microbatches import TreeSum
 from cordee.model.init_weights import seeded_rng
 from cordee.model.moe import moe_layers, reset_expert_load, sum_expert_load, update_router_bias
@@ -398,8 +398,8 @@ class Engine:
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
         """Sums whole numbers over all ranks that have this rank's layers."""
-        axes = [axis for axis in AXES if axis != "pipeline"]
-        rows = all_gather_rows(numbers.flatten(), self.mesh.group(*axes), self.mesh.size(*axes))
+        group, size = self.mesh.group(*STAGE_AXES), self.mesh.size(*STAGE_AXES)
+        rows = all_gather_rows(numbers.flatten(), group, size)
         return rows.sum(0).view(numbers.shape)
 
     def _reshard(self) -> None:

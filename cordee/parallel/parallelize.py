@@ -20,6 +20,7 @@ from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh
 from cordee.hf.convert import initial_weights_reader
 from cordee.hf.safetensors_io import slice_box
+from cordee.layout.axes import SEQUENCE_AXES
 from cordee.layout.microbatches import context_chunks
 from cordee.layout.slices import Box, LocalSlice
 from cordee.layout.stages import Stages
@@ -39,7 +40,7 @@ from cordee.parallel.tensor import set_sequence_parallel
 
 COMM_AXES = {
     "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "shard": ("shard",),
-    "sequence": ("context", "tensor"),
+    "sequence": SEQUENCE_AXES,
 }  # fmt: skip
 """Sets of axes that talk inside a forward: split matrices, sequences, experts, shards, and both
 halves of a sequence's split."""

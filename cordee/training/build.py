@@ -25,9 +25,9 @@ from cordee.data.map_dataset import MapDataset, SampleLoader
 from cordee.data.order import SampleOrder
 from cordee.dist.codecs import make_codec
 from cordee.dist.gradient_sync import AllReduceSync, NoSync, ReplicaCheck, Sync, TreeSync
-from cordee.dist.mesh import DATA_AXES, Mesh, axis_coordinates, make_mesh
+from cordee.dist.mesh import Mesh, axis_coordinates, make_mesh
 from cordee.dist.process_group import RankProcess
-from cordee.layout.axes import MODEL_AXES
+from cordee.layout.axes import DATA_AXES, MODEL_AXES
 from cordee.layout.load_balance import LoadBalancer
 from cordee.layout.microbatches import shard_rows
 from cordee.layout.slices import LocalSlice

@@ -36,7 +36,6 @@ from cordee.data.loader import held_out_token_batches
 from cordee.data.manifest import DatasetInfo, list_changed_sources
 from cordee.data.map_dataset import describe_samples, sample_batches
 from cordee.dist.ipc import Assignment
-from cordee.dist.mesh import DATA_AXES
 from cordee.dist.process_group import (
     LaunchInfo,
     broadcast_text,
@@ -62,7 +61,7 @@ from cordee.launcher.prepare import (
     read_or_prepare_dataset,
     write_run_files,
 )
-from cordee.layout.axes import AXES, MODEL_AXES
+from cordee.layout.axes import AXES, DATA_AXES, MODEL_AXES
 from cordee.model.arithmetic import COMPATIBLE, portable_sqrt
 from cordee.optim.clip import clip_gradients, limit_parameters
 from cordee.optim.optimizer import lr_factor

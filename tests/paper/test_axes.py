@@ -17,10 +17,10 @@ from cordee.cli.plan import run as plan_command
 from cordee.config.load import load
 from cordee.config.run import LayoutSettings, Run
 from cordee.errors import ConfigError, LayoutError
-from cordee.layout.axes import MODEL_AXES, Layout
+from cordee.layout.axes import AXES, MODEL_AXES, Layout
 from cordee.layout.counts import count_model_tensors, count_tensors
 from cordee.layout.stages import Stages, make_stages
-from cordee.layout.tensors import TensorSpec, count_parameters, tensor_specs
+from cordee.layout.tensors import TensorSpec, count_parameters, group_axes, tensor_specs
 from cordee.layout.validate import violation_texts
 from cordee.planner.activations import backward_points
 from cordee.planner.axis_bytes import context_layer_bytes
@@ -57,6 +57,22 @@ def stages_of(run: Run, layout: Layout, vocabulary: int = 256) -> Stages:
 
 def box_volume(box: tuple[tuple[int, int], ...]) -> int:
     return math.prod(stop - start for start, stop in box)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "micro-moe"])
+def test_every_set_of_axes_that_is_summed_over_has_a_group(preset: str) -> None:
+    specs = specs_of(run_of(f"model.preset={preset}"))
+    for degrees in itertools.product([1, 2], repeat=len(AXES)):
+        layout = Layout(*degrees)
+        groups = {
+            tuple(axis for axis in axes if getattr(layout, axis) > 1) for axes in group_axes()
+        }
+        for spec in specs:
+            assert spec.grad_reduce_axes(layout) in groups | {()}
+            if spec.group == "matrices":
+                cut_axes = {axis for axis, _ in spec.cuts(layout)} - {"expert"}
+                sharing_axes = [axis for axis in AXES if axis in cut_axes]
+                assert tuple(sharing_axes or spec.replicated_axes(layout)) in groups | {()}
 
 
 LAYOUTS = st.builds(
