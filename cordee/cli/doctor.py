@@ -21,8 +21,7 @@ from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.dist.process_group import RankProcess, python_command
 from cordee.errors import CordeeError
 from cordee.launcher.local_cluster import probe_machine
-from cordee.planner.cluster import local_cluster
-from cordee.planner.devices import fastest_precision
+from cordee.planner.cluster import fastest_precision, local_cluster
 from cordee.planner.profile import local_host, profile_text, read_profile
 from cordee.report.reader import read_records
 

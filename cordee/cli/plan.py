@@ -34,9 +34,16 @@ from cordee.planner.plan import (
     select_cluster,
     without_axes,
 )
-from cordee.planner.rank import RankView, view_rank
 from cordee.planner.recipe import resolve_for_machine
-from cordee.planner.report import assumptions, count_text, job_text, plan_text, rank_text
+from cordee.planner.report import (
+    RankView,
+    assumptions,
+    count_text,
+    job_text,
+    plan_text,
+    rank_text,
+    view_rank,
+)
 from cordee.planner.search import Ranking, search
 
 

@@ -9,8 +9,7 @@ from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.dist.streams import print_to_stderr
 from cordee.errors import RunError
 from cordee.launcher.local_cluster import probe_machine
-from cordee.planner.cluster import local_cluster
-from cordee.planner.devices import fastest_precision, precision_text
+from cordee.planner.cluster import fastest_precision, local_cluster, precision_text
 from cordee.planner.profile import Profile, local_host, profile_path, spread_text
 
 

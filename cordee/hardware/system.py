@@ -310,6 +310,14 @@ def cpu_info() -> str:
     return "".join(f"{line}\n" for line in lines if line)
 
 
+def read_text(path: str | Path) -> str:
+    """A file of the system; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def sysctl_text(name: str) -> str:
     """A text that the kernel tells by name; "" where it does not."""
     return _sysctl(name).rstrip(b"\0").decode(errors="replace")

@@ -52,9 +52,7 @@ from cordee.launcher.rendezvous import (
     network_interface,
     read_end_event,
 )
-from cordee.planner.arithmetic import choose_arithmetic
-from cordee.planner.cluster import local_cluster, processor_flags
-from cordee.planner.devices import with_precision
+from cordee.planner.cluster import choose_arithmetic, local_cluster, processor_flags, with_precision
 from cordee.planner.plan import (
     Plan,
     is_plan_file,

@@ -14,11 +14,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cordee.config.run import Run
+from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.stages import LayerRange
 from cordee.planner import classifier
 from cordee.planner.compute_cost import CHUNKED_MAX_LENGTH, SINGLE_RANK, all_layers, keys_per_query
+
+ZERO_BUBBLE_RATIO = 1 / 3
+"""Bubble of ZBV over that of 1F1B: weights' gradients fill it (Qi et al. 2023, half or less)."""
 
 FP32 = 4
 
@@ -222,3 +225,50 @@ def _expert_bytes(run: Run, device: str, layout: Layout) -> tuple[float, float]:
         0.0 if dtype_bytes == FP32 and layout.tensor == 1 else FP32 * model.width * split_tokens
     )
     return saved_bytes + router_input_bytes + shared_mlp[0], product_bytes + shared_mlp[1]
+
+
+def in_flight_microbatches(
+    settings: LayoutSettings, ranks: int, rank: int, microbatches: int
+) -> list[int]:
+    """For each stage of pipeline rank `rank`, the microbatches whose activations it holds at most.
+
+    GPipe holds all; 1F1B as many as stages follow; interleaved what its warm-up forwards and one
+    more; ZBV, whose first and last stage are on one rank, as many as there are stages in all.
+    """
+    m = microbatches
+    if ranks == 1:
+        return [1]
+    match settings.schedule:
+        case "gpipe":
+            return [m]
+        case "1f1b":
+            return [min(m, ranks - rank)]
+        case "interleaved":
+            return _interleaved_in_flight(settings.chunks, ranks, rank, m)
+    return [min(m, 2 * ranks - rank - 1), min(m, rank + 1)]
+
+
+def bubble_ratio(settings: LayoutSettings, ranks: int, microbatches: int) -> float:
+    """Idle time of a step over the time that a rank computes (Narayanan et al. 2021, section 2)."""
+    ratio = (ranks - 1) / microbatches
+    match settings.schedule:
+        case "interleaved":
+            return ratio / settings.chunks
+        case "zero_bubble":
+            return ratio * ZERO_BUBBLE_RATIO
+    return ratio
+
+
+def _interleaved_in_flight(chunks: int, ranks: int, rank: int, microbatches: int) -> list[int]:
+    """Forwards before the first backward, dealt to the chunks in rounds."""
+    round_size = microbatches // max(1, microbatches // ranks)
+    warm_up = (chunks - 1) * round_size + 2 * (ranks - 1 - rank)
+    forwards = min(warm_up + 1, microbatches * chunks)
+    cycles, remainder = divmod(forwards, round_size * chunks)
+    return [
+        min(
+            microbatches,
+            cycles * round_size + min(round_size, max(0, remainder - round_size * chunk)),
+        )
+        for chunk in range(chunks)
+    ]

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cordee.config.load import read_toml
-from cordee.errors import ConfigError
-from cordee.hardware.devices import DEVICES, DeviceKind
-from cordee.hardware.system import cpu_info, host_memory_bytes
-from cordee.planner.accelerators import Accelerators, detect_accelerators
-from cordee.planner.profile import (
-    Host,
-    Profile,
-    control_groups,
-    field_of,
-    local_host,
-    read_profile,
-    read_text,
-)
+from cordee.config.run import Run, RunSettings
+from cordee.errors import ConfigError, LayoutError
+from cordee.hardware.devices import DEVICES, Accelerators, DeviceKind, detect_accelerators
+from cordee.hardware.system import cpu_info, host_memory_bytes, read_text
+from cordee.layout.axes import Layout
+from cordee.planner.profile import Host, Profile, control_groups, field_of, local_host, read_profile
+
+MIN_SPEEDUP = 1.5
+"""How many times as fast products must be before casts to another precision pay."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+PORTABLE_ARITHMETICS = ("avx2", "compatible")
+"""Values of run.arithmetic that make unlike processors take the same code."""
+
+AVX2_FLAGS = frozenset({"avx2", "fma"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,3 +399,110 @@ def _clock_hz(info: str) -> float:
         return float(max_khz) * 1e3
     match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", info, re.MULTILINE)
     return float(match.group(1)) * 1e6 * CPU_TURBO if match else 2.5e9
+
+
+def choose_arithmetic(
+    settings: RunSettings, device: str, flags: Collection[str], variables: Collection[str] = ()
+) -> tuple[str, str]:
+    """(native, avx2 or compatible; why, in words) for one host of a run.
+
+    `device` is the plan's kind, `flags` are the processor's (empty: not an x86 one), `variables`
+    those of the environment that choose instructions by themselves. ConfigError: what is asked for
+    is not there.
+    """
+    has_avx2 = AVX2_FLAGS.issubset(flags)
+    if settings.arithmetic in PORTABLE_ARITHMETICS and not (device == "cpu" and has_avx2):
+        raise ConfigError(
+            f"run.arithmetic={settings.arithmetic} is for x86 processors that have AVX2",
+            values={"run.arithmetic": settings.arithmetic, "device": device, "AVX2": has_avx2},
+            fix="run.arithmetic=native" + (", or launch.device=cpu" if has_avx2 else ""),
+        )
+    if settings.arithmetic != "auto":
+        return settings.arithmetic, "as asked"
+    if not settings.exact or settings.precision != "fp32":
+        return "native", "processors agree in exact fp32 runs alone"
+    if device != "cpu" or not has_avx2:
+        return "native", f"{device} without AVX2" if device == "cpu" else f"devices are {device}"
+    if variables:
+        return "native", "the environment has its own " + ", ".join(sorted(variables))
+    if any(flag.startswith(("avx512", "amx")) for flag in flags):
+        return "native", "this processor has wider instructions than AVX2"
+    return "avx2", "this processor has nothing wider"
+
+
+def fastest_precision(cluster: Cluster) -> Precision:
+    """bf16 where the devices multiply it faster than fp32, else fp32; fp16, which needs a scaled
+    loss, only where it is measured to be faster than both."""
+    fastest: Precision = "fp32"
+    precisions = DEVICES[cluster.device].precisions
+    if "bf16" in precisions and cluster.flops_bf16 >= MIN_SPEEDUP * cluster.flops_fp32:
+        fastest = "bf16"
+    if "fp16" in precisions and cluster.flops_fp16 >= MIN_SPEEDUP * cluster.flops(fastest):
+        fastest = "fp16"
+    return fastest
+
+
+def with_precision(run: Run, cluster: Cluster) -> Run:
+    """The run with run.precision=auto resolved for these devices."""
+    if run.run.precision != "auto":
+        return run
+    return replace(run, run=replace(run.run, precision=fastest_precision(cluster)))
+
+
+def precision_text(precision: str, cluster: Cluster) -> str:
+    """Why a precision is fast or slow on these devices: its products against fp32's or bf16's."""
+    source = "measured" if cluster.measured else "by nominal figures"
+    source = "by the table of devices" if cluster.device != "cpu" else source
+    if precision == "fp32":
+        other_precision = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
+        ratio = cluster.flops(other_precision) / cluster.flops_fp32
+        if ratio < 1:
+            return f"{other_precision} products are {1 / ratio:.1f} x slower here, {source}"
+        return f"{other_precision} products are {ratio:.1f} x as fast here, {source}"
+    ratio = cluster.flops(precision) / cluster.flops_fp32
+    if ratio < 1:
+        return (
+            f"emulated here: products {1 / ratio:.1f} x slower than in fp32, {source};"
+            " run.precision=fp32 is faster"
+        )
+    return f"products {ratio:.1f} x as fast as in fp32 here, {source}"
+
+
+def check_devices(run: Run, cluster: Cluster) -> None:
+    """ConfigError when these devices cannot do what the run asks of any of them."""
+    device = DEVICES[cluster.device]
+    if run.run.exact and not device.exact:
+        raise ConfigError(
+            f"run.exact promises bits, and {cluster.device} devices are not known to repeat them",
+            values={"run.exact": True, "devices": cluster.name},
+            fix="launch.device=cpu, or run.exact=false",
+        )
+    if run.run.precision == "fp8" and not ("fp8" in device.precisions and cluster.flops_fp8):
+        raise ConfigError(
+            "these devices are not known to multiply in fp8",
+            values={"run.precision": "fp8", "devices": cluster.name},
+            fix="run.precision=bf16",
+        )
+    if run.memory.offload != "none" and not device.offload:
+        raise ConfigError(
+            "the host is the device: there is nothing to offload to",
+            values={"memory.offload": run.memory.offload, "devices": cluster.name},
+            fix="memory.offload=none",
+        )
+
+
+def single_device_reason(cluster: Cluster) -> str:
+    """Why an island has one of these devices only; "" where it may have several."""
+    if DEVICES[cluster.device].multidevice:
+        return ""
+    return f"sends messages between devices, which {cluster.device} cannot"
+
+
+def check_island_devices(layout: Layout, cluster: Cluster) -> None:
+    """ConfigError for an island of several devices that cannot send each other messages."""
+    if layout.size > layout.island and (reason := single_device_reason(cluster)):
+        raise LayoutError(
+            f"an island of several devices {reason}",
+            values={"layout": layout.describe(), "devices": cluster.name},
+            fix="islands of one device each (layout.islands), or launch.device=cpu",
+        )

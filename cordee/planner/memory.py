@@ -29,9 +29,14 @@ from cordee.layout.microbatches import canonical_subtrees, split_evenly
 from cordee.layout.stages import LayerRange, Stages, make_stages
 from cordee.layout.validate import gathers_param_dtype, rank_microbatches
 from cordee.planner import classifier
-from cordee.planner.activations import FP32, element_bytes, rank_backward_points, tokens_per_rank
+from cordee.planner.activations import (
+    FP32,
+    element_bytes,
+    in_flight_microbatches,
+    rank_backward_points,
+    tokens_per_rank,
+)
 from cordee.planner.compute_cost import block_counts, hidden_width
-from cordee.planner.pipeline import in_flight_microbatches
 
 OVERHEAD_BYTES: Mapping[str, int] = {k: device.overhead_bytes for k, device in DEVICES.items()}
 

@@ -22,14 +22,19 @@ from cordee.layout.stages import LayerRange
 from cordee.layout.validate import rank_microbatches, uses_canonical_order
 from cordee.planner.activations import FP32
 from cordee.planner.cluster import Cluster
-from cordee.planner.compute_cost import all_layers, block_counts, page_fault_s
+from cordee.planner.compute_cost import (
+    MuonGroup,
+    all_layers,
+    block_counts,
+    muon_groups,
+    page_fault_s,
+)
 from cordee.planner.memory import (
     PartialSumCounts,
     SyncChoice,
     grad_reduce_elements,
     partial_sum_counts,
 )
-from cordee.planner.muon_cost import MuonGroup, muon_groups
 from cordee.planner.traffic import (
     context_axis_bytes,
     expert_axis_bytes,

@@ -22,12 +22,13 @@ from cordee.layout.axes import AXES, MODEL_AXES, Layout, resolve_degrees
 from cordee.layout.counts import TensorCounts, count_model_tensors
 from cordee.layout.load_balance import balance_microbatches, microbatch_ranges
 from cordee.layout.validate import violations
-from cordee.planner.cluster import Cluster, without_accelerators
-from cordee.planner.devices import (
+from cordee.planner.cluster import (
+    Cluster,
     check_devices,
     check_island_devices,
     precision_text,
     with_precision,
+    without_accelerators,
 )
 from cordee.planner.network import split_microbatches
 from cordee.planner.search import (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.dist.process_group import cache_folder, instruction_limits
+from cordee.hardware.system import read_text
 
 FORMAT = 2
 """Version of the file; another one is measured anew."""
@@ -247,14 +248,6 @@ def control_groups(
         folder = folder if folder.is_relative_to(top) and folder.is_dir() else top
         folders += [p for p in (folder, *folder.parents) if p.is_relative_to(top)]
     return folders or [root]
-
-
-def read_text(path: str | Path) -> str:
-    """A file of the system; empty where it cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def field_of(text: str, name: str) -> str:

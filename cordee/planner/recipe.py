@@ -16,8 +16,7 @@ from cordee.config.model import DEFAULT_PRESET, ModelSettings
 from cordee.config.presets import model_presets
 from cordee.config.run import BatchSettings, DataSettings, Run
 from cordee.config.validate import DEFAULT_MINUTES
-from cordee.planner.cluster import Cluster
-from cordee.planner.devices import with_precision
+from cordee.planner.cluster import Cluster, with_precision
 from cordee.planner.plan import make_plan, select_cluster
 
 EVALUATION_TOKENS, SAMPLE_TOKENS = 262144, 240

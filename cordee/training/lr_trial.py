@@ -27,7 +27,7 @@ from cordee.launcher.prepare import (
 )
 from cordee.layout.axes import AXES
 from cordee.optim.clip import clip_gradients, limit_parameters
-from cordee.planner.devices import with_precision
+from cordee.planner.cluster import with_precision
 from cordee.planner.plan import make_plan, select_cluster
 from cordee.training.build import RunState, build_run_state
 from cordee.training.user_parts import Parts

@@ -17,8 +17,7 @@ from torch import nn
 from cordee.cli.main import main
 from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.model.arithmetic import arithmetic_fingerprint, library_versions, portable_sqrt
-from cordee.planner.arithmetic import AVX2_FLAGS
-from cordee.planner.cluster import processor_flags
+from cordee.planner.cluster import AVX2_FLAGS, processor_flags
 from tests.conftest import SMALL, TINY, clean_environment, read_events, run_cordee, weights_digest
 from tests.drills.hosts import HostGroup
 

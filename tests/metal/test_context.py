@@ -19,7 +19,7 @@ from cordee.layout.microbatches import context_chunks
 from cordee.model.activation_checkpoint import run_block
 from cordee.model.attention import Attention, causal_attention, rope_table
 from cordee.parallel.context import GatherAttention, RingAttention
-from cordee.planner.axis_bytes import context_layer_bytes
+from cordee.planner.traffic import context_layer_bytes
 
 Case = tuple[str, int, int, int, int, torch.dtype]
 """Method, rows, length, key heads, window, type. There are 4 query heads of width 8."""

@@ -30,7 +30,7 @@ from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import set_expert_dispatch
 from cordee.parallel.parallelize import make_sequence_shard
 from cordee.parallel.tensor import set_sequence_parallel
-from cordee.planner.axis_bytes import expert_layer_bytes
+from cordee.planner.traffic import expert_layer_bytes
 
 MOE_SETTINGS = MoeSettings(experts=8, active=2, width=24, balance_rate=0.1)
 SMALL_MODEL = ModelSettings(layers=2, width=16, heads=4, mlp="gated", moe=MOE_SETTINGS)

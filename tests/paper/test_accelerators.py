@@ -9,10 +9,9 @@ import pytest
 
 from cordee.config.load import load
 from cordee.errors import ConfigError
-from cordee.hardware.devices import BACKENDS, DEVICES
+from cordee.hardware import devices
+from cordee.hardware.devices import BACKENDS, DEVICES, Accelerators, detect_accelerators
 from cordee.layout.axes import MODEL_AXES, Layout
-from cordee.planner import accelerators
-from cordee.planner.accelerators import Accelerators, detect_accelerators
 from cordee.planner.cluster import gpu_cluster, local_cluster
 from cordee.planner.plan import Plan, make_plan, select_cluster
 from cordee.planner.search import search
@@ -23,8 +22,8 @@ VERSION_TEXT = "__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optio
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of a machine without accelerators, with a torch that is built for all of them."""
-    monkeypatch.setattr(accelerators, "ROOT", tmp_path)
-    monkeypatch.setattr(accelerators, "_is_built_for", lambda backend: True)
+    monkeypatch.setattr(devices, "ROOT", tmp_path)
+    monkeypatch.setattr(devices, "_is_built_for", lambda backend: True)
     return tmp_path
 
 
@@ -63,9 +62,9 @@ def fake_apple_machine(monkeypatch: pytest.MonkeyPatch, **sysctl_values: int) ->
     sysctl_numbers = {"hw.optional.arm64": 1, "sysctl.proc_translated": 0} | {
         name.replace("__", "."): value for name, value in sysctl_values.items()
     }
-    monkeypatch.setattr(accelerators, "sysctl_number", sysctl_numbers.__getitem__)
-    monkeypatch.setattr(accelerators, "sysctl_text", lambda name: "Apple M2 Pro")
-    monkeypatch.setattr(accelerators, "host_memory_bytes", lambda: 24 << 30)
+    monkeypatch.setattr(devices, "sysctl_number", sysctl_numbers.__getitem__)
+    monkeypatch.setattr(devices, "sysctl_text", lambda name: "Apple M2 Pro")
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 24 << 30)
 
 
 def test_a_machine_without_any(root: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_card_that_torch_here_is_not_built_for_is_named_and_left(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_amd_devices(root, 90402, 1, 206 << 30, visible_count=1)
-    monkeypatch.setattr(accelerators, "_is_built_for", lambda backend: backend != "hip")
+    monkeypatch.setattr(devices, "_is_built_for", lambda backend: backend != "hip")
     cluster = local_cluster()
     assert cluster.device == "cpu" and "its AMD GPU is left" in cluster.name
     with pytest.raises(ConfigError, match="there is no cuda device") as exc_info:
@@ -133,7 +132,7 @@ def test_intel(
     root: Path, monkeypatch: pytest.MonkeyPatch,
     driver: str, vendor: str, mapped_bytes: int, expected: int | None,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(accelerators, "host_memory_bytes", lambda: 10 << 30)
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 10 << 30)
     make_intel_device(root, driver, vendor, mapped_bytes)
     gpus = detect_accelerators()
     assert (gpus and gpus.memory_bytes) == expected
@@ -158,7 +157,7 @@ def test_of_two_makers_the_one_that_torch_is_built_for(
     make_intel_device(root, "xe", "0x8086", 16 << 30)
     for target, vendor in (("cuda", "NVIDIA"), ("xpu", "Intel"), ("", "NVIDIA")):
         monkeypatch.setattr(
-            accelerators, "_is_built_for", lambda backend, target=target: backend == target
+            devices, "_is_built_for", lambda backend, target=target: backend == target
         )
         gpus = detect_accelerators()
         assert gpus is not None and (gpus.vendor, gpus.is_usable) == (vendor, bool(target))
@@ -170,11 +169,11 @@ def test_what_torch_is_built_for_is_read_from_its_own_file(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('not to be imported')")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: FakeModuleSpec(tmp_path / name))
-    assert accelerators._is_built_for("cuda"), "nothing to ask"
+    assert devices._is_built_for("cuda"), "nothing to ask"
     text = VERSION_TEXT.format(cuda="'12.8'", hip="None")
     (tmp_path / "torch/version.py").write_text(text)
-    assert accelerators._is_built_for("cuda") and not accelerators._is_built_for("hip")
-    assert accelerators._is_built_for("xpu"), "an old torch does not say"
+    assert devices._is_built_for("cuda") and not devices._is_built_for("hip")
+    assert devices._is_built_for("xpu"), "an old torch does not say"
 
 
 class FakeModuleSpec:

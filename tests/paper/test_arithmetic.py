@@ -19,7 +19,7 @@ from cordee.elastic.handshake import differences
 from cordee.errors import ConfigError
 from cordee.launcher.prepare import inspect_run_dir, resolve_arithmetic, resolve_config
 from cordee.launcher.rendezvous import measure_arithmetic, run_identity
-from cordee.planner.arithmetic import PORTABLE_ARITHMETICS, choose_arithmetic
+from cordee.planner.cluster import PORTABLE_ARITHMETICS, choose_arithmetic
 
 AVX2_FLAGS = ("sse4_2", "avx", "avx2", "fma")
 AVX512_FLAGS = (*AVX2_FLAGS, "avx512f", "amx_bf16")

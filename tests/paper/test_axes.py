@@ -22,18 +22,15 @@ from cordee.layout.counts import count_model_tensors, count_tensors
 from cordee.layout.stages import Stages, make_stages
 from cordee.layout.tensors import TensorSpec, count_parameters, group_axes, tensor_specs
 from cordee.layout.validate import violation_texts
-from cordee.planner.activations import backward_points
-from cordee.planner.axis_bytes import context_layer_bytes
+from cordee.planner.activations import backward_points, bubble_ratio, in_flight_microbatches
 from cordee.planner.cluster import gpu_cluster
 from cordee.planner.compute_cost import all_layers, block_counts, microbatch_cost
 from cordee.planner.memory import SyncChoice, rank_memory, rank_state_bytes
 from cordee.planner.network import choose_sync
-from cordee.planner.pipeline import bubble_ratio, in_flight_microbatches
 from cordee.planner.plan import Plan, make_plan
-from cordee.planner.rank import view_rank
-from cordee.planner.report import rank_text
+from cordee.planner.report import rank_text, view_rank
 from cordee.planner.search import search
-from cordee.planner.traffic import axis_bytes, fsdp_bytes, pipeline_axis_bytes
+from cordee.planner.traffic import axis_bytes, context_layer_bytes, fsdp_bytes, pipeline_axis_bytes
 
 MOE = ("model.moe.experts=6", "model.moe.width=48", "model.moe.dense_layers=1")
 LLAMA_405B = (

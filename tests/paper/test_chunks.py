@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from cordee.errors import LayoutError
 from cordee.layout.microbatches import context_chunks
-from cordee.planner.axis_bytes import context_layer_bytes
+from cordee.planner.traffic import context_layer_bytes
 
 
 @given(parts=some.integers(1, 64), chunk=some.integers(1, 50))

@@ -26,9 +26,14 @@ from cordee.layout.stages import make_stages
 from cordee.layout.tensors import TensorSpec, count_parameters, tensor_specs
 from cordee.planner.activations import activation_bytes
 from cordee.planner.cluster import Cluster, gpu_cluster
-from cordee.planner.compute_cost import all_layers, keys_per_query, microbatch_cost
+from cordee.planner.compute_cost import (
+    all_layers,
+    keys_per_query,
+    max_rank_load,
+    microbatch_cost,
+    newton_schulz_flops,
+)
 from cordee.planner.memory import partial_sum_counts, rank_memory, rank_state_bytes
-from cordee.planner.muon_cost import max_rank_load, newton_schulz_flops
 from cordee.planner.network import (
     RankLoad,
     choose_sync,

@@ -18,9 +18,15 @@ from cordee.launcher.prepare import apply_recorded_settings, resolve_config
 from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.counts import count_model_tensors
-from cordee.planner.cluster import Cluster, gpu_cluster, local_cluster
+from cordee.planner.cluster import (
+    Cluster,
+    fastest_precision,
+    gpu_cluster,
+    local_cluster,
+    precision_text,
+    with_precision,
+)
 from cordee.planner.compute_cost import interval_factors, muon_precision, update_s
-from cordee.planner.devices import fastest_precision, precision_text, with_precision
 from cordee.planner.plan import Plan, make_plan
 from cordee.planner.profile import (
     Profile,
