@@ -8,8 +8,8 @@ from typing import Any
 
 from cordee.cli.arguments import check_flags, make_parser, parse_arguments
 from cordee.cli.ledger import print_ledger
+from cordee.config.load import RANGES
 from cordee.config.paths import expand_home_of_each
-from cordee.config.ranges import RANGES
 from cordee.data.prepare import inspect_dataset, prepare, verify_dataset
 from cordee.errors import ConfigError
 

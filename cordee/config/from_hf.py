@@ -1,8 +1,5 @@
-"""A folder of a transformers model as the planner sees it: the house's transformer of its shape.
-
-Paper: config.json alone is read. Not here: the model itself (`hf/model.py`) or its weights
-(`hf/safetensors_io.py`). Traded away: what a shape does not tell (biases, norms of other kinds), so
-that predictions of such models are near, not exact.
+"""A folder of a transformers model as the planner sees it: our transformer of its shape, from
+config.json alone. Biases and other norms are left out, so that its predictions are near, not exact.
 """
 
 from __future__ import annotations
@@ -13,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cordee.config.load import flatten
 from cordee.config.model import ModelSettings, MoeSettings
-from cordee.config.ranges import check_ranges
 from cordee.config.run import Run
+from cordee.config.validate import check_ranges
 from cordee.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -36,15 +32,13 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def with_hub_shape(run: Run) -> Run:
-    """The run that is planned: with model.hub, its model is the house's of that shape."""
+    """The run that is planned: with model.hub, our model of that shape."""
     return replace(run, model=hub_model_settings(run.model.hub)) if run.model.hub else run
 
 
 def hub_model_settings(path: str) -> ModelSettings:
-    """The shape that the folder's config.json tells; what it leaves out keeps the house's ratio.
-
-    ConfigError when there is no such file, or it is none of a model.
-    """
+    """The shape in the folder's config.json, with our ratios for what it leaves out; ConfigError
+    when there is no such file, or it is none of a model."""
     config = read_config(path, "model.hub")
     text_config = config.get("text_config")
     table = text_config if isinstance(text_config, dict) else config
@@ -68,7 +62,7 @@ def hub_model_settings(path: str) -> ModelSettings:
         moe=_moe_settings(table),
     )  # fmt: skip
     try:
-        check_ranges(flatten(Run(model=settings)), flatten(Run()))
+        check_ranges(Run(model=settings))
     except ConfigError as error:
         raise ConfigError(
             f"{CONFIG_FILE} tells a size that no model has: {error.message}",
@@ -87,7 +81,7 @@ def read_config(path: str, key: str) -> dict[str, Any]:
 
 
 def read_json(file: Path, values: Mapping[str, object]) -> Any:
-    """What a JSON file of such a folder says; ConfigError with `values` when it says nothing."""
+    """A JSON file of such a folder; ConfigError with `values` when it cannot be read."""
     try:
         return json.loads(file.read_text("utf-8-sig"))
     except OSError as error:

@@ -1,8 +1,7 @@
 """From files and command lines to a `Run`: TOML, dotted overrides, did-you-mean, dump, explain.
 
-Not here: whether the values can be obeyed together (`check.py`). Precedence: default < preset (and
-what it implies) < file < command line. Traded away: a general structuring library; every leaf needs
-a strict rule of its own (3.5 is no int, "yes" is no bool) and errors name key, value and fix.
+Precedence: default < preset (and what it implies) < file < command line. Values are converted
+strictly (3.5 is no int, "yes" is no bool); errors name key, value and fix.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import itertools
 import sys
 import tomllib
 import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cordee.config.model import ModelSettings
 from cordee.config.paths import expand_home, expand_home_of_each
 from cordee.config.presets import implied_settings, model_presets
-from cordee.config.ranges import RANGES
+from cordee.config.ranges import Range
 from cordee.config.run import CHANGEABLE_ON_RESUME, Run
 from cordee.errors import ConfigError
 
@@ -60,17 +59,27 @@ class LoadedRun:
     origins: Mapping[str, str]
 
 
-def config_keys(cls: type = Run, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key with its type, in the order in which they are written."""
-    keys: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        name, type_hint = prefix + field.name, hints[field.name]
-        if is_dataclass(type_hint):
-            keys.update(config_keys(typing.cast(type, type_hint), name + "."))
+def _annotations(cls: type = Run, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _annotations(hint, f"{prefix}{name}.")
         else:
-            keys[name] = type_hint
-    return keys
+            yield prefix + name, hint
+
+
+@cache
+def config_keys() -> Mapping[str, Any]:
+    """Every dotted key with its type, in the order in which they are written."""
+    return {
+        key: hint.__origin__ if get_origin(hint) is Annotated else hint
+        for key, hint in _annotations()
+    }
+
+
+RANGES: Mapping[str, Range] = {
+    key: hint.__metadata__[0] for key, hint in _annotations() if get_origin(hint) is Annotated
+}
+"""The range of every key that is a number."""
 
 
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -102,7 +111,7 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:
-    """A copy of `run` with dotted keys replaced; the values are taken as they are."""
+    """A copy of `run` with dotted keys replaced, without conversion."""
     for key, value in values.items():
         run = _replace_at(run, key.split("."), value)
     return run
@@ -115,8 +124,7 @@ def expand_paths(run: Run) -> Run:
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding that the byte order mark at a file's start names, when it is none that is read
-    here (UTF-16, UTF-32); else empty."""
+    """UTF-16 or UTF-32 where a file starts with such a byte order mark; else empty."""
     return next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "")
 
 
@@ -141,16 +149,13 @@ def read_toml(path: Path) -> dict[str, Any]:
             fix="mend that line; text values need quotes",
         ) from error
     except OSError as error:
-        toml_names = [
-            file.name for file in path.parent.glob("*.toml") if file.is_file() and file != path
-        ]
-        matches = difflib.get_close_matches(path.name, toml_names, n=1)
+        files = [file for file in path.parent.glob("*.toml") if file.is_file() and file != path]
+        matches = difflib.get_close_matches(path.name, [file.name for file in files], n=1)
+        suggestion = f"did you mean {path.with_name(matches[0])}?" if matches else ""
         raise ConfigError(
             f"the file cannot be read: {error.strerror}",
             values={"file": str(path)},
-            fix=f"did you mean {path.with_name(matches[0])}?"
-            if matches
-            else "give a TOML file's path",
+            fix=suggestion or "give a TOML file's path",
         ) from error
 
 
@@ -167,8 +172,7 @@ def split_override(text: str) -> tuple[str, str]:
 
 
 def convert(key: str, value: Any, type_hint: Any) -> Any:
-    """`value` (text or from TOML) as `type_hint`; ConfigError names key, value and what is
-    allowed."""
+    """`value` (text or from TOML) as `type_hint`; ConfigError names key, value and allowed ones."""
     if isinstance(value, int) and abs(value) >= 2**64:  # no key is that long, no sentence either
         raise _wrong_type(key, value, type_hint)
     if get_origin(type_hint) in (Union, types.UnionType):
@@ -218,13 +222,13 @@ def flatten(run: Run) -> dict[str, Any]:
 
 
 def recorded_settings(file: Path) -> dict[str, Any]:
-    """The table `recorded_settings` of a run's file; empty when there is none."""
+    """The table `recorded` of a run's file; empty when there is none."""
     table: dict[str, Any] = read_toml(file).get(RECORDED_TABLE, {}) if file.exists() else {}
     return table
 
 
 def dump(run: Run, records: Mapping[str, str] | None = None) -> str:
-    """The run as TOML text that `load` reads back to an equal run; `records` is what it records."""
+    """The run as TOML text that `load` reads back to an equal run, with `records` in a table."""
     lines: list[str] = []
     section = None
     for key, value in flatten(run).items():
@@ -234,11 +238,8 @@ def dump(run: Run, records: Mapping[str, str] | None = None) -> str:
             section = table
         lines.append(f"{name} = {_toml_text(value)}")
     if records:
-        lines += [
-            "",
-            f"[{RECORDED_TABLE}]",
-            *(f"{_toml_text(key)} = {_toml_text(records[key])}" for key in records),
-        ]
+        lines += ["", f"[{RECORDED_TABLE}]"]
+        lines += [f"{_toml_text(key)} = {_toml_text(value)}" for key, value in records.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -286,9 +287,8 @@ def type_name(type_hint: Any) -> str:
         return " | ".join(type_name(option) for option in get_args(type_hint))
     if get_origin(type_hint) is Literal:
         return " | ".join(_toml_text(value) for value in get_args(type_hint))
-    return {int: "int", float: "float", str: "text", bool: "true | false"}.get(
-        type_hint, str(type_hint)
-    )
+    names = {int: "int", float: "float", str: "text", bool: "true | false"}
+    return names.get(type_hint, str(type_hint))
 
 
 def _field_docs(cls: type) -> dict[str, str]:
@@ -338,7 +338,6 @@ def _toml_text(value: Any) -> str:
 
 
 def _escape(character: str) -> str:
-    """A character as it stands in a TOML string."""
     code = f"\\u{ord(character):04X}" if character < " " or character == "\x7f" else character
     return _ESCAPES.get(character, code)
 
@@ -346,17 +345,11 @@ def _escape(character: str) -> str:
 def _unknown_key(key: str, keys: Sequence[str], origin: str) -> ConfigError:
     namesakes = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
     matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or namesakes
-    return ConfigError(
-        "there is no such key",
-        values={"key": key, "from": origin},
-        fix=f"did you mean {matches[0]}? (cordee config explain {matches[0]})"
-        if matches
-        else "cordee config explain run, or another section: " + ", ".join(_sections(keys)),
-    )
-
-
-def _sections(keys: Sequence[str]) -> list[str]:
-    return sorted({key.split(".")[0] for key in keys})
+    sections = ", ".join(sorted({key.split(".")[0] for key in keys}))
+    fix = f"cordee config explain run, or another section: {sections}"
+    if matches:
+        fix = f"did you mean {matches[0]}? (cordee config explain {matches[0]})"
+    return ConfigError("there is no such key", values={"key": key, "from": origin}, fix=fix)
 
 
 def _unknown_value(key: str, value: Any, allowed: Sequence[str]) -> ConfigError:
@@ -370,8 +363,6 @@ def _unknown_value(key: str, value: Any, allowed: Sequence[str]) -> ConfigError:
 
 def _wrong_type(key: str, value: Any, type_hint: Any) -> ConfigError:
     default = flatten(Run()).get(key)
-    return ConfigError(
-        f"{key} has the wrong type: it is {type_name(type_hint)}",
-        values={key: value},
-        fix=f"{key}={default if not isinstance(default, bool) else str(default).lower()}",
-    )
+    default = str(default).lower() if isinstance(default, bool) else default
+    problem = f"{key} has the wrong type: it is {type_name(type_hint)}"
+    return ConfigError(problem, values={key: value}, fix=f"{key}={default}")

@@ -1,27 +1,26 @@
-"""The model's knobs: its shape, its experts, its images, and how its parameters start.
-
-Not here: any other knob (`measure_run.py`, whose tree these are part of), named sizes
-(`presets.py`). 0 means "the usual" or "off" where the sentence says so.
-"""
+"""The model's knobs: its shape, its experts, its images, and how its parameters start. They are
+part of the tree in `run.py`; named sizes are in `presets.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cordee.config.ranges import MAX_DIM, MAX_LAYERS, MAX_RANKS, Count, Fraction, Range, Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSettings:
-    experts: int = 0
+    experts: Annotated[int, Range(0, MAX_RANKS)] = 0
     """Experts that replace the MLP of a block; 0: dense."""
-    active: int = 2
+    active: Annotated[int, Range(1, MAX_RANKS)] = 2
     """Experts that a token uses (top-k of the router)."""
-    width: int = 0
+    width: Size = 0
     """Hidden width of one expert; 0: that of the dense MLP divided by active."""
-    shared: int = 0
+    shared: Annotated[int, Range(0, MAX_RANKS)] = 0
     """Experts that every token uses, beside the chosen ones (Dai et al. 2024), as one wider MLP."""
-    dense_layers: int = 0
+    dense_layers: Annotated[int, Range(0, MAX_LAYERS)] = 0
     """Blocks at the start that keep a dense MLP."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How scores become weights: softmax over all experts, or sigmoid and then normalised over the
@@ -29,9 +28,9 @@ class MoeSettings:
     balance: Literal["loss", "bias", "none"] = "loss"
     """What keeps experts equally busy: a loss (Fedus et al. 2021), a bias on the choice moved after
     each step (Wang et al. 2024), or nothing."""
-    balance_rate: float = 0.01
+    balance_rate: Annotated[float, Range(0, 1e3)] = 0.01
     """Weight of the balance loss, or by how much a bias moves in a step (0.001 is usual there)."""
-    capacity: float = 0.0
+    capacity: Annotated[float, Range(0, MAX_RANKS)] = 0.0
     """Tokens an expert takes at most, as a multiple of an equal share; more are dropped. 0: all."""
 
 
@@ -44,12 +43,12 @@ MIN_SIDE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    side: int = 16
+    side: Annotated[int, Range(1, 2**16)] = 16
     """Height and width in pixels. An image is a record of bytes: its label, then its pixels,
     channel by channel, so that data.sequence is 1 + channels x side x side."""
-    channels: int = 1
+    channels: Annotated[int, Range(1, 2**16)] = 1
     """Values of a pixel."""
-    classes: int = 10
+    classes: Annotated[int, Range(2, 256)] = 10
     """Labels are 0 to classes - 1."""
 
     @property
@@ -74,39 +73,39 @@ class ModelSettings:
     hub: str = ""
     """Folder of a Hugging Face model to train instead (needs the extra `hf`); the other model keys
     do not apply to it."""
-    vocabulary: int = 0
+    vocabulary: Size = 0
     """Rows of embedding and head; 0: as many as the data has symbols."""
-    layers: int = 5
+    layers: Annotated[int, Range(1, MAX_LAYERS)] = 5
     """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
-    width: int = 128
+    width: Annotated[int, Range(2, MAX_DIM)] = 128
     """Width of the residual stream, a multiple of model.heads unless model.head_width is given;
     channels (conv), units (mlp)."""
-    heads: int = 4
+    heads: Annotated[int, Range(1, MAX_DIM)] = 4
     """Attention heads; each is head_width wide."""
-    kv_heads: int = 0
+    kv_heads: Size = 0
     """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); a divisor
     of heads, 0: as many as heads."""
-    head_width: int = 0
+    head_width: Size = 0
     """Width of one head; 0: width / heads. Even (rotary positions)."""
-    window: int = 0
+    window: Count = 0
     """Positions that attention looks back, its own included (sliding window); 0: all."""
-    ffn: int = 0
+    ffn: Size = 0
     """Hidden width of the MLP; 0: 4 x width (relu2), 8/3 x width rounded up to 32 (gated)."""
     mlp: Literal["relu2", "gated"] = "relu2"
     """relu2: squared ReLU (So et al. 2021); gated: SwiGLU (Shazeer 2020)."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout on attention and MLP outputs; random numbers depend on (seed, step, microbatch)."""
     qk_norm: bool = True
     """Normalise queries and keys to unit root mean square (tames exploding attention logits)."""
     qk_gain: bool = False
     """Learned gains after qk_norm, one per feature of a head (Qwen3); needs qk_norm."""
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(0, 1, excludes_minimum=True)] = 1e-6
     """Added to the mean square in RMS norms."""
     tied: bool = False
     """Use the embedding's matrix as the output head as well."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Range(1, 1e15, excludes_minimum=True)] = 10000.0
     """Base of the rotary position frequencies (Su et al. 2021)."""
-    logit_cap: float = 15.0
+    logit_cap: Annotated[float, Range(0, 1e6)] = 15.0
     """Soft cap on logits, cap x tanh(logits / cap); 0 turns it off."""
 
     moe: MoeSettings = field(default_factory=MoeSettings)
@@ -142,12 +141,11 @@ class ModelSettings:
 
     @property
     def kv_width(self) -> int:
-        """Width of keys and of values, all their heads together."""
+        """Width of keys (and of values), all heads together."""
         return self.width_per_head * (self.kv_heads or self.heads)
 
     @property
     def width_per_head(self) -> int:
-        """Width of one head."""
         return self.head_width or self.width // self.heads
 
     @property
@@ -157,11 +155,9 @@ class ModelSettings:
 
     @property
     def expert_width(self) -> int:
-        """Hidden width of one expert."""
         return self.moe.width or max(1, self.hidden_width // self.moe.active)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether block `layer` has experts."""
         return self.moe.experts > 0 and layer >= self.moe.dense_layers
 
 
@@ -175,13 +171,13 @@ class InitialSettings:
     residual: Literal["same", "depth_scaled", "zero"] = "zero"
     """Matrices that write into the residual stream: as the others, divided by sqrt(2 x layers), or
     zero (each block starts as the identity)."""
-    embedding_std: float = 0.5
+    embedding_std: Annotated[float, Range(0, 1e3, excludes_minimum=True)] = 0.5
     """Standard deviation of the embedding."""
     head: Literal["same", "truncated_normal", "zero"] = "zero"
     """How the output head starts; zero means uniform predictions, first loss = ln(vocabulary)."""
-    std: float = 0.02
+    std: Annotated[float, Range(0, 1e3, excludes_minimum=True)] = 0.02
     """Standard deviation for normal and truncated_normal (cut at 2 standard deviations)."""
-    gain: float = 1.0
+    gain: Annotated[float, Range(0, 1e3, excludes_minimum=True)] = 1.0
     """Factor on every matrix drawn by matrices."""
     weights: str = ""
     """Folder of a Llama or Qwen3 of transformers (config.json, safetensors) whose weights the

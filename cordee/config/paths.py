@@ -1,7 +1,5 @@
-"""Paths as users write them, and names beside a path that nobody else has.
-
-Not here: what a path is of. Every verb and every key that names a file goes through `expand_home`.
-"""
+"""Paths as users write them, and temporary names beside a path. Every verb and every key that names
+a file goes through `expand_home`."""
 
 from __future__ import annotations
 

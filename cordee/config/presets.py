@@ -1,9 +1,5 @@
-"""Named model sizes: functions of nothing that return the model's part of a run.
-
-Not here: recipes for clusters (they are TOML files of the user's). The figures of published models
-are those of their own configurations. Traded away: latent attention, so that deepseek-v3-like has
-DeepSeek-V3's experts and plain grouped queries.
-"""
+"""Named model sizes. Figures of published models are those of their own configurations;
+deepseek-v3-like has DeepSeek-V3's experts and plain grouped queries, not its latent attention."""
 
 from __future__ import annotations
 

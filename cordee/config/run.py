@@ -1,21 +1,30 @@
-"""Every knob of a run: a tree of frozen dataclasses, a sentence under each field.
+"""Every knob of a run: a tree of frozen dataclasses, a sentence and a range at each field.
 
-Not here: reading files and command lines (`load.py`), presets (`presets.py`), or any default that
-depends on devices (the plan fills what is "auto"). Traded away: one long file, so that the planner
-needs no other and every knob is found in one place. Units are in the names; 0 means "no limit" or
-"off" where the sentence says so.
+Units are in the names; 0 means "no limit" or "off" where the sentence says so. What is "auto" and
+depends on devices is resolved by the plan.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.ranges import (
+    DEGREE,
+    MAX_COUNT,
+    MAX_DIM,
+    MAX_LAYERS,
+    Auto,
+    AutoFloat,
+    Count,
+    Degree,
+    Fraction,
+    Limit,
+    Part,
+    Range,
+)
 from cordee.config.update_rules import UPDATE_RULES, RuleName, UpdateRule
-
-Auto = int | Literal["auto"]
-AutoFloat = float | Literal["auto"]
 
 FAULT_POINTS = (
     "step.start", "step.forward", "step.backward", "step.reduce", "step.agree", "step.update",
@@ -28,17 +37,17 @@ FAULT_POINTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """The one seed: initial parameters, order of samples and dropout are functions of it."""
-    steps: int = 0
+    steps: Count = 0
     """Stop after this many optimiser steps; 0 means no limit by steps."""
-    tokens: int = 0
+    tokens: Annotated[int, Range(0, 1000 * MAX_COUNT)] = 0
     """Stop once this many training tokens were used; 0 means no limit by tokens."""
-    epochs: int = 0
+    epochs: Annotated[int, Range(0, 10**6)] = 0
     """Stop with the step that completes so many passes over the training samples (of a mixture: as
     many samples as its sources have together); 0 means no limit. What is over in that step is taken
     from the next pass, as steps are whole."""
-    minutes: float = 0.0
+    minutes: Annotated[float, Range(0, 1e8)] = 0.0
     """Stop after this many minutes of training; 0 means no limit by time (1.5 when no limit is
     given at all). The learning-rate schedule follows the limit that is nearest."""
     dir: str = ""
@@ -57,7 +66,7 @@ class RunSettings:
     on all, on whose bits Intel's agree. compatible: code without a maker's own choices, for unlike
     x86 processors with AVX2, products 3 to 4 times as slow. auto: avx2 in exact fp32 runs where
     nothing is lost by it, else native. avx2 and compatible need run.precision=fp32."""
-    loss_scale: int = 0
+    loss_scale: Annotated[int, Range(0, 2**24)] = 0
     """fp16 only: 0 finds the scale (65,536 at first, halved by an overflow, doubled after 2,000
     good steps); a power of two stays as it is."""
     compile: Literal["none", "blocks"] = "none"
@@ -75,25 +84,25 @@ class DataSettings:
     weights: str = ""
     """How often each source of a mixture is drawn, as numbers with commas ("7,3"); empty: by size.
     Refused without a mixture."""
-    sequence: int = 256
+    sequence: Annotated[int, Range(1, 2**30)] = 256
     """Tokens a training sequence has; for classifiers the bytes of an image with its label."""
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Fraction held out for evaluation: whole files when there are ten or more, else each tail; of
     images, a random choice by run.seed."""
     placement: Literal["partition", "replicate"] = "partition"
     """partition: each island computes its microbatches; replicate: every island computes all of
     them and the islands compare digests instead of adding (a check on the hardware)."""
-    tokens: int = 0
+    tokens: Annotated[int, Range(0, 10**9)] = 0
     """Size of a synthetic source in tokens; 0 means its default. No effect on text."""
-    prefetch: int = 0
+    prefetch: Annotated[int, Range(0, 1)] = 0
     """1: a background thread reads the next step ahead (cold files, GPUs); 0 reads in line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    microbatch: int = 2
+    microbatch: Annotated[int, Range(1, MAX_DIM)] = 2
     """Sequences in a microbatch, the atom of work."""
-    microbatches: int = 4
+    microbatches: Annotated[int, Range(1, 2**20)] = 4
     """M: microbatches in a step, whatever the number of devices."""
 
 
@@ -102,9 +111,9 @@ class MemorySettings:
     recompute: Literal["none", "selective", "full"] = "none"
     """What a block keeps for its backward: everything, its input and matrix products, or its input
     alone; the rest is computed again (the same bits, more time)."""
-    recompute_every: int = 1
+    recompute_every: Annotated[int, Range(1, MAX_LAYERS)] = 1
     """One of every so many blocks is recomputed; the others keep everything."""
-    loss_chunk: int = 0
+    loss_chunk: Count = 0
     """Positions whose logits are held at once; 0: those of a whole microbatch."""
     offload: Literal["none", "parameters"] = "none"
     """parameters: parameters, gradients and optimiser state live in the host's memory, and the
@@ -119,28 +128,28 @@ class MemorySettings:
 class OptimSettings:
     name: RuleName = "muon"
     """The update rule; muon uses adamw for embedding, head and vectors."""
-    lr: AutoFloat = "auto"
+    lr: Annotated[AutoFloat, Range(0, 1e6, excludes_minimum=True)] = "auto"
     """Peak learning rate; auto is the rule's own default (`cordee lr` finds one by experiment)."""
-    adam_lr: float = 0.02
+    adam_lr: Annotated[float, Range(0, 1e6)] = 0.02
     """Peak learning rate of the adamw part of muon."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
     """Decoupled weight decay (adamw, muon, adafactor) or L2 penalty (sgd, momentum, adam); on
     matrices only."""
-    momentum: float = 0.95
+    momentum: Fraction = 0.95
     """Momentum of momentum and muon."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """Decay of the first moment (adam family)."""
-    beta2: float = 0.95
+    beta2: Fraction = 0.95
     """Decay of the second moment (adam family)."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(0, 1, excludes_minimum=True)] = 1e-8
     """Added to the denominator (adam family)."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "wsd"
     """Learning rate over the run: wsd is warm-up, stable, then linear decay."""
-    warmup: float = 0.02
+    warmup: Part = 0.02
     """Part of the run, from its start, over which the rate rises linearly from 0."""
-    decay: float = 0.6
+    decay: Part = 0.6
     """wsd: part of the run, at its end, over which the rate falls."""
-    final: float = 0.0
+    final: Part = 0.0
     """Learning rate at the end as a part of the peak."""
 
     @property
@@ -156,9 +165,9 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterLimit:
-    value: float = 0.0
+    value: Limit = 0.0
     """After each update, clamp every element to [-value, value]; 0 turns it off."""
-    norm: float = 0.0
+    norm: Limit = 0.0
     """After each update, scale each tensor down to this Euclidean norm; 0 turns it off."""
 
 
@@ -167,7 +176,7 @@ class ClipSettings:
     kind: Literal["norm", "value", "agc", "normalise", "none"] = "norm"
     """Gradients: scale to a global norm, clamp elements, adaptive per unit (AGC, Brock et al.
     2021), always scale to norm 1, or leave."""
-    limit: float = 1.0
+    limit: Annotated[float, Range(0, 1e9, excludes_minimum=True)] = 1.0
     """Largest norm (norm), element (value), or ratio of gradient to parameter norm (agc: 0.01)."""
     matrices: ParameterLimit = field(default_factory=ParameterLimit)
     """Limits on weight matrices."""
@@ -179,22 +188,22 @@ class ClipSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutSettings:
-    islands: Auto = "auto"
+    islands: Degree = "auto"
     """Copies of the model; auto is processes / product of the other axes."""
-    shard: Auto = "auto"
+    shard: Degree = "auto"
     """Ranks of an island over which parameters and optimiser are sharded (FSDP2)."""
-    tensor: Auto = "auto"
+    tensor: Degree = "auto"
     """Ranks that split each matrix."""
-    pipeline: Auto = "auto"
+    pipeline: Degree = "auto"
     """Stages of layers."""
-    context: Auto = "auto"
+    context: Degree = "auto"
     """Ranks that split a sequence."""
-    expert: Auto = "auto"
+    expert: Degree = "auto"
     """Ranks that split the experts."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of a pipeline's work: all forwards then all backwards, one of each in turn, several
     stages a rank in turn, or backwards split so that weights fill the gaps (Qi et al. 2023)."""
-    chunks: int = 2
+    chunks: Annotated[int, DEGREE] = 2
     """Stages a rank has under interleaved; zero_bubble always has two, the others one."""
     attention: Literal["gather", "ring"] = "gather"
     """How a split sequence attends: gather all keys and values, or pass them round (Liu 2023)."""
@@ -215,21 +224,21 @@ class SyncSettings:
     all-reduce (faster, bits depend on the number of islands; refused by run.exact)."""
     codec: Literal["identity", "bf16"] = "identity"
     """How gradients are written on the wire; bf16 halves the bytes and rounds."""
-    every: int = 1
+    every: Annotated[int, Range(1, MAX_COUNT)] = 1
     """Islands agree every so many steps; only 1 in this version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSettings:
-    processes: Auto = "auto"
+    processes: Degree = "auto"
     """Ranks started on this machine; auto is what the plan ranks first."""
-    threads: Auto = "auto"
+    threads: Annotated[Auto, Range(1, 4096)] = "auto"
     """CPU threads of a rank; auto shares the cores, 1 under run.exact."""
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
     """Where ranks of this host compute, by torch's name (cuda is ROCm's too); auto is an
     accelerator that torch here is built for, if there is one. Hosts of one run may differ in it
     unless run.exact."""
-    timeout_s: float = 300.0
+    timeout_s: Annotated[float, Range(1, 1e7)] = 300.0
     """A collective that waits longer than this has failed."""
     fork_server: bool = True
     """Workers are forks of one process that has imported torch, so that a new one computes at once;
@@ -250,28 +259,28 @@ class LaunchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    every: int = 200
+    every: Count = 200
     """Steps between checkpoints; 0 means only at the end."""
-    keep: int = 2
+    keep: Annotated[int, Range(1, 10**6)] = 2
     """Newest complete checkpoints that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings:
-    in_a_row: int = 5
+    in_a_row: Annotated[int, Range(1, 10**6)] = 5
     """Steps dropped in a row for a non-finite loss or gradient after which the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    every: int = 0
+    every: Count = 0
     """Steps between evaluations on held-out data; 0 means only at the end."""
-    tokens: Auto = "auto"
+    tokens: Annotated[Auto, Range(0, MAX_COUNT)] = "auto"
     """Held-out tokens an evaluation uses at most; 0 means none. auto: 262144, or fewer where they
     would take more than a twentieth of a run that is limited by time."""
-    sample: Auto = "auto"
+    sample: Annotated[Auto, Range(0, 10**6)] = "auto"
     """Tokens of text sampled at the end; 0 means none. auto: 240, or fewer likewise."""
-    layers_every: int = 10
+    layers_every: Count = 10
     """Steps between records of the gradient norm per layer; 0 means never."""
 
 
@@ -280,20 +289,20 @@ class FaultSettings:
     recover: bool = True
     """Go on with the ranks that are left, and replace the others; false: the first death ends the
     run (only runs that start their own ranks can recover)."""
-    spares: int = 1
+    spares: Annotated[int, Range(0, 64)] = 1
     """Warm spare processes of a host: imported and idle, they take a dead rank's place at once."""
-    copy_every: int = 20
+    copy_every: Count = 20
     """Steps between copies of what only one rank holds (islands that are cut) into the memory of a
     neighbour, on another host if there is one; 0 makes none. Each takes host memory for the rank's
     state and for its neighbour's, twice while it is made."""
-    silence_s: float = 5.0
+    silence_s: Annotated[float, Range(1, 1e7)] = 5.0
     """A rank or host that is not heard for so long is taken for dead (a shorter limit follows from
     the heartbeats that were seen)."""
-    host_silence_s: float = 0.0
+    host_silence_s: Annotated[float, Range(0, 86400)] = 0.0
     """A host that is not heard for so long is gone at the earliest: ten round trips between hosts,
     and longer than a busy machine forgets a process for. Longer gaps between its heartbeats raise
     it, up to fault.silence_s. 0: 3 s, or fault.silence_s where that is less."""
-    tries: int = 3
+    tries: Annotated[int, Range(1, 10**6)] = 3
     """Failures in a row, with no step committed between them, after which the run stops."""
     kill: str = ""
     """Drill: `point:step:rank` at which that rank kills itself (points: step.start, step.forward,

@@ -1,8 +1,5 @@
-"""What can be refused on paper: values that cannot be obeyed, alone or together.
-
-Not here: anything that needs the data or the devices (data/prepare.py, planner/plan.py). Each check
-names the values and the nearest fix; nothing has been started or written when one fails.
-"""
+"""Refuses settings that cannot be obeyed, alone or together, before anything is started or written.
+What needs the data or the devices is checked by `data/prepare.py` and `planner/plan.py`."""
 
 from __future__ import annotations
 
@@ -10,9 +7,8 @@ import math
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 
-from cordee.config.load import flatten
+from cordee.config.load import RANGES, flatten
 from cordee.config.model import InitialSettings, ModelSettings
-from cordee.config.ranges import check_ranges
 from cordee.config.run import FAULT_POINTS, MemorySettings, Run
 from cordee.errors import ConfigError
 
@@ -26,7 +22,7 @@ MAX_PROCESSES_PER_CORE = 8
 def validate_run(run: Run) -> None:
     """Raises ConfigError for the first value or combination that cannot be obeyed."""
     _check_texts(run)
-    check_ranges(flatten(run), flatten(Run()))
+    check_ranges(run)
     _check_hub_model(run)
     if run.model.is_classifier:
         _check_classifier(run)
@@ -37,9 +33,22 @@ def validate_run(run: Run) -> None:
     _check_fault(run)
 
 
+def check_ranges(run: Run) -> None:
+    """ConfigError for the first number out of its range."""
+    defaults = flatten(Run())
+    for key, value in flatten(run).items():
+        if key in RANGES and not isinstance(value, str) and value not in RANGES[key]:
+            default = 1 if isinstance(defaults[key], str) else defaults[key]
+            raise ConfigError(
+                f"{key} is {RANGES[key]}",
+                values={key: value},
+                fix=f"{key}={RANGES[key].nearest(value, default)}",
+            )
+
+
 def _check_texts(run: Run) -> None:
-    """What run.toml cannot hold (bytes that are no UTF-8, which Python reads as lone surrogates),
-    or no file can be called."""
+    """Refuses what run.toml or a file's name cannot hold: NUL, and bytes that are no UTF-8, which
+    Python reads as lone surrogates."""
     for key, value in flatten(run).items():
         if isinstance(value, str) and any(
             "\ud800" <= character <= "\udfff" or character == "\0" for character in value
@@ -164,17 +173,13 @@ def _check_hub_model(run: Run) -> None:
             values={"model.hub": run.model.hub, "run.precision": "fp8"},
             fix="run.precision=bf16",
         )
-    unsupported_axes = [axis for axis in ("pipeline", "context", "expert")
-           if getattr(run.layout, axis) not in (1, "auto")]  # fmt: skip
-    if unsupported_axes:
-        raise ConfigError(
-            f"a model of transformers is not cut by {unsupported_axes[0]}",
-            values={
-                "model.hub": run.model.hub,
-                f"layout.{unsupported_axes[0]}": getattr(run.layout, unsupported_axes[0]),
-            },
-            fix=f"layout.{unsupported_axes[0]}=1; layout.shard and layout.tensor cut it",
-        )
+    for axis in ("pipeline", "context", "expert"):
+        if (degree := getattr(run.layout, axis)) not in (1, "auto"):
+            raise ConfigError(
+                f"a model of transformers is not cut by {axis}",
+                values={"model.hub": run.model.hub, f"layout.{axis}": degree},
+                fix=f"layout.{axis}=1; layout.shard and layout.tensor cut it",
+            )
     if run.initial != InitialSettings():
         raise ConfigError(
             "a model of transformers starts from its files or by its own rules",
@@ -247,10 +252,9 @@ def _check_loss_scale(run: Run) -> None:
             values=values,
             fix="run.loss_scale=0, or run.precision=fp16",
         )  # fmt: skip
-    if scale.bit_count() != 1 or not 1 <= scale <= 2**24:
-        nearest_scale = min(
-            (2**power for power in range(25)), key=lambda candidate: abs(candidate - scale)
-        )
+    powers = [2**exponent for exponent in range(25)]
+    if scale not in powers:
+        nearest_scale = min(powers, key=lambda power: abs(power - scale))
         raise ConfigError(
             "a loss scale is a power of two from 1 to 2^24: dividing by others rounds",
             values=values,
@@ -262,15 +266,13 @@ def _check_fp8(run: Run) -> None:
     """Every dim of an fp8 product, forward and backward, is a multiple of 16 (the library's)."""
     model, rows = run.model, run.batch.microbatch
     width_step, sequence_step = math.lcm(16, 2 * model.heads), 16 // math.gcd(16, rows)
+    nearest_sequence = _nearest_multiple(run.data.sequence, sequence_step)
     dims = {
         "model.width": (model.width, _nearest_multiple(model.width, width_step)),
         "model.head_width": (model.query_width, _nearest_multiple(model.width_per_head, 16)),
         "model.kv_heads": (model.kv_width, model.heads),
         "model.ffn": (model.hidden_width, _nearest_multiple(model.hidden_width, 16)),
-        "data.sequence": (
-            rows * run.data.sequence,
-            _nearest_multiple(run.data.sequence, sequence_step),
-        ),
+        "data.sequence": (rows * run.data.sequence, nearest_sequence),
     }
     for key, (dim, nearest) in dims.items():
         if dim % 16:
@@ -284,10 +286,8 @@ def _check_fp8(run: Run) -> None:
 def check_threads(run: Run, cores: int) -> None:
     """Refuses threads of a rank, or spare processes, that make no sense on `cores` cores."""
     max_threads = MAX_PROCESSES_PER_CORE * cores
-    for key, count in {
-        "launch.threads": run.launch.threads,
-        "fault.spares": run.fault.spares,
-    }.items():
+    counts = {"launch.threads": run.launch.threads, "fault.spares": run.fault.spares}
+    for key, count in counts.items():
         if count != "auto" and int(count) > max_threads:
             raise ConfigError(
                 f"{key} is more than makes sense on this machine",
@@ -305,14 +305,12 @@ def _check_fault(run: Run) -> None:
         for point, _, suffix in (entry.partition(":") for entry in entries if entry):
             is_hang = key == "kill" and point.startswith("!")
             if point[is_hang:] not in FAULT_POINTS or not _is_fault_spec(suffix):
-                matches = (get_close_matches(point, FAULT_POINTS, 1, 0.0) or FAULT_POINTS)[0]
+                nearest = (get_close_matches(point, FAULT_POINTS, 1, 0.0) or FAULT_POINTS)[0]
+                value, points = getattr(run.fault, key), " ".join(FAULT_POINTS)
                 raise ConfigError(
                     f"fault.{key} is written point:step:rank",
-                    values={
-                        f"fault.{key}": getattr(run.fault, key),
-                        "points": " ".join(FAULT_POINTS),
-                    },
-                    fix=f"fault.{key}={matches}:12:0",
+                    values={f"fault.{key}": value, "points": points},
+                    fix=f"fault.{key}={nearest}:12:0",
                 )
     if run.fault.poison and not _is_fault_spec(run.fault.poison.replace("-", ":", 1), 3):
         raise ConfigError(

@@ -1,9 +1,7 @@
-"""Degrees of the axes: rank <-> coordinates, islands, groups.
+"""The mesh: degrees of its axes, and ranks to coordinates and back.
 
-Not here: what a tensor's slice is (`tensor_specs.py`), why a layout is illegal (`legal.py`) or what
-it costs (`plan/`). An island is a set of ranks that holds one copy of the model; ranks of one
-island are neighbours in rank order, so that fast links stay inside. Traded away: arbitrary rank
-orders.
+An island is a set of ranks that holds one copy of the model (a replica group). Its ranks are
+neighbours in rank order, so that fast links stay inside.
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cordee.config.run import Auto, LayoutSettings
+from cordee.config.ranges import Auto
+from cordee.config.run import LayoutSettings
 from cordee.errors import LayoutError
 
 AXES = ("island", "pipeline", "context", "expert", "shard", "tensor")
@@ -33,8 +32,7 @@ STAGE_AXES = tuple(axis for axis in AXES if axis != "pipeline")
 
 @dataclass(frozen=True)
 class Layout:
-    """The degree of every axis. `size` ranks in all; each method is O(axes) but
-    `inspect_groups`."""
+    """The degree of every axis. Each method is O(axes) but `groups`."""
 
     island: int = 1
     pipeline: int = 1
@@ -50,23 +48,19 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
         return math.prod(self.degrees)
 
     @property
     def dp_size(self) -> int:
-        """Groups of ranks that compute different microbatches: island x expert x shard."""
+        """Workers, groups of ranks that compute different microbatches: island x expert x shard."""
         return math.prod(getattr(self, axis) for axis in DATA_AXES)
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of `rank` on each axis."""
         if not 0 <= rank < self.size:
-            nearest_rank = min(max(rank, 0), self.size - 1)
-            raise LayoutError(
-                "no such rank",
-                values={"rank": rank, "ranks": self.size},
-                fix=f"rank {nearest_rank}",
-            )
+            values = {"rank": rank, "ranks": self.size}
+            fix = f"rank {min(max(rank, 0), self.size - 1)}"
+            raise LayoutError("no such rank", values=values, fix=fix)
         position = {}
         for axis in reversed(AXES):
             rank, position[axis] = divmod(rank, getattr(self, axis))
@@ -100,13 +94,11 @@ class Layout:
 
     def describe(self) -> str:
         """As a person writes it: `2 islands x shard 2`, `one process`."""
-        axis_texts = [
-            f"{axis} {getattr(self, axis)}" for axis in MODEL_AXES if getattr(self, axis) > 1
-        ]
         if self.size == 1:
             return "one process"
-        noun = "island" if self.island == 1 else "islands"
-        return " x ".join([f"{self.island} {noun}", *axis_texts])
+        degrees = {axis: getattr(self, axis) for axis in MODEL_AXES}
+        texts = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
+        return " x ".join([f"{self.island} island{'s' if self.island > 1 else ''}", *texts])
 
 
 def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
@@ -116,6 +108,7 @@ def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
     degrees do not divide the processes, naming the nearest that do.
     """
     degrees = {axis: _degree(getattr(settings, axis), f"layout.{axis}") for axis in MODEL_AXES}
+    explicit_degrees = {f"layout.{axis}": degree for axis, degree in degrees.items() if degree > 1}
     product = math.prod(degrees.values())
     if settings.islands == "auto":
         process_count = product if processes == "auto" else int(processes)
@@ -123,11 +116,7 @@ def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
             nearest_count = max(1, round(process_count / product)) * product
             raise LayoutError(
                 "the axes do not divide the processes",
-                values={
-                    "launch.processes": process_count,
-                    **_explicit_degrees(degrees),
-                    "product": product,
-                },
+                values={"launch.processes": process_count, **explicit_degrees, "product": product},
                 fix=f"launch.processes={nearest_count}",
             )
         islands = process_count // product
@@ -139,7 +128,7 @@ def resolve_degrees(settings: LayoutSettings, processes: Auto) -> Layout:
                 values={
                     "launch.processes": processes,
                     "layout.islands": islands,
-                    **_explicit_degrees(degrees),
+                    **explicit_degrees,
                 },
                 fix=f"launch.processes={islands * product}, or leave layout.islands out",
             )
@@ -152,7 +141,3 @@ def _degree(value: Auto, key: str) -> int:
     if int(value) < 1:
         raise LayoutError("a degree is at least 1", values={key: value}, fix=f"{key}=1")
     return int(value)
-
-
-def _explicit_degrees(degrees: Mapping[str, int]) -> dict[str, int]:
-    return {f"layout.{axis}": degree for axis, degree in degrees.items() if degree > 1}

@@ -1,9 +1,7 @@
 """How many microbatches each island computes when devices differ, and when that should change.
 
-Seconds for a microbatch in, whole numbers out. All ranks feed the same numbers (the step's tally)
-and so come to the same shares without a word: no clock and no chance here. Not here: measuring
-(`parallel/engine.py`), or giving a live run its new share (`partition_costs.py`). Traded away: the
-time that an island needs whatever its share; a share is taken to cost its microbatches alone.
+All ranks compute it from the same seconds (of the step's summary) and so come to the same shares
+without a message. A share is taken to cost its microbatches alone.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ RETRY_STEPS = 50
 """Steps after which an island without work is tried again; twice as many after every trial."""
 
 MIN_SECONDS = 1e-9
-"""Seconds for a microbatch that a share is reckoned with at least."""
+"""Seconds of a microbatch below which none is taken to be."""
 
 
 def balance_microbatches(
@@ -40,36 +38,29 @@ def balance_microbatches(
     min_share: int = 0,
     max_shares: Sequence[int] | None = None,
 ) -> list[int]:
-    """Microbatches of each island, `total` in all, such that the slowest island is done
-    earliest.
+    """Microbatches of each island, `total` in all, such that the slowest island is done earliest.
 
     `seconds[i]` is island i's time for one microbatch; every share is a multiple of `unit` (the
-    workers of an island compute equally many), at least `min_share` and at most `most[i]` (what its
-    memory holds). Each next unit goes to the island that would be done with it first, the lower
-    number of two; that is optimal, since nothing else could take the unit earlier. Raises
-    LayoutError where no such shares are.
+    workers of an island compute equally many), at least `min_share` and at most `max_shares[i]`
+    (its memory). Each next unit goes to the island that would be done with it first, the lower
+    number of two; that is optimal, since no other could finish the unit earlier. LayoutError where
+    there are no such shares.
     """
     islands = len(seconds)
-    capacities = [
-        total if max_shares is None else max_shares[island] - max_shares[island] % unit
-        for island in range(islands)
-    ]
+    capacities = [total] * islands
+    if max_shares is not None:
+        capacities = [limit - limit % unit for limit in max_shares]
     min_count = -(-min_share // unit) * unit
-    if (
-        total % unit
-        or min_count * islands > total
-        or sum(capacities) < total
-        or min(capacities) < min_count
-    ):
+    has_room = sum(capacities) >= total and min(capacities) >= min_count
+    if total % unit or min_count * islands > total or not has_room:
+        nearest_total = max(min_count * islands, -(-total // unit) * unit)
         raise LayoutError(
             "these microbatches do not go round",
             values={"microbatches": total, "unit": unit, "least": min_count, "most": capacities},
-            fix=f"batch.microbatches={max(min_count * islands, -(-total // unit) * unit)}"
-            if sum(capacities) >= total and min(capacities) >= min_count
-            else "room for more microbatches",
+            fix=f"batch.microbatches={nearest_total}" if has_room else "room for more microbatches",
         )
     costs = [max(s, MIN_SECONDS) for s in seconds]
-    # What everybody can finish in the time of undivided shares is theirs in any case.
+    # Each island takes at once what it can finish in the time of shares that need not be whole.
     ideal_time = (1 - 1e-9) * total / math.fsum(1 / s for s in costs)
     counts = [
         max(min_count, min(capacity, int(ideal_time / (s * unit)) * unit))
@@ -113,18 +104,19 @@ def describe_balance(counts: Sequence[int], seconds: Sequence[float]) -> str:
     else:
         counts_text = f"{counts[slowest_island]} there, {min(counts)} to {max(counts)} elsewhere,"
     ratio = max_s / max(min_s, MIN_SECONDS)
-    return f"island {slowest_island} takes {ratio:.1f} times as long for a microbatch;" + (
+    return (
+        f"island {slowest_island} takes {ratio:.1f} times as long for a microbatch;"
         f" {counts_text} of {sum(counts)} microbatches"
     )
 
 
 class LoadBalancer:
-    """Watches the islands of one run and says when their shares should change.
+    """Decides when the shares of a run's islands change.
 
-    An island's estimate is the median of its last WINDOW steps. A change is proposed when the
-    medians say that it saves more than GAIN, and every one of the last WINDOW steps (or as many as
-    there were) says so too: noise and single steps (a save, compilation) do not move it. An island
-    with no work keeps its estimate and is given one unit again after PATIENCE steps.
+    An island's estimate is the median of its last WINDOW steps. A change is proposed when it saves
+    more than MIN_GAIN by the medians and by each of the last WINDOW steps (or as many as there
+    were): noise and single steps (a save, compilation) do not cause one. An island with no work
+    keeps its estimate and gets one unit again after RETRY_STEPS steps.
     """
 
     def __init__(
@@ -134,8 +126,7 @@ class LoadBalancer:
         min_share: int = 0,
         max_shares: Sequence[int] | None = None,
     ) -> None:
-        """`counts` are the islands' shares as they are; the rest is as for
-        `balance_microbatches`."""
+        """`counts` are the present shares; the rest is as for `balance_microbatches`."""
         self.counts = list(counts)
         self.microbatch_seconds = [0.0] * len(self.counts)
         """Each island's estimate for one microbatch."""

@@ -1,9 +1,9 @@
 """Microbatches to workers, positions to ranks, and the canonical tree over microbatch index.
 
-Not here: who talks to whom. The tree is the house's order of summation: a range of microbatches is
-split at the largest power of two below its length, so the sum of a step does not depend on how many
-islands computed it. A worker with the contiguous range [a, b) sends the sums of the canonical
-subtrees of its range, at most 2 x log2(M) of them, one when the range is aligned.
+The tree is the order in which everything is summed: a range of microbatches is split at the largest
+power of two below its length, so that a sum does not depend on how many islands computed it. A
+worker with the contiguous range [a, b) sends the sums of the canonical subtrees of its range, at
+most 2 x log2(M) of them, one when the range is aligned.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def canonical_subtrees(microbatches: range, total: int) -> list[Node]:
 def fold(node: Node, leaves: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
     """The sum of `node` from the subtrees in `leaves`, added in canonical order.
 
-    `leaves` must hold canonical subtrees that cover `node` exactly (KeyError otherwise, for a
-    single microbatch that nobody has).
+    `leaves` must be canonical subtrees that cover `node` exactly; KeyError for a microbatch that is
+    in none.
     """
     if node in leaves:
         return leaves[node]
@@ -101,8 +101,7 @@ class TreeSum:
     def feed(
         self, partial_sums: list[tuple[Node, T]], index: int, leaf: T, add: Callable[[T, T], T]
     ) -> None:
-        """Takes microbatch `index` (in order) into `partial_sums`, merging every finished
-        subtree."""
+        """Adds microbatch `index` (they come in order), merging every subtree that is complete."""
         partial_sums.append(((index, index + 1), leaf))
         subtree = self._subtree_of(index)
         while len(partial_sums) > 1:

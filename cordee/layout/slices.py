@@ -1,8 +1,4 @@
-"""Boxes: which part of a tensor somebody holds, whatever the dims that are cut.
-
-Not here: which box a rank holds under a layout, or files. Traded away: parts that are no box (every
-second row); a holder of such a part holds several boxes.
-"""
+"""Boxes: the part of a tensor that a rank or a file holds, as [start, stop) of every dim."""
 
 from __future__ import annotations
 
@@ -35,28 +31,26 @@ class LocalSlice:
 
 
 def full_box(shape: Shape) -> Box:
-    """The box that is all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
 def box_shape(box: Box) -> Shape:
-    """The size of every dim."""
     return tuple(stop - start for start, stop in box)
 
 
 def volume(box: Box) -> int:
-    """How many elements a box holds; a scalar is one."""
+    """Elements of a box; a scalar is one."""
     return math.prod(box_shape(box))
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """What two boxes of one tensor have in common; None if that is no element."""
+    """The common part of two boxes of one tensor; None if it has no element."""
     overlap = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return overlap if all(start < stop for start, stop in overlap) else None
 
 
 def subtract_box(box: Box, hole: Box) -> list[Box]:
-    """What is left of a box when `hole`, which lies in it, is cut out: boxes that tile the rest."""
+    """Boxes that tile the rest of `box` without `hole`, which lies in it."""
     pieces = []
     for dim, ((start, stop), (hole_start, hole_stop)) in enumerate(zip(box, hole, strict=True)):
         spans = ((start, hole_start), (hole_stop, stop))
@@ -65,7 +59,7 @@ def subtract_box(box: Box, hole: Box) -> list[Box]:
 
 
 def relative_box(box: Box, outer: Box) -> Box:
-    """`box`, which lies in `outer`, as it is counted from the first element of `outer`."""
+    """`box`, which lies in `outer`, relative to the first element of `outer`."""
     pairs = zip(box, outer, strict=True)
     return tuple((start - origin, stop - origin) for (start, stop), (origin, _) in pairs)
 

@@ -1,8 +1,7 @@
 """Layers to pipeline stages, balanced by cost, and stages to ranks.
 
-Not here: when a stage computes what (torch.distributed.pipelining's schedules do). The embedding
-belongs to the first stage, last norm and head to the last one. A rank has one stage, several in a
-loop (interleaved), or two in a V (zero_bubble: the first and last stage meet on one rank).
+The embedding belongs to the first stage, last norm and head to the last one. A rank has one stage,
+several in a loop (interleaved), or two in a V (zero_bubble: first and last stage on one rank).
 """
 
 from __future__ import annotations
@@ -30,19 +29,17 @@ class LayerRange:
 
     @property
     def first_layer(self) -> int:
-        """First layer, the embedding's included."""
         return -1 if self.has_embedding else self.start
 
     @property
     def last_layer(self) -> int:
-        """Last layer, the head's included."""
         return self.stop if self.has_head else self.stop - 1
 
 
 @dataclass(frozen=True)
 class Stages:
-    """`parts[s]` are the [start, stop) layers of stage s; `rank_coordinates` share them as
-    `run_schedule` says."""
+    """`block_ranges[s]` are the [start, stop) layers of stage s, which `ranks` pipeline ranks share
+    as `schedule` says."""
 
     block_ranges: tuple[tuple[int, int], ...]
     ranks: int
@@ -50,7 +47,6 @@ class Stages:
 
     @property
     def last_stage(self) -> int:
-        """Number of the last stage."""
         return len(self.block_ranges) - 1
 
     def rank_of(self, stage: int) -> int:
@@ -64,7 +60,7 @@ class Stages:
         return [stage for stage in range(len(self.block_ranges)) if self.rank_of(stage) == rank]
 
     def layer_ranges(self, rank: int) -> list[LayerRange]:
-        """What the pipeline coordinate `rank` holds, stage by stage."""
+        """The layers of the pipeline coordinate `rank`, stage by stage."""
         return [
             LayerRange(*self.block_ranges[stage], stage == 0, stage == self.last_stage)
             for stage in self.rank_stages(rank)
@@ -74,9 +70,8 @@ class Stages:
         """The stage that holds block `layer`; -1 and the number of layers are the two ends."""
         if layer < 0:
             return 0
-        stages = (
-            stage for stage, (start, stop) in enumerate(self.block_ranges) if start <= layer < stop
-        )
+        ranges = enumerate(self.block_ranges)
+        stages = (stage for stage, (start, stop) in ranges if start <= layer < stop)
         return next(stages, self.last_stage)
 
     def rank_of_layer(self, layer: int) -> int:
@@ -85,8 +80,7 @@ class Stages:
 
 
 def stage_count(settings: LayoutSettings, ranks: int) -> int:
-    """Stages of a pipeline over `ranks`: one, `chunks` or two a rank, by the
-    schedule."""
+    """Stages of a pipeline over `ranks`: one, `chunks` or two a rank, by the schedule."""
     if ranks == 1:
         return 1
     stages_per_rank = {"interleaved": settings.chunks, "zero_bubble": 2}.get(settings.schedule, 1)
@@ -96,14 +90,12 @@ def stage_count(settings: LayoutSettings, ranks: int) -> int:
 def make_stages(
     model: ModelSettings, vocabulary: int, settings: LayoutSettings, ranks: int
 ) -> Stages:
-    """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a
-    layer)."""
+    """The stages of a built-in model over `ranks` pipeline ranks (at most one stage a layer)."""
     if ranks == 1:
         return Stages(((0, model.layers),), 1, settings.schedule)
-    blocks, head_cost = layer_costs(model, vocabulary)
-    block_ranges = partition_costs(
-        [*blocks[:-1], blocks[-1] + head_cost], stage_count(settings, ranks)
-    )
+    costs, head_cost = layer_costs(model, vocabulary)
+    costs[-1] += head_cost
+    block_ranges = partition_costs(costs, stage_count(settings, ranks))
     return Stages(tuple(block_ranges), ranks, settings.schedule)
 
 

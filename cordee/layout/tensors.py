@@ -1,9 +1,7 @@
 """The one table of parameters: pattern -> symbolic shape -> which axis cuts which dim.
 
-The planner counts bytes from it, the runtime cuts by it, checkpoints are written by it, and a test
-holds it equal to the model that is built, so none of them can drift. Cuts follow one another:
-expert, then tensor, then shard (FSDP2 cuts what the others left). Not here: image classifiers'
-shapes (`classifier.py`) and foreign models, which bring rows of their own.
+The planner counts bytes from it, the runtime cuts by it, checkpoints are written by it, and tests
+compare it with the model. Models from elsewhere bring rows of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES, STAGE_AXES, Layout
@@ -20,101 +19,55 @@ from cordee.layout.microbatches import shard_rows
 from cordee.layout.slices import Box
 
 CUT_AXES = ("expert", "tensor", "shard")
-"""Axes that cut tensors, in the order in which they do."""
+"""Axes that cut tensors, in this order: FSDP2 cuts what the others left."""
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One kind of parameter. `group` is how optimiser and limits treat it; `tensor`, `expert` and
-    `apply_fsdp` are the dims that those axes cut; `condition` is the choice that makes it exist."""
+    """One kind of parameter. `group` (matrices, embeddings, vectors) is how optimiser and limits
+    treat it; `tensor`, `expert` and `shard` are the dims that those axes cut; `condition` names the
+    choices with which it exists."""
 
     pattern: str
     shape: tuple[str, ...]
-    group: str  # "matrices" | "embeddings" | "vectors"
+    group: str
     tensor: int | None = None
     expert: int | None = None
     shard: int = 0
     condition: str = ""
 
 
+_BLOCK = "blocks.{layer}."
+_matrix = partial(TensorRule, group="matrices")
+_vector = partial(TensorRule, group="vectors")
+_embedding = partial(TensorRule, group="embeddings")
+_experts = partial(_matrix, expert=0, shard=1)
+
 TENSOR_TABLE = (
-    TensorRule("embed.weight", ("vocabulary", "width"), "embeddings", tensor=0),
-    TensorRule("blocks.{layer}.attention_norm.weight", ("width",), "vectors"),
-    TensorRule("blocks.{layer}.attention.query.weight", ("queries", "width"), "matrices", tensor=0),
-    TensorRule("blocks.{layer}.attention.key.weight", ("kv", "width"), "matrices", tensor=0),
-    TensorRule("blocks.{layer}.attention.value.weight", ("kv", "width"), "matrices", tensor=0),
-    TensorRule("blocks.{layer}.attention.out.weight", ("width", "queries"), "matrices", tensor=1),
-    TensorRule(
-        "blocks.{layer}.attention.query_gain.weight", ("head",), "vectors", condition="qk_gain"
-    ),
-    TensorRule(
-        "blocks.{layer}.attention.key_gain.weight", ("head",), "vectors", condition="qk_gain"
-    ),
-    TensorRule("blocks.{layer}.mlp_norm.weight", ("width",), "vectors"),
-    TensorRule(
-        "blocks.{layer}.mlp.up.weight", ("ffn", "width"), "matrices", tensor=0, condition="dense"
-    ),
-    TensorRule(
-        "blocks.{layer}.mlp.gate.weight",
-        ("ffn", "width"),
-        "matrices",
-        tensor=0,
-        condition="dense gated",
-    ),
-    TensorRule(
-        "blocks.{layer}.mlp.down.weight", ("width", "ffn"), "matrices", tensor=1, condition="dense"
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.up",
-        ("experts", "expert", "width"),
-        "matrices",
-        expert=0,
-        shard=1,
-        condition="moe",
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.gate",
-        ("experts", "expert", "width"),
-        "matrices",
-        expert=0,
-        shard=1,
-        condition="moe gated",
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.down",
-        ("experts", "width", "expert"),
-        "matrices",
-        expert=0,
-        shard=1,
-        condition="moe",
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.router.weight", ("experts", "width"), "embeddings", condition="moe"
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.shared.up.weight",
-        ("shared", "width"),
-        "matrices",
-        tensor=0,
-        condition="moe shared",
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.shared.gate.weight",
-        ("shared", "width"),
-        "matrices",
-        tensor=0,
-        condition="moe shared gated",
-    ),
-    TensorRule(
-        "blocks.{layer}.moe.shared.down.weight",
-        ("width", "shared"),
-        "matrices",
-        tensor=1,
-        condition="moe shared",
-    ),
-    TensorRule("norm.weight", ("width",), "vectors"),
-    TensorRule("head.weight", ("vocabulary", "width"), "embeddings", tensor=0, condition="untied"),
-)
+    _embedding("embed.weight", ("vocabulary", "width"), tensor=0),
+    _vector(_BLOCK + "attention_norm.weight", ("width",)),
+    _matrix(_BLOCK + "attention.query.weight", ("queries", "width"), tensor=0),
+    _matrix(_BLOCK + "attention.key.weight", ("kv", "width"), tensor=0),
+    _matrix(_BLOCK + "attention.value.weight", ("kv", "width"), tensor=0),
+    _matrix(_BLOCK + "attention.out.weight", ("width", "queries"), tensor=1),
+    _vector(_BLOCK + "attention.query_gain.weight", ("head",), condition="qk_gain"),
+    _vector(_BLOCK + "attention.key_gain.weight", ("head",), condition="qk_gain"),
+    _vector(_BLOCK + "mlp_norm.weight", ("width",)),
+    _matrix(_BLOCK + "mlp.up.weight", ("ffn", "width"), tensor=0, condition="dense"),
+    _matrix(_BLOCK + "mlp.gate.weight", ("ffn", "width"), tensor=0, condition="dense gated"),
+    _matrix(_BLOCK + "mlp.down.weight", ("width", "ffn"), tensor=1, condition="dense"),
+    _experts(_BLOCK + "moe.up", ("experts", "expert", "width"), condition="moe"),
+    _experts(_BLOCK + "moe.gate", ("experts", "expert", "width"), condition="moe gated"),
+    _experts(_BLOCK + "moe.down", ("experts", "width", "expert"), condition="moe"),
+    _embedding(_BLOCK + "moe.router.weight", ("experts", "width"), condition="moe"),
+    _matrix(_BLOCK + "moe.shared.up.weight", ("shared", "width"), tensor=0, condition="moe shared"),
+    _matrix(_BLOCK + "moe.shared.gate.weight", ("shared", "width"), tensor=0,
+            condition="moe shared gated"),
+    _matrix(_BLOCK + "moe.shared.down.weight", ("width", "shared"), tensor=1,
+            condition="moe shared"),
+    _vector("norm.weight", ("width",)),
+    _embedding("head.weight", ("vocabulary", "width"), tensor=0, condition="untied"),
+)  # fmt: skip
 
 
 _GROUP_PATTERNS = [
@@ -128,7 +81,7 @@ _EMBEDDING_PATTERN = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|lm_head|head)([._
 class TensorSpec:
     """One parameter of one model: name, whole shape, group, the block it belongs to (-1 before the
     first, `layers` after the last), and which dim each axis cuts. Along axes in `full_grad_axes`
-    every rank that holds it computes its whole gradient (foreign models, whose stream is not
+    every rank that holds it computes its whole gradient (transformers' models, whose stream is not
     split)."""
 
     name: str
@@ -142,7 +95,6 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        """Number of elements of the whole tensor."""
         return math.prod(self.shape)
 
     @property
@@ -152,10 +104,8 @@ class TensorSpec:
 
     def cuts(self, layout: Layout) -> list[tuple[str, int]]:
         """(axis, dim) of the axes that cut this tensor, in their order."""
-        dims = {axis: getattr(self, axis) for axis in CUT_AXES}
-        return [
-            (axis, d) for axis, d in dims.items() if d is not None and _degree(layout, axis) > 1
-        ]
+        pairs = [(axis, getattr(self, axis)) for axis in CUT_AXES if _degree(layout, axis) > 1]
+        return [(axis, dim) for axis, dim in pairs if dim is not None]
 
     def box(self, layout: Layout, coords: Mapping[str, int], last_axis: str = "shard") -> Box:
         """What the rank at coordinates `coords` holds of it; `last_axis`: the last axis that
@@ -230,7 +180,7 @@ def group_axes() -> list[tuple[str, ...]]:
 
 
 def router_bias_specs(model: ModelSettings) -> Iterator[TensorSpec]:
-    """What is no parameter and yet survives, whole on every rank: biases of routers' choices."""
+    """Buffers that checkpoints hold, whole on every rank: biases of routers' choices."""
     if model.moe.balance == "bias":
         for layer in filter(model.is_moe, range(model.layers)):
             name, shape = f"blocks.{layer}.moe.bias", (model.moe.experts,)
@@ -254,7 +204,7 @@ def count_parameters(model: ModelSettings, vocabulary: int) -> int:
 
 
 def _conditions(model: ModelSettings, layer: int) -> set[str]:
-    """What a row's `when` may ask for that this model has in `layer`."""
+    """The words of a row's `condition` that hold for this model in `layer`."""
     moe = model.is_moe(layer)
     flags = {
         "moe": moe, "dense": not moe, "gated": model.mlp == "gated", "qk_gain": model.qk_gain,

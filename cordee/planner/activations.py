@@ -4,15 +4,14 @@ Per token and block: both norms keep a unit vector (fp32), their outputs are kep
 matrices; queries and keys a unit vector each (fp32); queries, keys, values and the output
 projection's input one each; the MLP two hidden vectors, four when gated; dropout its masks. Tensor
 ranks hold their heads and hidden features of all positions and their positions of the stream.
-Met within 1 % of what torch saves, uncut. Not here: state and buffers (`memory.py`). Traded away:
-unequal routing; experts are taken as equally busy.
+Within 1 % of what torch saves, uncut; experts are taken as equally busy.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import Layout
@@ -70,37 +69,22 @@ def backward_points(
     split_tokens = tokens_per_rank(run, layout) / layout.tensor
     stream_bytes = FP32 * run.model.width * split_tokens
     head_bytes = _head_input_bytes(run, layout) if layer_range.has_head else 0.0
-    sizes = {
-        is_moe: _block_activation_bytes(run, device, layout, is_moe) for is_moe in (False, True)
-    }
-    moe_flags = [run.model.is_moe(layer) for layer in range(layer_range.start, layer_range.stop)]
-    recompute_flags = [
-        run.memory.recomputes(layer) for layer in range(layer_range.start, layer_range.stop)
-    ]
-    block_sizes = (
-        sizes[is_moe][is_recomputed]
-        for is_moe, is_recomputed in zip(moe_flags, recompute_flags, strict=True)
-    )
-    # A schedule keeps what a stage was given and what it gave until its backward.
+    sizes = [_block_activation_bytes(run, device, layout, is_moe) for is_moe in (False, True)]
+    layers = range(layer_range.start, layer_range.stop)
+    flags = [(run.model.is_moe(layer), run.memory.recomputes(layer)) for layer in layers]
+    block_sizes = (sizes[is_moe][is_recomputed] for is_moe, is_recomputed in flags)
+    # A schedule keeps a stage's input and output until its backward.
     boundary_bytes = stream_bytes * ((not layer_range.has_embedding) + (not layer_range.has_head))
     cumulative_bytes = list(itertools.accumulate(block_sizes, initial=boundary_bytes))
     points = [BackwardPoint(int(cumulative_bytes[-1] + head_bytes), 0.0, layer_range.has_head)]
-    recomputed_indices = [
-        index for index, is_recomputed in enumerate(recompute_flags) if is_recomputed
-    ]
     for is_moe in (False, True):
         # Memory is linear in the place of equal blocks: the first or the last of them is worst.
-        indices = [index for index in recomputed_indices if moe_flags[index] == is_moe]
+        indices = [i for i in range(len(flags)) if flags[i] == (is_moe, True)]
         for index in {*indices[:1], *indices[-1:]}:
-            # Its turn: it holds all that it computes again; what came after it is gone.
-            fraction_done = (len(moe_flags) - index) / (len(moe_flags) + 1)
-            points.append(
-                BackwardPoint(
-                    int(cumulative_bytes[index] + stream_bytes + sizes[is_moe][False]),
-                    fraction_done,
-                    False,
-                )
-            )
+            # Its turn: it holds all that it computes again, and later blocks hold nothing.
+            live_bytes = cumulative_bytes[index] + stream_bytes + sizes[is_moe][False]
+            fraction_done = (len(flags) - index) / (len(flags) + 1)
+            points.append(BackwardPoint(int(live_bytes), fraction_done, False))
     return points
 
 
@@ -111,26 +95,17 @@ def rank_backward_points(
     layer_ranges: Sequence[LayerRange],
     in_flight: Sequence[int],
 ) -> list[tuple[BackwardPoint, LayerRange]]:
-    """Moments of a rank that holds `flights[i]` microbatches of its stage `parts[i]`: the others
-    wait, whole, while one is at its moment."""
-    points_by_range = [
-        backward_points(run, device, layout, layer_range) for layer_range in layer_ranges
-    ]
+    """Points of a rank that holds `in_flight[i]` microbatches of its stage `layer_ranges[i]`: while
+    one is in its backward, the others wait with all their activations."""
+    points_by_range = [backward_points(run, device, layout, r) for r in layer_ranges]
     waiting_bytes = sum(
         count * points[0].live_bytes
         for count, points in zip(in_flight, points_by_range, strict=True)
     )
     return [
-        (
-            BackwardPoint(
-                waiting_bytes - points[0].live_bytes + point.live_bytes,
-                point.fraction_done,
-                point.is_loss,
-            ),
-            layer_range,
-        )
+        (replace(p, live_bytes=waiting_bytes - points[0].live_bytes + p.live_bytes), layer_range)
         for points, layer_range in zip(points_by_range, layer_ranges, strict=True)
-        for point in points
+        for p in points
     ]
 
 
@@ -148,16 +123,12 @@ def _block_activation_bytes(
     tokens = tokens_per_rank(run, layout)
     split_tokens = tokens / layout.tensor
     norm_bytes = 2 * FP32 * (model.width + 1) * split_tokens + dtype_bytes * model.width * tokens
-    mask_bytes = (
-        2 * model.width * (dtype_bytes if device == "cpu" else 1) * split_tokens
-        if model.dropout
-        else 0
-    )
-    mlp_bytes, product_bytes = (
-        _expert_bytes(run, device, layout)
-        if is_moe
-        else _mlp_bytes(run, layout, model.hidden_width)
-    )
+    mask_element_bytes = (dtype_bytes if device == "cpu" else 1) if model.dropout else 0
+    mask_bytes = 2 * model.width * mask_element_bytes * split_tokens
+    if is_moe:
+        mlp_bytes, product_bytes = _expert_bytes(run, device, layout)
+    else:
+        mlp_bytes, product_bytes = _mlp_bytes(run, layout, model.hidden_width)
     total_bytes = norm_bytes + _attention_bytes(run, device, layout) + mlp_bytes + mask_bytes
     saved_bytes = FP32 * model.width * split_tokens
     if run.memory.recompute == "selective":
@@ -176,9 +147,8 @@ def _attention_bytes(run: Run, device: str, layout: Layout) -> float:
     # A CPU repeats keys and values for each query head; gathered ones are those of all ranks.
     key_width = model.query_width if device == "cpu" and not is_ring else model.kv_width
     key_tokens = tokens if is_ring else tokens * layout.context
-    saved_bytes = FP32 * unit_width * tokens + 2 * dtype_bytes * (
-        model.query_width * tokens + key_width * key_tokens
-    )
+    saved_bytes = FP32 * unit_width * tokens
+    saved_bytes += 2 * dtype_bytes * (model.query_width * tokens + key_width * key_tokens)
     if is_ring or device != "cpu" or run.data.sequence > CHUNKED_MAX_LENGTH:
         bytes_per_head: float = FP32
     else:
@@ -188,14 +158,13 @@ def _attention_bytes(run: Run, device: str, layout: Layout) -> float:
 
 def _mlp_bytes(run: Run, layout: Layout, width: int) -> tuple[float, float]:
     """Bytes of an MLP with `width` hidden features: (all that is kept, results of products)."""
-    model, dtype_bytes = run.model, element_bytes(run)
-    tokens = tokens_per_rank(run, layout)
-    is_gated = model.mlp == "gated"
-    hidden_elements = width * tokens / layout.tensor
-    saved_bytes = dtype_bytes * ((4 if is_gated else 2) * hidden_elements + model.width * tokens)
-    return saved_bytes, dtype_bytes * (
-        (2 if is_gated else 1) * hidden_elements + model.width * tokens
+    tokens, products = tokens_per_rank(run, layout), 2 if run.model.mlp == "gated" else 1
+    hidden_elements, stream_elements = width * tokens / layout.tensor, run.model.width * tokens
+    saved_bytes, product_bytes = (
+        element_bytes(run) * (copies * products * hidden_elements + stream_elements)
+        for copies in (2, 1)
     )
+    return saved_bytes, product_bytes
 
 
 def _expert_bytes(run: Run, device: str, layout: Layout) -> tuple[float, float]:
@@ -209,31 +178,29 @@ def _expert_bytes(run: Run, device: str, layout: Layout) -> tuple[float, float]:
     hidden_width = (4 if is_gated else 2) * model.expert_width
     saved_bytes = dtype_bytes * (2 * model.width + hidden_width) * rows
     if device == "cpu" and run.run.precision == "bf16":
-        saved_bytes += (
-            dtype_bytes * (model.width + hidden_width) * PADDING_ROWS * moe.experts / layout.expert
-        )
-    saved_bytes += (
-        ROUTING_ROW_BYTES * rows + FP32 * (moe.experts + (moe.router == "sigmoid")) * split_tokens
-    )
+        padding_rows = PADDING_ROWS * moe.experts / layout.expert
+        saved_bytes += dtype_bytes * (model.width + hidden_width) * padding_rows
+    saved_bytes += ROUTING_ROW_BYTES * rows
+    saved_bytes += FP32 * (moe.experts + (moe.router == "sigmoid")) * split_tokens
     product_bytes = dtype_bytes * (model.width + (2 if is_gated else 1) * model.expert_width) * rows
     product_bytes += FP32 * moe.experts * split_tokens
     if not moe.shared:
         return saved_bytes + FP32 * model.width * split_tokens, product_bytes
     shared_mlp = _mlp_bytes(run, layout, moe.shared * model.expert_width)
-    # What shared experts read is the router's input, unless that was cast, or gathered for them.
-    router_input_bytes = (
-        0.0 if dtype_bytes == FP32 and layout.tensor == 1 else FP32 * model.width * split_tokens
-    )
-    return saved_bytes + router_input_bytes + shared_mlp[0], product_bytes + shared_mlp[1]
+    # Shared experts read the router's input, unless that was cast, or gathered for them.
+    if dtype_bytes != FP32 or layout.tensor > 1:
+        saved_bytes += FP32 * model.width * split_tokens
+    return saved_bytes + shared_mlp[0], product_bytes + shared_mlp[1]
 
 
 def in_flight_microbatches(
     settings: LayoutSettings, ranks: int, rank: int, microbatches: int
 ) -> list[int]:
-    """For each stage of pipeline rank `rank`, the microbatches whose activations it holds at most.
+    """For each stage of pipeline rank `rank`, the microbatches whose activations it holds at most:
+    closed forms of torch.distributed.pipelining's schedules.
 
-    GPipe holds all; 1F1B as many as stages follow; interleaved what its warm-up forwards and one
-    more; ZBV, whose first and last stage are on one rank, as many as there are stages in all.
+    GPipe holds all; 1F1B as many as stages follow; interleaved those of its warm-up and one more;
+    ZBV, whose first and last stage are on one rank, as many as there are stages in all.
     """
     m = microbatches
     if ranks == 1:
@@ -265,10 +232,6 @@ def _interleaved_in_flight(chunks: int, ranks: int, rank: int, microbatches: int
     warm_up = (chunks - 1) * round_size + 2 * (ranks - 1 - rank)
     forwards = min(warm_up + 1, microbatches * chunks)
     cycles, remainder = divmod(forwards, round_size * chunks)
-    return [
-        min(
-            microbatches,
-            cycles * round_size + min(round_size, max(0, remainder - round_size * chunk)),
-        )
-        for chunk in range(chunks)
-    ]
+    partial_rounds = (max(0, remainder - round_size * chunk) for chunk in range(chunks))
+    counts = (cycles * round_size + min(round_size, forwards) for forwards in partial_rounds)
+    return [min(microbatches, count) for count in counts]

@@ -1,4 +1,5 @@
-"""The devices and links that a plan is made for: this machine, or what a TOML file describes.
+"""The devices and links that a plan is made for (this machine's, or those that a TOML file
+describes), and what a run may ask of them: precision, fp8, bits, arithmetic, messages.
 
 This machine's figures are those of its profile (`profile.py`) where there is one. Without, a core's
 peak is its clock times what its instruction set can do, and its bandwidth is a nominal value.
@@ -34,7 +35,7 @@ AVX2_FLAGS = frozenset({"avx2", "fma"})
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`measure_hosts` equal machines. What is per device is per core where `device` is cpu."""
+    """`hosts` equal machines. What is per device is per core where `device` is cpu."""
 
     device: DeviceKind
     name: str
@@ -114,8 +115,8 @@ _GPU_FIGURES = {
 bandwidth, NVLink one way, one NIC. NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM
 and HGX B200 (half of the bf16 and fp8 figures given "with sparsity", half of the NVLink figures,
 which count both ways); NICs of 200 and 400 Gbit/s per GPU, as in DGX systems of that time. Shares:
-costs.py. AMD's data sheets (of the MI250X one of its two devices); fp8 is left out, as theirs has
-other types. Apple's figures of the M1, the one GPU whose speed it has published."""
+compute_cost.py. AMD's data sheets (of the MI250X one of its two devices); fp8 is left out, as
+theirs has other types. Apple's figures of the M1, the one GPU whose speed it has published."""
 
 
 _GPU_DEVICES: Mapping[str, DeviceKind] = {"M1": "mps"}
@@ -129,27 +130,15 @@ def gpu_cluster(gpu: str, devices: int, *, hosts: int = 1, cores: int = 16) -> C
     """`hosts` machines with `devices` accelerators each, from the table; ConfigError if
     unknown."""
     if gpu not in _GPU_FIGURES:
-        raise _unknown_name_error(
-            "there is no such device in the table", "kind", gpu, list(_GPU_FIGURES)
-        )
+        problem = "there is no such device in the table"
+        raise _unknown_name_error(problem, "kind", gpu, list(_GPU_FIGURES))
     memory, fp32, bf16, fp8, share, bandwidth, link, network = _GPU_FIGURES[gpu]
     return Cluster(
-        device=_GPU_DEVICES.get(gpu, "cuda"),
-        name=f"{devices} {gpu}",
-        devices=devices,
-        cores=cores,
-        hosts=hosts,
-        memory_bytes=int(memory),
-        flops_fp32=fp32,
-        flops_bf16=bf16,
-        flops_fp8=fp8,
-        bf16_share=share,
-        memory_bytes_per_s=bandwidth,
-        link_bytes_per_s=link,
-        link_s=15e-6,
-        network_bytes_per_s=network,
-        network_s=25e-6,
-    )
+        device=_GPU_DEVICES.get(gpu, "cuda"), name=f"{devices} {gpu}", devices=devices,
+        cores=cores, hosts=hosts, memory_bytes=int(memory), flops_fp32=fp32, flops_bf16=bf16,
+        flops_fp8=fp8, bf16_share=share, memory_bytes_per_s=bandwidth, link_bytes_per_s=link,
+        link_s=15e-6, network_bytes_per_s=network, network_s=25e-6,
+    )  # fmt: skip
 
 
 def local_cluster(profile: Profile | None = None) -> Cluster:
@@ -164,12 +153,10 @@ def local_cluster(profile: Profile | None = None) -> Cluster:
     accelerators = detect_accelerators()
     if accelerators is not None and accelerators.is_usable:
         return _accelerator_cluster(accelerators, host.cores, profile)
-    suffix = (
-        f"; its {accelerators.vendor} GPU is left, torch here is not built for it"
-        if accelerators
-        else ""
-    )
     cluster = _cpu_cluster(host, profile)
+    if accelerators is None:
+        return cluster
+    suffix = f"; its {accelerators.vendor} GPU is left, torch here is not built for it"
     return replace(cluster, name=cluster.name + suffix)
 
 
@@ -178,21 +165,15 @@ def _cpu_cluster(host: Host, profile: Profile | None) -> Cluster:
     fp32, bf16 = _core_flops(info)
     model_name = field_of(info, "model name") or "CPU"
     cluster = Cluster(
-        device="cpu",
-        name=f"{model_name}, {host.cores} core{'s' if host.cores > 1 else ''}",
-        cores=host.cores,
-        memory_bytes=_memory_bytes(),
-        flops_fp32=fp32,
-        flops_bf16=bf16,
-        memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
-        link_bytes_per_s=CPU_LINK_BYTES_PER_S,
+        device="cpu", name=f"{model_name}, {host.cores} core{'s' if host.cores > 1 else ''}",
+        cores=host.cores, memory_bytes=_memory_bytes(), flops_fp32=fp32, flops_bf16=bf16,
+        memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S, link_bytes_per_s=CPU_LINK_BYTES_PER_S,
         link_s=CPU_LINK_S,
-    )
+    )  # fmt: skip
     return cluster if profile is None else _with_profile(cluster, profile)
 
 
 def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
-    """A CPU host with measured rates instead of nominal ones."""
     products = profile.products
     return replace(
         cluster,
@@ -215,32 +196,22 @@ def _with_profile(cluster: Cluster, profile: Profile) -> Cluster:
 def _accelerator_cluster(
     accelerators: Accelerators, cores: int, profile: Profile | None
 ) -> Cluster:
-    """The figures of what was recognised, what the driver says of its memory, and of a device that
-    the table lacks the products that were measured."""
+    """The table's figures with the memory that the driver reports; of a device that it lacks, the
+    measured products."""
     gpu = next((k for k in _GPU_FIGURES if k in accelerators.model and k not in _GPU_DEVICES), None)
-    cluster = gpu_cluster(
-        gpu or FALLBACK_GPUS[accelerators.device], accelerators.count, cores=cores
-    )
+    substitute = FALLBACK_GPUS[accelerators.device]
+    cluster = gpu_cluster(gpu or substitute, accelerators.count, cores=cores)
     memory_bytes = accelerators.memory_bytes or cluster.memory_bytes
     cluster = replace(cluster, device=accelerators.device, memory_bytes=memory_bytes)
     if gpu:
         return cluster
-    model_name = accelerators.model or (
-        "GPU" if accelerators.vendor == "NVIDIA" else f"{accelerators.vendor} GPU"
-    )
-    cluster = replace(
-        cluster, name=f"{accelerators.count} {model_name} (as {FALLBACK_GPUS[accelerators.device]})"
-    )
+    vendor = "" if accelerators.vendor == "NVIDIA" else f"{accelerators.vendor} "
+    model_name = accelerators.model or f"{vendor}GPU"
+    cluster = replace(cluster, name=f"{accelerators.count} {model_name} (as {substitute})")
     if profile is None or not profile.device_products:
         return cluster
-    rates = profile.device_products
-    return replace(
-        cluster,
-        bf16_share=1.0,
-        flops_fp32=rates["fp32"],
-        flops_bf16=rates["bf16"],
-        flops_fp16=rates["fp16"],
-    )
+    fp32, bf16, fp16 = (profile.device_products[p] for p in ("fp32", "bf16", "fp16"))
+    return replace(cluster, bf16_share=1.0, flops_fp32=fp32, flops_bf16=bf16, flops_fp16=fp16)
 
 
 def processor_flags() -> frozenset[str]:
@@ -268,24 +239,19 @@ def read_cluster(path: str | Path) -> Cluster:
     field_types = {f.name: f.type for f in fields(Cluster)}
     for key in table:
         if key not in field_types and key != "kind":
-            raise _unknown_name_error(
-                "a cluster has no such key", "key", key, [*field_types, "kind"], str(path)
-            )
+            names = [*field_types, "kind"]
+            raise _unknown_name_error("a cluster has no such key", "key", key, names, str(path))
     kind = table.pop("kind", None)
-    values = {
-        key: _convert_field(key, value, str(field_types[key]), path) for key, value in table.items()
-    }
-    if kind is None:
-        base: dict[str, Any] = {}
-    elif kind == "local":
+    values = {k: _convert_field(k, value, str(field_types[k]), path) for k, value in table.items()}
+    base: dict[str, Any] = {}
+    if kind == "local":
         base = asdict(local_cluster())
-    else:
+    elif kind is not None:
         devices, hosts = int(values.get("devices", 1)), int(values.get("hosts", 1))
         base = asdict(gpu_cluster(str(kind), devices, hosts=hosts))
     figures = {**base, **values}
-    missing_fields = [
-        name for name in field_types if name not in figures and not _has_default(name)
-    ]
+    required_fields = [name for name in field_types if not hasattr(Cluster, name)]
+    missing_fields = [name for name in required_fields if name not in figures]
     if missing_fields:
         raise ConfigError(
             "the cluster lacks a field",
@@ -321,32 +287,22 @@ def _check_cluster(cluster: Cluster, path: str | Path) -> Cluster:
 
 def _convert_field(key: str, value: Any, type_name: str, path: str | Path) -> Any:
     """`value` as the field wants it: text, a whole number, or any number."""
-    is_text = "str" in type_name or type_name == "DeviceKind"
+    is_text = type_name in ("str", "DeviceKind")
     is_valid = isinstance(value, str) if is_text else isinstance(value, int | float)
     if not is_text and isinstance(value, bool):
         is_valid = type_name == "bool"
     if type_name == "int" and isinstance(value, float) and not value.is_integer():
         is_valid = False
     if not is_valid:
-        expected_type = (
-            "text" if is_text else "a whole number" if type_name == "int" else "a number"
-        )
+        words = {"int": "a whole number", "str": "text", "DeviceKind": "text"}
         raise ConfigError(
-            f"{key} has the wrong type: it is {expected_type}",
+            f"{key} has the wrong type: it is {words.get(type_name, 'a number')}",
             values={"file": str(path), key: value},
             fix=f'{key} = "{value}"' if is_text else f"{key} = 8",
         )
-    return (
-        value
-        if is_text or type_name == "bool"
-        else int(value)
-        if type_name == "int"
-        else float(value)
-    )
-
-
-def _has_default(name: str) -> bool:
-    return hasattr(Cluster, name)
+    if is_text or type_name == "bool":
+        return value
+    return int(value) if type_name == "int" else float(value)
 
 
 def _unknown_name_error(
@@ -383,13 +339,10 @@ def _core_flops(info: str) -> tuple[float, float]:
     else:
         per_cycle = 16  # two 128-bit units, as on most 64-bit Arm cores
     bf16_gain = 8.0 if "amx_bf16" in flags else 2.0 if flags & {"avx512_bf16", "bf16"} else 1.0
-    core_count, thread_count = field_of(info, "cpu cores"), field_of(info, "siblings")
-    core_share = (
-        int(core_count) / int(thread_count)
-        if core_count.isdigit() and thread_count.isdigit() and int(thread_count)
-        else 1.0
-    )
-    peak = per_cycle * _clock_hz(info) * min(1.0, core_share or 1.0)
+    counts = [field_of(info, name) for name in ("cpu cores", "siblings")]
+    core_count, thread_count = (int(text) if text.isdigit() else 0 for text in counts)
+    core_share = min(1.0, core_count / thread_count) if core_count and thread_count else 1.0
+    peak = per_cycle * _clock_hz(info) * core_share
     return peak, bf16_gain * peak
 
 
@@ -404,11 +357,11 @@ def _clock_hz(info: str) -> float:
 def choose_arithmetic(
     settings: RunSettings, device: str, flags: Collection[str], variables: Collection[str] = ()
 ) -> tuple[str, str]:
-    """(native, avx2 or compatible; why, in words) for one host of a run.
+    """run.arithmetic=auto resolved for one host: (native, avx2 or compatible; why, in words).
 
     `device` is the plan's kind, `flags` are the processor's (empty: not an x86 one), `variables`
-    those of the environment that choose instructions by themselves. ConfigError: what is asked for
-    is not there.
+    those of the environment that choose instructions by themselves. ConfigError when the processor
+    lacks what the run asks for.
     """
     has_avx2 = AVX2_FLAGS.issubset(flags)
     if settings.arithmetic in PORTABLE_ARITHMETICS and not (device == "cpu" and has_avx2):
@@ -454,11 +407,10 @@ def precision_text(precision: str, cluster: Cluster) -> str:
     source = "measured" if cluster.measured else "by nominal figures"
     source = "by the table of devices" if cluster.device != "cpu" else source
     if precision == "fp32":
-        other_precision = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
-        ratio = cluster.flops(other_precision) / cluster.flops_fp32
-        if ratio < 1:
-            return f"{other_precision} products are {1 / ratio:.1f} x slower here, {source}"
-        return f"{other_precision} products are {ratio:.1f} x as fast here, {source}"
+        other = "fp16" if cluster.flops_fp16 > cluster.flops_bf16 else "bf16"
+        ratio = cluster.flops(other) / cluster.flops_fp32
+        speed = f"{1 / ratio:.1f} x slower" if ratio < 1 else f"{ratio:.1f} x as fast"
+        return f"{other} products are {speed} here, {source}"
     ratio = cluster.flops(precision) / cluster.flops_fp32
     if ratio < 1:
         return (

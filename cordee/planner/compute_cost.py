@@ -1,25 +1,20 @@
-"""Arithmetic of a step and the time it takes: closed formulas and a few constants per kind.
+"""Operations of a step and the seconds they take: closed formulas, a dozen constants per device and
+precision. A time is the sum of four streams: products, attention, element passes, dispatch.
 
-Not here: messages (`network.py`) and bytes held (`memory.py`). Traded away: efficiency by exact
-shape, which needs a measured profile. A kind (device, precision) has a dozen constants; time is
-the sum of four streams (matrix products, attention, element passes, fixed cost of a layer).
+The CPU's constants: forward + backward of the built-in model with 2-8 blocks (width 64-768,
+sequence 64-1024, microbatch 1-16, vocabulary 256 and 8192, 1 and 2 threads, fp32 and bf16: 168
+rows, each the minimum of 4-60 calls) on two idle Zen 4 cores with torch 2.13; non-negative least
+squares on relative errors. Mean error: fp32 3.5 % (1 thread) and 8 % (2), bf16 4.5 % and 6 %; eight
+rows in ten lie between 0.94 and 1.23 of the prediction. CUDA's meet the A100 and H100 rows of a
+published table (72 rows, FSDP, 125 M - 13 B parameters, 8-512 devices) with 6 % mean error, 0.93 to
+1.35; cuda fp32 is a guess between the two. `low_factor` and `high_factor` are wider, for other
+machines. Whole steps of 13 short runs on the first machine (1-2 ranks, all protocols, 0.1-11 M
+parameters) took 0.88 to 1.10 of the plan. A mixture's fixed time: 28 such rows, 4 to 32 experts.
 
-How the CPU's constants were obtained: a script timed forward + backward of the built-in model with
-2-8 blocks (width 64-768, sequence 64-1024, microbatch 1-16, vocabulary 256 and 8192, 1 and 2
-threads, fp32 and bf16 autocast: 168 rows, each the minimum of 4-60 calls on idle cores) on two Zen
-4 cores with torch 2.13; non-negative least squares on relative errors gave the columns of
-`DEVICE_CONSTANTS`. Mean error of that fit: fp32 3.5 % (1 thread) and 8 % (2 threads), bf16 4.5 %
-and 6 %; eight rows in ten lie between 0.94 and 1.23 of the prediction. CUDA's: A100 and H100 rows
-with FSDP and no recomputation of a published table (72 rows, 125 M - 13 B parameters, 8-512
-devices) are met with 6 % mean error, 0.93 to 1.35; other software moves them more. `low` and `high`
-are wider than both, for other machines: a kind is not a measured device. Whole steps of 13 short
-runs on the first machine (1-2 ranks, all protocols, shards, 0.1-11 M parameters) took 0.88 to 1.10
-of the plan. A mixture's fixed time is from 28 such rows with 4 to 32 experts.
-
-Of a measured CPU (`MEASURED_CONSTANTS`, `MUON_COSTS`) the same fit was made against its profile's
-rates: 36 rows of one thread (2-6 blocks, width 64-384, sequence 64-512, microbatch 2-16) on a
-machine with AMX, in fp32 as it is and held to AVX2 (rates 188 and 109 GFLOP/s, met with 4.7 %, 0.86
-to 1.16) and in bf16 (5.2 %, 0.89 to 1.12); updates within 0.77 to 1.16.
+`MEASURED_CONSTANTS` and `MUON_COSTS` are shares of a CPU's measured rates, by the same fit: 36 rows
+of one thread (2-6 blocks, width 64-384, sequence 64-512, microbatch 2-16) on a machine with AMX, in
+fp32 as it is and held to AVX2 (188 and 109 GFLOP/s, met with 4.7 %, 0.86 to 1.16) and in bf16 (5.2
+%, 0.89 to 1.12); updates within 0.77 to 1.16.
 """
 
 from __future__ import annotations
@@ -28,6 +23,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import Run
@@ -43,7 +39,7 @@ MUON_ITERATIONS = 5
 """Newton-Schulz iterations of an orthogonalisation (Jordan 2024)."""
 
 MUON_PEAK_SHARE = 0.88
-"""Share of the bf16 peak that they reach on a CPU (192 to 768 wide: 0.76 to 0.98)."""
+"""Share of the bf16 peak that its products reach on a CPU (192 to 768 wide: 0.76 to 0.98)."""
 
 CONTENTION = 0.03
 """All cores of a host busy with ranks: each is this much slower (measured: -5 to 3 %)."""
@@ -63,15 +59,11 @@ PAGE_FAULT_S_PER_BYTE = 0.5e-9
 class DeviceConstants:
     """Constants of one (device, precision). Shares are of the cluster's nominal figures."""
 
-    matrix_share: float
-    """Share of peak that large matrix products reach."""
-    half_speed_rows: float = 0.0
-    """Rows of a microbatch at which a product reaches half of that."""
-    attention_share: float
-    """Speed of causal attention, forward and backward, as a share of the products'."""
+    matrix_share: float  # of peak, that large matrix products reach
+    half_speed_rows: float = 0.0  # rows of a microbatch at which a product reaches half of that
+    attention_share: float  # speed of causal attention, as a share of the products'
     bandwidth_share: float
-    """Share of the bandwidth that element passes reach: of the memory's, or of that of the measured
-    pass (`Cluster.pass_bytes_per_s`)."""
+    """Of element passes: of the memory's bandwidth, or of `Cluster.pass_bytes_per_s`."""
     passes_per_logit: float
     passes_per_weight: float
     passes_per_probability: float = 0.0
@@ -87,7 +79,7 @@ class DeviceConstants:
     """t threads are t / (1 + serial x (t - 1)) as fast as one, where that was not measured."""
     low_factor: float
     high_factor: float
-    """The step takes between low x and high x what is predicted."""
+    """The interval of a prediction."""
 
 
 SELECTIVE_LAYERS = 2.2
@@ -104,111 +96,48 @@ matrix that Muon orthogonalises (fitted on runs of 1 and 2 threads, 0.1 to 11 M 
 STEP_OVERHEAD_S = 2e-3
 """Fixed time of a step: data, tally, records."""
 
+_CPU = partial(DeviceConstants, serial_matrix=0.075, serial_passes=0.2)
+_CPU_FP32 = partial(_CPU, router_s=2.2e-3, expert_s=0.28e-3)
+_CPU_BF16 = partial(_CPU, layer_s=2.4e-3, router_s=2.8e-3, expert_s=0.46e-3)
+_CUDA = partial(
+    DeviceConstants, attention_share=0.38, bandwidth_share=0.7, passes_per_logit=12,
+    passes_per_weight=3,
+)  # fmt: skip
+
 DEVICE_CONSTANTS: Mapping[tuple[str, str], DeviceConstants] = {
-    ("cpu", "fp32"): DeviceConstants(
-        matrix_share=0.99,
-        attention_share=0.74,
-        bandwidth_share=0.193,
-        passes_per_logit=11,
-        passes_per_weight=2.0,
-        passes_per_probability=3.0,
-        layer_s=1.0e-3,
-        router_s=2.2e-3,
-        expert_s=0.28e-3,
-        serial_matrix=0.075,
-        serial_passes=0.2,
-        low_factor=0.85,
+    ("cpu", "fp32"): _CPU_FP32(
+        matrix_share=0.99, attention_share=0.74, bandwidth_share=0.193, passes_per_logit=11,
+        passes_per_weight=2.0, passes_per_probability=3.0, layer_s=1.0e-3, low_factor=0.85,
         high_factor=1.35,
     ),
-    ("cpu", "bf16"): DeviceConstants(
-        matrix_share=0.92,
-        attention_share=0.71,
-        bandwidth_share=0.54,
-        passes_per_logit=23,
-        passes_per_weight=2.0,
-        passes_per_probability=5.7,
-        layer_s=2.4e-3,
-        router_s=2.8e-3,
-        expert_s=0.46e-3,
-        serial_matrix=0.075,
-        serial_passes=0.2,
-        low_factor=0.85,
-        high_factor=1.45,
+    ("cpu", "bf16"): _CPU_BF16(
+        matrix_share=0.92, attention_share=0.71, bandwidth_share=0.54, passes_per_logit=23,
+        passes_per_weight=2.0, passes_per_probability=5.7, low_factor=0.85, high_factor=1.45,
     ),
-    ("cuda", "fp32"): DeviceConstants(
-        matrix_share=0.75,
-        half_speed_rows=250,
-        attention_share=0.38,
-        bandwidth_share=0.7,
-        passes_per_logit=12,
-        passes_per_weight=3,
-        layer_s=1.5e-3,
-        low_factor=0.65,
-        high_factor=1.7,
+    ("cuda", "fp32"): _CUDA(
+        matrix_share=0.75, half_speed_rows=250, layer_s=1.5e-3, low_factor=0.65, high_factor=1.7
     ),
-    ("cuda", "bf16"): DeviceConstants(
-        matrix_share=0.57,
-        half_speed_rows=690,
-        attention_share=0.38,
-        bandwidth_share=0.7,
-        passes_per_logit=12,
-        passes_per_weight=3,
-        layer_s=2.1e-3,
-        low_factor=0.7,
-        high_factor=1.6,
+    ("cuda", "bf16"): _CUDA(
+        matrix_share=0.57, half_speed_rows=690, layer_s=2.1e-3, low_factor=0.7, high_factor=1.6
     ),
-}
-"""See the file's header; cuda fp32 is a guess between the two."""
+}  # fmt: skip
 
 MEASURED_CONSTANTS: Mapping[str, DeviceConstants] = {
-    "fp32": DeviceConstants(
-        matrix_share=0.95,
-        attention_share=0.37,
-        bandwidth_share=0.08,
-        passes_per_logit=6.4,
-        passes_per_weight=0.94,
-        passes_per_probability=1.5,
-        layer_s=0.79e-3,
-        router_s=2.2e-3,
-        expert_s=0.28e-3,
-        serial_matrix=0.075,
-        serial_passes=0.2,
-        low_factor=0.8,
+    "fp32": _CPU_FP32(
+        matrix_share=0.95, attention_share=0.37, bandwidth_share=0.08, passes_per_logit=6.4,
+        passes_per_weight=0.94, passes_per_probability=1.5, layer_s=0.79e-3, low_factor=0.8,
         high_factor=1.35,
     ),
-    "bf16": DeviceConstants(
-        matrix_share=0.83,
-        attention_share=0.2,
-        bandwidth_share=0.074,
-        passes_per_logit=6.0,
-        passes_per_weight=2.15,
-        passes_per_probability=0.65,
-        layer_s=2.4e-3,
-        router_s=2.8e-3,
-        expert_s=0.46e-3,
-        serial_matrix=0.075,
-        serial_passes=0.2,
-        low_factor=0.75,
-        high_factor=1.45,
+    "bf16": _CPU_BF16(
+        matrix_share=0.83, attention_share=0.2, bandwidth_share=0.074, passes_per_logit=6.0,
+        passes_per_weight=2.15, passes_per_probability=0.65, low_factor=0.75, high_factor=1.45,
     ),
-    "emulated": DeviceConstants(
-        matrix_share=1.15,
-        attention_share=1.7,
-        bandwidth_share=0.074,
-        passes_per_logit=6.0,
-        passes_per_weight=2.15,
-        passes_per_probability=0.65,
-        layer_s=2.4e-3,
-        router_s=2.8e-3,
-        expert_s=0.46e-3,
-        serial_matrix=0.075,
-        serial_passes=0.2,
-        low_factor=0.6,
-        high_factor=1.8,
+    "emulated": _CPU_BF16(
+        matrix_share=1.15, attention_share=1.7, bandwidth_share=0.074, passes_per_logit=6.0,
+        passes_per_weight=2.15, passes_per_probability=0.65, low_factor=0.6, high_factor=1.8,
     ),
-}
-"""Of a CPU whose rates were measured, as shares of them: the header says how they were obtained.
-Emulated: a precision without instructions, whose products are slower than fp32's."""
+}  # fmt: skip
+"""Emulated: a precision without instructions, whose products are slower than fp32's."""
 
 
 @dataclass(frozen=True)
@@ -284,23 +213,17 @@ def microbatch_cost(
         routers += (blocks + recomputed_blocks / 3) * is_moe
         active_weights += blocks * block_weights(model, is_moe)
         recomputed_weights += recomputed_blocks * block_weights(model, is_moe)
-        elements += blocks * (
-            stream_passes * model.width + hidden_passes * hidden_width(model, is_moe)
-        )
+        hidden_elements = hidden_passes * hidden_width(model, is_moe)
+        elements += blocks * (stream_passes * model.width + hidden_elements)
     head_weights = vocabulary * model.width if ranges[-1].has_head else 0
-    mean_keys = keys_per_query(run.data.sequence, device)
-    keys = min(mean_keys, model.window) if model.window else mean_keys
+    window, half_sequence = model.window or math.inf, run.data.sequence / 2
+    keys = min(keys_per_query(run.data.sequence, device), window)
     flops_per_key = 12.0 * split_tokens * layers * model.query_width
     matrix_flops = 6.0 * split_tokens * (active_weights + head_weights)
     # A second forward of some blocks: a third of forward and backward, products only when full.
-    recompute_factor = 1.0 + recomputed_layers / layers / 3
-    selective_layers = (
-        recomputed_layers if run.memory.recompute == "selective" and device == "cpu" else 0
-    )
-    recompute_flops = (
-        2.0 * split_tokens * recomputed_weights if run.memory.recompute == "full" else 0.0
-    )
-    half_sequence = run.data.sequence / 2
+    recompute, recompute_factor = run.memory.recompute, 1.0 + recomputed_layers / layers / 3
+    selective_layers = recomputed_layers * (recompute == "selective" and device == "cpu")
+    recompute_flops = 2.0 * split_tokens * recomputed_weights * (recompute == "full")
     return MicrobatchCost(
         tokens=tokens,
         layers=layers * recompute_factor + selective_layers * SELECTIVE_LAYERS,
@@ -313,13 +236,11 @@ def microbatch_cost(
         weights=(active_weights + head_weights) / layout.tensor
         + _inactive_weights(run, ranges, layout),
         probabilities=split_tokens * layers * model.heads * keys,
-        flops=matrix_flops
-        + flops_per_key * (min(half_sequence, model.window) if model.window else half_sequence),
+        flops=matrix_flops + flops_per_key * min(half_sequence, window),
     )
 
 
 def all_layers(run: Run) -> LayerRange:
-    """All layers as one part."""
     return LayerRange(0, run.model.layers, True, True)
 
 
@@ -335,12 +256,10 @@ def block_counts(run: Run, layer_ranges: Sequence[LayerRange]) -> list[tuple[boo
             stop = max(start, layer_range.stop if is_moe else min(layer_range.stop, dense_layers))
             blocks += stop - start
             recomputed_blocks += -(-stop // recompute_every) - -(-start // recompute_every)
-        counts.append((is_moe, blocks, recomputed_blocks if run.memory.recompute != "none" else 0))
-    return [
-        (is_moe, blocks, recomputed_blocks)
-        for is_moe, blocks, recomputed_blocks in counts
-        if blocks
-    ]
+        if blocks:
+            is_recomputed = run.memory.recompute != "none"
+            counts.append((is_moe, blocks, recomputed_blocks * is_recomputed))
+    return counts
 
 
 def hidden_width(model: ModelSettings, is_moe: bool) -> int:
@@ -351,7 +270,7 @@ def hidden_width(model: ModelSettings, is_moe: bool) -> int:
 
 
 def block_weights(model: ModelSettings, is_moe: bool) -> int:
-    """Weights of a block that a token meets."""
+    """Weights of a block that a token is multiplied with."""
     attention = 2 * model.width * (model.query_width + model.kv_width)
     router = model.moe.experts * model.width if is_moe else 0
     mlp_matrices = 3 if model.mlp == "gated" else 2
@@ -359,42 +278,32 @@ def block_weights(model: ModelSettings, is_moe: bool) -> int:
 
 
 def _inactive_weights(run: Run, layer_ranges: Sequence[LayerRange], layout: Layout) -> float:
-    """Weights of experts on one rank beyond those that a token meets."""
-    model, blocks_by_kind = (
-        run.model,
-        dict((is_moe, n) for is_moe, n, _ in block_counts(run, layer_ranges)),
-    )
+    """Weights of experts on one rank beyond those that a token is multiplied with."""
+    model = run.model
+    moe_blocks = sum(is_moe * blocks for is_moe, blocks, _ in block_counts(run, layer_ranges))
     expert_weights = (3 if model.mlp == "gated" else 2) * model.width * model.expert_width
     inactive_experts = model.moe.experts / layout.expert - model.moe.active / layout.tensor
-    return blocks_by_kind.get(True, 0) * expert_weights * inactive_experts
+    return moe_blocks * expert_weights * inactive_experts
 
 
 def keys_per_query(length: int, device: str) -> float:
-    """Keys that a causal query meets on average: half, and half a chunk where chunks are whole.
-
-    Up to CHUNKED_UP_TO positions, CPU attention takes chunks of queries against the keys up to the
-    chunk's end and keeps the probabilities (model/attention.py).
-    """
+    """Keys that a causal query is multiplied with on average: half of the sequence; on a CPU, up to
+    CHUNKED_MAX_LENGTH positions, those up to the end of the query's chunk (model/attention.py)."""
     if device != "cpu" or length > CHUNKED_MAX_LENGTH:
         return length / 2
-    starts = range(0, length, ATTENTION_CHUNK)
-    total_keys = sum(
-        min(length, start + ATTENTION_CHUNK) * (min(length, start + ATTENTION_CHUNK) - start)
-        for start in starts
-    )
-    return total_keys / length
+    chunks = [
+        (start, min(length, start + ATTENTION_CHUNK)) for start in range(0, length, ATTENTION_CHUNK)
+    ]
+    return sum(stop * (stop - start) for start, stop in chunks) / length
 
 
 def device_constants(cluster: Cluster, precision: str) -> DeviceConstants:
     """The constants of these devices; fp16 and fp8 have bf16's, whose elements they share."""
+    element = "fp32" if precision == "fp32" else "bf16"
     if cluster.measured and cluster.device == "cpu":
         is_emulated = cluster.flops(precision) < cluster.flops_fp32
-        return MEASURED_CONSTANTS[
-            "fp32" if precision == "fp32" else "emulated" if is_emulated else "bf16"
-        ]
-    return DEVICE_CONSTANTS[
-        DEVICES[cluster.device].cost_model, "fp32" if precision == "fp32" else "bf16"
-    ]
+        return MEASURED_CONSTANTS["emulated" if element == "bf16" and is_emulated else element]
+    return DEVICE_CONSTANTS[DEVICES[cluster.device].cost_model, element]
 
 
 def microbatch_s(
@@ -417,17 +326,16 @@ def microbatch_s(
     dispatch = cluster.operator_s / REFERENCE_OPERATOR_S if cluster.operator_s else 1.0
     # Not measured: as far from fp8's peak as from bf16's, the head's product too.
     fp8_gain = cluster.flops_fp8 / cluster.flops_bf16 if precision == "fp8" else 1.0
+    dispatch *= (
+        constants.layer_s * cost.layers
+        + constants.router_s * cost.routers
+        + constants.expert_s * cost.experts
+    )
     return {
         "matrices": cost.matrix_flops / (speed * fp8_gain),
         "attention": cost.attention_flops / (constants.attention_share * speed),
         "elementwise": passes * element_bytes / bandwidth,
-        "dispatch": dispatch
-        * (
-            constants.layer_s * cost.layers
-            + constants.router_s * cost.routers
-            + constants.expert_s * cost.experts
-        )
-        + _thread_wake_s(LAYER_REGIONS * cost.layers, threads, cluster),
+        "dispatch": dispatch + _thread_wake_s(LAYER_REGIONS * cost.layers, threads, cluster),
     }
 
 
@@ -461,10 +369,8 @@ def update_s(
 
 def _muon_s(run: Run, cluster: Cluster, threads: int, group: MuonGroup) -> float:
     """Seconds of the orthogonalisations that fall to one rank."""
-    constants, product_precision = (
-        device_constants(cluster, run.run.precision),
-        muon_precision(run.run.precision, cluster),
-    )
+    constants = device_constants(cluster, run.run.precision)
+    product_precision = muon_precision(run.run.precision, cluster)
     share = MUON_PEAK_SHARE if cluster.device == "cpu" else matrix_share(cluster, product_precision)
     seconds = 0.0
     if cluster.measured:
@@ -491,9 +397,8 @@ def contention(cluster: Cluster, processes_per_host: int, threads: int) -> float
         return 1.0
     busy_threads = processes_per_host * threads
     sharing_cost = CONTENTION * min(1.0, (processes_per_host - 1) / max(1, cluster.cores - 1))
-    crowding_factor = (
-        OVERSUBSCRIPTION * busy_threads / cluster.cores if busy_threads > cluster.cores else 1.0
-    )
+    is_crowded = busy_threads > cluster.cores
+    crowding_factor = OVERSUBSCRIPTION * busy_threads / cluster.cores if is_crowded else 1.0
     return (1 + sharing_cost) * crowding_factor
 
 
@@ -519,7 +424,6 @@ def page_fault_s(cluster: Cluster, buffer_bytes: float, buffers: int) -> float:
 
 
 def _thread_wake_s(regions: float, threads: int, cluster: Cluster) -> float:
-    """Time to wake a rank's threads for so many operators."""
     return regions * cluster.region_s if threads > 1 else 0.0
 
 
@@ -543,16 +447,15 @@ def _slowdown(serial_share: float, gain: float, threads: int, cluster: Cluster) 
 
 @dataclass(frozen=True)
 class MuonGroup:
-    """Muon's matrices that one group of ranks shares: the most operations and elements of one rank,
-    elements of all, matrices of one rank, and whether ranks hold parts of them (`is_sharded`)."""
+    """Muon's matrices that one group of ranks shares."""
 
     axes: tuple[str, ...]
     ranks: int
-    is_sharded: bool
-    flops: float
-    elements: int
+    is_sharded: bool  # whether ranks hold parts of each matrix, or the same matrices
+    flops: float  # of the rank with most
+    elements: int  # of the rank with most
     all_elements: int
-    matrices: int
+    matrices: int  # of one rank
 
 
 def muon_groups(
@@ -577,19 +480,14 @@ def muon_groups(
         ranks = math.prod(getattr(layout, axis) for axis in axes)
         flops, elements = max_rank_load(shapes, ranks)
         rank_matrices = -(-sum(shape[0] for shape in shapes) // ranks)
-        groups.append(
-            MuonGroup(
-                axes, ranks, is_sharded, flops, elements, sum(map(math.prod, shapes)), rank_matrices
-            )
-        )
+        total = sum(map(math.prod, shapes))
+        groups.append(MuonGroup(axes, ranks, is_sharded, flops, elements, total, rank_matrices))
     return groups
 
 
 def max_rank_load(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[float, int]:
-    """Stacks of matrices dealt dearest first to the least loaded (optim/muon.py, `deal`).
-
-    Returns the most (operations, elements) that one rank gets.
-    """
+    """The most (operations, elements) that one rank gets of stacks of matrices, if the largest
+    goes first to the rank with least (optim/muon.py, `assign_owners`)."""
     heap = [(0.0, rank, 0) for rank in range(min(ranks, len(shapes)))]
     for shape in sorted(shapes, key=newton_schulz_flops, reverse=True):
         flops, rank, elements = heap[0]
@@ -601,10 +499,7 @@ def max_rank_load(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[float,
 def newton_schulz_flops(shape: tuple[int, ...]) -> float:
     """Operations of Muon's orthogonalisation of a stack [matrices, rows, columns ...]: 5 times
     X Xt, its square and a product with X."""
-    matrices, rows, columns = shape[0], shape[1], math.prod(shape[2:])
-    short_side, long_side = min(rows, columns), max(rows, columns)
-    return (
-        matrices
-        * MUON_ITERATIONS
-        * (4.0 * short_side * short_side * long_side + 2.0 * short_side**3)
-    )
+    matrices, *sides = shape[0], shape[1], math.prod(shape[2:])
+    short_side, long_side = min(sides), max(sides)
+    products = 4.0 * short_side * short_side * long_side + 2.0 * short_side**3
+    return matrices * MUON_ITERATIONS * products

@@ -1,11 +1,8 @@
 """Bytes of one rank, item by item: state that stays, and what the worst moment of a step adds.
 
-State is counted from the table of tensors and is exact: the ranks' bytes add up to the whole.
-Activations are counted block by block (`activations.py`). Bytes allocated
-at the peak were met within 1 % for six runs of 0.1 to 11 M parameters (torch's profiler, one
-process, fp32 and bf16). Not here: the process itself (interpreter, torch), which is
-`OVERHEAD_BYTES` and stands beside the state, not in it. Traded away: what glibc's allocator wastes
-is one measured formula (`slack_bytes`); CUDA's is left to `USABLE_MEMORY_SHARE`.
+State is counted from the table of tensors and is exact: the ranks' bytes add up to the whole. Peaks
+were met within 1 % for six runs of 0.1 to 11 M parameters (torch's profiler, one process, fp32 and
+bf16). The process itself (interpreter, torch) is `OVERHEAD_BYTES`, beside these.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ MAX_EXACT_RANKS = 256
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of the worst rank. `state` always; of `phases` only the largest counts."""
+    """Bytes of the fullest rank: `state`, and of `phases` the largest."""
 
     state: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
@@ -67,7 +64,6 @@ class RankMemory:
 
     @property
     def peak_items(self) -> dict[str, int]:
-        """What is alive at the peak; adds up to `total_bytes`."""
         live_items = {**self.state, **self.phases[self.peak_phase]}
         return {name: size for name, size in live_items.items() if size}
 
@@ -93,7 +89,8 @@ class SyncChoice:
 
 @dataclass(frozen=True)
 class PartialSumCounts:
-    """Partial sums of the canonical tree: most held at once, held at a step's end, in all."""
+    """Partial sums of the canonical tree: the most that a worker holds at once, those at a step's
+    end, and those of all workers together."""
 
     peak: int
     final: int
@@ -254,29 +251,20 @@ class _RankMemoryModel:
         earlier_gradients = sums.peak - 1 if is_canonical else int(has_several and keeps_gradients)
         # Gradients of this backward need room of their own, unless earlier ones take them in.
         growth_bytes = grad_bytes if is_canonical or not earlier_gradients else 0
-        unreduced_bytes, gathered_bytes = (
-            self._unreduced_bytes(full_grad_bytes, has_several, *unit_sizes),
-            self._gathered_bytes(*unit_sizes),
-        )
+        unreduced_bytes = self._unreduced_bytes(full_grad_bytes, has_several, *unit_sizes)
+        gathered_bytes = self._gathered_bytes(*unit_sizes)
         cast_bytes = 0 if self._fsdp_casts else full_grad_bytes // 2
         for point, layer_range in rank_backward_points(
             run, self.device, layout, self.layer_ranges, in_flight
         ):
+            done, work_items = point.fraction_done, _block_items(run, layout, layer_range)
             yield {
-                "gradients": int(
-                    earlier_gradients * grad_bytes + growth_bytes * point.fraction_done
-                ),
+                "gradients": int(earlier_gradients * grad_bytes + growth_bytes * done),
                 "gradients to reduce": unreduced_bytes,
                 "gathered parameters": gathered_bytes,
                 "activations": point.live_bytes,
-                **(
-                    self._loss_items(in_flight)
-                    if point.is_loss
-                    else _block_items(run, layout, layer_range)
-                ),
-                "bf16 weights": int(
-                    cast_bytes * cast_share(run, point.fraction_done, max(in_flight))
-                ),
+                **(self._loss_items(in_flight) if point.is_loss else work_items),
+                "bf16 weights": int(cast_bytes * cast_share(run, done, max(in_flight))),
             }
 
     @property
@@ -286,19 +274,19 @@ class _RankMemoryModel:
 
     @property
     def _has_peer_backup(self) -> bool:
-        """Whether the state of an island that is cut is kept once more in this device's memory, the
-        host's: checkpoint/peer_backup.py."""
+        """Whether copies of the state of a cut island are in the host's memory, which is this
+        device's (checkpoint/peer_backup.py)."""
         is_sharded = self.layout.size > self.layout.island and self.device == "cpu"
         return is_sharded and self.run.fault.recover and self.run.fault.copy_every > 0
 
     @property
     def _uses_fsdp(self) -> bool:
-        """Whether FSDP2 stands between parameters and modules (for offload, on one rank too)."""
+        """Whether FSDP2 holds the parameters (for offload on one rank too)."""
         return self.layout.shard > 1 or self.run.memory.offload != "none"
 
     @property
     def _fsdp_casts(self) -> bool:
-        """Whether it gathers them in the type of products, so that nothing else casts them."""
+        """Whether FSDP2 gathers in the type of products, so that autocast has nothing to cast."""
         return self._uses_fsdp and gathers_param_dtype(self.run, self.zero)
 
     def _in_flight(self) -> list[int]:
@@ -319,20 +307,18 @@ class _RankMemoryModel:
         or those of one unit."""
         if self._keeps_full_gradients:
             return 0
-        return (
-            full_grad_bytes
-            if has_several and self.zero == 1
-            else max(rest_bytes, block_bytes // block_count)
-        )
+        if has_several and self.zero == 1:
+            return full_grad_bytes
+        return max(rest_bytes, block_bytes // block_count)
 
     def _gathered_bytes(self, rest_bytes: int, block_bytes: int, block_count: int) -> int:
         """Parameters gathered by FSDP2 at once: all, or (zero 3) two blocks and the rest."""
         if not self._uses_fsdp:
             return 0
-        unit_bytes = rest_bytes + (
-            block_bytes * min(2, block_count) // block_count if self.zero == 3 else block_bytes
-        )
-        return unit_bytes * element_bytes(self.run) // FP32 if self._fsdp_casts else unit_bytes
+        if self.zero == 3:
+            block_bytes = block_bytes * min(2, block_count) // block_count
+        size = rest_bytes + block_bytes
+        return size * element_bytes(self.run) // FP32 if self._fsdp_casts else size
 
     def _flat_bytes(self) -> int:
         """The largest flat buffer in which gradients are summed inside the island."""
@@ -342,7 +328,7 @@ class _RankMemoryModel:
     def _loss_items(self, in_flight: Sequence[int]) -> dict[str, int]:
         """The larger of the logits at the loss and what the last block's backward works with.
 
-        A schedule that runs several forwards first keeps what their losses' backwards need."""
+        A schedule that runs several forwards first keeps what the backward of each loss needs."""
         run, layout = self.run, self.layout
         if run.model.is_classifier:
             return {"backward temporaries": classifier.temporary_bytes(run)}
@@ -362,8 +348,8 @@ class _RankMemoryModel:
         return {"logits": logits} if logits >= sum(block_items.values()) else block_items
 
     def _slack_bytes(self) -> int:
-        """CPU: resident bytes beside what is allocated; 0 on CUDA, where allocated bytes are
-        meant."""
+        """CPU: resident bytes beside the allocated ones; 0 on accelerators, of which the allocated
+        ones are meant."""
         if self.device != "cpu":
             return 0
         rank_bytes = SLACK_RANKS_BYTES if self.layout.size > 1 else 0
@@ -397,12 +383,10 @@ def cast_share(run: Run, fraction_done: float, in_flight: int = 1) -> float:
     in flight keeps copies of its own."""
     layers, memory = run.model.layers, run.memory
     recomputed_blocks = -(-layers // memory.recompute_every) if memory.recompute != "none" else 0
+    if run.run.precision == "fp32":
+        return 0.0
     share = 1.0 - max(0, recomputed_blocks - 1) / layers if fraction_done else 1.0
-    return (
-        share + (in_flight - 1) * (1 - recomputed_blocks / layers)
-        if run.run.precision != "fp32"
-        else 0.0
-    )
+    return share + (in_flight - 1) * (1 - recomputed_blocks / layers)
 
 
 def fsdp_unit_bytes(
@@ -417,11 +401,7 @@ def fsdp_unit_bytes(
             block_bytes += padded_bytes
         else:
             rest_bytes += padded_bytes
-    return (
-        rest_bytes,
-        block_bytes,
-        sum(layer_range.stop - layer_range.start for layer_range in layer_ranges),
-    )
+    return rest_bytes, block_bytes, sum(r.stop - r.start for r in layer_ranges)
 
 
 def grad_reduce_elements(
@@ -430,8 +410,8 @@ def grad_reduce_elements(
     layer_ranges: Sequence[LayerRange] | None,
     coords: Mapping[str, int],
 ) -> dict[tuple[str, ...], int]:
-    """Elements of gradients that the rank at `coords` sums inside its island, by the axes it sums
-    them over (TensorSpec.summed)."""
+    """Elements of gradients that the rank at `coords` sums inside its island, by the axes of each
+    sum."""
     elements_by_axes: dict[tuple[str, ...], int] = {}
     for tensors in count_tensors(specs).rank_tensors(layout, coords, layer_ranges):
         if axes := tensors.spec.grad_reduce_axes(layout):
@@ -441,15 +421,13 @@ def grad_reduce_elements(
 
 def _block_items(run: Run, layout: Layout, layer_range: LayerRange) -> dict[str, int]:
     """What a block's backward works with."""
-    hidden_features = (
-        hidden_width(run.model, run.model.is_moe(layer_range.stop - 1)) / layout.tensor
-    )
-    tokens = tokens_per_rank(run, layout)
-    return {"backward temporaries": int(FP32 * tokens * (hidden_features + run.model.width))}
+    model, tokens = run.model, tokens_per_rank(run, layout)
+    hidden_features = hidden_width(model, model.is_moe(layer_range.stop - 1)) / layout.tensor
+    return {"backward temporaries": int(FP32 * tokens * (hidden_features + model.width))}
 
 
 def _buffer_bytes(run: Run, layout: Layout, sync: SyncChoice, grad_bytes: int) -> int:
-    """Flat buffers while ranks agree on a gradient of `mine` bytes (dist/tree_all_reduce.py)."""
+    """Flat buffers of the exchange of a gradient of `grad_bytes` (dist/tree_all_reduce.py)."""
     if run.data.placement == "replicate" or layout.dp_size == 1 or sync.protocol == "none":
         return 0
     if sync.protocol == "allreduce":

@@ -1,10 +1,10 @@
-"""What ranks agree on and how: protocol, bytes between islands, and the time of all messages.
+"""The protocol between islands, the bytes that it sends, and the time of all messages.
 
-W members agree on n elements of e bytes: the exchange sends (W-1)/W x n x e for each canonical
+W members that sum n elements of e bytes: the exchange sends (W-1)/W x n x e for each canonical
 subtree of a rank's range and once more for the gather; the fused all-reduce 2 (W-1)/W x n x 4
-(Thakur et al. 2005). Bytes of the axes inside an island are counted in `wires.py`. Latency and
-bandwidth are two numbers per link (Hockney 1994); r ranks of a group on a host see r times one
-rank's network. Not here: congestion, and overlap on CPU, where messages need the same cores.
+(Thakur et al. 2005). Latency and bandwidth are two numbers per link (Hockney 1994); r ranks of a
+group on a host see r times one rank's network. Congestion is left out, and overlap on a CPU, where
+messages need the same cores.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ from cordee.planner.compute_cost import (
     muon_groups,
     page_fault_s,
 )
-from cordee.planner.memory import (
-    PartialSumCounts,
-    SyncChoice,
-    grad_reduce_elements,
-    partial_sum_counts,
-)
+from cordee.planner.memory import SyncChoice, grad_reduce_elements, partial_sum_counts
 from cordee.planner.traffic import (
     context_axis_bytes,
     expert_axis_bytes,
@@ -67,7 +62,7 @@ GRADIENTS_ITEM = "gradients"
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes that one rank sends in a step, by item, and seconds that are not hidden."""
+    """Bytes that one rank sends in a step, and seconds that computation does not hide, by item."""
 
     sent_bytes: Mapping[str, int]
     seconds: Mapping[str, float]
@@ -75,8 +70,8 @@ class StepTraffic:
 
 @dataclass(frozen=True)
 class RankLoad:
-    """What a rank does in a step: the layers it holds, how it shards (zero), and the seconds that
-    it computes, behind which messages can hide."""
+    """The layers that a rank holds, how it shards (zero), and the seconds that it computes in a
+    step, behind which messages can hide."""
 
     layer_ranges: Sequence[LayerRange]
     zero: int = 1
@@ -116,48 +111,32 @@ def step_traffic(
 ) -> StepTraffic:
     """What the busiest rank sends in a step, and the seconds that computation does not hide."""
     tensor_counts, load = count_tensors(specs), load or RankLoad(layer_ranges=[all_layers(run)])
-    sent_bytes: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    sums = (
-        partial_sum_counts(run, layout)
-        if sync.is_canonical
-        else PartialSumCounts(1, 1, layout.dp_size)
-    )
-    sent_bytes[GRADIENTS_ITEM] = gradient_bytes(
-        tensor_counts, layout, sync, run, sums.final, load.layer_ranges
-    )
-    grad_bytes = FP32 * _sync_elements(tensor_counts, layout, sync, load.layer_ranges)
-    seconds["agree"] = _sync_s(run, layout, sync, cluster, grad_bytes, sent_bytes[GRADIENTS_ITEM])
+    ranges = load.layer_ranges
+    sums = partial_sum_counts(run, layout).final if sync.is_canonical else 1
+    size = gradient_bytes(tensor_counts, layout, sync, run, sums, ranges)
+    grad_bytes = FP32 * _sync_elements(tensor_counts, layout, sync, ranges)
+    sent_bytes = {GRADIENTS_ITEM: size}
+    seconds = {"agree": _sync_s(run, layout, sync, cluster, grad_bytes, size)}
     if layout.shard > 1:
         gathered_bytes, reduced_bytes, collectives = fsdp_bytes(
-            run, tensor_counts, layout, load.layer_ranges, load.zero, sync.is_canonical
+            run, tensor_counts, layout, ranges, load.zero, sync.is_canonical
         )
-        sent_bytes["parameters gathered"], sent_bytes["gradients reduced"] = (
-            gathered_bytes,
-            reduced_bytes,
-        )
-        seconds["shard"] = _fsdp_s(
-            run, layout, cluster, gathered_bytes + reduced_bytes, collectives, load
-        )
+        size = gathered_bytes + reduced_bytes
+        sent_bytes |= {"parameters gathered": gathered_bytes, "gradients reduced": reduced_bytes}
+        seconds["shard"] = _fsdp_s(run, layout, cluster, size, collectives, load)
     for name, size, messages in _activation_messages(run, tensor_counts, layout, load):
         sent_bytes[name] = size
         overlaps = name == "pipeline" or (name == "context" and run.layout.attention == "ring")
         hidden_share = OVERLAP_SHARE if overlaps and cluster.device != "cpu" else 0.0
         seconds[name] = (1 - hidden_share) * _activation_s(layout, cluster, name, size, messages)
-    if reduce_bytes := grad_reduce_bytes(tensor_counts, layout, load.layer_ranges, ORIGIN):
-        sent_bytes["gradients summed"] = reduce_bytes
-        seconds["gradients summed"] = _grad_reduce_s(
-            tensor_counts, layout, cluster, load.layer_ranges
-        )
-    if muon_sharing := [
-        group
-        for group in muon_groups(run, tensor_counts, layout, load.layer_ranges)
-        if group.ranks > 1
-    ]:
-        sent_bytes["updates shared"] = sum(map(_muon_bytes, muon_sharing))
-        seconds["updates shared"] = sum(
-            _muon_message_s(layout, cluster, group) for group in muon_sharing
-        )
+    sums_by_axes = grad_reduce_elements(tensor_counts, layout, ranges, ORIGIN)
+    sent_bytes["gradients summed"] = grad_reduce_bytes(tensor_counts, layout, ranges, ORIGIN)
+    seconds["gradients summed"] = math.fsum(
+        _all_reduce_s(layout, cluster, axes, FP32 * n) for axes, n in sums_by_axes.items()
+    )
+    groups = [g for g in muon_groups(run, tensor_counts, layout, ranges) if g.ranks > 1]
+    sent_bytes["updates shared"] = sum(map(_muon_bytes, groups))
+    seconds["updates shared"] = sum(_muon_message_s(layout, cluster, group) for group in groups)
     return StepTraffic(
         {k: v for k, v in sent_bytes.items() if v}, {k: v for k, v in seconds.items() if v}
     )
@@ -172,7 +151,7 @@ def gradient_bytes(
     layer_ranges: Sequence[LayerRange] | None = None,
 ) -> int:
     """Bytes of gradients that a rank which holds `layer_ranges` and has so many canonical subtrees
-    sends to other islands (canonical: to all workers), as it counts them."""
+    sends to other islands (canonical: to all workers), as the run counts them."""
     if run.data.placement == "replicate":
         return 8 * (layout.island - 1)
     elements = _sync_elements(count_tensors(specs), layout, sync, layer_ranges)
@@ -191,10 +170,9 @@ def _sync_elements(
     sync: SyncChoice,
     layer_ranges: Sequence[LayerRange] | None,
 ) -> int:
-    """Elements of the gradient that a rank brings to the agreement."""
-    return tensor_counts.rank_elements(
-        layout, ORIGIN, layer_ranges, "tensor" if sync.is_canonical else "shard"
-    )
+    """Elements of the gradient that a rank sums with other islands."""
+    last_axis = "tensor" if sync.is_canonical else "shard"
+    return tensor_counts.rank_elements(layout, ORIGIN, layer_ranges, last_axis)
 
 
 def subtree_count(run: Run, layout: Layout, sync: SyncChoice, dp_rank: int) -> int:
@@ -216,7 +194,7 @@ def split_microbatches(run: Run, layout: Layout) -> list[range]:
 
 @dataclass(frozen=True)
 class _GroupLink:
-    """What one rank of a group sees: the slowest link and the share that crosses it."""
+    """Latency and bandwidth as one rank of a group sees them, on the group's slowest link."""
 
     latency_s: float
     ring_s: float
@@ -242,18 +220,15 @@ def _group_link(cluster: Cluster, layout: Layout, axes: Sequence[str]) -> _Group
     ring_bytes_per_s = min(link, local_members * cluster.network_bytes_per_s)
     # Direct messages: (hosts-1)/hosts of the bytes cross the rank's own network card.
     remote_share = (hosts - 1) / hosts
-    direct_bytes_per_s = 1 / (
-        remote_share / cluster.network_bytes_per_s + (1 - remote_share) / link
-    )
-    return _GroupLink(
-        max(cluster.link_s, cluster.network_s), hop_s, ring_bytes_per_s, direct_bytes_per_s
-    )
+    direct_s_per_byte = remote_share / cluster.network_bytes_per_s + (1 - remote_share) / link
+    latency_s = max(cluster.link_s, cluster.network_s)
+    return _GroupLink(latency_s, hop_s, ring_bytes_per_s, 1 / direct_s_per_byte)
 
 
 def _sync_s(
     run: Run, layout: Layout, sync: SyncChoice, cluster: Cluster, grad_bytes: int, sent_bytes: int
 ) -> float:
-    """Seconds until all ranks hold the sum of gradients of which each brings `grad_bytes` bytes."""
+    """Seconds until all ranks hold the sum of gradients of `grad_bytes` each."""
     if not sent_bytes:
         return 0.0
     if run.data.placement == "replicate":
@@ -277,26 +252,8 @@ def _all_reduce_s(layout: Layout, cluster: Cluster, axes: Sequence[str], size: i
     link = _group_link(cluster, layout, axes)
     members: int = math.prod(getattr(layout, axis) for axis in axes)
     sent_bytes = 2 * (members - 1) / members * size
-    pass_s = 2 * size / cluster.memory_bytes_per_s
-    return (
-        2 * link.ring_s
-        + sent_bytes / link.ring_bytes_per_s
-        + pass_s
-        + page_fault_s(cluster, size, 1)
-    )
-
-
-def _grad_reduce_s(
-    tensor_counts: TensorCounts,
-    layout: Layout,
-    cluster: Cluster,
-    layer_ranges: Sequence[LayerRange],
-) -> float:
-    """Seconds of the sums inside an island."""
-    sums = grad_reduce_elements(tensor_counts, layout, layer_ranges, ORIGIN)
-    return math.fsum(
-        _all_reduce_s(layout, cluster, axes, FP32 * size) for axes, size in sums.items()
-    )
+    pass_s, fault_s = 2 * size / cluster.memory_bytes_per_s, page_fault_s(cluster, size, 1)
+    return 2 * link.ring_s + sent_bytes / link.ring_bytes_per_s + pass_s + fault_s
 
 
 def _fsdp_s(
@@ -324,47 +281,21 @@ def _activation_messages(
     for is_moe, count, recomputed in block_counts(run, layer_ranges):
         blocks, recomputed_blocks = blocks + count, recomputed_blocks + recomputed
         expert_messages += (4 * count + 2 * recomputed) * is_moe
-    messages = []
+    messages = []  # of one microbatch
     if layout.tensor > 1:
-        sent_bytes = tensor_axis_bytes(run, layout, layer_ranges, tensor_counts.vocabulary)
-        messages.append(
-            (
-                "tensor",
-                microbatches * sent_bytes,
-                microbatches * (8 * blocks + 4 * recomputed_blocks + 6),
-            )
-        )
+        size = tensor_axis_bytes(run, layout, layer_ranges, tensor_counts.vocabulary)
+        messages.append(("tensor", size, 8 * blocks + 4 * recomputed_blocks + 6))
     if layout.context > 1:
         hops = 1 if run.layout.attention == "gather" else layout.context - 1
-        sent_bytes = context_axis_bytes(run, layout, layer_ranges)
-        messages.append(
-            (
-                "context",
-                microbatches * sent_bytes,
-                microbatches * hops * (2 * blocks + recomputed_blocks),
-            )
-        )
+        size = context_axis_bytes(run, layout, layer_ranges)
+        messages.append(("context", size, hops * (2 * blocks + recomputed_blocks)))
     if layout.expert > 1:
-        messages.append(
-            (
-                "expert",
-                microbatches * expert_axis_bytes(run, layout, layer_ranges),
-                microbatches * expert_messages,
-            )
-        )
+        messages.append(("expert", expert_axis_bytes(run, layout, layer_ranges), expert_messages))
     if layout.pipeline > 1:
-        directions = sum(
-            (not layer_range.has_embedding) + (not layer_range.has_head)
-            for layer_range in layer_ranges
-        )
-        messages.append(
-            (
-                "pipeline",
-                microbatches * directions * stage_boundary_bytes(run, layout),
-                microbatches * directions,
-            )
-        )
-    return messages
+        directions = sum((not r.has_embedding) + (not r.has_head) for r in layer_ranges)
+        size = directions * stage_boundary_bytes(run, layout)
+        messages.append(("pipeline", size, directions))
+    return [(axis, microbatches * size, microbatches * count) for axis, size, count in messages]
 
 
 def _activation_s(
@@ -390,9 +321,7 @@ def _muon_bytes(group: MuonGroup) -> int:
     if not group.is_sharded:
         return group.elements * BF16_BYTES * (group.ranks - 1)
     rank_elements, max_elements = group.all_elements // group.ranks, group.elements
-    return (
-        rank_elements - max_elements // group.ranks + max_elements - max_elements // group.ranks
-    ) * BF16_BYTES
+    return BF16_BYTES * (rank_elements + max_elements - 2 * (max_elements // group.ranks))
 
 
 def _muon_message_s(layout: Layout, cluster: Cluster, group: MuonGroup) -> float:

@@ -1,8 +1,7 @@
-"""The plan: layout, split of the batch, protocol and what a step should cost; `make_plan`.
+"""The plan of a run: layout, split of the batch, protocol, and what a step should cost.
 
-A plan is a file: printed by `cordee plan`, written as plan.json by `cordee train`, obeyed by it and
-held against reality at its end. Not here: measuring, or changing what the user wrote; what cannot
-be obeyed is refused with the nearest layout that can.
+`cordee plan` prints it, `cordee train` writes it to plan.json, executes it and compares its
+figures with the run's at the end.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ CPU_SLOWDOWN = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the runtime needs to know before it starts. `split_microbatches` are [start, stop)
-    of each worker's microbatches, in the order of `Layout.dp_rank`; `stages` are [start, stop) of
-    each stage's layers; `zero` is what shards keep whole between uses (layout.zero, settled);
-    `devices` are the islands' kinds of device, where not all are `device`."""
+    """Everything the runtime needs to know before it starts. `splits` are [start, stop) of each
+    worker's microbatches, in the order of `Layout.dp_rank`; `stages` are [start, stop) of each
+    stage's layers; `zero` is layout.zero with "auto" resolved; `devices` are the islands' kinds of
+    device, where not all are `device`."""
 
     layout: Layout
     processes: int
@@ -82,18 +81,14 @@ class Plan:
     def island_microbatches(self) -> list[int]:
         """Microbatches of each island."""
         lengths = [stop - start for start, stop in self.splits]
-        ranks_per_island = self.layout.dp_size // self.layout.island
-        return [
-            sum(lengths[index : index + ranks_per_island])
-            for index in range(0, len(lengths), ranks_per_island)
-        ]
+        workers = self.layout.dp_size // self.layout.island
+        return [sum(lengths[i : i + workers]) for i in range(0, len(lengths), workers)]
 
     def to_json(self) -> str:
         """The plan as one JSON object; `from_json` gives an equal plan back."""
         return json.dumps(self.to_dict(), indent=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values."""
         layout = {axis: getattr(self.layout, axis) for axis in AXES}
         ranges = {name: [list(pair) for pair in getattr(self, name)] for name in RANGE_FIELDS}
         return {**asdict(self), "layout": layout, **ranges, "devices": list(self.devices)}
@@ -106,10 +101,8 @@ class Plan:
         except json.JSONDecodeError as error:
             raise _plan_error("it is not JSON", str(error)) from error
         values = _check_fields(document, cls, "plan")
-        values["layout"] = Layout(**_check_fields(values["layout"], Layout, "layout"))
-        values["predicted"] = Prediction(
-            **_check_fields(values["predicted"], Prediction, "predicted")
-        )
+        for name, field_class in (("layout", Layout), ("predicted", Prediction)):
+            values[name] = field_class(**_check_fields(values[name], field_class, name))
         for name in RANGE_FIELDS:
             pairs = values[name]
             if not all(isinstance(p, list) and [type(i) for i in p] == [int, int] for p in pairs):
@@ -133,8 +126,8 @@ def make_plan(
 ) -> Plan:
     """The plan of `run` on `cluster`: the user's layout if there is one, else the best.
 
-    `processes` is what a launcher has started; else launch.processes; else the search chooses.
-    Raises LayoutError when what is asked for is illegal or does not fit, with the nearest fix.
+    `processes` is what a launcher has started; without it launch.processes counts, then the search.
+    LayoutError when the layout that is asked for is illegal or does not fit, with the nearest fix.
     """
     _check_vocabulary(run, vocabulary)
     cluster = select_cluster(run, cluster)
@@ -142,7 +135,7 @@ def make_plan(
     process_count = processes
     if process_count is None and run.launch.processes != "auto":
         process_count = int(run.launch.processes)
-    # Ranks without axes are islands, unless shards are asked for by what they keep.
+    # A number of ranks without axes means islands, unless layout.zero=2 or 3 asks for shards.
     is_islands_only = process_count is not None and run.layout.zero in ("auto", 1)
     if is_islands_only or has_explicit_axes(run):
         tensor_counts = count_model_tensors(run.model, vocabulary)
@@ -157,11 +150,8 @@ def make_plan(
         why = _request_reason(run, processes, layout, candidate)
     else:
         ranking = search(run, cluster, vocabulary, process_count)
-        candidates = [
-            c
-            for c in ranking.candidates
-            if c.layout.size in (process_count, *range(cluster.slots + 1))
-        ]
+        sizes = (process_count, *range(cluster.slots + 1))
+        candidates = [c for c in ranking.candidates if c.layout.size in sizes]
         if not candidates:
             raise _no_fit_error(run, cluster, ranking)
         candidate = candidates[0]
@@ -170,7 +160,6 @@ def make_plan(
 
 
 def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, why: str) -> Plan:
-    """A candidate as the plan that the runtime obeys."""
     return Plan(
         layout=candidate.layout,
         processes=candidate.layout.size,
@@ -179,10 +168,7 @@ def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, wh
         protocol=typing.cast(Any, candidate.fit_result.sync.protocol),
         codec=candidate.fit_result.sync.codec,
         zero=candidate.fit_result.zero,
-        splits=tuple(
-            (microbatches.start, microbatches.stop)
-            for microbatches in split_microbatches(run, candidate.layout)
-        ),
+        splits=tuple((r.start, r.stop) for r in split_microbatches(run, candidate.layout)),
         stages=candidate.fit_result.stages.block_ranges,
         predicted=candidate.prediction,
         why=why,
@@ -192,8 +178,8 @@ def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, wh
 
 
 def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, islands: int) -> Plan:
-    """The plan on another number of islands that are cut as these: as many of `islands` as the
-    batch has work for. `run` is on paper (config/from_hf.py)."""
+    """The plan on at most `islands` islands of the same cut: as many as the batch has work for.
+    `run` has the shape of a model.hub filled in (config/from_hf.py)."""
     tensor_counts = count_model_tensors(run.model, vocabulary)
     why = f"as the plan of {plan.layout.describe()}"
     for count in range(islands, 0, -1):
@@ -201,24 +187,21 @@ def with_islands(plan: Plan, run: Run, cluster: Cluster, vocabulary: int, island
         if layout == plan.layout:
             return plan
         if not violations(run, layout, tensor_counts):
-            new_plan = plan_of_candidate(
-                run, cluster, predict(run, cluster, layout, tensor_counts), why
-            )
+            candidate = predict(run, cluster, layout, tensor_counts)
+            new_plan = plan_of_candidate(run, cluster, candidate, why)
             return replace(new_plan, threads=plan.threads)
     return plan
 
 
 def with_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
-    """The plan where island i computes on a device of kind `devices[i]`, of which this host may
-    have none: nothing is foretold then. A CPU beside accelerators starts with the least share, as
-    else all would wait for it until speeds are measured."""
+    """The plan where island i computes on a device of kind `devices[i]`, without a prediction where
+    kinds differ. A CPU beside accelerators starts with the smallest share, so that they do not wait
+    for it until speeds are measured."""
     kinds = tuple(devices[: plan.layout.island])
     if set(kinds) <= {plan.device}:
         return plan
-    new_plan, ranks_per_island = (
-        without_prediction(plan, plan.predicted.parameters),
-        plan.layout.dp_size // len(kinds),
-    )
+    new_plan = without_prediction(plan, plan.predicted.parameters)
+    ranks_per_island = plan.layout.dp_size // len(kinds)
     if len(set(kinds)) > 1 and run.layout.balance and plan.layout.pipeline == 1:
         seconds = [CPU_SLOWDOWN if kind == "cpu" else 1.0 for kind in kinds]
         counts = balance_microbatches(
@@ -230,20 +213,18 @@ def with_devices(plan: Plan, run: Run, devices: Sequence[str]) -> Plan:
 
 
 def without_prediction(plan: Plan, parameters: int) -> Plan:
-    """The plan of a model that paper does not know: where it runs, and no figures but its size."""
-    field_types = {f.name: str(f.type) for f in fields(Prediction)}
+    """The plan of a model that the planner does not know: no figures but its size."""
     zeros: dict[str, Any] = {
-        n: {} if "Mapping" in type_name else 0 for n, type_name in field_types.items()
+        f.name: {} if "Mapping" in str(f.type) else 0 for f in fields(Prediction)
     }
     prediction = Prediction(**{**zeros, "parameters": parameters})
-    return replace(
-        plan, predicted=prediction, note="the model is the caller's: nothing is foretold"
-    )
+    note = "the model is the caller's: nothing is foretold"
+    return replace(plan, predicted=prediction, note=note)
 
 
 def select_cluster(run: Run, cluster: Cluster) -> Cluster:
-    """The cluster as the run wants it (launch.device); ConfigError when there is no such device, or
-    it cannot do what the run asks."""
+    """The cluster as launch.device asks; ConfigError when there is no such device, or it cannot do
+    what the run asks."""
     device = run.launch.device
     if device not in ("auto", "cpu", cluster.device):
         raise LayoutError(
@@ -267,12 +248,11 @@ def _check_vocabulary(run: Run, vocabulary: int) -> None:
 
 
 def has_explicit_axes(run: Run) -> bool:
-    """Whether the user wrote any degree."""
     return any(getattr(run.layout, axis) != "auto" for axis in (*MODEL_AXES, "islands"))
 
 
 def choice_reason(candidates: list[CandidateLayout]) -> str:
-    """One sentence: why the first of the ranked is the pick."""
+    """Why the first candidate is the pick, in one sentence."""
     best = candidates[0]
     if len(candidates) == 1:
         return f"{best.layout.describe()}: the only layout that is legal and fits"
@@ -285,14 +265,12 @@ def choice_reason(candidates: list[CandidateLayout]) -> str:
 
 
 def _candidate_text(candidate: CandidateLayout) -> str:
-    return (
-        f"{candidate.layout.describe()} x {candidate.threads}"
-        f" thread{'s' if candidate.threads > 1 else ''}"
-    )
+    plural = "s" if candidate.threads > 1 else ""
+    return f"{candidate.layout.describe()} x {candidate.threads} thread{plural}"
 
 
 def _check_layout(run: Run, layout: Layout, cluster: Cluster, tensor_counts: TensorCounts) -> None:
-    """Raises for a layout that cannot run here, whatever it costs."""
+    """Raises for a layout that cannot run on these devices."""
     if rules := violations(run, layout, tensor_counts):
         values = {"layout": layout.describe(), "batch.microbatches": run.batch.microbatches}
         raise LayoutError(rules[0].reason, values=values, fix=rules[0].fix)
@@ -308,7 +286,7 @@ def _check_layout(run: Run, layout: Layout, cluster: Cluster, tensor_counts: Ten
 
 
 def _best_sharded(run: Run, cluster: Cluster, vocabulary: int, islands: Layout) -> CandidateLayout:
-    """With the number of ranks given and whole copies too large: the best layout that shards."""
+    """The best layout of as many ranks, where whole copies of the model do not fit."""
     ranking = search(run, cluster, vocabulary, islands.size)
     if not ranking.candidates:
         raise _no_fit_error(run, cluster, ranking)
@@ -322,17 +300,14 @@ def _misfit_error(
     candidates = [c for c in ranking.candidates if c.layout.size <= cluster.slots]
     if not candidates:
         return _no_fit_error(run, cluster, ranking)
-    nearest_layout = min(
+    nearest = min(
         candidates, key=lambda c: (abs(c.layout.size - layout.size), c.prediction.step_s)
     ).layout
-    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(nearest_layout))
+    words = " ".join(f"layout.{axis}={degree}" for axis, degree in _degrees(nearest))
     return LayoutError(
         f"{layout.describe()} does not fit: it {reason}",
         values={"layout": layout.describe(), "devices": _devices_text(cluster)},
-        fix=(
-            f"layout.islands={nearest_layout.island} {words}"
-            f" (launch.processes={nearest_layout.size})"
-        ),
+        fix=f"layout.islands={nearest.island} {words} (launch.processes={nearest.size})",
     )
 
 
@@ -343,7 +318,7 @@ def _degrees(layout: Layout) -> list[tuple[str, int]]:
 
 
 def _no_fit_error(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
-    """No layout of these devices works: name the tightest one and what would help most."""
+    """No layout of these devices works: names the one that needs least and what would help most."""
     values: dict[str, object] = {"devices": _devices_text(cluster)}
     largest_item, idle_factor = "", 1
     if ranking.nearest_fit is not None:
@@ -351,9 +326,8 @@ def _no_fit_error(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
         if layout.dp_size == run.batch.microbatches:  # no shard more without work for it
             idle_factor = cluster.slots // layout.size
         values[layout.describe()] = fit_result.reason
-        largest_item = max(
-            fit_result.memory.peak_items, key=lambda name: fit_result.memory.peak_items[name]
-        )
+        peak_items = fit_result.memory.peak_items
+        largest_item = max(peak_items, key=lambda name: peak_items[name])
     elif ranking.rejections:
         values[ranking.rejections[0].layout] = ranking.rejections[0].reason
     if largest_item.startswith("copies"):
@@ -365,9 +339,8 @@ def _no_fit_error(run: Run, cluster: Cluster, ranking: Ranking) -> LayoutError:
     elif largest_item in ("activations", "logits") and run.batch.microbatch > 1:
         fix = "batch.microbatch=1, with batch.microbatches so many times more"
     elif cluster.device != "cpu" and idle_factor > 1:
-        fix = (
-            f"batch.microbatches={idle_factor * run.batch.microbatches}, to cut the model over more"
-        )
+        count = idle_factor * run.batch.microbatches
+        fix = f"batch.microbatches={count}, to cut the model over more"
     elif cluster.device != "cpu":
         fix = f"more devices to cut the model over (hosts = {2 * cluster.hosts} in --cluster FILE)"
     else:
@@ -380,7 +353,7 @@ def _devices_text(cluster: Cluster) -> str:
 
 
 def without_axes(run: Run) -> Run:
-    """The run without degrees and ranks of its own: all layouts are its neighbours."""
+    """The run with every degree and the number of ranks left to the search."""
     axes = dict.fromkeys(("islands", *MODEL_AXES), "auto")
     layout = replace(run.layout, **axes)  # type: ignore[arg-type]
     return replace(run, layout=layout, launch=replace(run.launch, processes="auto"))
@@ -389,28 +362,23 @@ def without_axes(run: Run) -> Run:
 def _request_reason(
     run: Run, processes: int | None, layout: Layout, candidate: CandidateLayout
 ) -> str:
+    text = candidate.layout.describe()
     if candidate.layout != layout:
-        return (
-            f"{layout.describe()} does not fit; {candidate.layout.describe()} is the best that does"
-        )
+        return f"{layout.describe()} does not fit; {text} is the best that does"
     if processes is not None:
-        return f"{candidate.layout.describe()}: {processes} processes were started by the caller"
+        return f"{text}: {processes} processes were started by the caller"
     if has_explicit_axes(run):
-        return f"{candidate.layout.describe()}, as the run gives it"
-    return f"{candidate.layout.describe()}, because launch.processes={run.launch.processes}"
+        return f"{text}, as the run gives it"
+    return f"{text}, because launch.processes={run.launch.processes}"
 
 
 def _note(run: Run, cluster: Cluster, candidate: CandidateLayout) -> str:
     """What a person should know beside the figures; empty when nothing."""
-    notes = []
-    busy_threads = ranks_per_host(candidate.layout, cluster) * choose_threads(
-        run, candidate.layout, cluster
-    )
-    if cluster.device == "cpu" and busy_threads > cluster.cores:
-        notes.append(
-            f"{busy_threads} threads share {cluster.cores} cores: for tests, not for speed"
-        )
-    lengths = {len(microbatches) for microbatches in split_microbatches(run, candidate.layout)}
+    notes, layout = [], candidate.layout
+    threads = ranks_per_host(layout, cluster) * choose_threads(run, layout, cluster)
+    if cluster.device == "cpu" and threads > cluster.cores:
+        notes.append(f"{threads} threads share {cluster.cores} cores: for tests, not for speed")
+    lengths = {len(microbatches) for microbatches in split_microbatches(run, layout)}
     if len(lengths) > 1:
         notes.append(f"ranks compute {min(lengths)} or {max(lengths)} microbatches; some wait")
     if "(as " in cluster.name:
@@ -423,34 +391,29 @@ def _check_fields(table: object, cls: type, label: str) -> dict[str, Any]:
     field_types = {f.name: str(f.type) for f in fields(cls)}
     if not isinstance(table, dict):
         raise _plan_error(f"{label} is a table", str(table)[:80])
-    for name in [
-        *(n for n in table if n not in field_types),
-        *(n for n in field_types if n not in table),
-    ]:
-        problem = "unknown" if name in table else "missing"
-        raise _plan_error(f"{label} has a key that is {problem}", name)
-    for name, value in table.items():
-        if not _has_type(value, field_types[name]):
-            raise _plan_error(
-                f"{label}.{name} has the wrong type: it is {field_types[name]}", repr(value)
-            )
+    for name in table:
+        if name not in field_types:
+            raise _plan_error(f"{label} has a key that is unknown", name)
+    for name, type_text in field_types.items():
+        if name not in table:
+            raise _plan_error(f"{label} has a key that is missing", name)
+        if not _has_type(table[name], type_text):
+            problem = f"{label}.{name} has the wrong type: it is {type_text}"
+            raise _plan_error(problem, repr(table[name]))
     return dict(table)
 
 
 def _has_type(value: object, type_name: str) -> bool:
-    if type_name == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if type_name == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if type_name == "str":
-        return isinstance(value, str)
+    """Whether a JSON value fits a field's annotation, which is text in this package."""
     if type_name == "DeviceKind":
         return value in DEVICES
     if type_name.startswith("Literal"):
         return isinstance(value, str) and repr(value) in type_name
-    if type_name.startswith("Mapping"):
-        return isinstance(value, Mapping)
-    return isinstance(value, list) if type_name.startswith("tuple") else True
+    json_types: dict[str, Any] = {
+        "int": int, "float": int | float, "str": str, "Mapping": Mapping, "tuple": list,
+    }  # fmt: skip
+    json_type = json_types.get(type_name.partition("[")[0], object)
+    return isinstance(value, json_type) and (json_type is object or not isinstance(value, bool))
 
 
 def _plan_error(problem: str, excerpt: str) -> ConfigError:

@@ -1,8 +1,5 @@
-"""The plan as a table that a person trusts, and predicted held against measured.
-
-Text only, no colours: it is read in terminals, logs and diffs. Not here: any number of its own;
-every figure comes from the search or the plan.
-"""
+"""A plan as plain text for terminals, logs and diffs: the ranked table, one rank of it, and the
+prediction beside what a run measured."""
 
 from __future__ import annotations
 
@@ -59,22 +56,13 @@ def ranked_table(plan: Plan, ranking: Ranking, top: int) -> str:
         is_pick_shown |= is_pick
         if position > top and not is_pick:
             hidden_count += 1
-        else:
-            rows.append(
-                _layout_row(
-                    str(position),
-                    candidate.layout,
-                    candidate.threads,
-                    candidate.prediction,
-                    is_pick,
-                )
-            )
+            continue
+        layout, threads, prediction = candidate.layout, candidate.threads, candidate.prediction
+        rows.append(_layout_row(str(position), layout, threads, prediction, is_pick))
     if not is_pick_shown:
         rows.append(_layout_row("-", plan.layout, plan.threads, plan.predicted, True))
-    text = _align_columns(rows, left_aligned=(1, 8))
-    return text + (
-        f"\nand {hidden_count} slower (--top {len(ranking.candidates)})" if hidden_count else ""
-    )
+    more_text = f"\nand {hidden_count} slower (--top {len(ranking.candidates)})"
+    return _align_columns(rows, left_aligned=(1, 8)) + (more_text if hidden_count else "")
 
 
 def comparison_text(plan: Plan, measurements: Mapping[str, float]) -> str:
@@ -101,15 +89,8 @@ def comparison_text(plan: Plan, measurements: Mapping[str, float]) -> str:
         if math.isfinite(value) and (value or predicted_value):
             ratio = f"{value / predicted_value:.2f}" if predicted_value else "-"
             exactness = "to the byte" if value == predicted_value else ""
-            rows.append(
-                (
-                    name,
-                    _mib_text(predicted_value) + " MiB",
-                    _mib_text(value) + " MiB",
-                    ratio,
-                    exactness,
-                )
-            )
+            sizes = _mib_text(predicted_value) + " MiB", _mib_text(value) + " MiB"
+            rows.append((name, *sizes, ratio, exactness))
     return _align_columns(rows, left_aligned=(0, 4))
 
 
@@ -121,27 +102,23 @@ def rank_text(view: RankView, rehearsal: Mapping[str, float] | None = None) -> s
         f"{start} to {stop - 1} (stage {stage})"
         for stage, (start, stop) in zip(view.stages, view.layers, strict=True)
     )
-    first_microbatch, last_microbatch = view.microbatches
+    first, stop = view.microbatches
     parameter_text = f"{view.parameters:,} of {count_text(view.model_parameters)}"
     rows = [
         ("  stands at", coords_text),
         ("  layers", stages),
-        (
-            "  microbatches",
-            f"{first_microbatch} to {last_microbatch - 1} of a step (worker {view.worker})",
-        ),
+        ("  microbatches", f"{first} to {stop - 1} of a step (worker {view.worker})"),
         *((f"  {axis} group", _ranks_text(group)) for axis, group in view.groups.items()),
         ("  holds", f"{parameter_text} parameters, in {view.tensors:,} tensors"),
         *((f"  {name}", f"{size:,} bytes") for name, size in view.state_bytes.items()),
         *((f"  sends, {axis}", f"{size:,} bytes") for axis, size in view.sent_bytes.items()),
     ]
     if rehearsal is not None:
-        built_parameters = int(rehearsal["parameters"])
-        agreement = (
-            "as above" if built_parameters == view.parameters else f"above: {view.parameters:,}"
-        )
+        parameters = int(rehearsal["parameters"])
+        is_equal = parameters == view.parameters
+        agreement = "as above" if is_equal else f"above: {view.parameters:,}"
         rows += [
-            ("  built on meta", f"{built_parameters:,} parameters ({agreement})"),
+            ("  built on meta", f"{parameters:,} parameters ({agreement})"),
             ("  its bytes", f"{int(rehearsal['bytes']):,}, optimiser included"),
             ("  its modules", f"{int(rehearsal['modules']):,}"),
             ("  building took", f"{seconds_text(rehearsal['seconds'])},"
@@ -151,7 +128,6 @@ def rank_text(view: RankView, rehearsal: Mapping[str, float] | None = None) -> s
 
 
 def _ranks_text(group: Sequence[int]) -> str:
-    """Ranks with equal steps between them."""
     text = ", ".join(map(str, group if len(group) <= 8 else group[:3]))
     return text if len(group) <= 8 else f"{text} ... {group[-1]} ({len(group)} ranks)"
 
@@ -161,7 +137,9 @@ def assumptions(run: Run, cluster: Cluster) -> dict[str, str]:
     constants, precision = device_constants(cluster, run.run.precision), run.run.precision
     peak = "bf16" if precision == "fp8" else precision
     share = matrix_share(cluster, precision)
-    unit = "core" if cluster.device == "cpu" else "device"
+    unit, memory_owner = ("core", "host") if cluster.device == "cpu" else ("device", "device")
+    widening = f", wider by {min(1.0, cluster.spread):.0%} as repeated figures differ"
+    source = "; rates measured here" if cluster.measured else ", not measured on it"
     texts = {
         "devices": _devices_text(cluster),
         "precision": f"{precision}: {precision_text(precision, cluster)}",
@@ -171,17 +149,10 @@ def assumptions(run: Run, cluster: Cluster) -> dict[str, str]:
         "link": f"{cluster.link_bytes_per_s / 1e9:,.2f} GB/s,"
         f" {cluster.link_s * 1e6:.0f} us between ranks of a host",
         "interval": f"{constants.low_factor:.2f} to {constants.high_factor:.2f} x the prediction"
-        + (
-            f", wider by {min(1.0, cluster.spread):.0%} as repeated figures differ"
-            if cluster.spread > NOISY_SPREAD
-            else ""
-        )
+        + (widening if cluster.spread > NOISY_SPREAD else "")
         + " (more with several CPU threads, or ranks that share cores)",
-        "constants": "of this kind of device (planner/compute_cost.py); rates measured here"
-        if cluster.measured
-        else "of this kind of device (planner/compute_cost.py), not measured on it",
-        "memory": f"a plan may fill {USABLE_MEMORY_SHARE:.0%} of the"
-        f" {'host' if unit == 'core' else 'device'}",
+        "constants": f"of this kind of device (planner/compute_cost.py){source}",
+        "memory": f"a plan may fill {USABLE_MEMORY_SHARE:.0%} of the {memory_owner}",
     }
     if cluster.hosts > 1:
         texts["network"] = (
@@ -210,10 +181,8 @@ def count_text(count: float) -> str:
 
 
 def _assumptions_text(run: Run, cluster: Cluster) -> str:
-    texts = assumptions(run, cluster)
-    return "assumed\n" + _align_columns(
-        [(f"  {k}", v) for k, v in texts.items()], left_aligned=(0, 1)
-    )
+    rows = [(f"  {name}", text) for name, text in assumptions(run, cluster).items()]
+    return "assumed\n" + _align_columns(rows, left_aligned=(0, 1))
 
 
 def job_text(run: Run, cluster: Cluster, plan: Plan) -> str:
@@ -259,10 +228,9 @@ def _rejections_text(ranking: Ranking) -> str:
     if not ranking.rejections:
         return ""
     rows = [(f"  {rejection.layout}", rejection.reason) for rejection in ranking.rejections]
-    # Rules come first; what does not fit comes last, by number of ranks.
-    visible_rows = (
-        rows if len(rows) <= MAX_REJECTIONS else [*rows[: MAX_REJECTIONS - 4], *rows[-4:]]
-    )
+    # Rules come first; layouts that do not fit come last, by number of ranks.
+    is_long = len(rows) > MAX_REJECTIONS
+    visible_rows = [*rows[: MAX_REJECTIONS - 4], *rows[-4:]] if is_long else rows
     hidden_count = len(rows) - len(visible_rows)
     more_text = f"\n  and {hidden_count} more (--json)" if hidden_count else ""
     return "not these\n" + _align_columns(visible_rows, left_aligned=(0, 1)) + more_text
@@ -290,10 +258,9 @@ def _traffic_text(plan: Plan) -> str:
     if not items:
         return "sent in a step: nothing"
     lines = [(f"  {name}", f"{size:,}") for name, size in items.items()]
-    protocol_text = plan.protocol if plan.codec == "identity" else f"{plan.protocol}, {plan.codec}"
-    return f"sent by the busiest rank in a step, bytes ({protocol_text})\n" + _align_columns(
-        lines, left_aligned=(0,)
-    )
+    protocol = plan.protocol if plan.codec == "identity" else f"{plan.protocol}, {plan.codec}"
+    title = f"sent by the busiest rank in a step, bytes ({protocol})\n"
+    return title + _align_columns(lines, left_aligned=(0,))
 
 
 def _bars_text(rows: Sequence[tuple[str, float, str]], total: str) -> str:
@@ -306,8 +273,7 @@ def _bars_text(rows: Sequence[tuple[str, float, str]], total: str) -> str:
 
 
 def _align_columns(rows: Sequence[tuple[str, ...]], left_aligned: tuple[int, ...]) -> str:
-    """Rows as aligned columns, two spaces apart; the columns in `left_aligned` start at their left
-    edge."""
+    """Rows as columns, two spaces apart, aligned at the right but for those in `left_aligned`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -325,9 +291,9 @@ def _mib_text(size: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RankView:
-    """Rank `rank` of `rank_coordinates`. `layers` are [start, stop) blocks of each of its stages;
-    `inspect_groups` the ranks that differ from it along one axis; `sent_bytes` of a step by
-    axis."""
+    """What rank `rank` of `ranks` is, holds and sends. `layers` are [start, stop) blocks of each of
+    its stages; `groups` the ranks that differ from it along one axis; `sent_bytes` those of a step
+    by axis."""
 
     rank: int
     ranks: int
@@ -349,16 +315,16 @@ def view_rank(run: Run, plan: Plan, rank: int, specs: TensorSpecs) -> RankView:
     tensor_counts, layout = count_tensors(specs), plan.layout
     coords = layout.coordinates(rank)
     stages = Stages(plan.stages, layout.pipeline, run.layout.schedule)
-    rank_tensors = list(
-        tensor_counts.rank_tensors(layout, coords, stages.layer_ranges(coords["pipeline"]))
-    )
+    rank_stages = stages.rank_stages(coords["pipeline"])
+    layer_ranges = stages.layer_ranges(coords["pipeline"])
+    rank_tensors = list(tensor_counts.rank_tensors(layout, coords, layer_ranges))
     dp_rank = layout.dp_rank(rank)
     return RankView(
         rank=rank,
         ranks=layout.size,
         coordinates=coords,
-        stages=tuple(stages.rank_stages(coords["pipeline"])),
-        layers=tuple(plan.stages[stage] for stage in stages.rank_stages(coords["pipeline"])),
+        stages=tuple(rank_stages),
+        layers=tuple(plan.stages[stage] for stage in rank_stages),
         worker=dp_rank,
         microbatches=plan.splits[dp_rank],
         groups={

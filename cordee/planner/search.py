@@ -1,9 +1,7 @@
 """All layouts of the given devices: enumerate, drop with a reason, predict, rank.
 
-Not here: what is done with the winner (`plan.py`), why a layout is illegal (`layout/validate.py`).
-Exhaustive over the degrees that `candidates.py` gives, so nothing is approximated by a heuristic.
-Traded away: microbatch size and M are the user's, they change the descent; so are schedule and
-kind of attention.
+Degrees of each axis are tried alone first, so that what no combination repairs is dropped once and
+named once. Microbatch size and M, which change the descent, stay as the user has them.
 """
 
 from __future__ import annotations
@@ -145,7 +143,7 @@ def search(
 
 @dataclass
 class _SearchState:
-    """What a search has found so far; `legal_sizes` are the numbers of ranks of legal layouts."""
+    """The layouts visited so far; `legal_sizes` are the numbers of ranks of legal ones."""
 
     candidates: list[CandidateLayout] = field(default_factory=list)
     legal_sizes: set[int] = field(default_factory=set)
@@ -160,7 +158,6 @@ class _SearchState:
         layout: Layout,
         rejections: Rejections,
     ) -> None:
-        """Predicts `layout`, or notes why it is out."""
         if rules := violations(run, layout, tensor_counts):
             rejections.add_violation(rules[0], layout)
             return
@@ -185,16 +182,11 @@ def fit_layout(
     """What shards keep whole: as given, else the first of 1, 2, 3 that fits (the last if none)."""
     tensor_counts, sync = count_tensors(specs), choose_sync(run, layout)
     stages = stages or _stages_of(run, tensor_counts, layout)
-    zero_setting = run.layout.zero
     is_unsharded = layout.shard == 1 and run.memory.offload == "none"
-    keeps_full_gradients = is_unsharded or layout.pipeline > 1 or sync.is_canonical
-    for zero in (
-        (1,)
-        if keeps_full_gradients
-        else (1, 2, 3)
-        if zero_setting == "auto"
-        else (int(zero_setting),)
-    ):
+    choices = (1, 2, 3) if run.layout.zero == "auto" else (int(run.layout.zero),)
+    if is_unsharded or layout.pipeline > 1 or sync.is_canonical:
+        choices = (1,)  # gradients stay whole
+    for zero in choices:
         memory = rank_memory(run, tensor_counts, layout, sync, cluster.device, zero, stages)
         reason = _misfit_reason(memory, layout, cluster)
         if not reason:
@@ -205,13 +197,13 @@ def fit_layout(
 def _misfit_reason(memory: RankMemory, layout: Layout, cluster: Cluster) -> str:
     ranks = ranks_per_host(layout, cluster) if cluster.device == "cpu" else 1
     needed_bytes = (memory.total_bytes + OVERHEAD_BYTES[cluster.device]) * ranks
-    if needed_bytes <= USABLE_MEMORY_SHARE * cluster.memory_bytes:
+    usable_bytes = USABLE_MEMORY_SHARE * cluster.memory_bytes
+    if needed_bytes <= usable_bytes:
         return ""
-    item = max(memory.peak_items, key=lambda name: memory.peak_items[name])
+    item, item_bytes = max(memory.peak_items.items(), key=lambda pair: pair[1])
     return (
-        f"needs {needed_bytes / MIB:,.0f} MiB of"
-        f" {USABLE_MEMORY_SHARE * cluster.memory_bytes / MIB:,.0f} MiB"
-        f" ({item} {memory.peak_items[item] / MIB:,.0f} MiB a rank)"
+        f"needs {needed_bytes / MIB:,.0f} MiB of {usable_bytes / MIB:,.0f} MiB"
+        f" ({item} {item_bytes / MIB:,.0f} MiB a rank)"
     )
 
 
@@ -229,7 +221,6 @@ def choose_threads(run: Run, layout: Layout, cluster: Cluster) -> int:
 
 
 def ranks_per_host(layout: Layout, cluster: Cluster) -> int:
-    """Ranks of the fullest host."""
     return -(-layout.size // cluster.hosts)
 
 
@@ -240,13 +231,12 @@ def predict(
     specs: TensorSpecs,
     fit_result: FitResult | None = None,
 ) -> CandidateLayout:
-    """Time, bytes and memory of one step of `measure_run` on `layout`, which must be
-    legal."""
+    """Time, bytes and memory of one step of `run` on `layout`, which must be legal."""
     tensor_counts = count_tensors(specs)
     fit_result = fit_result or fit_layout(run, cluster, layout, tensor_counts)
     sync, memory = fit_result.sync, fit_result.memory
-    threads = choose_threads(run, layout, cluster)
-    slowdown = contention(cluster, ranks_per_host(layout, cluster), threads)
+    threads, host_ranks = choose_threads(run, layout, cluster), ranks_per_host(layout, cluster)
+    slowdown = contention(cluster, host_ranks, threads)
     load, times = _slowest_rank(run, cluster, layout, tensor_counts, fit_result)
     comm = step_traffic(run, tensor_counts, layout, sync, cluster, load)
     update_seconds = update_s(run, tensor_counts, cluster, threads, layout, load.layer_ranges)
@@ -255,28 +245,25 @@ def predict(
     times["step"] = STEP_OVERHEAD_S
     step_s = sum(times.values())
     precision = run.run.precision
-    low_factor, high_factor = interval_factors(
-        cluster, precision, ranks_per_host(layout, cluster), threads
-    )
+    low_factor, high_factor = interval_factors(cluster, precision, host_ranks, threads)
     tokens = run.batch.microbatches * run.batch.microbatch * run.data.sequence
     cost = microbatch_cost(run, tensor_counts.vocabulary, cluster.device)
     subtrees = subtree_count(run, layout, sync, dp_rank=0)
+    first_ranges = fit_result.stages.layer_ranges(0)
+    busy_devices = layout.size * (threads if cluster.device == "cpu" else 1)
     prediction = Prediction(
         step_s=step_s,
         low_s=low_factor * step_s,
         high_s=high_factor * step_s,
         tokens_per_s=tokens / step_s,
-        bytes_sent=gradient_bytes(
-            tensor_counts, layout, sync, run, subtrees, fit_result.stages.layer_ranges(0)
-        ),
+        bytes_sent=gradient_bytes(tensor_counts, layout, sync, run, subtrees, first_ranges),
         bytes_items=comm.sent_bytes,
         memory_bytes=memory.total_bytes,
         overhead_bytes=OVERHEAD_BYTES[cluster.device],
         memory_items=memory.peak_items,
         time_items=times,
         flops=run.batch.microbatches * cost.flops,
-        peak_flops=cluster.flops(precision)
-        * min(layout.size * (threads if cluster.device == "cpu" else 1), cluster.slots),
+        peak_flops=cluster.flops(precision) * min(busy_devices, cluster.slots),
         parameters=tensor_counts.parameters,
     )
     return CandidateLayout(layout, threads, fit_result, prediction)
@@ -328,25 +315,21 @@ class Rejection:
 
 @dataclass
 class Rejections:
-    """Collects why layouts are out: by rule and degree, or that they do not fit."""
+    """Why layouts are out: by rule and degree, or by the memory that they need."""
 
     degrees_by_rule: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     misfits_by_size: dict[int, list[tuple[int, str, str]]] = field(default_factory=dict)
 
     def add_violation(self, violation: Violation, layout: Layout) -> None:
-        """`make_file_layout` breaks `violation`."""
         degree = layout.dp_size if violation.axis == "workers" else getattr(layout, violation.axis)
         self.add_degree(violation.axis, violation.clause, degree)
 
     def add_degree(self, axis: str, clause: str, degree: int) -> None:
-        """`degree` of `axis` is out."""
         self.degrees_by_rule.setdefault((axis, clause), set()).add(degree)
 
     def add_misfit(self, layout: Layout, reason: str, needed_bytes: int) -> None:
-        """`layout` does not fit."""
-        self.misfits_by_size.setdefault(layout.size, []).append(
-            (needed_bytes, layout.describe(), reason)
-        )
+        misfits = self.misfits_by_size.setdefault(layout.size, [])
+        misfits.append((needed_bytes, layout.describe(), reason))
 
     def summarize(self) -> Iterator[Rejection]:
         """One line for each rule, and for what does not fit one for each number of ranks."""
@@ -368,10 +351,10 @@ def candidate_layouts(
     sizes: Sequence[int],
     is_second_pass: bool,
 ) -> Iterator[Layout]:
-    """Layouts, fewest ranks first, consistent with the degrees given.
+    """Layouts, fewest ranks first, with the degrees that the run gives.
 
-    Without degrees given, all axes are combined on up to ON_PAPER ranks and on the largest number,
-    islands and shards on the others; `is_second_pass`: what that leaves out.
+    Where it gives none, all axes are combined on up to FULL_SEARCH_SIZE ranks and on the largest
+    number, islands and shards on the others; `is_second_pass`: what that leaves out.
     """
     degrees = {
         axis: getattr(settings, axis) for axis in MODEL_AXES if getattr(settings, axis) != "auto"
@@ -425,7 +408,6 @@ def world_sizes(cluster: Cluster) -> list[int]:
 
 
 def divisors(count: int) -> list[int]:
-    """All divisors of `count`, in order."""
     small_divisors = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
     return sorted({*small_divisors, *(count // d for d in small_divisors)})
 
@@ -449,7 +431,7 @@ def _requested_layout(
 
 
 def _slow_reason(run: Run, cluster: Cluster, axis: str, degree: int) -> str:
-    """Why a legal degree is not tried."""
+    """Why a legal degree is not tried; a layout that the user gives is planned all the same."""
     if reason := single_device_reason(cluster):
         return reason
     if axis == "tensor" and cluster.device != "cpu" and degree > cluster.devices:

@@ -1,13 +1,13 @@
-"""Bytes that one rank sends in a step on each axis, as dist/autograd_collectives.py counts them.
+"""Bytes that one rank sends in a step on each axis inside an island.
 
 A ring of n sends n - 1 own parts to gather or to scatter sums, and 2 (n - 1)/n of a total. Exact
-for tensor, context, pipeline and the sums inside an island; a test holds what a run counts to it.
-What FSDP2 sends is as it pads; experts' rows are taken as balanced. Not here: what islands send
-each other, and time (`network.py`).
+for tensor, context, pipeline and the sums inside an island: tests compare with the bytes that
+`dist/autograd_collectives.py` counts. Experts' rows are taken as balanced.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -43,23 +43,16 @@ def axis_bytes(
 ) -> dict[str, int]:
     """Bytes that the rank at coordinates `coords` sends in a step, forward and backward, on every
     axis inside an island whose degree is above 1, and for `GRAD_REDUCE_ITEM`."""
-    layer_ranges, microbatches = (
-        stages.layer_ranges(coords["pipeline"]),
-        rank_microbatches(run, layout),
-    )
-    tensor_counts = count_tensors(specs)
+    stage_rank, microbatches = coords["pipeline"], rank_microbatches(run, layout)
+    layer_ranges, vocabulary = stages.layer_ranges(stage_rank), count_tensors(specs).vocabulary
+    is_canonical = uses_canonical_order(run, layout)
     sizes = {
-        "pipeline": microbatches * pipeline_axis_bytes(run, layout, stages, coords["pipeline"]),
+        "pipeline": microbatches * pipeline_axis_bytes(run, layout, stages, stage_rank),
         "context": microbatches * context_axis_bytes(run, layout, layer_ranges),
         "expert": microbatches * expert_axis_bytes(run, layout, layer_ranges),
-        "shard": sum(
-            fsdp_bytes(run, specs, layout, layer_ranges, zero, uses_canonical_order(run, layout))[
-                :2
-            ]
-        ),
+        "shard": sum(fsdp_bytes(run, specs, layout, layer_ranges, zero, is_canonical)[:2]),
         "sequence": microbatches * balance_loss_bytes(run, layout, layer_ranges),
-        "tensor": microbatches
-        * tensor_axis_bytes(run, layout, layer_ranges, tensor_counts.vocabulary),
+        "tensor": microbatches * tensor_axis_bytes(run, layout, layer_ranges, vocabulary),
         GRAD_REDUCE_ITEM: grad_reduce_bytes(specs, layout, layer_ranges, coords),
     }
     return {axis: size for axis, size in sizes.items() if size}
@@ -68,9 +61,9 @@ def axis_bytes(
 def tensor_axis_bytes(
     run: Run, layout: Layout, layer_ranges: Sequence[LayerRange], vocabulary: int
 ) -> int:
-    """Of one microbatch: each block gathers its split stream before attention and before the MLP
-    and scatters sums after both, and mirrors that in the backward; the embedding scatters (fp32),
-    the head gathers, and its loss needs three numbers for every position."""
+    """Bytes of one microbatch: each block gathers its split stream before attention and before the
+    MLP and scatters sums after both, and mirrors that in the backward; the embedding scatters
+    (fp32), the head gathers, and its loss needs three numbers for every position."""
     ranks = layout.tensor
     if ranks == 1:
         return 0
@@ -82,11 +75,8 @@ def tensor_axis_bytes(
         collectives = 2 if is_moe and not run.model.moe.shared else 4
         # Computed again: all but the last scatter, unless what comes after it is needed (dropout).
         recomputed_collectives = collectives if is_moe or run.model.dropout else collectives - 1
-        sent_bytes += (
-            (2 * collectives * blocks + recomputed_collectives * recomputed_blocks)
-            * elements
-            * dtype_bytes
-        )
+        count = 2 * collectives * blocks + recomputed_collectives * recomputed_blocks
+        sent_bytes += count * elements * dtype_bytes
     for layer_range in layer_ranges:
         sent_bytes += 2 * elements * FP32 * layer_range.has_embedding
         if layer_range.has_head:
@@ -107,24 +97,24 @@ def _all_reduce_bytes(ranks: int, positions: int) -> int:
 
 
 def context_axis_bytes(run: Run, layout: Layout, layer_ranges: Sequence[LayerRange]) -> int:
-    """Of one microbatch on the axis context: keys and values of every block."""
+    """Bytes of one microbatch: keys and values of every block."""
     if layout.context == 1:
         return 0
     tokens = run.batch.microbatch * run.data.sequence
     width, dtype_bytes = run.model.kv_width // layout.tensor, element_bytes(run)
-    method, ranks = run.layout.attention, layout.context
-    single_bytes = context_layer_bytes(method, tokens, width, dtype_bytes, ranks)
-    recompute_bytes = context_layer_bytes(method, tokens, width, dtype_bytes, ranks, forwards=2)
-    counts = block_counts(run, layer_ranges)
+    single_bytes, recompute_bytes = (
+        context_layer_bytes(run.layout.attention, tokens, width, dtype_bytes, layout.context, n)
+        for n in (1, 2)
+    )
     return sum(
         (blocks - recomputed_blocks) * single_bytes + recomputed_blocks * recompute_bytes
-        for _, blocks, recomputed_blocks in counts
+        for _, blocks, recomputed_blocks in block_counts(run, layer_ranges)
     )
 
 
 def expert_axis_bytes(run: Run, layout: Layout, layer_ranges: Sequence[LayerRange]) -> int:
-    """Of one microbatch on the axis expert: the counts of every forward, and each token's row to
-    its experts and back, which balanced routing spreads evenly."""
+    """Bytes of one microbatch: the counts of every forward, and each token's row to its experts and
+    back, which balanced routing spreads evenly."""
     ranks, moe = layout.expert, run.model.moe
     if ranks == 1:
         return 0
@@ -141,8 +131,8 @@ def expert_axis_bytes(run: Run, layout: Layout, layer_ranges: Sequence[LayerRang
 
 
 def balance_loss_bytes(run: Run, layout: Layout, layer_ranges: Sequence[LayerRange]) -> int:
-    """Of one microbatch on the axes that split a sequence: the assignments of every expert, which
-    the balance loss of a mixture adds up in each forward."""
+    """Bytes of one microbatch on the axes that split a sequence: the assignments of every expert,
+    which the balance loss of a mixture adds up in each forward."""
     ranks, moe = layout.context * layout.tensor, run.model.moe
     if ranks == 1 or moe.balance != "loss":
         return 0
@@ -154,8 +144,8 @@ def balance_loss_bytes(run: Run, layout: Layout, layer_ranges: Sequence[LayerRan
 
 
 def pipeline_axis_bytes(run: Run, layout: Layout, stages: Stages, rank: int) -> int:
-    """Of one microbatch on the axis pipeline: the fp32 stream to the next stage and its gradient to
-    the one before, unless that is on the same rank (the turn of a V)."""
+    """Bytes of one microbatch: the fp32 stream to the next stage and its gradient to the one
+    before, unless that is on the same rank (the turn of a V)."""
     boundary_bytes, sent_bytes = stage_boundary_bytes(run, layout), 0
     for stage in stages.rank_stages(rank):
         for neighbour in (stage - 1, stage + 1):
@@ -165,7 +155,7 @@ def pipeline_axis_bytes(run: Run, layout: Layout, stages: Stages, rank: int) -> 
 
 
 def stage_boundary_bytes(run: Run, layout: Layout) -> int:
-    """What one stage hands to the next of one microbatch."""
+    """What one stage sends to the next of one microbatch."""
     return FP32 * run.model.width * tokens_per_rank(run, layout) // layout.tensor
 
 
@@ -177,11 +167,11 @@ def fsdp_bytes(
     zero: int,
     keeps_full_gradients: bool = False,
 ) -> tuple[int, int, int]:
-    """FSDP2 in one step: (bytes gathered, bytes reduced, collectives) of one rank.
+    """FSDP2 in one step, as it pads: (bytes gathered, bytes reduced, collectives) of one rank.
 
     zero 1 gathers and reduces once; 2 reduces every microbatch; 3 also gathers every microbatch,
-    blocks twice. 2 and 3 gather in the type of products. `keeps_full_gradients`: gradients stay
-    whole and are left to the exchange.
+    blocks twice. 2 and 3 gather in the type of products. `keeps_full_gradients`: the exchange sums
+    whole gradients, and FSDP2 reduces none.
     """
     if layout.shard == 1:
         return 0, 0, 0
@@ -208,9 +198,7 @@ def grad_reduce_bytes(
     """Gradients that an island sums after FSDP2: one flat fp32 total for each set of axes."""
     sent_bytes = 0
     for axes, elements in grad_reduce_elements(specs, layout, layer_ranges, coords).items():
-        ranks = 1
-        for axis in axes:
-            ranks *= getattr(layout, axis)
+        ranks = math.prod(getattr(layout, axis) for axis in axes)
         sent_bytes += 2 * (ranks - 1) * FP32 * elements // ranks
     return sent_bytes
 
@@ -226,9 +214,9 @@ def context_layer_bytes(
     """Bytes that each of `ranks` ranks sends for one attention layer and one microbatch.
 
     `tokens` are those of the whole microbatch (rows x sequence), `kv_width` the width of keys that
-    this rank computes (its heads), `forwards` 2 where the backward computes the block again.
-    Keys and values go to everybody once a forward. Their gradients come back: summed at once
-    (gather: as wide as themselves) or stop by stop together with them (ring: fp32).
+    this rank computes (its heads), `forwards` 2 where the backward computes the block again. Keys
+    and values go to every rank once a forward. Their gradients come back: summed at once, as wide
+    as themselves (gather), or from stop to stop together with them, in fp32 (ring).
     """
     elements = 2 * tokens // ranks * kv_width
     gradient_bytes = element_bytes if method == "gather" else element_bytes + ACCUMULATOR_BYTES
@@ -243,8 +231,8 @@ def expert_layer_bytes(
     element_bytes: int,
     forwards: int = 1,
 ) -> float:
-    """Bytes that each of `ranks` sends for one mixture of experts and one microbatch of
-    each, when all experts are equally busy.
+    """Bytes that each of `ranks` sends for one mixture of experts and one microbatch, when all
+    experts are equally busy.
 
     `tokens` are those that this rank holds; `experts_per_token` rows of each go to their experts
     and back, in every forward and as gradients; (ranks - 1) / ranks of them leave the rank. Left
