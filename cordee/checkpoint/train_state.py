@@ -24,7 +24,7 @@ from cordee.layout.slices import LocalSlice, box_shape, full_box, volume
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands. `generation` counts how often it was started, `scale_steps` the good
-    steps since the loss scale changed (optim/loss_scale.py)."""
+    steps since the loss scale changed (optim/optimizer.py)."""
 
     step: int = 0
     tokens: int = 0

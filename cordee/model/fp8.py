@@ -2,7 +2,7 @@
 
 Activations and weights are e4m3, gradients e5m2 (Micikevicius et al. 2022); sums are wide, results
 have the type of the rest, and a weight's gradient has the weight's. Parameters and their names do
-not change. Not here: which devices can (`planner/devices.py`), what is not a block's matrix
+not change. Not here: which devices can (`planner/cluster.py`), what is not a block's matrix
 (attention's own products, the head). Traded away: scales remembered from earlier steps, which save
 a pass over each tensor and need a state that must survive.
 

@@ -1,7 +1,7 @@
 """From run.precision to the type that products are computed in.
 
 Parameters, gradients and sums stay fp32 whatever it is; what shards gather may be narrower
-(`parallel/fsdp.py`). Not here: the scale of the loss (`optim/loss_scale.py`), products in fp8
+(`parallel/fsdp.py`). Not here: the scale of the loss (`optim/optimizer.py`), products in fp8
 (`fp8.py`). Traded away: types layer by layer; autocast's own lists say what stays fp32.
 
 Shape suffixes: V rows of an embedding, D width.
@@ -28,7 +28,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
             return torch.float16
         case "bf16" | "fp8":
             return torch.bfloat16
-    raise ValueError(f"run.precision={precision} is not resolved (planner/devices.py)")
+    raise ValueError(f"run.precision={precision} is not resolved (planner/cluster.py)")
 
 
 def autocast_to(device: str, dtype: torch.dtype | None) -> torch.autocast:
