@@ -1,10 +1,8 @@
 """The learning rate by experiment: noise floor, range test, successive halving, a band.
 
-PAPER: an algorithm over a callable that trains, so that it can be tested on objectives whose answer
-is known. Not here: training (`trial.measure_losses`), tables and plots (`cli/lr.py`). It sets
-nothing; where the experiment cannot tell, it says so and names the reason. Traded away: the long
-horizon. A search of a minute sees short runs, and short runs forgive a high rate a little more than
-long ones do; hence the suggestion is the middle of the band and never above the best rate tried.
+An algorithm over a callable that trains, so that tests give it objectives whose answer is known.
+Short runs forgive a high rate a little more than long ones do; hence the suggestion is the middle
+of the band and never above the best rate tried.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from statistics import fmean, median, pstdev
 
 from cordee.errors import ConfigError
@@ -31,13 +30,13 @@ from cordee.optim.lr_statistics import (
 
 TrainFn = Callable[[Sequence[float], int], list[float]]
 """(learning rate of each step, seed) -> loss before each update. A run that diverged ends with a
-value that is not finite; a list that is merely shorter is a run that merely ended."""
+value that is not finite; a list that is only shorter is of a run whose data ended."""
 
 NOISE_STEPS = 6
 RANGE_SHARE = 0.35  # of the budget; the rest goes to the candidates
 MIN_RANGE_STEPS, MIN_RUNG_STEPS, LONG_RUNG_STEPS = 30, 8, 12
-USEFUL_FRACTION = 0.05  # a rate is worth trying once a twentieth of the whole fall is behind it
-MIN_CANDIDATES = 3  # a field is not halved below this, so that a band has neighbours on both sides
+USEFUL_FRACTION = 0.05  # of the range test's whole fall, after which a rate is worth trying
+MIN_CANDIDATES = 3  # not halved further, so that a band has neighbours on both sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,8 @@ class RateResult:
 
 @dataclass(frozen=True)
 class LRSearchResult:
-    """What the search found. `random_tensor` is the standard deviation of one loss, in the loss's
-    unit; `band` the rates that cannot be told from the best; `reason` why it is inconclusive."""
+    """`noise` is the standard deviation of one loss, in the loss's unit; `band` the rates that the
+    noise does not separate from the best; `reason` says why a search is inconclusive."""
 
     rows: tuple[RateResult, ...]
     range_test: tuple[RangeTestPoint, ...]
@@ -110,10 +109,10 @@ class LRSearchResult:
 def find_lr(
     train_fn: TrainFn, settings: LRSearchSettings, log: Callable[[str], None]
 ) -> LRSearchResult:
-    """Searches a learning rate; deterministic if `train_fn` is. `log` is told what runs next.
+    """Searches a learning rate; deterministic if `train_fn` is. `log` gets a line before each part.
 
-    Raises ConfigError when the budget cannot hold the experiment; every other failure is a Finding
-    with `conclusive` False and a reason.
+    ConfigError when the budget cannot hold the experiment; every other failure is a result with
+    `conclusive` False and a reason.
     """
     search = _LRSearch(train_fn, settings, log, _share_budget(settings))
     reason = (
@@ -141,13 +140,8 @@ class _SearchBudget:
 
 def _share_budget(settings: LRSearchSettings) -> _SearchBudget:
     """Shares the budget out; ConfigError when a part of the experiment would be too short."""
-    positive_values = {
-        "centre": settings.centre,
-        "decades": settings.decades,
-        "steps": settings.steps,
-    }
-    for name, value in positive_values.items():
-        if not value > 0:
+    for name in ("centre", "decades", "steps"):
+        if not (value := getattr(settings, name)) > 0:
             raise ConfigError(f"{name} must be positive", values={name: value}, fix=f"{name}=1")
     if settings.seeds < 2:
         raise ConfigError(
@@ -198,14 +192,12 @@ class _LRSearch:
         self.points: list[RangeTestPoint] = []
         self.bounds: tuple[float, float] | None = None
         self.candidates: list[LRCandidate] = []
-        self.scales: dict[int, RungScale] = {}  # of each rung, by its steps
-        self.full_lengths: dict[
-            tuple[int, int], int
-        ] = {}  # longest run yet, by (steps asked, seed)
+        self.scales: dict[int, RungScale] = {}  # by steps of the rung
+        self.full_lengths: dict[tuple[int, int], int] = {}  # longest run, by (steps, seed)
         self.band: LRBand | None = None
 
     def run_trial(self, rates: Sequence[float], seed: int) -> list[float]:
-        """One run, counted; everything from the first value that is not finite is one inf."""
+        """One run's losses; from the first that is not finite on, a single inf."""
         losses = list(self.train_fn(rates, self.settings.first_seed + seed))
         self.steps_used += len(losses)
         for index, loss in enumerate(losses):
@@ -214,7 +206,7 @@ class _LRSearch:
         return losses
 
     def measure_noise(self) -> str:
-        """The spread of losses that no update explains, and the loss from which runs start."""
+        """The spread of losses without an update, and the loss from which runs start."""
         seeds = self.budget.range_seeds
         self.log(f"noise floor: {NOISE_STEPS} steps at learning rate 0, {seeds} seeds")
         losses = [x for seed in range(seeds) for x in self.run_trial([0.0] * NOISE_STEPS, seed)]
@@ -235,35 +227,31 @@ class _LRSearch:
         decay = 0.5 ** (40 / max(40, steps))  # half-life of a fortieth of the test, at least a step
         averages = exponential_average(medians, decay)
         self.points = [RangeTestPoint(*row) for row in zip(rates, medians, averages, strict=False)]
-        noise_reduction = (
-            math.sqrt((1 - decay) / (1 + decay)) * 1.25 / math.sqrt(seeds)
-        )  # median, then EMA
-        threshold = s.sigma_threshold * max(
-            self.noise * noise_reduction, s.min_relative_change * abs(self.start)
-        )
+        # What averaging leaves of the noise: 1.25 / sqrt(seeds) is that of a median.
+        noise_share = math.sqrt((1 - decay) / (1 + decay)) * 1.25 / math.sqrt(seeds)
+        threshold = self._threshold(noise_share)
         fall_index = first_lasting_index(averages, lambda x: x < self.start - threshold)
         lowest_index = min(range(len(averages)), key=averages.__getitem__)
         if fall_index is None:
             return self._no_fall_reason(averages, threshold)
-        self.noise = max(
-            self.noise, curve_noise([curve[fall_index : lowest_index + 1] for curve in curves])
-        )
-        threshold = s.sigma_threshold * max(
-            self.noise * noise_reduction, s.min_relative_change * abs(self.start)
-        )
-        rise_index = first_lasting_index(
-            averages, lambda x: x > averages[lowest_index] + threshold, lowest_index
-        )
+        falls = [curve[fall_index : lowest_index + 1] for curve in curves]
+        self.noise = max(self.noise, curve_noise(falls))
+        threshold, lowest = self._threshold(noise_share), averages[lowest_index]
+        rise_index = first_lasting_index(averages, lambda x: x > lowest + threshold, lowest_index)
         high = rates[len(averages) - 1 if rise_index is None else rise_index]
-        useful_fall = USEFUL_FRACTION * (self.start - averages[lowest_index])
-        low = rates[
-            first_lasting_index(averages, lambda x: x < self.start - max(threshold, useful_fall))
-            or fall_index
-        ]
+        useful_fall = max(threshold, USEFUL_FRACTION * (self.start - lowest))
+        low_index = first_lasting_index(averages, lambda x: x < self.start - useful_fall)
+        low = rates[low_index or fall_index]
         self.bounds = (min(low, high / 10), high)
         ending = "rises again" if rise_index is not None else "the test ends, still without a rise,"
         self.log(f"the loss first falls at {low:.2g} and {ending} at {high:.2g}")
         return ""
+
+    def _threshold(self, noise_share: float) -> float:
+        """Change of an averaged loss that counts."""
+        s = self.settings
+        smallest_change = s.min_relative_change * abs(self.start)
+        return s.sigma_threshold * max(self.noise * noise_share, smallest_change)
 
     def _no_fall_reason(self, averages: Sequence[float], threshold: float) -> str:
         low, high = self.points[0].lr, self.points[-1].lr
@@ -278,7 +266,7 @@ class _LRSearch:
         )
 
     def successive_halving(self) -> str:
-        """Rungs of ever longer runs, each from step 0, for ever fewer candidates."""
+        """Rungs of longer and longer runs, each from step 0, for fewer and fewer candidates."""
         assert self.bounds is not None
         low, high = self.bounds
         count = self.settings.candidates
@@ -288,7 +276,7 @@ class _LRSearch:
         survivors = list(self.candidates)
         for size, steps in self.budget.rungs:
             survivors = sorted(survivors, key=LRCandidate.mean_loss)[:size]
-            self.run_rung(sorted(survivors, key=LRCandidate.get_lr), steps)
+            self.run_rung(sorted(survivors, key=attrgetter("lr")), steps)
             survivors = [c for c in survivors if not c.has_diverged]
             if not survivors:
                 return (
@@ -305,13 +293,8 @@ class _LRSearch:
             f"{len(candidates)} rates from {candidates[0].lr:.2g} to {candidates[-1].lr:.2g}:"
             f" {steps} steps each, {s.seeds} seeds"
         )
-        curves = [
-            [
-                self.run_trial(warmup_schedule(c.lr, steps, s.warmup), seed)
-                for seed in range(s.seeds)
-            ]
-            for c in candidates
-        ]
+        schedules = [warmup_schedule(c.lr, steps, s.warmup) for c in candidates]
+        curves = [[self.run_trial(rates, seed) for seed in range(s.seeds)] for rates in schedules]
         for candidate in candidates:
             candidate.steps.append(steps)
             candidate.final_losses.append([])
@@ -320,27 +303,19 @@ class _LRSearch:
             full_length = max([self.full_lengths.get((steps, seed), 0), *lengths])
             self.full_lengths[steps, seed] = full_length
             for candidate, runs in zip(candidates, curves, strict=True):
-                is_complete = (
-                    full_length > 0
-                    and len(runs[seed]) == full_length
-                    and math.inf not in runs[seed]
-                )
-                last_losses = runs[seed][-_final_window(full_length) :]
+                losses = runs[seed]
+                is_complete = len(losses) == full_length > 0 and math.inf not in losses
+                last_losses = losses[-_final_window(full_length) :]
                 candidate.final_losses[-1].append(fmean(last_losses) if is_complete else math.inf)
         for candidate in candidates:
-            candidate.has_diverged = (
-                candidate.mean_loss() > self.start + s.sigma_threshold * self.noise
-            )
-        self.update_scale(steps)
-
-    def update_scale(self, steps: int) -> None:
-        """Sets what counts as equal after `steps` steps; at least the noise of a final loss."""
+            highest_loss = self.start + s.sigma_threshold * self.noise
+            candidate.has_diverged = candidate.mean_loss() > highest_loss
         scale = rung_scale(self.candidates, steps, self.loss_tolerance(steps))
         if scale is not None:
             self.scales[steps] = scale
 
     def loss_tolerance(self, steps: int) -> float:
-        """Noise of a final loss after `steps` steps, or what does not matter anyway."""
+        """Noise of a final loss after `steps` steps, at least `min_relative_change`."""
         noise = self.noise / math.sqrt(self.settings.seeds * _final_window(steps))
         return max(noise, self.settings.min_relative_change * abs(self.start))
 
@@ -353,13 +328,13 @@ class _LRSearch:
 
     def find_band(self) -> LRBand:
         """The band around the best of the finalists."""
-        self.candidates.sort(key=LRCandidate.get_lr)
+        self.candidates.sort(key=attrgetter("lr"))
         self.band = band_around(self.finalists()[0], self.candidates, self.scales)
         return self.band
 
     def conclude(self) -> str:
-        """The band: refined with what is left of the budget, or extended once past an edge that
-        it touches; then the reasons for which it may say nothing."""
+        """Refines the band with what is left of the budget, or extends it once past an edge that it
+        touches; the reason where it is inconclusive."""
         s, band = self.settings, self.find_band()
         threshold = s.sigma_threshold * self.loss_tolerance(self.longest_rung)
         if self.finalists()[0].mean_loss() > self.start - threshold:
@@ -404,21 +379,17 @@ class _LRSearch:
         neighbour_lrs = [c.lr for c in self.candidates[max(0, best - 1) : best + 2]]
         midpoint_lrs = [math.sqrt(a * b) for a, b in pairwise(neighbour_lrs)]
         cost = len(midpoint_lrs) * self.settings.seeds * self.longest_rung
-        return (
-            self.add_candidates(midpoint_lrs)
-            if self.steps_used + cost <= self.settings.steps
-            else band
-        )
+        is_affordable = self.steps_used + cost <= self.settings.steps
+        return self.add_candidates(midpoint_lrs) if is_affordable else band
 
     def add_candidates(self, rates: Sequence[float]) -> LRBand:
-        """More candidates, run at the length of the last rung."""
         candidates = [LRCandidate(lr) for lr in sorted(rates)]
         self.candidates += candidates
         self.run_rung(candidates, self.longest_rung)
         return self.find_band()
 
     def result(self, reason: str) -> LRSearchResult:
-        """The search as a Finding; a suggestion only when nothing speaks against it."""
+        """The search's result; a suggestion only without a reason against it."""
         rows = tuple(
             RateResult(c.lr, tuple(map(fmean, c.final_losses)), tuple(c.steps), c.has_diverged)
             for c in self.candidates
@@ -429,18 +400,10 @@ class _LRSearch:
         if best is not None and band is not None and not reason:
             suggestion = min(math.sqrt(band[0] * band[1]), best)
         return LRSearchResult(
-            rows=rows,
-            range_test=tuple(self.points),
-            start=self.start,
-            noise=self.noise,
-            bounds=self.bounds,
-            best=best,
-            band=band,
-            suggestion=suggestion,
-            conclusive=not reason,
-            reason=reason,
-            steps_used=self.steps_used,
-        )
+            rows=rows, range_test=tuple(self.points), start=self.start, noise=self.noise,
+            bounds=self.bounds, best=best, band=band, suggestion=suggestion,
+            conclusive=not reason, reason=reason, steps_used=self.steps_used,
+        )  # fmt: skip
 
 
 def _final_window(steps: int) -> int:

@@ -1,8 +1,5 @@
-"""Comparing short, noisy runs: curves, what counts as equal, and the band around the best.
-
-PAPER: pure functions used by `run_search.py`. Not here: which runs are made. Traded away: a
-statistics library; these are robust estimates for a handful of runs with two or three seeds each.
-"""
+"""Robust estimates for a handful of short, noisy runs with two or three seeds each: smoothed
+curves, differences that count as none, and the band around the best."""
 
 from __future__ import annotations
 
@@ -24,10 +21,6 @@ class LRCandidate:
     steps: list[int] = field(default_factory=list)
     has_diverged: bool = False
 
-    def get_lr(self) -> float:
-        """Its learning rate: the order in which candidates stand."""
-        return self.lr
-
     def mean_loss(self) -> float:
         """Mean over seeds in the longest rung that it ran; 0 before the first."""
         return fmean(self.final_losses[-1]) if self.final_losses else 0.0
@@ -43,7 +36,8 @@ class RungScale:
 
 @dataclass(frozen=True)
 class LRBand:
-    """Rates that cannot be told from the best; `edge_names` names the search's edges it lies at."""
+    """Rates that noise does not separate from the best; `edge_names`: the search's edges it
+    touches."""
 
     low: float
     high: float
@@ -53,8 +47,8 @@ class LRBand:
     """Of the excess over log10 of the rate, in units of what counts as equal."""
 
     def is_flat(self, max_decades: float) -> bool:
-        """Wider than `max_decades` decades, and without a slope: then the experiment says
-        nothing."""
+        """Whether it is wider than `max_decades` decades and has no slope: the experiment says
+        nothing then."""
         width = math.log10(self.high / self.low)
         return width > max_decades and abs(self.slope) * width < 0.5
 
@@ -62,12 +56,10 @@ class LRBand:
 def rung_scale(
     candidates: Sequence[LRCandidate], steps: int, min_tolerance: float
 ) -> RungScale | None:
-    """The scale of the rung of `steps` steps: what counts as equal is one standard error of a
-    mean over the seeds, or `min_tolerance` where that is larger. None when nothing held."""
-    losses_by_candidate = [
-        c.final_losses[c.steps.index(steps)] for c in candidates if steps in c.steps
-    ]
-    finite_losses = sorted((f for f in losses_by_candidate if math.isfinite(fmean(f))), key=fmean)
+    """The scale of the rung of `steps` steps: its tolerance is one standard error of a mean over
+    the seeds, at least `min_tolerance`. None when every candidate diverged."""
+    losses = [c.final_losses[c.steps.index(steps)] for c in candidates if steps in c.steps]
+    finite_losses = sorted((f for f in losses if math.isfinite(fmean(f))), key=fmean)
     if not finite_losses:
         return None
     better_half = finite_losses[: max(2, math.ceil(len(finite_losses) / 2))]
@@ -75,7 +67,7 @@ def rung_scale(
 
 
 def excess(candidate: LRCandidate, scales: Mapping[int, RungScale]) -> float:
-    """How far it lies above the best of its longest rung, in units of what counts as equal."""
+    """How far it lies above the best of its longest rung, in tolerances."""
     scale = scales.get(candidate.steps[-1])
     if candidate.has_diverged or scale is None:
         return math.inf
@@ -98,9 +90,8 @@ def band_around(
         rate = candidates[inner].lr
         if 0 <= outer < len(excesses) and math.isfinite(excesses[outer]):
             root = math.sqrt(max(0.0, excesses[inner]))
-            rate *= (candidates[outer].lr / rate) ** (
-                (1 - root) / (math.sqrt(excesses[outer]) - root)
-            )
+            fraction = (1 - root) / (math.sqrt(excesses[outer]) - root)
+            rate *= (candidates[outer].lr / rate) ** fraction
         edge_lrs.append(rate)
     edge_names = {"lower"} if low == 0 else set()
     edge_names |= {"upper"} if high == len(excesses) - 1 else set()
@@ -139,7 +130,8 @@ def exponential_average(values: Sequence[float], decay: float) -> list[float]:
 def first_lasting_index(
     values: Sequence[float], predicate: Callable[[float], bool], start: int = 0
 ) -> int | None:
-    """First index from `start` at which `predicate` for IN_A_ROW values, or for an infinite one."""
+    """First index from `start` with `predicate` for CONSECUTIVE_POINTS values, or an infinite
+    one."""
     for i in range(start, len(values)):
         window = values[i : i + CONSECUTIVE_POINTS]
         has_enough = len(window) == CONSECUTIVE_POINTS or math.isinf(window[0])
@@ -156,13 +148,14 @@ def curve_noise(pieces: Sequence[Sequence[float]]) -> float:
         for a, b, c in zip(piece, piece[1:], piece[2:], strict=False)
         if math.isfinite(a + b + c)
     ]
-    return (
-        1.4826 * median(second_differences) / math.sqrt(6) if len(second_differences) >= 6 else 0.0
-    )
+    if len(second_differences) < 6:
+        return 0.0
+    # 1.4826 makes a deviation of a median; a second difference has 6 times a value's variance.
+    return 1.4826 * median(second_differences) / math.sqrt(6)
 
 
 def standard_error(finals: Sequence[Sequence[float]]) -> float:
-    """Of a row's mean: what is left of rows x seeds without row and seed effects."""
+    """Standard error of a row's mean over seeds, by the residuals without row and seed effects."""
     rows, seeds = len(finals), len(finals[0])
     if rows < 2 or seeds < 2:
         return 0.0
@@ -180,6 +173,5 @@ def standard_error(finals: Sequence[Sequence[float]]) -> float:
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
     mean_x, mean_y = fmean(x), fmean(y)
     sum_squares = sum((a - mean_x) ** 2 for a in x)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (
-        sum_squares or 1.0
-    )
+    sum_products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return sum_products / (sum_squares or 1.0)

@@ -1,12 +1,9 @@
-"""Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, dealt over ranks.
+"""Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, shared over ranks.
 
-`prepare` sends all messages and changes nothing that survives; `step` is this rank's own work. Not
-here: embeddings and vectors (AdamW's, see `inspect_groups.py`). The bits of an update do not depend
-on who computes it: every matrix is orthogonalised by itself, from a fresh contiguous copy, by the
-same products. Traded away: batched products of equal shapes, whose bits would depend on the batch.
-
-The library's `torch.optim.Muon` gives the same bits for whole parameters in bf16 (a test holds the
-two equal); it neither shares the work nor takes shards.
+`prepare` sends all messages and changes nothing that survives; `step` is this rank's own work. The
+bits of an update do not depend on who computes it: every matrix is orthogonalised by itself (not in
+a batch of equal shapes), from a fresh contiguous copy, by the same products. `torch.optim.Muon`
+gives the same bits for whole parameters in bf16, but neither shares the work nor takes shards.
 """
 
 from __future__ import annotations
@@ -45,21 +42,16 @@ class RankGroup:
 
 
 SINGLE_RANK_GROUP = RankGroup(None, 0, 1)
-"""Nobody to share with."""
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where `device` multiplies it natively (accelerators, CPUs that say so), else fp32.
-
-    The iteration forgives bf16 (Jordan et al. use it), but a CPU without it takes many times as
-    long. PyTorch before 2.12 does not tell; fp32 then.
-    """
+    """bf16 where `device` multiplies it natively (accelerators, CPUs that say so), else fp32: the
+    iteration forgives bf16, but a CPU without it takes many times as long."""
     if device.type != "cpu":
         return torch.bfloat16
+    # Before PyTorch 2.12 there is no such function.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_bf16 = any(
-        is_supported is True for name, is_supported in capabilities.items() if "bf16" in name
-    )
+    has_bf16 = any(value is True for name, value in capabilities.items() if "bf16" in name)
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -71,8 +63,8 @@ MatrixSlice = tuple[tuple[int, int], tuple[int, int]]
 class MatrixSpec:
     """How a parameter is one matrix, or several stacked in dim 0, and who has which part of it.
 
-    `rank_coordinates` share the work: they hold the same (`slices` is empty), or rank i holds
-    `parts[i]` of each [rows, columns] matrix.
+    `ranks` share the work: all hold the whole (`slices` is empty), or rank i holds `slices[i]` of
+    each [rows, columns] matrix.
     """
 
     rows: int
@@ -84,7 +76,7 @@ class MatrixSpec:
 
 @dataclass(frozen=True)
 class _MatrixTask:
-    """One matrix: this rank's part of parameter, momentum and gradient."""
+    """This rank's part of one matrix: parameter, momentum and gradient."""
 
     parameter: Tensor
     momentum: Tensor
@@ -98,8 +90,8 @@ class _MatrixTask:
 
 @dataclass(frozen=True)
 class MuonUpdate:
-    """What `Muon.prepare` found for some matrices of a param group: this rank's parts of their
-    orthogonalised updates, in the optimiser's dtype."""
+    """This rank's parts of the orthogonalised updates of some matrices of a param group, in the
+    optimiser's dtype."""
 
     group: dict[str, Any]
     tasks: list[_MatrixTask]
@@ -114,9 +106,8 @@ def orthogonalise(update: Tensor, dtype: torch.dtype) -> Tensor:
     of the first and 8 of the second 76 / 57 ms (torch.optim.Muon, bf16 only: 54 ms).
     """
     is_tall = update.shape[0] > update.shape[1]
-    matrix = (
-        (update.T if is_tall else update).to(dtype).clone(memory_format=torch.contiguous_format)
-    )
+    wide = (update.T if is_tall else update).to(dtype)
+    matrix = wide.clone(memory_format=torch.contiguous_format)
     matrix.div_(matrix.norm().clamp(min=MIN_NORM))
     if dtype == torch.float32 and 2 * matrix.shape[0] <= matrix.shape[1]:
         matrix = _newton_schulz_by_gram(matrix)
@@ -154,13 +145,14 @@ def _newton_schulz_by_gram(x: Tensor) -> Tensor:
 
 
 def orthogonalise_cost(rows: int, columns: int) -> int:
-    """Multiplications of one orthogonalisation, up to a factor: what the dealing weighs."""
+    """Multiplications of one orthogonalisation, up to a factor."""
     short_side, long_side = min(rows, columns), max(rows, columns)
     return short_side * short_side * (2 * long_side + short_side)
 
 
 def assign_owners(costs: Sequence[int], size: int) -> list[int]:
-    """Who computes what: greedy, dearest first, to the least loaded rank; ties to the lowest."""
+    """The rank that computes each task: most expensive first, to the least loaded rank, the lowest
+    of equal ones."""
     rank_load, owners = [0] * size, [0] * len(costs)
     for task in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
         rank = min(range(size), key=lambda r: (rank_load[r], r))
@@ -174,11 +166,11 @@ class Muon(Optimizer):
 
     Update: m <- m + (1 - momentum)(g - m); u = g + momentum (m - g) (Nesterov);
     p <- p (1 - lr x weight_decay) - lr sqrt(max(1, rows / columns)) orthogonalise(u).
-    `matrices[i]` says how the i-th parameter is held; without it each is one whole matrix, and
-    nobody shares. Work is dealt over the ranks of a matrix: each orthogonalises its own, whole, and
-    results go back. All results are held until the step, one copy of the matrices in `dtype`; the
-    momentum that follows is not held but computed again. `sent_bytes` and `exchange_s` count what
-    this rank handed to the network and how long that took, waiting for others included.
+    `matrices[i]` says how the i-th parameter is cut; without it each is one whole matrix of this
+    rank. The matrices of a group of ranks are shared out: each rank orthogonalises its own, whole,
+    and sends the results back. All results wait for the step, one copy of the matrices in `dtype`;
+    the new momentum is not kept but computed again. `sent_bytes` and `exchange_s` count what this
+    rank sent and how long that took, waiting for others included.
     """
 
     def __init__(
@@ -208,8 +200,8 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def prepare(self) -> list[MuonUpdate]:
-        """The updates of all parameters that have a gradient. Collective when work is shared; what
-        survives stays as it is, so that it may be called again after a fault."""
+        """The updates of all parameters that have a gradient. Collective when work is shared;
+        changes neither parameters nor state, so that it may be called again after a fault."""
         updates = []
         for group in self.param_groups:
             full_tasks: dict[RankGroup, list[_MatrixTask]] = {}
@@ -217,23 +209,19 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     matrix = self._matrices[parameter]
-                    tasks = (slice_tasks if matrix.slices else full_tasks).setdefault(
-                        matrix.ranks, []
-                    )
-                    tasks += self._tasks(parameter, matrix)
+                    tasks_by_ranks = slice_tasks if matrix.slices else full_tasks
+                    tasks = self._tasks(parameter, matrix)
+                    tasks_by_ranks.setdefault(matrix.ranks, []).extend(tasks)
             momentum = group["momentum"]
             for ranks, tasks in full_tasks.items():
-                updates.append(
-                    MuonUpdate(group, tasks, self._orthogonalise_full(tasks, momentum, ranks))
-                )
+                results = self._orthogonalise_full(tasks, momentum, ranks)
+                updates.append(MuonUpdate(group, tasks, results))
             for ranks, tasks in slice_tasks.items():
-                updates.append(
-                    MuonUpdate(group, tasks, self._orthogonalise_slices(tasks, momentum, ranks))
-                )
+                results = self._orthogonalise_slices(tasks, momentum, ranks)
+                updates.append(MuonUpdate(group, tasks, results))
         return updates
 
     def init_state(self, parameter: Tensor) -> OptimizerState:
-        """The momentum."""
         return {"momentum_buffer": torch.zeros_like(parameter)}
 
     @torch.no_grad()
@@ -259,14 +247,14 @@ class Muon(Optimizer):
         return [_MatrixTask(*slices, matrix) for slices in zip(*tensors, strict=True)]
 
     def _nesterov_update(self, task: _MatrixTask, momentum: float) -> Tensor:
-        """g + momentum (m - g) of the momentum that follows, which `step` makes again in place."""
+        """g + momentum (m - g) with the new momentum m, which `step` computes again in place."""
         next_momentum = task.momentum.lerp(task.grad, 1 - momentum)
         return task.grad.lerp(next_momentum, momentum).flatten(1).to(self.dtype)
 
     def _orthogonalise_full(
         self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup
     ) -> list[Tensor]:
-        """Everybody holds every matrix; each computes its own, one gather gives all to all."""
+        """All ranks hold every matrix; each computes its own, one gather gives all to all."""
         owners = assign_owners([job.cost for job in tasks], ranks.size)
         task_owners = list(zip(tasks, owners, strict=True))
         own_tasks = (job for job, o in task_owners if o == ranks.rank)
@@ -296,13 +284,13 @@ class Muon(Optimizer):
     def _orthogonalise_slices(
         self, tasks: list[_MatrixTask], momentum: float, ranks: RankGroup
     ) -> list[Tensor]:
-        """Everybody holds a part of every matrix: parts go to the owner and come back."""
+        """Each rank holds a part of every matrix: parts go to the owner and come back."""
         all_ranks = range(ranks.size)
         owners = assign_owners([job.cost for job in tasks], ranks.size)
         tasks_by_owner = [[j for j, o in enumerate(owners) if o == r] for r in all_ranks]
         task_order = [j for js in tasks_by_owner for j in js]
         own_tasks = tasks_by_owner[ranks.rank]
-        # Elements that cross: `sent[r]` from here to r, `held[r][i]` of my i-th matrix from r.
+        # Elements: `send_sizes[r]` from here to r, `slice_sizes[r][i]` of my i-th matrix from r.
         send_sizes = [sum(tasks[j].grad.numel() for j in js) for js in tasks_by_owner]
         slice_sizes = [
             [_slice_elements(tasks[j].matrix.slices[r]) for j in own_tasks] for r in all_ranks

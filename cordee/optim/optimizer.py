@@ -63,7 +63,7 @@ class Optimizers:
 
     @property
     def peak_lr(self) -> float:
-        """The rule's peak learning rate (with muon: that of the matrices)."""
+        """Peak learning rate, with muon that of the matrices."""
         return self._rates[0].peak
 
     @property
@@ -77,8 +77,8 @@ class Optimizers:
         return float(sum(getattr(rule, "exchange_s", 0.0) for rule in self.rules))
 
     def prepare(self) -> list[MuonUpdate]:
-        """What `step` needs of other ranks: collective when muon shares its work. Parameters, state
-        and gradients stay as they are."""
+        """What `step` needs of other ranks: collective when muon shares its work. Changes neither
+        parameters, state nor gradients."""
         return [u for rule in self.rules if isinstance(rule, Muon) for u in rule.prepare()]
 
     def step(self, updates: list[MuonUpdate] | None = None) -> None:
@@ -91,12 +91,11 @@ class Optimizers:
                 rule.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients (or fills them with zeros)."""
         for rule in self.rules:
             rule.zero_grad(set_to_none=set_to_none)
 
     def set_lr(self, factor: float) -> None:
-        """Every group's rate becomes factor x its peak."""
+        """Sets every group's rate to factor x its peak."""
         for rate in self._rates:
             rate.group["lr"] = rate.peak * factor
 
@@ -214,19 +213,19 @@ def _decay_factor(settings: OptimSettings, progress: float) -> float:
     if progress <= start:
         return 1.0
     decay_progress = (progress - start) / (1.0 - start)
-    remainder = (
-        0.5 + 0.5 * math.cos(math.pi * decay_progress)
-        if settings.schedule == "cosine"
-        else 1.0 - decay_progress
-    )
+    remainder = 1.0 - decay_progress
+    if settings.schedule == "cosine":
+        remainder = 0.5 + 0.5 * math.cos(math.pi * decay_progress)
     return settings.final + (1.0 - settings.final) * remainder
 
 
 class LossScaler:
-    """The factor on the loss; `fixed_scale` for ever where it is not `is_dynamic`.
+    """fp16's factor on the loss, so that small gradients do not become zero (Micikevicius et al.
+    2018): it multiplies the loss before backward and divides the summed gradient. Powers of two, so
+    that both are exact. `fixed_scale` throughout unless `is_dynamic`.
 
-    `value` and `good_steps` survive a restart. All ranks give it the same agreed numbers, so all
-    hold the same scale.
+    `value` and `good_steps` survive a restart. All ranks pass the same summed numbers, so all have
+    the same scale (torch's GradScaler would decide on one rank's gradients).
     """
 
     def __init__(self, is_dynamic: bool, fixed_scale: float = MIN_SCALE) -> None:

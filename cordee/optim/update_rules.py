@@ -20,6 +20,8 @@ from torch.optim.sgd import sgd
 from cordee.config.run import OptimSettings
 
 OptimizerState = dict[str, Tensor]
+States = list[OptimizerState]
+Tensors = list[Tensor]
 ParamGroup = dict[str, Any]
 """A param group as torch.optim has it: "params", "lr" and the rule's options."""
 
@@ -77,14 +79,8 @@ class LocalOptimizer(Optimizer):
                 self.update(group, parameters, [p.grad for p in parameters], states)
 
     @abstractmethod
-    def update(
-        self,
-        group: ParamGroup,
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        states: list[OptimizerState],
-    ) -> None:
-        """Updates `parameters` and `states` in place; `group` has "lr" and "weight_decay"."""
+    def update(self, group: ParamGroup, params: Tensors, grads: Tensors, states: States) -> None:
+        """Updates `params` and `states` in place; `group` has "lr" and "weight_decay"."""
 
 
 class SGD(LocalOptimizer):
@@ -97,15 +93,9 @@ class SGD(LocalOptimizer):
     def momentum(self) -> float:
         return self.settings.momentum if self.settings.name == "momentum" else 0.0
 
-    def update(
-        self,
-        group: ParamGroup,
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        states: list[OptimizerState],
-    ) -> None:
+    def update(self, group: ParamGroup, params: Tensors, grads: Tensors, states: States) -> None:
         momentum_buffers: list[Tensor | None] = [s["momentum_buffer"] for s in states if s]
-        sgd(parameters, grads, momentum_buffers, weight_decay=group["weight_decay"],
+        sgd(params, grads, momentum_buffers, weight_decay=group["weight_decay"],
             momentum=self.momentum, lr=group["lr"], dampening=0.0, nesterov=False,
             maximize=False, foreach=not self.fused, fused=self.fused)  # fmt: skip
 
@@ -123,18 +113,12 @@ class Adam(LocalOptimizer):
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
-    def update(
-        self,
-        group: ParamGroup,
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        states: list[OptimizerState],
-    ) -> None:
+    def update(self, group: ParamGroup, params: Tensors, grads: Tensors, states: States) -> None:
         update_fn = adam if self.settings.name == "adam" else adamw
         exp_avgs, exp_avg_sqs, steps = (
             [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")
         )
-        update_fn(parameters, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False,
+        update_fn(params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False,
                   beta1=self.settings.beta1, beta2=self.settings.beta2, lr=group["lr"],
                   weight_decay=group["weight_decay"], eps=self.settings.eps, maximize=False,
                   foreach=not self.fused, fused=self.fused)  # fmt: skip
@@ -154,17 +138,11 @@ class Adafactor(LocalOptimizer):
             "step": step, "row_var": torch.zeros_like(rows), "col_var": torch.zeros_like(columns)
         }  # fmt: skip
 
-    def update(
-        self,
-        group: ParamGroup,
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        states: list[OptimizerState],
-    ) -> None:
+    def update(self, group: ParamGroup, params: Tensors, grads: Tensors, states: States) -> None:
         row_vars, col_vars, variances = (
             [s.get(name) for s in states] for name in ("row_var", "col_var", "variance")
         )
-        adafactor(parameters, grads, row_vars, col_vars, variances, [s["step"] for s in states],
+        adafactor(params, grads, row_vars, col_vars, variances, [s["step"] for s in states],
                   d=1.0, lr=group["lr"], beta2_decay=-0.8, weight_decay=group["weight_decay"],
                   eps1=None, eps2=1e-3, maximize=False)  # type: ignore[arg-type]  # fmt: skip
 
