@@ -1,8 +1,6 @@
 """Why a layout cannot run a model: every rule, its values, and the nearest layout that keeps it.
 
-Paper, before anything starts. Not here: whether it fits or is quick (`plan/`), and what no layout
-could obey (`config/validate.py`). Traded away: a fix that repairs everything at once; each repairs
-its own rule, and following them one after another ends in a legal layout (a test holds that).
+Each fix repairs its own rule; following one after another ends in a legal layout.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ from cordee.layout.counts import ORIGIN, TensorCounts, count_model_tensors
 from cordee.layout.stages import stage_count
 from cordee.layout.tensors import CUT_AXES
 
-NON_SHARD_AXES = ("pipeline", "context", "expert", "tensor")
-"""Axes inside an island other than shard."""
+NON_SHARD_AXES = tuple(axis for axis in MODEL_AXES if axis != "shard")
 
 FP8_MULTIPLE = 16
 """What dims of fp8 products are multiples of (the library's kernels)."""
@@ -48,25 +45,24 @@ class Violation:
 
 
 def violation_texts(run: Run, layout: Layout, vocabulary: int = 256) -> list[tuple[str, str]]:
-    """Why `run` cannot run on `layout`: (reason, nearest fix) pairs; empty when
-    it can."""
+    """Why `run` cannot run on `layout`: (reason, nearest fix) pairs; empty when it can."""
     rules = violations(run, layout, count_model_tensors(run.model, vocabulary))
     return [(rule.reason, rule.fix) for rule in rules]
 
 
 def violations(run: Run, layout: Layout, tensor_counts: TensorCounts) -> list[Violation]:
-    """Every rule that `layout` breaks; those of the model come before those of the
-    batch."""
-    rules = [
+    """Every rule that `layout` breaks; those of the model come before those of the batch."""
+    return [
         *degree_violations(run, layout, tensor_counts),
         *_zero_violations(run, layout),
         *_expert_norm_violations(run, layout),
+        *_microbatch_violations(run, layout),
+        *_schedule_violations(run, layout),
     ]
-    return [*rules, *_microbatch_violations(run, layout), *_schedule_violations(run, layout)]
 
 
 def degree_violations(run: Run, layout: Layout, tensor_counts: TensorCounts) -> list[Violation]:
-    """Those rules that a degree breaks whatever the other degrees are."""
+    """The rules that a degree breaks whatever the other degrees are."""
     return [
         *_unsupported_axes(run, layout),
         *_divisor_violations(run, layout, tensor_counts),
@@ -75,7 +71,7 @@ def degree_violations(run: Run, layout: Layout, tensor_counts: TensorCounts) -> 
 
 
 def uses_canonical_order(run: Run, layout: Layout) -> bool:
-    """Whether gradients are added in canonical order, whole, over all that compute microbatches."""
+    """Whether whole gradients are added in canonical order over all workers."""
     if any(getattr(layout, axis) > 1 for axis in NON_SHARD_AXES):
         return False
     is_replicated = run.data.placement == "replicate"
@@ -91,7 +87,7 @@ def gathers_param_dtype(run: Run, zero: int) -> bool:
 
 
 def rank_microbatches(run: Run, layout: Layout) -> int:
-    """Microbatches of the busiest worker; with replicated data every island has all of them."""
+    """Microbatches of the worker with most; with replicated data every island has all of them."""
     if run.data.placement == "replicate":
         return run.batch.microbatches
     return -(-run.batch.microbatches // layout.dp_size)
@@ -128,17 +124,16 @@ def _unsupported_axes(run: Run, layout: Layout) -> Iterator[Violation]:
 
 
 def _split_unit_violations(run: Run, layout: Layout, axis: str) -> Iterator[Violation]:
-    """What must be seen whole to be clipped or dropped, and `axis` cuts."""
+    """Units of clipping, or of an expert's capacity, that `axis` cuts."""
     moe = run.model.moe
     if run.clip.kind == "agc" and (axis == "tensor" or (axis == "shard" and moe.experts)):
         units = "rows of matrices" if axis == "tensor" else "experts"
         clause = f"cuts {units}, which are the units that clip.kind=agc compares"
         yield _violation(layout, axis, clause, f"clip.kind=norm, or layout.{axis}=1")
     if moe.experts and moe.capacity and axis in ("tensor", "context"):
-        clause = (
-            f"splits tokens, and would decide which of them model.moe.capacity={moe.capacity:g}"
-        )
-        yield _violation(layout, axis, f"{clause} drops", "model.moe.capacity=0")
+        setting = f"model.moe.capacity={moe.capacity:g}"
+        clause = f"splits tokens, and would decide which of them {setting} drops"
+        yield _violation(layout, axis, clause, "model.moe.capacity=0")
 
 
 def _divisor_violations(
@@ -176,11 +171,8 @@ def _tensor_clause(run: Run, layout: Layout, tensor_counts: TensorCounts) -> str
     if run.run.precision == "fp8":
         widths = {"queries": model.query_width, "keys": model.kv_width, **_hidden_sizes(model)}
         for name, size in widths.items():
-            if size // degree % FP8_MULTIPLE:
-                return (
-                    f"leaves {size // degree} of {size} {name}, and fp8 wants multiples of"
-                    f" {FP8_MULTIPLE}"
-                )
+            if (part := size // degree) % FP8_MULTIPLE:
+                return f"leaves {part} of {size} {name}, and fp8 wants multiples of {FP8_MULTIPLE}"
     if model.hub:  # its stream is whole on every rank
         return ""
     chunks = 2 * layout.context if layout.context > 1 else 1
@@ -226,25 +218,19 @@ def _shard_clause(run: Run, layout: Layout, tensor_counts: TensorCounts) -> str:
             continue
         rows = tensors.shape[spec.shard]
         if spec.shard and rows % layout.shard:
-            width_name = (
-                "model.width" if spec.shape[spec.shard] == run.model.width else "an expert's"
-            )
-            width_text = (
-                f"{width_name}={rows}"
-                if width_name == "model.width"
-                else f"{width_name} width, {rows}"
-            )
+            is_width = spec.shape[spec.shard] == run.model.width
+            width_text = f"model.width={rows}" if is_width else f"an expert's width, {rows}"
             return f"does not divide {width_text}, along which experts are sharded"
         if rows < min_rows:
             min_rows, name = rows, re.sub(r"^blocks\.\d+\.", "", spec.name)
     if layout.shard > min_rows:
-        # Ranks without a row of some tensor are legal for FSDP2, and waste.
+        # FSDP2 would take ranks without a row of some tensor, but they are waste.
         return f"exceeds the {min_rows} rows of {name}: some ranks would hold no row"
     return ""
 
 
 def _zero_violations(run: Run, layout: Layout) -> Iterator[Violation]:
-    """What `make_file_layout.zero` asks of layouts that cannot give it."""
+    """Layouts on which layout.zero=2 or 3 cannot act."""
     if run.layout.zero not in (2, 3):
         return
     setting = f"layout.zero={run.layout.zero}"
@@ -260,7 +246,8 @@ def _zero_violations(run: Run, layout: Layout) -> Iterator[Violation]:
 
 
 def _expert_norm_violations(run: Run, layout: Layout) -> Iterator[Violation]:
-    """Norms whose order is canonical are summed by rows of dim 0, which experts' shards are not."""
+    """Norms in canonical order are summed by rows of dim 0; shards of experts are cut along dim
+    1."""
     if run.model.moe.experts and layout.shard > 1 and uses_canonical_order(run, layout):
         setting = "run.exact" if run.run.exact else f"sync.codec={run.sync.codec}"
         if run.sync.protocol == "exchange" and not run.run.exact:
@@ -276,21 +263,17 @@ def _pipeline_violations(run: Run, layout: Layout) -> Iterator[Violation]:
     layers, settings = run.model.layers, run.layout
     if stage_count(settings, layout.pipeline) > layers:
         stages_per_rank = stage_count(settings, layout.pipeline) // layout.pipeline
-        schedule_text = (
-            f", with {stages_per_rank} a rank ({settings.schedule})" if stages_per_rank > 1 else ""
-        )
-        clause = f"has more stages than model.layers={layers}{schedule_text}"
-        yield _violation(
-            layout, "pipeline", clause, f"layout.pipeline={max(1, layers // stages_per_rank)}"
-        )
+        clause = f"has more stages than model.layers={layers}"
+        if stages_per_rank > 1:
+            clause += f", with {stages_per_rank} a rank ({settings.schedule})"
+        fix = f"layout.pipeline={max(1, layers // stages_per_rank)}"
+        yield _violation(layout, "pipeline", clause, fix)
     if run.model.tied:
         clause = "puts embedding and head on different ranks, and model.tied makes them one matrix"
         yield _violation(layout, "pipeline", clause, "layout.pipeline=1, or model.tied=false")
     if settings.schedule == "zero_bubble":
-        for key, value in (
-            ("memory.recompute", run.memory.recompute),
-            ("run.compile", run.run.compile),
-        ):
+        values = {"memory.recompute": run.memory.recompute, "run.compile": run.run.compile}
+        for key, value in values.items():
             if value != "none":
                 clause = f"splits backwards under zero_bubble, which {key}={value} cannot"
                 yield _violation(layout, "pipeline", clause, f"{key}=none, or layout.schedule=1f1b")
@@ -304,10 +287,9 @@ def _schedule_violations(run: Run, layout: Layout) -> Iterator[Violation]:
     microbatches = total // layout.dp_size
     nearest_count = round_microbatches(run.layout, ranks, microbatches)
     if nearest_count != microbatches:
-        is_1f1b = run.layout.schedule == "1f1b"
-        requirement = (
-            "a microbatch of a worker for each rank" if is_1f1b else "full rounds of microbatches"
-        )
+        requirement = "full rounds of microbatches"
+        if run.layout.schedule == "1f1b":
+            requirement = "a microbatch of a worker for each rank"
         clause = f"is given too few for {run.layout.schedule}, which wants {requirement}"
         reason = f"layout.pipeline={ranks} is given {microbatches} microbatches a worker, and"
         reason += f" {run.layout.schedule} wants {requirement}"
@@ -316,10 +298,9 @@ def _schedule_violations(run: Run, layout: Layout) -> Iterator[Violation]:
 
 
 def round_microbatches(settings: LayoutSettings, ranks: int, microbatches: int) -> int:
-    """The nearest number of microbatches, not below, that a pipeline of `ranks` can
-    take.
+    """The nearest number of microbatches, not below, that a pipeline of `ranks` can take.
 
-    torch's 1F1B wants one for every stage; its interleaved schedule runs in max(1, m // ranks)
+    torch's 1F1B needs one for every stage; its interleaved schedule runs in max(1, m // ranks)
     rounds of equally many; GPipe and ZBV take any.
     """
     match settings.schedule:
@@ -332,7 +313,7 @@ def round_microbatches(settings: LayoutSettings, ranks: int, microbatches: int) 
 
 
 def _microbatch_violations(run: Run, layout: Layout) -> Iterator[Violation]:
-    """M microbatches that do not do for the workers."""
+    """M microbatches that are too few, or do not divide over the workers."""
     if run.data.placement == "replicate":
         return
     total, dp_size = run.batch.microbatches, layout.dp_size
