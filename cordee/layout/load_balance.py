@@ -86,7 +86,7 @@ def slowest_island_s(counts: Sequence[int], seconds: Sequence[float]) -> float:
 
 def microbatch_ranges(counts: Sequence[int], ranks: int) -> tuple[tuple[int, int], ...]:
     """[start, stop) of each worker's microbatches: islands' shares one after another, each cut
-    evenly over the `ranks` of an island (the form of `Plan.split_microbatches`)."""
+    evenly over the `ranks` of an island (the form of `Plan.splits`)."""
     ranges, start = [], 0
     for count in counts:
         for microbatches in split_evenly(count, ranks):

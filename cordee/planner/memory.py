@@ -98,7 +98,7 @@ class PartialSumCounts:
 
 
 def partial_sum_counts(run: Run, layout: Layout) -> PartialSumCounts:
-    """Whole gradients that the worst worker holds, and subtrees that all workers send.
+    """Whole gradients that the fullest worker holds, and subtrees that all workers send.
 
     A worker that has finished k subtrees and is inside one of 2^j microbatches holds k + j + 1.
     """
@@ -106,9 +106,8 @@ def partial_sum_counts(run: Run, layout: Layout) -> PartialSumCounts:
     if run.data.placement == "replicate":
         return PartialSumCounts(count.bit_length(), 1, layout.dp_size)
     if layout.dp_size > MAX_EXACT_RANKS:
-        subtrees = (
-            1 if _is_aligned(count, layout.dp_size) else 2 * (count // layout.dp_size).bit_length()
-        )
+        bound = 2 * (count // layout.dp_size).bit_length()
+        subtrees = 1 if _is_aligned(count, layout.dp_size) else bound
         partial_sums = subtrees - 1 + (-(-count // layout.dp_size)).bit_length()
         return PartialSumCounts(partial_sums, subtrees, subtrees * layout.dp_size)
     peak = final = total = 0
@@ -125,9 +124,8 @@ def rank_state_bytes(
     """Parameters, one gradient and optimiser state that the rank at coordinates `coords` holds, to
     the byte: tensors shaped like parameters (or their rows and columns), without counters of
     steps."""
-    return _state_items(
-        run, count_tensors(specs), layout, stages.layer_ranges(coords["pipeline"]), coords
-    )
+    layer_ranges = stages.layer_ranges(coords["pipeline"])
+    return _state_items(run, count_tensors(specs), layout, layer_ranges, coords)
 
 
 def rank_memory(
@@ -144,29 +142,22 @@ def rank_memory(
     tensor_counts = count_tensors(specs)
     stages = stages or make_stages(run.model, tensor_counts.vocabulary, run.layout, layout.pipeline)
     models = (
-        _RankMemoryModel(
-            run, tensor_counts, layout, sync, device, zero, layer_ranges, pipeline_rank
-        )
-        for pipeline_rank, layer_ranges in distinct_stages(run, stages)
+        _RankMemoryModel(run, tensor_counts, layout, sync, device, zero, ranges, pipeline_rank)
+        for pipeline_rank, ranges in distinct_stages(run, stages)
     )
     return max((model.estimate() for model in models), key=lambda memory: memory.total_bytes)
 
 
 def distinct_stages(run: Run, stages: Stages) -> list[tuple[int, list[LayerRange]]]:
-    """Pipeline coordinates whose layers differ from those of all before, with what they hold. Of
+    """Pipeline coordinates whose layers differ from those of all before, with these layers. Of
     those that are alike the first holds most microbatches at a time."""
     stages_by_signature: dict[tuple[object, ...], tuple[int, list[LayerRange]]] = {}
     recompute_every = run.memory.recompute_every
     for pipeline_rank in range(stages.ranks):
         layer_ranges = stages.layer_ranges(pipeline_rank)
         signature = tuple(
-            (
-                *block_counts(run, [layer_range]),
-                layer_range.start % recompute_every,
-                layer_range.has_embedding,
-                layer_range.has_head,
-            )
-            for layer_range in layer_ranges
+            (*block_counts(run, [r]), r.start % recompute_every, r.has_embedding, r.has_head)
+            for r in layer_ranges
         )
         stages_by_signature.setdefault(signature, (pipeline_rank, layer_ranges))
     return list(stages_by_signature.values())
@@ -187,52 +178,44 @@ class _RankMemoryModel:
 
     def estimate(self) -> RankMemory:
         """State, and what each phase of a step adds to it."""
-        run, layout, sync = self.run, self.layout, self.sync
-        state_items = _state_items(run, self.tensor_counts, layout, self.layer_ranges, ORIGIN)
+        run, layout, sync, counts = self.run, self.layout, self.sync, self.tensor_counts
+        state_items = _state_items(run, counts, layout, self.layer_ranges, ORIGIN)
         if run.memory.offload != "none":
-            state_items = dict.fromkeys(state_items, 0)  # the host's, who is not counted
-        full_grad_bytes = FP32 * self.tensor_counts.rank_elements(
-            layout, ORIGIN, self.layer_ranges, "tensor"
-        )
-        sums = (
-            partial_sum_counts(run, layout)
-            if sync.is_canonical
-            else PartialSumCounts(1, 1, layout.dp_size)
-        )
+            state_items = dict.fromkeys(state_items, 0)  # in the host's memory
+        elements = counts.rank_elements(layout, ORIGIN, self.layer_ranges, "tensor")
+        full_grad_bytes = FP32 * elements
+        sums = PartialSumCounts(1, 1, layout.dp_size)
+        if sync.is_canonical:
+            sums = partial_sum_counts(run, layout)
         grad_bytes = full_grad_bytes if self._keeps_full_gradients else state_items["gradients"]
-        unit_sizes = fsdp_unit_bytes(self.tensor_counts, layout, self.layer_ranges)
-        gathered_bytes = self._gathered_bytes(*unit_sizes)
+        unit_sizes = fsdp_unit_bytes(counts, layout, self.layer_ranges)
         backward_items = self._backward_items(full_grad_bytes, grad_bytes, sums, unit_sizes)
-        worst_backward = max(backward_items, key=lambda items: sum(items.values()))
-        sum_items = {"gradients": sums.peak * grad_bytes, "gathered parameters": gathered_bytes}
-        sync_items = {
-            "gradients": sums.final * grad_bytes,
-            "exchange buffers": max(
-                _buffer_bytes(run, layout, sync, grad_bytes), self._flat_bytes()
-            ),
-        }
-        update_items = {
-            "gradients": grad_bytes if state_items["gradients"] else 0,
-            "update temporaries": _update_bytes(run, self.tensor_counts, state_items["parameters"]),
-        }
+        flat_bytes = max(_buffer_bytes(run, layout, sync, grad_bytes), self._flat_bytes())
+        parameter_bytes, optimizer_bytes = state_items["parameters"], state_items["optimiser"]
         state = {
-            "parameters": state_items["parameters"],
-            "optimiser": state_items["optimiser"],
+            "parameters": parameter_bytes,
+            "optimiser": optimizer_bytes,
             "allocator slack": self._slack_bytes(),
         }
         phases = {
-            "backward": worst_backward,
-            "sum": sum_items,
-            "agree": sync_items,
-            "update": update_items,
+            "backward": max(backward_items, key=lambda items: sum(items.values())),
+            "sum": {
+                "gradients": sums.peak * grad_bytes,
+                "gathered parameters": self._gathered_bytes(*unit_sizes),
+            },
+            "agree": {"gradients": sums.final * grad_bytes, "exchange buffers": flat_bytes},
+            "update": {
+                "gradients": grad_bytes if state_items["gradients"] else 0,
+                "update temporaries": _update_bytes(run, counts, parameter_bytes),
+            },
         }
         if self._has_peer_backup:
-            # Own state and, if no island has it too, a neighbour's; while they are made, both anew.
+            # Own state and, if no other island has it, a neighbour's. New copies are complete
+            # before the old ones go.
             copies = 2 if layout.island == 1 else 1
-            state["copies for faults"] = copies * (
-                state_items["parameters"] + state_items["optimiser"]
-            )
-            phases["copy"] = {"copies being made": state["copies for faults"]}
+            copy_bytes = copies * (parameter_bytes + optimizer_bytes)
+            state["copies for faults"] = copy_bytes
+            phases["copy"] = {"copies being made": copy_bytes}
         return RankMemory(state, phases)
 
     def _backward_items(
@@ -290,10 +273,9 @@ class _RankMemoryModel:
         return self._uses_fsdp and gathers_param_dtype(self.run, self.zero)
 
     def _in_flight(self) -> list[int]:
+        settings, ranks = self.run.layout, self.layout.pipeline
         microbatches = rank_microbatches(self.run, self.layout)
-        return in_flight_microbatches(
-            self.run.layout, self.layout.pipeline, self.pipeline_rank, microbatches
-        )
+        return in_flight_microbatches(settings, ranks, self.pipeline_rank, microbatches)
 
     def _unreduced_bytes(
         self,

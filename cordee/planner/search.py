@@ -130,15 +130,10 @@ def search(
             state.visit(run, cluster, tensor_counts, layout, rejections)
         if sizes[-1] in state.legal_sizes:
             break
-    candidates = sorted(
-        state.candidates,
-        key=lambda candidate: (
-            candidate.prediction.step_s,
-            candidate.prediction.memory_bytes,
-            candidate.layout.size,
-        ),
+    state.candidates.sort(
+        key=lambda c: (c.prediction.step_s, c.prediction.memory_bytes, c.layout.size)
     )
-    return Ranking(tuple(candidates), tuple(rejections.summarize()), state.nearest_fit)
+    return Ranking(tuple(state.candidates), tuple(rejections.summarize()), state.nearest_fit)
 
 
 @dataclass
