@@ -160,6 +160,7 @@ def make_plan(
 
 
 def plan_of_candidate(run: Run, cluster: Cluster, candidate: CandidateLayout, why: str) -> Plan:
+    """The plan of a candidate; `why` says in words why it is the pick."""
     return Plan(
         layout=candidate.layout,
         processes=candidate.layout.size,
