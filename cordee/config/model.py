@@ -1,7 +1,6 @@
-"""The model's knobs: its shape, its experts, its images, and how its parameters start.
+"""The model's knobs: its shape, its experts, and how its parameters start.
 
-Not here: any other knob (`measure_run.py`, whose tree these are part of), named sizes
-(`presets.py`). 0 means "the usual" or "off" where the sentence says so.
+0 means "the usual" or "off" where the sentence says so.
 """
 
 from __future__ import annotations
@@ -38,30 +37,6 @@ class MoeSettings:
 DEFAULT_PRESET = "tiny"
 """What model.preset=auto stands for, but for a run that the clock alone limits."""
 
-MIN_SIDE = 4
-"""Blocks of convolutions do not halve an image of this side or less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    side: int = 16
-    """Height and width in pixels. An image is a record of bytes: its label, then its pixels,
-    channel by channel, so that data.sequence is 1 + channels x side x side."""
-    channels: int = 1
-    """Values of a pixel."""
-    classes: int = 10
-    """Labels are 0 to classes - 1."""
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Bytes of an image without its label."""
-        return self.channels * self.side * self.side
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of an image with its label."""
-        return 1 + self.pixel_bytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -69,18 +44,15 @@ class ModelSettings:
     """A named size (see `cordee plan --models`); the other model keys override parts of it. auto:
     tiny; for a run without any limit, model and batch are those that this machine can train in two
     minutes."""
-    kind: Literal["transformer", "mlp", "conv"] = "transformer"
-    """transformer: a language model; mlp, conv: classifiers of images."""
     hub: str = ""
     """Folder of a Hugging Face model to train instead (needs the extra `hf`); the other model keys
     do not apply to it."""
     vocabulary: int = 0
     """Rows of embedding and head; 0: as many as the data has symbols."""
     layers: int = 5
-    """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
+    """Number of blocks of attention and MLP."""
     width: int = 128
-    """Width of the residual stream, a multiple of model.heads unless model.head_width is given;
-    channels (conv), units (mlp)."""
+    """Width of the residual stream, a multiple of model.heads unless model.head_width is given."""
     heads: int = 4
     """Attention heads; each is head_width wide."""
     kv_heads: int = 0
@@ -111,28 +83,12 @@ class ModelSettings:
 
     moe: MoeSettings = field(default_factory=MoeSettings)
     """Mixture of experts."""
-    image: ImageSettings = field(default_factory=ImageSettings)
-    """Images, for the classifiers."""
 
     @property
     def name(self) -> str:
         """What the model is called: its folder's name, or its preset's."""
         preset = DEFAULT_PRESET if self.preset == "auto" else self.preset
         return Path(self.hub).resolve().name if self.hub else preset
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the model is a classifier of images, not a language model."""
-        return self.kind != "transformer"
-
-    @property
-    def block_sides(self) -> list[int]:
-        """The image's side after the stem and after each block of convolutions: all but the first
-        block halve it (rounded up) while it is larger than SMALLEST_SIDE."""
-        sides = [self.image.side] * min(2, self.layers + 1)
-        while len(sides) <= self.layers:
-            sides.append(-(-sides[-1] // 2) if sides[-1] > MIN_SIDE else sides[-1])
-        return sides
 
     @property
     def hidden_width(self) -> int:

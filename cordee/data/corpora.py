@@ -28,8 +28,7 @@ from cordee.errors import DataError
 
 STDLIB = "builtin:stdlib"
 MARKOV = "builtin:markov"
-SHAPES = "builtin:shapes"
-BUILTINS = (STDLIB, MARKOV, SHAPES)
+BUILTINS = (STDLIB, MARKOV)
 MARKOV_TOKENS = 4_000_000
 MARKOV_SYMBOLS = 64
 
@@ -190,11 +189,7 @@ def find_corpus(path_spec: str) -> Corpus:
 
 def list_files(path_spec: str) -> list[Path]:
     """The files that `find_corpus` would look into, and those it reads; none for what is drawn."""
-    return (
-        []
-        if path_spec in (MARKOV, SHAPES)
-        else [file.path for file in _list_candidates(path_spec)[1]]
-    )
+    return [] if path_spec == MARKOV else [file.path for file in _list_candidates(path_spec)[1]]
 
 
 def check_corpus(path_spec: str) -> None:

@@ -42,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of `train` or `held_out_token_batches`, in order, and their tokens together."""
+    """The shards of `train` or `held_out`, in order, and their tokens together."""
 
     shards: tuple[Shard, ...]
     tokens: int
@@ -72,10 +72,8 @@ class DatasetInfo:
     """What `dataset.json` says, and the `folder` it lies in.
 
     `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
-    that any model can reach, in bits per token, where it is known. `held_out_token_batches` is the
-    fraction that was asked for. `skipped` counts files left out, by reason. `images` are the form
-    of images (the fields of ImageSettings) where the tokens are such; `make_parts` the sources of a
-    mixture.
+    that any model can reach, in bits per token, where it is known. `held_out` is the fraction asked
+    for. `skipped` counts files left out, by reason. `parts` are the sources of a mixture.
     """
 
     folder: Path
@@ -92,15 +90,12 @@ class DatasetInfo:
     skipped: Mapping[str, int]
     splits: Mapping[str, Split]
     fingerprint: str
-    images: Mapping[str, int] | None = None
     parts: tuple[MixtureSource, ...] = ()
 
     def description(self) -> dict[str, Any]:
         """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
         content = asdict(self)
         del content["folder"]
-        if self.images is None:
-            del content["images"]
         if not self.parts:
             del content["parts"]
         return {"format": FORMAT, **content}

@@ -19,7 +19,6 @@ from cordee.data.corpora import MARKOV, check_corpus, find_corpus
 from cordee.data.dataset import fsync_path
 from cordee.data.manifest import SPLITS, DatasetInfo, MixtureSource, Shard, is_dataset, read_info
 from cordee.data.mixture import integer_weights
-from cordee.data.records import is_images
 from cordee.data.text_writer import END_OF_DOCUMENT, write_text
 from cordee.data.writer import atomic_folder, write_manifest
 from cordee.errors import DataError
@@ -49,7 +48,7 @@ def split_sources(path_spec: str) -> list[str]:
             fix=f"data.path={sources[0]!r}" if sources else "data.path='one;two'",
         )
     for source in sources:
-        if source == MARKOV or is_images(source):
+        if source == MARKOV:
             raise DataError(
                 "a mixture is of texts, and of dataset folders with tokens like theirs",
                 values={"data.path": path_spec, "source": source},
@@ -139,10 +138,10 @@ def _write_source(
 def _read_source(folder: Path) -> dict[str, Any]:
     """A dataset folder, named from where it lies."""
     info = read_info(folder)
-    if info.parts or info.images is not None:
+    if info.parts:
         raise DataError(
             "a source of a mixture is a text or a plain dataset of tokens",
-            values={"folder": str(folder), "holds": "images" if info.images else "a mixture"},
+            values={"folder": str(folder), "holds": "a mixture"},
             fix="name its own sources, with semicolons between",
         )
     return _relocate_shards(info.description(), folder.absolute())

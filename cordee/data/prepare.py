@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cordee.config.model import ImageSettings, ModelSettings
 from cordee.data.corpora import (
     MARKOV,
     MARKOV_SYMBOLS,
     MARKOV_TOKENS,
-    SHAPES,
     check_corpus,
     find_corpus,
     markov_tokens,
@@ -35,15 +33,6 @@ from cordee.data.manifest import (
 )
 from cordee.data.mixture_writer import check_mixture, is_mixture, prepare_mixture
 from cordee.data.order import measure_mixing
-from cordee.data.records import (
-    check_images,
-    find_records,
-    is_images,
-    text_refused,
-    write_records,
-    write_shapes,
-)
-from cordee.data.shapes import SHAPES_IMAGES
 from cordee.data.text_writer import write_text
 from cordee.data.writer import SHARD_BYTES, ShardWriter, atomic_folder, write_manifest
 from cordee.errors import DataError
@@ -56,7 +45,6 @@ def prepare(
     seed: int,
     tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    image: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
     weights: str = "",
 ) -> DatasetInfo:
     """Make the dataset `folder` from `path_spec`, or nothing: it is renamed into place when whole.
@@ -64,9 +52,9 @@ def prepare(
     `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
     dataset already is returned as it is. With semicolons it is a mixture of such sources, drawn by
     `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training:
-    whole documents by keyed hash from 10 documents on, else the tail of each; of images, random
-    ones. `tokens` is the length of a synthetic train split, and of no other source; `image` is the
-    form of images. DataError for whatever cannot be read or done.
+    whole documents by keyed hash from 10 documents on, else the tail of each. `tokens` is the
+    length of a synthetic train split, and of no other source. DataError for whatever cannot be read
+    or done.
     """
     _check_arguments(path_spec, held_out, tokens, weights)
     if is_dataset(Path(path_spec)):
@@ -92,20 +80,6 @@ def prepare(
             write_manifest(
                 staging_folder, {**content, **split_fields, "entropy_bits": entropy_bits}
             )
-    elif is_images(path_spec):
-        with atomic_folder(folder) as staging_folder:
-            if path_spec == SHAPES:
-                train_images = (
-                    SHAPES_IMAGES if tokens is None else max(1, tokens // image.record_bytes)
-                )
-                content = write_shapes(
-                    staging_folder, train_images, held_out, seed, image, shard_bytes
-                )
-            else:
-                content = write_records(
-                    staging_folder, path_spec, held_out, seed, image, shard_bytes
-                )
-            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
     else:
         corpus = find_corpus(path_spec)
         with atomic_folder(folder) as staging_folder:
@@ -122,7 +96,7 @@ def _check_arguments(path_spec: str, held_out: float, tokens: int | None, weight
             values={"data.held_out": held_out},
             fix="data.held_out=0.1",
         )
-    if tokens is not None and (path_spec not in (MARKOV, SHAPES) or tokens < 1):
+    if tokens is not None and (path_spec != MARKOV or tokens < 1):
         raise DataError(
             "the number of tokens can be set for synthetic sources only, to 1 or more",
             values={"data.path": path_spec, "tokens": tokens},
@@ -160,25 +134,13 @@ def _check_weights(path_spec: str, weights: str) -> None:
         )
 
 
-def check_sources(
-    path_spec: str,
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
-    weights: str = "",
-) -> None:
-    """Raise what `prepare` would raise about its sources, without reading them all through, and
-    what `model` cannot learn from."""
+def check_sources(path_spec: str, weights: str = "") -> None:
+    """Raise what `prepare` would raise about its sources, without reading them all through."""
     _check_weights(path_spec, weights)
     if is_dataset(Path(path_spec)):
-        check_images(read_info(Path(path_spec)), model)
+        read_info(Path(path_spec))
     elif is_mixture(path_spec):
-        if model.is_classifier:
-            raise text_refused(model, path_spec)
         check_mixture(path_spec, weights)
-    elif is_images(path_spec):
-        if path_spec != SHAPES:
-            find_records(path_spec, model.image)
-    elif model.is_classifier:
-        raise text_refused(model, path_spec)
     elif path_spec != MARKOV:
         check_corpus(path_spec)
 
@@ -263,7 +225,6 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
     dataset = open_dataset(folder, "train", verify=False)
     head_tokens = dataset.read_tokens(0, min(dataset.tokens, 200))
     first_document = head_tokens.tobytes().split(b"\0")[0].decode("utf-8", "replace")
-    sequence = ImageSettings(**info.images).record_bytes if info.images else sequence
     rows = dataset.rows(sequence)
     order = dataset.sample_order(info.seed, sequence, 1, 1) if rows else None
     return {
@@ -272,7 +233,6 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "tokenizer": info.tokenizer,
         "vocabulary": info.vocabulary,
         "dtype": info.dtype,
-        "images": info.images,
         "bytes_per_token": info.bytes_per_token,
         "entropy_bits": info.entropy_bits,
         "end_of_document": info.end_of_document,

@@ -23,7 +23,6 @@ from cordee.data.dataset import fsync_path
 from cordee.data.manifest import FORMAT, MANIFEST, DatasetInfo, is_dataset, read_info
 from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_split_lengths, prepare
-from cordee.data.records import RECORDS, check_images, is_images
 from cordee.data.writer import atomic_folder
 
 MARKER_FILE = "snapshot.json"
@@ -53,12 +52,11 @@ def make_request(run: Run) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "path": [os.path.abspath(p) if p not in BUILTINS else p for p in _split_paths(path)],
-        "kind": "mixture" if is_mixture(path) else "images" if is_images(path) else "text",
+        "kind": "mixture" if is_mixture(path) else "text",
         "weights": data.weights,
         "tokens": data.tokens,
         "held_out": data.held_out,
         "seed": run.run.seed,
-        "image": asdict(run.model.image) if is_images(path) else None,
     }
 
 
@@ -89,21 +87,14 @@ def matches_request(snapshot_folder: Path, run: Run) -> bool:
 def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
     """Makes the run's snapshot in `snapshot_folder`, or nothing; a former one of its own there is
     replaced once the new one is whole. DataError as `prepare`, and when the run cannot use it."""
-    data, image = run.data, run.model.image
+    data = run.data
     tokens, source_digest = data.tokens or None, _digest_sources(data.path)
     with atomic_folder(snapshot_folder) as staging_folder:
         dataset_folder = staging_folder / "dataset"
         prepare(
-            data.path,
-            dataset_folder,
-            data.held_out,
-            run.run.seed,
-            tokens,
-            image=image,
-            weights=data.weights,
+            data.path, dataset_folder, data.held_out, run.run.seed, tokens, weights=data.weights
         )
         info = read_info(dataset_folder)
-        check_images(info, run.model)
         check_split_lengths(info, data.sequence)
         for entry in list(dataset_folder.iterdir()):
             os.rename(entry, staging_folder / entry.name)
@@ -208,12 +199,8 @@ def _digest_sources(path_spec: str) -> str:
     """A digest of the sources as they are now: names, sizes and times of all files."""
     rows: list[list[Any]] = []
     for path in _split_paths(path_spec) if is_mixture(path_spec) else [path_spec]:
-        if is_dataset(Path(path)):
-            files = [Path(path) / MANIFEST]
-        elif is_images(path_spec):
-            files = [Path(name) for name in _split_paths(path_spec) if name not in BUILTINS]
-        else:
-            files = list_files(path)
+        is_prepared = is_dataset(Path(path))
+        files = [Path(path) / MANIFEST] if is_prepared else list_files(path)
         rows += map(_file_status, files)
     return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
 
@@ -232,4 +219,4 @@ def _split_paths(path_spec: str) -> list[str]:
         return split_sources(path_spec)
     if os.path.exists(path_spec):
         return [path_spec]
-    return [word.strip() for word in path_spec.removeprefix(RECORDS).split(",") if word.strip()]
+    return [word.strip() for word in path_spec.split(",") if word.strip()]

@@ -25,7 +25,6 @@ from cordee.data.corpora import MARKOV, MARKOV_SYMBOLS
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_sources, check_split_lengths
-from cordee.data.records import check_images
 from cordee.data.snapshot import classify_snapshot, make_snapshot, matches_request, remove_snapshot
 from cordee.dist.process_group import (
     PLAN_FILE,
@@ -257,7 +256,6 @@ def read_or_prepare_dataset(run: Run, is_supervised: bool) -> DatasetInfo:
 
 def _read_dataset_info(run: Run, dataset_dir: Path) -> DatasetInfo:
     info = read_info(dataset_dir)
-    check_images(info, run.model)
     check_split_lengths(info, run.data.sequence)
     return info
 
@@ -486,7 +484,7 @@ def prepare_run(run: Run, parts: PartsInfo = PartsInfo()) -> PreparedRun:
     check_threads(run, usable_cores())
     reads_source = not (parts.has_data or status.end_event)
     if reads_source and find_dataset_dir(run) in (None, Path(run.data.path)):
-        check_sources(run.data.path, run.model, run.data.weights)
+        check_sources(run.data.path, run.data.weights)
     needs_ranks = plan.processes > 1 or is_multi_host(run)
     is_launcher = needs_ranks and not launch_info.has_launcher and status.end_event is None
     run, reason = resolve_arithmetic(run, plan.device, not is_launcher)

@@ -2,8 +2,8 @@
 
 The planner counts bytes from it, the runtime cuts by it, checkpoints are written by it, and a test
 holds it equal to the model that is built, so none of them can drift. Cuts follow one another:
-expert, then tensor, then shard (FSDP2 cuts what the others left). Not here: image classifiers'
-shapes (`classifier.py`) and foreign models, which bring rows of their own.
+expert, then tensor, then shard (FSDP2 cuts what the others left). Foreign models bring
+rows of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import Layout
-from cordee.layout.classifier import classifier_tensors
 from cordee.layout.microbatches import shard_rows
 from cordee.layout.slices import Box
 
@@ -187,9 +186,6 @@ class TensorSpec:
 
 def tensor_specs(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     """Every parameter of a built-in model, in the order of the model's own parameters."""
-    if model.is_classifier:
-        yield from (TensorSpec(*fields) for fields in classifier_tensors(model))
-        return
     sizes = {
         "vocabulary": model.vocabulary or vocabulary, "width": model.width, "kv": model.kv_width,
         "queries": model.query_width, "head": model.width_per_head, "ffn": model.hidden_width,

@@ -101,10 +101,7 @@ def _run_facts(records: RunRecords, summary: RunSummary) -> list[str]:
         name = str(start_event.get("brought") or model.name)
         is_preset = name == model.preset
         facts.append(f"{name}: {model.layers} layers of width {model.width}" if is_preset else name)
-        unit = (
-            "images, a label and {} bytes each" if model.is_classifier else "{} tokens a sequence"
-        )
-        facts.append(f"{data.path}, {unit.format(data.sequence - model.is_classifier)}")
+        facts.append(f"{data.path}, {data.sequence} tokens a sequence")
         facts.append(f"{records.run.optim.name}, {records.run.run.precision}")
     islands = records.column_values("islands")
     if islands:

@@ -268,14 +268,9 @@ def test_held_out_samples_that_are_not_finite(
 
 def test_infinite_losses_of_both_signs() -> None:
     class Scorer:
-        device = torch.device("cpu")
-
         def loss(self, batch: Any) -> Tensor:
             total: Tensor = batch[0].sum()
             return total
-
-        def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
-            return inputs
 
         def set_training(self, training: bool) -> None:
             pass
