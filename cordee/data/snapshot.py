@@ -1,8 +1,7 @@
 """A run's own copy of its data, with a marker that says what was asked for and who made it.
 
 The marker lies in the dataset folder and appears with it, whole. What a run finds in the place of
-its snapshot is used, removed and made anew only as far as the marker proves. Not here: when that is
-asked (`run_train`), what a dataset folder is (`prepare`).
+its snapshot is used, removed and made anew only as far as the marker proves.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from cordee.config.run import Run
 from cordee.data.corpora import BUILTINS, list_files
 from cordee.data.dataset import fsync_path
 from cordee.data.manifest import FORMAT, MANIFEST, DatasetInfo, is_dataset, read_info
-from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_split_lengths, prepare
-from cordee.data.writer import atomic_folder
+from cordee.data.writer import atomic_folder, is_mixture, split_sources
 
 MARKER_FILE = "snapshot.json"
 MARKER_FORMAT = "cordee-snapshot-1"
@@ -37,7 +35,7 @@ there, untouched; or something else, which is nobody's to remove."""
 @dataclass(frozen=True)
 class SnapshotMarker:
     """What `snapshot.json` says: the `request`, a digest of the `sources` as they were then, the
-    `nonempty_folders` with their bytes, and the folder itself: its `path` and its `inode`."""
+    `files` with their bytes, and the folder itself: its `path` and its `inode`."""
 
     request: Mapping[str, Any]
     sources: str
@@ -198,7 +196,7 @@ def _list_files(folder: Path) -> list[str]:
 def _digest_sources(path_spec: str) -> str:
     """A digest of the sources as they are now: names, sizes and times of all files."""
     rows: list[list[Any]] = []
-    for path in _split_paths(path_spec) if is_mixture(path_spec) else [path_spec]:
+    for path in split_sources(path_spec):
         is_prepared = is_dataset(Path(path))
         files = [Path(path) / MANIFEST] if is_prepared else list_files(path)
         rows += map(_file_status, files)

@@ -23,9 +23,9 @@ from cordee.config.run import Run
 from cordee.config.validate import DEFAULT_MINUTES, check_threads, validate_run
 from cordee.data.corpora import MARKOV, MARKOV_SYMBOLS
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
-from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_sources, check_split_lengths
 from cordee.data.snapshot import classify_snapshot, make_snapshot, matches_request, remove_snapshot
+from cordee.data.writer import split_sources
 from cordee.dist.process_group import (
     PLAN_FILE,
     LaunchInfo,
@@ -567,8 +567,7 @@ def _check_vocabulary(run: Run, symbols: int) -> None:
 
 def read_vocabulary_size(run: Run) -> int:
     """Size of the vocabulary before the data is read."""
-    path = run.data.path
-    for source in split_sources(path) if is_mixture(path) else [path]:
+    for source in split_sources(run.data.path):
         if is_dataset(Path(source)):
             return read_info(Path(source)).vocabulary
     return MARKOV_SYMBOLS if run.data.path == MARKOV else 256
