@@ -1,8 +1,7 @@
 """The dataset folder: its checksums, and tokens by row through a memory map.
 
-A folder holds `dataset.json` (`manifest`), shards in safetensors (`tokens`, `doc_ends`) and, beside
-each shard, its `.sums`. Not here: making the folder (`prepare`), the order of rows (`order`),
-tensors (`loader`). Traded away: compression and remote stores; a row is one copy from a memory map.
+A folder holds `dataset.json` (manifest.py) and shards in safetensors (`tokens`, `doc_ends`), each
+with its `.sums` beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ CHECKSUM_BLOCK_BYTES = 4 << 20
 _DTYPES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 _TokenArray = NDArray[Any]
+_MEND_FIX = "prepare the dataset again, or copy the file from a good one"
 
 
 def write_checksums(path: Path) -> str:
@@ -66,21 +66,17 @@ def find_damaged_blocks(path: Path, shard: Shard) -> list[int]:
         raise DataError(
             f"a shard cannot be read: {error.strerror}",
             values={"file": str(error.filename)},
-            fix="prepare the dataset again, or copy the file from a good one",
+            fix=_MEND_FIX,
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _checksum_error(path) from error
     if size != shard.bytes:
         raise DataError(
             "a shard has another length than when it was written",
-            values={
-                "file": str(path),
-                "block": min(size, shard.bytes) // CHECKSUM_BLOCK_BYTES,
-                "bytes": size,
-                "written_bytes": shard.bytes,
-            },
-            fix="prepare the dataset again, or copy the file from a good one",
-        )
+            values={"file": str(path), "block": min(size, shard.bytes) // CHECKSUM_BLOCK_BYTES,
+                    "bytes": size, "written_bytes": shard.bytes},
+            fix=_MEND_FIX,
+        )  # fmt: skip
     if file_digest == shard.xxh3_128 and expected_digests != block_digests:
         raise _checksum_error(path)
     bad_blocks = [
@@ -88,12 +84,10 @@ def find_damaged_blocks(path: Path, shard: Shard) -> list[int]:
         for number, digest in enumerate(block_digests)
         if expected_digests[number : number + 1] != [digest]
     ]
+    if bad_blocks or file_digest == shard.xxh3_128:
+        return bad_blocks
     # Both damaged, such that every block fits its sum: the file is at fault, the place unknown.
-    return (
-        bad_blocks
-        if bad_blocks or file_digest == shard.xxh3_128
-        else list(range(len(block_digests)))
-    )
+    return list(range(len(block_digests)))
 
 
 def check_shard(path: Path, shard: Shard) -> None:
@@ -101,23 +95,20 @@ def check_shard(path: Path, shard: Shard) -> None:
     bad_blocks = find_damaged_blocks(path, shard)
     if bad_blocks:
         first_byte = bad_blocks[0] * CHECKSUM_BLOCK_BYTES
+        byte_range = f"{first_byte}..{min(first_byte + CHECKSUM_BLOCK_BYTES, shard.bytes)}"
         raise DataError(
             "a shard is damaged: a block does not match its checksum",
-            values={
-                "file": str(path),
-                "block": bad_blocks[0],
-                "bytes": f"{first_byte}..{min(first_byte + CHECKSUM_BLOCK_BYTES, shard.bytes)}",
-                "damaged_blocks": len(bad_blocks),
-            },
-            fix="prepare the dataset again, or copy the file from a good one",
-        )
+            values={"file": str(path), "block": bad_blocks[0], "bytes": byte_range,
+                    "damaged_blocks": len(bad_blocks)},
+            fix=_MEND_FIX,
+        )  # fmt: skip
 
 
 def _checksum_error(path: Path) -> DataError:
     return DataError(
         "the list of checksums of a shard is damaged",
         values={"file": str(_checksum_path(path))},
-        fix="prepare the dataset again, or copy the file from a good one",
+        fix=_MEND_FIX,
     )
 
 
@@ -164,7 +155,7 @@ def map_shard(path: Path) -> dict[str, _TokenArray]:
         raise DataError(
             "a shard cannot be mapped: it is missing, cut short or not a shard",
             values={"file": str(path), "cause": str(error)},
-            fix="prepare the dataset again, or copy the file from a good one",
+            fix=_MEND_FIX,
         ) from error
     return tensors
 

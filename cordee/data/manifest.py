@@ -1,8 +1,5 @@
-"""dataset.json: what a dataset folder says of itself, under a fingerprint of its own.
-
-Not here: tokens and checksums (`source`), making a folder (`prepare`, `make_shards`). Traded away:
-a schema language; the fingerprint refuses what was altered, and the classes below refuse what is
-not of this format.
+"""dataset.json: what a dataset folder says of itself, under a fingerprint of its own, which refuses
+what was altered since.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ Whole weights stand at the leaves of a balanced binary tree; of n draws at a nod
 r below it, floor(n * l / (l + r)) go left, so after every draw each source has its share to within
 one row a level, and the counts always add up. A keyed permutation inside blocks of 4,096 positions
 hides the regular pattern. Draw d of a source is row permute(d % rows) of its epoch d // rows: of
-each source every row once an epoch, whatever the weights. Not here: sizes and names of sources
-(`source`). Traded away: weights that change during a run.
+each source every row once an epoch, whatever the weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The global order of samples: a keyed permutation per epoch, computed for any position in O(1).
 
-Not here: ranks, islands, worker counts. A row follows from (seed, position) alone, so who computes
-which microbatch cannot change what is trained on. Traded away: locality. Neighbours in the order
-are far apart on disk, which a memory map forgives and a remote store would not.
+A row follows from (seed, position) alone, so who computes which microbatch cannot change what is
+trained on.
 """
 
 from __future__ import annotations

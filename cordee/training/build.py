@@ -19,9 +19,8 @@ from cordee.checkpoint.save import Saver
 from cordee.checkpoint.train_state import LocalTensor, Progress, collect_local_tensors
 from cordee.config.run import Run
 from cordee.data.dataset import TokenDataset, open_dataset
-from cordee.data.loader import TokenLoader
+from cordee.data.loader import MapDataset, SampleLoader, TokenLoader
 from cordee.data.manifest import DatasetInfo
-from cordee.data.map_dataset import MapDataset, SampleLoader
 from cordee.data.order import SampleOrder
 from cordee.dist.codecs import make_codec
 from cordee.dist.gradient_sync import AllReduceSync, NoSync, ReplicaCheck, Sync, TreeSync

@@ -23,7 +23,7 @@ from cordee.checkpoint.save import Saver
 from cordee.cli.main import main
 from cordee.cli.weights import open_weights
 from cordee.config.run import Run
-from cordee.data.map_dataset import SampleLoader, describe_samples
+from cordee.data.loader import SampleLoader, describe_samples
 from cordee.data.order import SampleOrder
 from cordee.errors import ConfigError, CordeeError, DataError, RunError
 from cordee.launcher.run_ranks import RankProcess, launch

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 import cordee
 from cordee.cli.main import main
 from cordee.config.run import Run
-from cordee.data.map_dataset import describe_samples
+from cordee.data.loader import describe_samples
 from cordee.errors import ConfigError, CordeeError
 from cordee.launcher.prepare import resolve_config
 from cordee.launcher.run_ranks import RankProcess, launch
