@@ -170,13 +170,10 @@ class TokenDataset:
     """
 
     def __init__(
-        self,
-        shard_tokens: list[_TokenArray],
-        dtype: str,
+        self, shard_tokens: list[_TokenArray], dtype: str,
         mixture_sources: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        """`mixture_sources`: the weight and the tokens of each source of a mixture, in the stream's
-        order."""
+    ) -> None:  # fmt: skip
+        """`mixture_sources`: weight and tokens of each source of a mixture, in their order."""
         self.dtype = np.dtype(dtype)
         self._mixture_sources = tuple(mixture_sources)
         self._shard_tokens = shard_tokens
@@ -233,9 +230,8 @@ class TokenDataset:
         in_one_shard = first_shard == last_shard
         for shard_index in np.unique(first_shard[in_one_shard]).tolist():
             mask = in_one_shard & (first_shard == shard_index)
-            out[mask] = self._windows(shard_index, width)[
-                starts[mask] - self._shard_starts[shard_index]
-            ]
+            shard_offsets = starts[mask] - self._shard_starts[shard_index]
+            out[mask] = self._windows(shard_index, width)[shard_offsets]
         for row in np.flatnonzero(~in_one_shard).tolist():
             out[row] = self.read_tokens(int(starts[row]), int(starts[row]) + width)
         return out
@@ -243,24 +239,15 @@ class TokenDataset:
     def read_tokens(self, start: int, stop: int) -> _TokenArray:
         """Tokens [start, stop) of the stream, across shards; the obvious version of `gather`."""
         arrays = [np.empty(0, dtype=self.dtype)]
-        shard_index = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        while (
-            shard_index < len(self._shard_tokens)
-            and (shard_start := int(self._shard_starts[shard_index])) < stop
-        ):
-            arrays.append(
-                self._shard_tokens[shard_index][max(0, start - shard_start) : stop - shard_start]
-            )
-            shard_index += 1
+        for tokens, first in zip(self._shard_tokens, self._shard_starts.tolist(), strict=False):
+            if first < stop and start < first + tokens.size:
+                arrays.append(tokens[max(0, start - first) : stop - first])
         return np.concatenate(arrays)
 
 
 def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenDataset:
-    """Map a split of a dataset folder. With `verify`, every block is held against its
-    checksum.
-
-    DataError names the file and block that is damaged, or a split that does not exist.
-    """
+    """Map a split of a dataset folder. With `verify`, every block is held against its checksum:
+    DataError names the file and block that is damaged, or a split that does not exist."""
     info = read_info(folder)
     if split not in SPLITS:
         raise DataError("no such split", values={"split": split}, fix=f"one of {SPLITS}")
@@ -277,10 +264,6 @@ def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenDataset:
                 fix="prepare the dataset again, into a new folder",
             )
         shard_tokens.append(tokens)
-    source_tokens = [
-        sum(shard.tokens for shard in shards) for shards in info.shards_by_source(split)
-    ]
-    mixture_sources = [
-        (part.weight, size) for part, size in zip(info.parts, source_tokens, strict=False)
-    ]
+    weights = [part.weight for part in info.parts]
+    mixture_sources = list(zip(weights, info.source_tokens(split), strict=True)) if weights else []
     return TokenDataset(shard_tokens, info.dtype, mixture_sources)

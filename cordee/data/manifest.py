@@ -97,23 +97,22 @@ class DatasetInfo:
             del content["parts"]
         return {"format": FORMAT, **content}
 
+    def source_tokens(self, split: str) -> list[int]:
+        """Tokens of a split by source; of what is no mixture, all of them."""
+        return [sum(shard.tokens for shard in shards) for shards in self.shards_by_source(split)]
+
     def rows_by_source(self, split: str, sequence: int) -> list[int]:
         """Rows of `sequence` tokens (and one target more) in each source; see `TokenDataset`."""
-        return [
-            count_rows(sum(shard.tokens for shard in shards), sequence)
-            for shards in self.shards_by_source(split)
-        ]
+        return [count_rows(tokens, sequence) for tokens in self.source_tokens(split)]
 
     def rows(self, split: str, sequence: int) -> int:
         """Rows of a split in all."""
         return sum(self.rows_by_source(split, sequence))
 
     def shards_by_source(self, split: str) -> list[tuple[Shard, ...]]:
-        """The shards of a split by part; of what is no mixture, all of them."""
+        """The shards of a split by source; of what is no mixture, all of them."""
         shards = self.splits[split].shards
-        if not self.parts:
-            return [shards]
-        counts = [part.shards[split] for part in self.parts]
+        counts = [part.shards[split] for part in self.parts] or [len(shards)]
         ends = accumulate(counts)
         return [shards[end - count : end] for end, count in zip(ends, counts, strict=True)]
 

@@ -153,10 +153,10 @@ def check_split_lengths(info: DatasetInfo, sequence: int) -> None:
     mixture each source's part of it."""
     names = [part.name for part in info.parts] or [info.name]
     split_tokens = {
-        (split, name): sum(shard.tokens for shard in shards)
+        (split, name): tokens
         for split in SPLITS
         if split == "train" or info.held_out > 0
-        for name, shards in zip(names, info.shards_by_source(split), strict=True)
+        for name, tokens in zip(names, info.source_tokens(split), strict=True)
     }
     max_sequence = min(split_tokens.values()) - 1
     for (split, name), tokens in split_tokens.items():
@@ -224,6 +224,7 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
     info = read_info(folder)
     dataset = open_dataset(folder, "train", verify=False)
     head_tokens = dataset.read_tokens(0, min(dataset.tokens, 200))
+    is_text = info.tokenizer == "bytes"
     first_document = head_tokens.tobytes().split(b"\0")[0].decode("utf-8", "replace")
     has_one_order = dataset.rows(sequence) and not info.parts
     order = dataset.sample_order(info.seed, sequence, 1, 1) if has_one_order else None
@@ -251,9 +252,7 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "sources": len(info.sources),
         "changed_sources": list_changed_sources(info),
         "skipped": dict(info.skipped),
-        "first_document": first_document
-        if info.tokenizer == "bytes"
-        else head_tokens[:32].tolist(),
+        "first_document": first_document if is_text else head_tokens[:32].tolist(),
         "mixing": asdict(measure_mixing(order)) if order else None,
     }
 

@@ -67,19 +67,16 @@ def classify_snapshot(snapshot_folder: Path, run: Run) -> SnapshotState:
     marker = read_marker(snapshot_folder)
     if marker is None or not _is_unmodified(snapshot_folder, marker):
         return "other"
-    is_same = marker.request == make_request(run) and marker.sources == _digest_sources(
-        run.data.path
-    )
-    return "same" if is_same and is_dataset(snapshot_folder) else "own"
+    if not matches_request(snapshot_folder, run):
+        return "own"
+    return "same" if marker.sources == _digest_sources(run.data.path) else "own"
 
 
 def matches_request(snapshot_folder: Path, run: Run) -> bool:
-    """Whether a snapshot of what the run asks for lies in `snapshot_folder`, be its sources as they
-    may."""
+    """Whether a snapshot of what the run asks for lies there, be its sources as they may."""
     marker = read_marker(snapshot_folder)
-    return (
-        marker is not None and is_dataset(snapshot_folder) and marker.request == make_request(run)
-    )
+    is_same = marker is not None and marker.request == make_request(run)
+    return is_same and is_dataset(snapshot_folder)
 
 
 def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
@@ -97,12 +94,12 @@ def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
         for entry in list(dataset_folder.iterdir()):
             os.rename(entry, staging_folder / entry.name)
         dataset_folder.rmdir()
-        files = {
-            name: (staging_folder / name).stat().st_size for name in _list_files(staging_folder)
-        }
-        inode = os.stat(staging_folder).st_ino
         marker = SnapshotMarker(
-            make_request(run), source_digest, files, _real_path(snapshot_folder), inode
+            make_request(run),
+            source_digest,
+            {n: (staging_folder / n).stat().st_size for n in _list_files(staging_folder)},
+            _real_path(snapshot_folder),
+            os.stat(staging_folder).st_ino,
         )
         _write_marker(staging_folder, marker)
         remove_snapshot(snapshot_folder)
@@ -158,17 +155,11 @@ def _is_unmodified(snapshot_folder: Path, marker: SnapshotMarker) -> bool:
     try:
         identity = (_real_path(snapshot_folder), os.stat(snapshot_folder).st_ino)
         # A removal that was cut short leaves folders without files.
-        names = set(_list_files(snapshot_folder)) - {
-            MARKER_FILE,
-            *(str(Path(name).parent) for name in marker.files),
-        }
-        return (
-            identity == (marker.path, marker.inode)
-            and names <= marker.files.keys()
-            and all(
-                (snapshot_folder / name).lstat().st_size == marker.files[name] for name in names
-            )
-        )
+        names = set(_list_files(snapshot_folder)) - {MARKER_FILE}
+        names -= {str(Path(name).parent) for name in marker.files}
+        if identity != (marker.path, marker.inode) or not names <= marker.files.keys():
+            return False
+        return all((snapshot_folder / n).lstat().st_size == marker.files[n] for n in names)
     except OSError:
         return False
 
@@ -184,13 +175,11 @@ def _list_files(folder: Path) -> list[str]:
     Links are not followed."""
     names = []
     for parent, folders, files in os.walk(folder):
-        link_names = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        empty_names = ["."] if not folders and not files and Path(parent) != folder else []
-        names += [
-            os.path.relpath(os.path.join(parent, n), folder)
-            for n in [*files, *link_names, *empty_names]
-        ]
-    return names
+        names += [os.path.join(parent, name) for name in files]
+        names += [p for name in folders if os.path.islink(p := os.path.join(parent, name))]
+        if not folders and not files and Path(parent) != folder:
+            names.append(parent)
+    return [os.path.relpath(name, folder) for name in names]
 
 
 def _digest_sources(path_spec: str) -> str:
