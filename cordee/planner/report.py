@@ -179,7 +179,7 @@ def assumptions(run: Run, cluster: Cluster) -> dict[str, str]:
         if cluster.measured
         else "of this kind of device (planner/compute_cost.py), not measured on it",
         "memory": f"a plan may fill {USABLE_MEMORY_SHARE:.0%} of the"
-        " {'host' if unit == 'core' else 'device'}",
+        f" {'host' if unit == 'core' else 'device'}",
     }
     if cluster.hosts > 1:
         texts["network"] = (
