@@ -71,7 +71,6 @@ def _header_html(records: RunRecords, summary: RunSummary) -> str:
     tiles: list[tuple[str, float | None, Callable[[float], str]]] = [
         ("Training loss", losses[-1] if losses else None, format_number),
         ("Held-out bits per byte", summary.held_out_bits_per_byte, format_number),
-        ("Held-out images right", summary.held_out_accuracy, lambda v: f"{v:.2%}"),
         ("Tokens a second", summary.medians["tokens_per_s"], format_number),
         ("A step", summary.medians["step_s"], format_seconds),
         ("Memory of a rank", summary.medians["memory_bytes"], lambda v: format_amount(v, "B")),
