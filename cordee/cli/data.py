@@ -23,7 +23,6 @@ def run(argv: list[str]) -> int:
     arg_parser = make_parser(
         "data",
         "prepare SOURCE FOLDER: text files, folders, globs or a builtin as checksummed shards;\n"
-        "records:FILE,FILE are images, with model.image.side, .channels and .classes;\n"
         "sources with semicolons between are a mixture, drawn by --weights.\n"
         "inspect FOLDER: what is in it. verify FOLDER: every byte against its checksum.\n"
         "ledger RUN: proves from the run's records that each step took its samples exactly once\n"
@@ -33,7 +32,7 @@ def run(argv: list[str]) -> int:
         "  cordee data inspect shards\n"
         "  cordee train data.path=shards\n"
         "  cordee data ledger runs/tiny --sample 17",
-        "prepare SOURCE FOLDER [key=value ...] | inspect FOLDER | verify FOLDER |"
+        "prepare SOURCE FOLDER | inspect FOLDER | verify FOLDER |"
         " ledger RUN [--step N | --sample S] [--json]",
     )
     arg_parser.add_argument("--held-out", type=float, default=0.1, help="fraction held out")
@@ -45,17 +44,16 @@ def run(argv: list[str]) -> int:
     arg_parser.add_argument("--step", type=int, help="of a run, from 1")
     arg_parser.add_argument("--sample", type=int, help="a row's number in the training split")
     arg_parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parse_arguments(arg_parser, argv, max_positionals=3, sections=("model",))
+    args = parse_arguments(arg_parser, argv, max_positionals=3, sections=())
     check_flags(arg_parser, args.flags, FLAG_RANGES)
     match args.positionals:
         case ("prepare", source, folder):
             source = expand_home_of_each(source)
             flags = args.flags
-            tokens, image = flags.tokens or None, args.load().run.model.image
-            target_dir, weights = Path(folder), flags.weights
             info = prepare(
-                source, target_dir, flags.held_out, flags.seed, tokens, image=image, weights=weights
-            )
+                source, Path(folder), flags.held_out, flags.seed, flags.tokens or None,
+                weights=flags.weights,
+            )  # fmt: skip
             fields: dict[str, Any] = inspect_dataset(info.folder)
         case ("inspect", folder):
             fields = inspect_dataset(Path(folder))

@@ -177,13 +177,8 @@ def _models_text(vocabulary: int, as_json: bool) -> str:
 
 
 def _model_line(name: str, model: ModelSettings, count: int) -> str:
-    shape = f"{model.layers} layers x width {model.width}"
-    if model.is_classifier:
-        image = model.image
-        shape += f", {model.kind} on {image.channels} x {image.side} x {image.side} pixels"
-    else:
-        keys = f" ({model.kv_heads} of keys)" if model.kv_heads else ""
-        shape += f", {model.heads} heads{keys}, {model.mlp}"
+    keys = f" ({model.kv_heads} of keys)" if model.kv_heads else ""
+    shape = f"{model.layers} layers x width {model.width}, {model.heads} heads{keys}, {model.mlp}"
     if model.moe.experts:
         shape += f", {model.moe.active} of {model.moe.experts} experts"
     return f"{name:<16}{count:>15,} {count_text(count):>7}   {shape}"

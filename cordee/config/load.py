@@ -22,9 +22,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from cordee.config.model import ModelSettings
 from cordee.config.paths import expand_home, expand_home_of_each
-from cordee.config.presets import implied_settings, model_presets
+from cordee.config.presets import model_presets
 from cordee.config.ranges import Range
 from cordee.config.run import CHANGEABLE_ON_RESUME, Run
+from cordee.config.sources import shorten_sources
 from cordee.errors import ConfigError
 
 RUN_FILE = "run.toml"
@@ -46,6 +47,12 @@ _ESCAPES = {
     "\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r",
 }  # fmt: skip
 """What TOML writes with a letter; other control characters have their number."""
+
+RETIRED_KEYS: Mapping[str, Any] = {
+    "model.kind": "transformer", "model.image.side": 16, "model.image.channels": 1,
+    "model.image.classes": 10,
+}  # fmt: skip
+"""Keys that are gone, with the value that run.toml of older runs holds and that changes nothing."""
 
 RECORDED_TABLE = "recorded"
 """Table of that file that is no setting: what the run was begun with, where bits are promised."""
@@ -85,17 +92,24 @@ RANGES: Mapping[str, Range] = {
 def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
     """Reads `file` (TOML) and `key=value` overrides, strictly; raises ConfigError."""
     entries: dict[str, tuple[Any, str]] = {}
+    has_source_weights = False
     if file is not None:
         tables = read_toml(Path(file))
         tables.pop(RECORDED_TABLE, None)
+        has_source_weights = shorten_sources(tables)
         for key, value in _flatten(tables).items():
             entries[key] = (value, file)
     for text in overrides:
         key, value = split_override(text)
+        if key == "data.path" and has_source_weights and entries["data.weights"][1] == file:
+            del entries["data.weights"]
+            has_source_weights = False
         entries[key] = (value, "command line")
     keys = config_keys()
     values: dict[str, Any] = {}
     for key, (value, origin) in entries.items():
+        if key in RETIRED_KEYS and value == RETIRED_KEYS[key]:
+            continue
         if key not in keys:
             raise _unknown_key(key, list(keys), origin)
         values[key] = convert(key, value, keys[key])
@@ -104,10 +118,7 @@ def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
     if preset not in presets:
         raise _unknown_value("model.preset", preset, list(presets))
     run = expand_paths(override(replace(Run(), model=presets[preset]), values))
-    implied_values = {k: v for k, v in implied_settings(run.model).items() if k not in values}
-    return LoadedRun(
-        override(run, implied_values), {key: origin for key, (_, origin) in entries.items()}
-    )
+    return LoadedRun(run, {key: origin for key, (_, origin) in entries.items()})
 
 
 def override(run: Run, values: Mapping[str, Any]) -> Run:
@@ -343,6 +354,18 @@ def _escape(character: str) -> str:
 
 
 def _unknown_key(key: str, keys: Sequence[str], origin: str) -> ConfigError:
+    if key.startswith("data.sources"):
+        return ConfigError(
+            "data.sources is for files; here data.path has semicolons between sources",
+            values={"key": key, "from": origin},
+            fix="data.path='one;two' data.weights=5,3",
+        )
+    if key in RETIRED_KEYS:
+        return ConfigError(
+            "there is no such key: classifiers of images are a program of their own",
+            values={"key": key, "from": origin},
+            fix=f"leave {key} out; examples/classify_shapes.py trains them",
+        )
     namesakes = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
     matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or namesakes
     sections = ", ".join(sorted({key.split(".")[0] for key in keys}))

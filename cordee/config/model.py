@@ -1,5 +1,5 @@
-"""The model's knobs: its shape, its experts, its images, and how its parameters start. They are
-part of the tree in `run.py`; named sizes are in `presets.py`."""
+"""The model's knobs: its shape, its experts, and how its parameters start. They belong to the tree
+in `run.py`; named sizes are in `presets.py`."""
 
 from __future__ import annotations
 
@@ -37,30 +37,6 @@ class MoeSettings:
 DEFAULT_PRESET = "tiny"
 """What model.preset=auto stands for, but for a run that the clock alone limits."""
 
-MIN_SIDE = 4
-"""Blocks of convolutions do not halve an image of this side or less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    side: Annotated[int, Range(1, 2**16)] = 16
-    """Height and width in pixels. An image is a record of bytes: its label, then its pixels,
-    channel by channel, so that data.sequence is 1 + channels x side x side."""
-    channels: Annotated[int, Range(1, 2**16)] = 1
-    """Values of a pixel."""
-    classes: Annotated[int, Range(2, 256)] = 10
-    """Labels are 0 to classes - 1."""
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Bytes of an image without its label."""
-        return self.channels * self.side * self.side
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of an image with its label."""
-        return 1 + self.pixel_bytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -68,18 +44,15 @@ class ModelSettings:
     """A named size (see `cordee plan --models`); the other model keys override parts of it. auto:
     tiny; for a run without any limit, model and batch are those that this machine can train in two
     minutes."""
-    kind: Literal["transformer", "mlp", "conv"] = "transformer"
-    """transformer: a language model; mlp, conv: classifiers of images."""
     hub: str = ""
     """Folder of a Hugging Face model to train instead (needs the extra `hf`); the other model keys
     do not apply to it."""
     vocabulary: Size = 0
     """Rows of embedding and head; 0: as many as the data has symbols."""
     layers: Annotated[int, Range(1, MAX_LAYERS)] = 5
-    """Number of blocks: of attention and MLP, of two convolutions, or hidden layers (mlp)."""
+    """Number of blocks of attention and MLP."""
     width: Annotated[int, Range(2, MAX_DIM)] = 128
-    """Width of the residual stream, a multiple of model.heads unless model.head_width is given;
-    channels (conv), units (mlp)."""
+    """Width of the residual stream, a multiple of model.heads unless model.head_width is given."""
     heads: Annotated[int, Range(1, MAX_DIM)] = 4
     """Attention heads; each is head_width wide."""
     kv_heads: Size = 0
@@ -110,28 +83,12 @@ class ModelSettings:
 
     moe: MoeSettings = field(default_factory=MoeSettings)
     """Mixture of experts."""
-    image: ImageSettings = field(default_factory=ImageSettings)
-    """Images, for the classifiers."""
 
     @property
     def name(self) -> str:
         """What the model is called: its folder's name, or its preset's."""
         preset = DEFAULT_PRESET if self.preset == "auto" else self.preset
         return Path(self.hub).resolve().name if self.hub else preset
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the model is a classifier of images, not a language model."""
-        return self.kind != "transformer"
-
-    @property
-    def block_sides(self) -> list[int]:
-        """The image's side after the stem and after each block of convolutions: all but the first
-        block halve it (rounded up) while it is larger than SMALLEST_SIDE."""
-        sides = [self.image.side] * min(2, self.layers + 1)
-        while len(sides) <= self.layers:
-            sides.append(-(-sides[-1] // 2) if sides[-1] > MIN_SIDE else sides[-1])
-        return sides
 
     @property
     def hidden_width(self) -> int:

@@ -8,7 +8,7 @@ import re
 import secrets
 from pathlib import Path
 
-_LEADING_TILDE = re.compile(r"(?P<before>\A(?:records:)?|[,;])(?P<space>\s*)(?P<home>~[^/,;]*)")
+_LEADING_TILDE = re.compile(r"(?P<before>\A|[,;])(?P<space>\s*)(?P<home>~[^/,;]*)")
 _NAME_BYTES = 255
 """Longest name of a file."""
 

@@ -4,7 +4,6 @@ deepseek-v3-like has DeepSeek-V3's experts and plain grouped queries, not its la
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from cordee.config.model import ModelSettings, MoeSettings
 
@@ -20,19 +19,7 @@ _QWEN3_MOE = partial(MoeSettings, experts=128, active=8, balance_rate=0.001)
 
 def model_presets() -> dict[str, ModelSettings]:
     """All presets by name; parameter counts with the byte vocabulary of 256, or their own."""
-    return {**_byte_models(), **_classifier_models(), **_llama3(), **_qwen3(), **_moe_models()}
-
-
-def implied_settings(model: ModelSettings) -> dict[str, Any]:
-    """What a classifier means wherever nothing else is said: dotted keys and values."""
-    if not model.is_classifier:
-        return {}
-    return {
-        "data.path": "builtin:shapes",
-        "data.sequence": model.image.record_bytes,
-        "batch.microbatch": 16,
-        "evaluate.sample": 0,
-    }
+    return {**_byte_models(), **_llama3(), **_qwen3(), **_moe_models()}
 
 
 def _byte_models() -> dict[str, ModelSettings]:
@@ -52,14 +39,6 @@ def _byte_models() -> dict[str, ModelSettings]:
             moe=MoeSettings(experts=8, active=2, width=128),
         ),
     }  # fmt: skip
-
-
-def _classifier_models() -> dict[str, ModelSettings]:
-    """Of images; see `implied_settings`."""
-    return {
-        "shapes-mlp": ModelSettings(preset="shapes-mlp", kind="mlp", layers=3, width=256),  # 0.2 M
-        "shapes-conv": ModelSettings(preset="shapes-conv", kind="conv", layers=3, width=32),
-    }
 
 
 def _llama3() -> dict[str, ModelSettings]:

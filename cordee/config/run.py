@@ -78,17 +78,16 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     path: str = "builtin:stdlib"
-    """builtin:stdlib, builtin:markov, builtin:shapes (images), a prepared folder, or files, folders
-    and globs of text separated by commas; records:FILE,FILE for files of images (model.image).
-    Semicolons between such sources of text make a mixture, drawn by data.weights."""
+    """builtin:stdlib, builtin:markov, a prepared folder, or files, folders and globs of text
+    separated by commas. Semicolons between such sources make a mixture, drawn by data.weights. In
+    a file also an array of sources, or [[data.sources]] tables of a path and a weight."""
     weights: str = ""
     """How often each source of a mixture is drawn, as numbers with commas ("7,3"); empty: by size.
     Refused without a mixture."""
     sequence: Annotated[int, Range(1, 2**30)] = 256
-    """Tokens a training sequence has; for classifiers the bytes of an image with its label."""
+    """Tokens a training sequence has."""
     held_out: Fraction = 0.1
-    """Fraction held out for evaluation: whole files when there are ten or more, else each tail; of
-    images, a random choice by run.seed."""
+    """Fraction held out for evaluation: whole files when there are ten or more, else each tail."""
     placement: Literal["partition", "replicate"] = "partition"
     """partition: each island computes its microbatches; replicate: every island computes all of
     them and the islands compare digests instead of adding (a check on the hardware)."""
@@ -343,16 +342,6 @@ class Run:
     def requires_same_bits(self) -> bool:
         """Whether results are promised, or compared, to the last bit."""
         return self.run.exact or self.data.placement == "replicate"
-
-    @property
-    def targets_per_row(self) -> int:
-        """What a row of data.sequence tokens asks to be predicted: each next token, or a label."""
-        return 1 if self.model.is_classifier else self.data.sequence
-
-    @property
-    def loss_unit(self) -> str:
-        """What a loss is counted in."""
-        return "nats an image" if self.model.is_classifier else "nats a token"
 
 
 CHANGEABLE_ON_RESUME = (

@@ -4,12 +4,11 @@ What needs the data or the devices is checked by `data/prepare.py` and `planner/
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
 from difflib import get_close_matches
 
 from cordee.config.load import RANGES, flatten
 from cordee.config.model import InitialSettings, ModelSettings
-from cordee.config.run import FAULT_POINTS, MemorySettings, Run
+from cordee.config.run import FAULT_POINTS, Run
 from cordee.errors import ConfigError
 
 DEFAULT_MINUTES = 1.5
@@ -24,11 +23,8 @@ def validate_run(run: Run) -> None:
     _check_texts(run)
     check_ranges(run)
     _check_hub_model(run)
-    if run.model.is_classifier:
-        _check_classifier(run)
-    else:
-        _check_model(run)
-        _check_moe(run)
+    _check_model(run)
+    _check_moe(run)
     _check_run(run)
     _check_fault(run)
 
@@ -120,44 +116,14 @@ def _check_moe(run: Run) -> None:
         )
 
 
-def _check_classifier(run: Run) -> None:
-    model, record_bytes = run.model, run.model.image.record_bytes
-    if run.data.sequence != record_bytes:
-        raise ConfigError(
-            "a classifier's row is one image: its label and its pixels",
-            values={"data.sequence": run.data.sequence, "model.image": asdict(model.image)},
-            fix=f"data.sequence={record_bytes}",
-        )
-    own_fields = ("preset", "kind", "layers", "width", "image")
-    default_model = replace(ModelSettings(), **{name: getattr(model, name) for name in own_fields})
-    sections = {"model": (model, default_model), "memory": (run.memory, MemorySettings())}
-    for section, (settings, defaults) in sections.items():
-        for name, value in vars(settings).items():
-            if value != getattr(defaults, name):
-                raise ConfigError(
-                    "classifiers have no such part",
-                    values={"model.kind": model.kind, f"{section}.{name}": value},
-                    fix=f"leave {section}.{name} out, or model.kind=transformer",
-                )
-    for axis in ("tensor", "pipeline", "context", "expert"):
-        degree = getattr(run.layout, axis)
-        if degree not in (1, "auto"):
-            raise ConfigError(
-                "classifiers are replicated or sharded, not cut otherwise",
-                values={"model.kind": model.kind, f"layout.{axis}": degree},
-                fix=f"layout.{axis}=1, or layout.shard={degree}",
-            )
-
-
 def _check_hub_model(run: Run) -> None:
     """What a model or weights of transformers' cannot obey."""
-    if run.initial.weights and (run.model.hub or run.model.kind != "transformer"):
+    if run.initial.weights and run.model.hub:
         raise ConfigError(
             "initial.weights starts the house's transformer",
-            values={"initial.weights": run.initial.weights, "model.hub": run.model.hub,
-                    "model.kind": run.model.kind},
+            values={"initial.weights": run.initial.weights, "model.hub": run.model.hub},
             fix="initial.weights= (empty); model.hub starts from its folder's own weights",
-        )  # fmt: skip
+        )
     if not run.model.hub:
         return
     fields, defaults = vars(run.model), vars(ModelSettings(hub=run.model.hub))

@@ -1,9 +1,7 @@
 """Where text comes from: the files that a specification names, and two corpora every machine has.
 
-`builtin:stdlib` is Python's own library, `builtin:markov` a chain whose entropy rate is known, so
-that it says how far from perfect a model still is. Not here: splitting and writing (`prepare`).
-Traded away: decoding. A text is any file without a NUL byte; what its bytes mean is not asked, but
-for a byte order mark in front: UTF-8's is no part of the text, and UTF-16 and UTF-32 are refused.
+`builtin:stdlib` is Python's own library, `builtin:markov` a chain whose entropy rate is known. A
+text is any file without a NUL byte; UTF-16 and UTF-32 are refused by their byte order marks.
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ from cordee.errors import DataError
 
 STDLIB = "builtin:stdlib"
 MARKOV = "builtin:markov"
-SHAPES = "builtin:shapes"
-BUILTINS = (STDLIB, MARKOV, SHAPES)
+BUILTINS = (STDLIB, MARKOV)
 MARKOV_TOKENS = 4_000_000
 MARKOV_SYMBOLS = 64
 
@@ -44,8 +41,8 @@ _SKIP_REASONS = ("hidden", "binary", "empty", "special", "duplicate", "link", "u
 
 @dataclass(frozen=True)
 class Document:
-    """A file that becomes a document. `module_name` is relative, so it moves with its folder; its
-    first `bom_bytes` bytes are a byte order mark."""
+    """A file that becomes a document. `name` is relative, so it moves with its folder; its first
+    `bom_bytes` bytes are a byte order mark."""
 
     path: Path
     name: str
@@ -139,16 +136,14 @@ def _transition_counts(words: NDArray[np.uint64], symbols: int) -> NDArray[np.in
     ring = np.argsort(draws[0], kind="stable")
     counts = np.zeros((symbols, symbols), dtype=np.int64)
     for position, state in enumerate(ring.tolist()):
-        successor_counts = _SUCCESSOR_COUNTS[
-            int(draws[1, state] % np.uint64(len(_SUCCESSOR_COUNTS)))
-        ]
+        habit = int(draws[1, state] % np.uint64(len(_SUCCESSOR_COUNTS)))
         successors = (
             int(ring[(position + 1) % symbols]),
             int(draws[2, state] % np.uint64(symbols)),
             int(draws[3, state] % np.uint64(symbols)),
             state,
         )
-        for successor, count in zip(successors, successor_counts, strict=True):
+        for successor, count in zip(successors, _SUCCESSOR_COUNTS[habit], strict=True):
             counts[state, successor] += count
     return counts
 
@@ -188,15 +183,6 @@ def find_corpus(path_spec: str) -> Corpus:
     return Corpus(name, tuple(documents), skip_counts)
 
 
-def list_files(path_spec: str) -> list[Path]:
-    """The files that `find_corpus` would look into, and those it reads; none for what is drawn."""
-    return (
-        []
-        if path_spec in (MARKOV, SHAPES)
-        else [file.path for file in _list_candidates(path_spec)[1]]
-    )
-
-
 def check_corpus(path_spec: str) -> None:
     """Raise what `find_corpus` would raise, reading no more than it must to know."""
     _, files, skip_counts = _list_candidates(path_spec)
@@ -204,9 +190,7 @@ def check_corpus(path_spec: str) -> None:
     for file in files:
         if has_document and not file.is_explicit:
             _open_file(file.path).close()
-            continue
-        result = _read_document(file)
-        if isinstance(result, str):
+        elif isinstance(result := _read_document(file), str):
             skip_counts[result] += 1
         else:
             has_document = True
@@ -214,7 +198,13 @@ def check_corpus(path_spec: str) -> None:
         raise _empty_corpus_error(path_spec, skip_counts)
 
 
+def list_files(path_spec: str) -> list[Path]:
+    """The files that `find_corpus` would look into, and those it reads; none for what is drawn."""
+    return [] if path_spec == MARKOV else [file.path for file in _list_candidates(path_spec)[1]]
+
+
 def _list_candidates(path_spec: str) -> tuple[str, list[_CandidateFile], dict[str, int]]:
+    """Name of the corpus, its files, and counts of what was skipped so far."""
     skip_counts = dict.fromkeys(_SKIP_REASONS, 0)
     if path_spec == STDLIB:
         root = sysconfig.get_path("stdlib")
@@ -224,47 +214,35 @@ def _list_candidates(path_spec: str) -> tuple[str, list[_CandidateFile], dict[st
     items = [item.strip() for item in path_spec.split(",") if item.strip()]
     items = [path_spec] if _file_mode(path_spec) else items
     if not items:
-        raise DataError("no data is named", values={"data.path": path_spec}, fix=_fix_text(STDLIB))
-    candidates: list[_CandidateFile] = []
-    for item in items:
-        candidates += _list_item(item, skip_counts)
+        raise _path_error("no data is named", path_spec, _fix_text(STDLIB))
+    files = [file for item in items for file in _list_item(item, skip_counts)]
     name = Path(items[0]).absolute().stem
-    return (name if len(items) == 1 else f"{name}+{len(items) - 1}"), candidates, skip_counts
+    return (name if len(items) == 1 else f"{name}+{len(items) - 1}"), files, skip_counts
 
 
 def _list_item(item: str, skip_counts: dict[str, int]) -> list[_CandidateFile]:
     if item.startswith("builtin:"):
-        is_builtin = item in BUILTINS
-        close_matches = difflib.get_close_matches(item, BUILTINS, n=1, cutoff=0.0)
-        raise DataError(
-            "a builtin source stands alone" if is_builtin else "no such builtin source",
-            values={"data.path": item, "known": BUILTINS},
-            fix=_fix_text(close_matches[0]),
-        )
+        problem = "a builtin source stands alone" if item in BUILTINS else "no such builtin source"
+        nearest = difflib.get_close_matches(item, BUILTINS, n=1, cutoff=0.0)[0]
+        raise _path_error(problem, item, _fix_text(nearest), known=BUILTINS)
     mode = _file_mode(item)
     if stat.S_ISDIR(mode):
         return _list_folder(Path(item), skip_counts)
     if stat.S_ISREG(mode):
         return [_CandidateFile(Path(item), Path(item).name, True)]
     if mode:
-        raise DataError(
-            "the data path is neither a file nor a folder",
-            values={"data.path": item},
-            fix="a file, a folder or a glob",
-        )
+        problem = "the data path is neither a file nor a folder"
+        raise _path_error(problem, item, "a file, a folder or a glob")
     if not glob.has_magic(item):
-        raise _missing_error(item)
+        raise _missing_error(item, "there is no such file or folder")
     # The part without wildcards is the root that names are relative to.
     root = Path(item)
     while glob.has_magic(str(root)):
         root = root.parent
-    candidates = []
-    for path in sorted(map(Path, _expand_glob(item))):
-        if path.is_file():
-            candidates.append(_CandidateFile(path, path.relative_to(root).as_posix(), False))
-    if not candidates:
+    paths = [path for path in sorted(map(Path, _expand_glob(item))) if path.is_file()]
+    if not paths:
         raise _missing_error(item, "no file matches this pattern")
-    return candidates
+    return [_CandidateFile(path, path.relative_to(root).as_posix(), False) for path in paths]
 
 
 def _expand_glob(pattern: str) -> list[str]:
@@ -296,18 +274,16 @@ def _walk_folders(folder: str, ancestors: tuple[str, ...]) -> Iterator[str]:
 
 
 def _list_folder(root: Path, skip_counts: dict[str, int]) -> list[_CandidateFile]:
-    paths = []
+    files = []
     for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
         for entry_names in (subfolders, names):
             visible_names = [name for name in entry_names if not name.startswith(".")]
             skip_counts["hidden"] += len(entry_names) - len(visible_names)
             entry_names[:] = visible_names
-        skip_counts["link"] += sum(
-            os.path.islink(os.path.join(folder, name)) for name in subfolders
-        )
-        paths += [Path(folder, name) for name in names]
-    named_paths = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-    return [_CandidateFile(path, name, False) for name, path in named_paths]
+        skip_counts["link"] += sum(os.path.islink(os.path.join(folder, n)) for n in subfolders)
+        paths = [Path(folder, name) for name in names]
+        files += [_CandidateFile(p, p.relative_to(root).as_posix(), False) for p in paths]
+    return sorted(files, key=lambda file: (file.name, file.path))
 
 
 def _read_document(file: _CandidateFile) -> Document | str:
@@ -316,7 +292,7 @@ def _read_document(file: _CandidateFile) -> Document | str:
         return "special"
     size_bytes, reason, bom_bytes = 0, "", 0
     with _open_file(file.path) as stream:
-        file_stat = os.fstat(stream.fileno())
+        mtime_ns = os.fstat(stream.fileno()).st_mtime_ns
         while not reason and (block := stream.read(_READ_BYTES)):
             if not size_bytes:
                 bom_bytes = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
@@ -325,34 +301,29 @@ def _read_document(file: _CandidateFile) -> Document | str:
             reason = reason or ("binary" if b"\0" in block else "")
     reason = reason or ("" if size_bytes > bom_bytes else "empty")
     if not reason:
-        return Document(file.path, file.name, size_bytes, file_stat.st_mtime_ns, bom_bytes)
-    if file.is_explicit:
-        raise _unfit_error(file.path, reason)
-    return reason
+        return Document(file.path, file.name, size_bytes, mtime_ns, bom_bytes)
+    if not file.is_explicit:
+        return reason
+    problem, fix = "the file holds NUL bytes: not a text", _fix_text(STDLIB) + ", or a text file"
+    if reason == "empty":
+        problem = "the file is empty"
+    elif reason.startswith("utf"):
+        encoding = reason.upper()
+        problem = f"the file is {encoding} text, as its byte order mark says; UTF-8 is read"
+        fix = f"iconv -f {encoding} -t UTF-8 {file.path} > NEW.txt, then data.path=NEW.txt"
+    raise _path_error(problem, file.path, fix)
 
 
 def _wide_encoding(first_bytes: bytes) -> str:
     """utf-16 or utf-32 when a file's start has such a mark and is text of that encoding, not other
     data that begins with the same two bytes; else empty."""
     encoding = encoding_of(first_bytes[:4])
+    decoder = codecs.getincrementaldecoder(encoding or "ascii")("strict")
     try:
-        text = codecs.getincrementaldecoder(encoding or "ascii")("strict").decode(
-            first_bytes[: 1 << 16]
-        )
+        text = decoder.decode(first_bytes[: 1 << 16])
     except UnicodeDecodeError:
         return ""
     return "" if "\0" in text else encoding.lower()
-
-
-def _unfit_error(path: Path, reason: str) -> DataError:
-    """A named file that cannot be a document."""
-    what, fix = "the file holds NUL bytes: not a text", _fix_text(STDLIB) + ", or a text file"
-    if reason == "empty":
-        what = "the file is empty"
-    elif reason.startswith("utf"):
-        what = f"the file is {reason.upper()} text, as its byte order mark says; UTF-8 is read"
-        fix = f"iconv -f {reason.upper()} -t UTF-8 {path} > NEW.txt, then data.path=NEW.txt"
-    return DataError(what, values={"data.path": str(path)}, fix=fix)
 
 
 def _open_file(path: Path) -> BufferedReader:
@@ -372,40 +343,40 @@ def _file_mode(path: str | Path) -> int:
         raise _unreadable_error(error) from error
 
 
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def _path_error(problem: str, path: object, fix: str, **values: object) -> DataError:
+    return DataError(problem, values={"data.path": str(path), **values}, fix=fix)
+
+
+def _unreadable_error(error: OSError) -> DataError:
+    fix = "grant this user the right to read it, or name another path"
+    return _path_error(f"the data cannot be read: {error.strerror}", error.filename, fix)
+
+
 def _raise_unreadable(error: OSError) -> None:
     raise _unreadable_error(error) from error
 
 
-def _unreadable_error(error: OSError) -> DataError:
-    return DataError(
-        f"the data cannot be read: {error.strerror}",
-        values={"data.path": str(error.filename)},
-        fix="grant this user the right to read it, or name another path",
-    )
-
-
 def _empty_corpus_error(path_spec: str, skip_counts: dict[str, int]) -> DataError:
-    return DataError(
-        "there is no text to read here",
-        values={"data.path": path_spec, **{k: n for k, n in skip_counts.items() if n}},
-        fix=_fix_text(STDLIB) + ", or a file or folder with text in it",
-    )
+    fix = _fix_text(STDLIB) + ", or a file or folder with text in it"
+    skipped = {reason: count for reason, count in skip_counts.items() if count}
+    return _path_error("there is no text to read here", path_spec, fix, **skipped)
 
 
-def _missing_error(item: str, what: str = "there is no such file or folder") -> DataError:
+def _missing_error(item: str, problem: str) -> DataError:
     """Names the nearest name that exists, in the deepest folder of the path that does."""
     root, missing_parts = Path(item), list[str]()
     while not root.is_dir():
         missing_parts.insert(0, root.name)
         root = root.parent
     names = sorted(os.listdir(root)) if os.access(root, os.R_OK) else []
-    close_matches = difflib.get_close_matches(missing_parts[0], names, n=1) if missing_parts else []
-    close_builtins = difflib.get_close_matches(item, BUILTINS, n=1)
-    if close_matches:
-        fix = _fix_text(root.joinpath(close_matches[0], *missing_parts[1:]))
-    else:
-        fix = _fix_text(close_builtins[0]) if close_builtins else _fix_text(STDLIB)
-    return DataError(what, values={"data.path": item, "folder": str(root.absolute())}, fix=fix)
+    close_names = difflib.get_close_matches(missing_parts[0], names, n=1) if missing_parts else []
+    nearest: object = (*difflib.get_close_matches(item, BUILTINS, n=1), STDLIB)[0]
+    if close_names:
+        nearest = root.joinpath(close_names[0], *missing_parts[1:])
+    return _path_error(problem, item, _fix_text(nearest), folder=str(root.absolute()))
 
 
 def _fix_text(path: object) -> str:

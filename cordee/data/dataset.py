@@ -1,8 +1,7 @@
 """The dataset folder: its checksums, and tokens by row through a memory map.
 
-A folder holds `dataset.json` (`manifest`), shards in safetensors (`tokens`, `doc_ends`) and, beside
-each shard, its `.sums`. Not here: making the folder (`prepare`), the order of rows (`order`),
-tensors (`loader`). Traded away: compression and remote stores; a row is one copy from a memory map.
+A folder holds `dataset.json` (manifest.py) and shards in safetensors (`tokens`, `doc_ends`), each
+with its `.sums` beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ CHECKSUM_BLOCK_BYTES = 4 << 20
 _DTYPES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 _TokenArray = NDArray[Any]
+_MEND_FIX = "prepare the dataset again, or copy the file from a good one"
 
 
 def write_checksums(path: Path) -> str:
@@ -66,21 +66,17 @@ def find_damaged_blocks(path: Path, shard: Shard) -> list[int]:
         raise DataError(
             f"a shard cannot be read: {error.strerror}",
             values={"file": str(error.filename)},
-            fix="prepare the dataset again, or copy the file from a good one",
+            fix=_MEND_FIX,
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _checksum_error(path) from error
     if size != shard.bytes:
         raise DataError(
             "a shard has another length than when it was written",
-            values={
-                "file": str(path),
-                "block": min(size, shard.bytes) // CHECKSUM_BLOCK_BYTES,
-                "bytes": size,
-                "written_bytes": shard.bytes,
-            },
-            fix="prepare the dataset again, or copy the file from a good one",
-        )
+            values={"file": str(path), "block": min(size, shard.bytes) // CHECKSUM_BLOCK_BYTES,
+                    "bytes": size, "written_bytes": shard.bytes},
+            fix=_MEND_FIX,
+        )  # fmt: skip
     if file_digest == shard.xxh3_128 and expected_digests != block_digests:
         raise _checksum_error(path)
     bad_blocks = [
@@ -88,12 +84,10 @@ def find_damaged_blocks(path: Path, shard: Shard) -> list[int]:
         for number, digest in enumerate(block_digests)
         if expected_digests[number : number + 1] != [digest]
     ]
+    if bad_blocks or file_digest == shard.xxh3_128:
+        return bad_blocks
     # Both damaged, such that every block fits its sum: the file is at fault, the place unknown.
-    return (
-        bad_blocks
-        if bad_blocks or file_digest == shard.xxh3_128
-        else list(range(len(block_digests)))
-    )
+    return list(range(len(block_digests)))
 
 
 def check_shard(path: Path, shard: Shard) -> None:
@@ -101,23 +95,20 @@ def check_shard(path: Path, shard: Shard) -> None:
     bad_blocks = find_damaged_blocks(path, shard)
     if bad_blocks:
         first_byte = bad_blocks[0] * CHECKSUM_BLOCK_BYTES
+        byte_range = f"{first_byte}..{min(first_byte + CHECKSUM_BLOCK_BYTES, shard.bytes)}"
         raise DataError(
             "a shard is damaged: a block does not match its checksum",
-            values={
-                "file": str(path),
-                "block": bad_blocks[0],
-                "bytes": f"{first_byte}..{min(first_byte + CHECKSUM_BLOCK_BYTES, shard.bytes)}",
-                "damaged_blocks": len(bad_blocks),
-            },
-            fix="prepare the dataset again, or copy the file from a good one",
-        )
+            values={"file": str(path), "block": bad_blocks[0], "bytes": byte_range,
+                    "damaged_blocks": len(bad_blocks)},
+            fix=_MEND_FIX,
+        )  # fmt: skip
 
 
 def _checksum_error(path: Path) -> DataError:
     return DataError(
         "the list of checksums of a shard is damaged",
         values={"file": str(_checksum_path(path))},
-        fix="prepare the dataset again, or copy the file from a good one",
+        fix=_MEND_FIX,
     )
 
 
@@ -164,7 +155,7 @@ def map_shard(path: Path) -> dict[str, _TokenArray]:
         raise DataError(
             "a shard cannot be mapped: it is missing, cut short or not a shard",
             values={"file": str(path), "cause": str(error)},
-            fix="prepare the dataset again, or copy the file from a good one",
+            fix=_MEND_FIX,
         ) from error
     return tensors
 
@@ -179,13 +170,10 @@ class TokenDataset:
     """
 
     def __init__(
-        self,
-        shard_tokens: list[_TokenArray],
-        dtype: str,
+        self, shard_tokens: list[_TokenArray], dtype: str,
         mixture_sources: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        """`mixture_sources`: the weight and the tokens of each source of a mixture, in the stream's
-        order."""
+    ) -> None:  # fmt: skip
+        """`mixture_sources`: weight and tokens of each source of a mixture, in their order."""
         self.dtype = np.dtype(dtype)
         self._mixture_sources = tuple(mixture_sources)
         self._shard_tokens = shard_tokens
@@ -242,9 +230,8 @@ class TokenDataset:
         in_one_shard = first_shard == last_shard
         for shard_index in np.unique(first_shard[in_one_shard]).tolist():
             mask = in_one_shard & (first_shard == shard_index)
-            out[mask] = self._windows(shard_index, width)[
-                starts[mask] - self._shard_starts[shard_index]
-            ]
+            shard_offsets = starts[mask] - self._shard_starts[shard_index]
+            out[mask] = self._windows(shard_index, width)[shard_offsets]
         for row in np.flatnonzero(~in_one_shard).tolist():
             out[row] = self.read_tokens(int(starts[row]), int(starts[row]) + width)
         return out
@@ -252,24 +239,15 @@ class TokenDataset:
     def read_tokens(self, start: int, stop: int) -> _TokenArray:
         """Tokens [start, stop) of the stream, across shards; the obvious version of `gather`."""
         arrays = [np.empty(0, dtype=self.dtype)]
-        shard_index = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        while (
-            shard_index < len(self._shard_tokens)
-            and (shard_start := int(self._shard_starts[shard_index])) < stop
-        ):
-            arrays.append(
-                self._shard_tokens[shard_index][max(0, start - shard_start) : stop - shard_start]
-            )
-            shard_index += 1
+        for tokens, first in zip(self._shard_tokens, self._shard_starts.tolist(), strict=False):
+            if first < stop and start < first + tokens.size:
+                arrays.append(tokens[max(0, start - first) : stop - first])
         return np.concatenate(arrays)
 
 
 def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenDataset:
-    """Map a split of a dataset folder. With `verify`, every block is held against its
-    checksum.
-
-    DataError names the file and block that is damaged, or a split that does not exist.
-    """
+    """Map a split of a dataset folder. With `verify`, every block is held against its checksum:
+    DataError names the file and block that is damaged, or a split that does not exist."""
     info = read_info(folder)
     if split not in SPLITS:
         raise DataError("no such split", values={"split": split}, fix=f"one of {SPLITS}")
@@ -286,10 +264,6 @@ def open_dataset(folder: Path, split: str, verify: bool = True) -> TokenDataset:
                 fix="prepare the dataset again, into a new folder",
             )
         shard_tokens.append(tokens)
-    source_tokens = [
-        sum(shard.tokens for shard in shards) for shards in info.shards_by_source(split)
-    ]
-    mixture_sources = [
-        (part.weight, size) for part, size in zip(info.parts, source_tokens, strict=False)
-    ]
+    weights = [part.weight for part in info.parts]
+    mixture_sources = list(zip(weights, info.source_tokens(split), strict=True)) if weights else []
     return TokenDataset(shard_tokens, info.dtype, mixture_sources)

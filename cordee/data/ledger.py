@@ -1,10 +1,8 @@
 """Which samples each step used: asked of the order, and proved by what ranks noted as they loaded.
 
-PAPER but for numpy. The order alone says what a step should take (`order.py`). While a run trains,
-whoever computes a microbatch digests the ids of the rows that it loaded; the digests of a step are
-one word in its row of metrics.jsonl. The checker compares word by word, so a microbatch that was
-left out, done twice or loaded from elsewhere is found at its step. Not here: the bytes of samples
-(data verify). Traded away: the ids themselves, which the word can refute but not restore.
+While a run trains, whoever computes a microbatch digests the ids of the rows that it loaded; the
+digests of a step are one word in its row of metrics.jsonl. Comparing word by word finds the step
+whose microbatch was left out, done twice or loaded from elsewhere.
 """
 
 from __future__ import annotations

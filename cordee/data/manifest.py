@@ -1,8 +1,5 @@
-"""dataset.json: what a dataset folder says of itself, under a fingerprint of its own.
-
-Not here: tokens and checksums (`source`), making a folder (`prepare`, `make_shards`). Traded away:
-a schema language; the fingerprint refuses what was altered, and the classes below refuse what is
-not of this format.
+"""dataset.json: what a dataset folder says of itself, under a fingerprint of its own, which refuses
+what was altered since.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of `train` or `held_out_token_batches`, in order, and their tokens together."""
+    """The shards of `train` or `held_out`, in order, and their tokens together."""
 
     shards: tuple[Shard, ...]
     tokens: int
@@ -72,10 +69,8 @@ class DatasetInfo:
     """What `dataset.json` says, and the `folder` it lies in.
 
     `bytes_per_token` turns nats per token into bits per byte; `entropy_bits` is the lowest loss
-    that any model can reach, in bits per token, where it is known. `held_out_token_batches` is the
-    fraction that was asked for. `skipped` counts files left out, by reason. `images` are the form
-    of images (the fields of ImageSettings) where the tokens are such; `make_parts` the sources of a
-    mixture.
+    that any model can reach, in bits per token, where it is known. `held_out` is the fraction asked
+    for. `skipped` counts files left out, by reason. `parts` are the sources of a mixture.
     """
 
     folder: Path
@@ -92,36 +87,32 @@ class DatasetInfo:
     skipped: Mapping[str, int]
     splits: Mapping[str, Split]
     fingerprint: str
-    images: Mapping[str, int] | None = None
     parts: tuple[MixtureSource, ...] = ()
 
     def description(self) -> dict[str, Any]:
         """The content of `dataset.json`: plain dicts, lists, numbers and strings."""
         content = asdict(self)
         del content["folder"]
-        if self.images is None:
-            del content["images"]
         if not self.parts:
             del content["parts"]
         return {"format": FORMAT, **content}
 
+    def source_tokens(self, split: str) -> list[int]:
+        """Tokens of a split by source; of what is no mixture, all of them."""
+        return [sum(shard.tokens for shard in shards) for shards in self.shards_by_source(split)]
+
     def rows_by_source(self, split: str, sequence: int) -> list[int]:
         """Rows of `sequence` tokens (and one target more) in each source; see `TokenDataset`."""
-        return [
-            count_rows(sum(shard.tokens for shard in shards), sequence)
-            for shards in self.shards_by_source(split)
-        ]
+        return [count_rows(tokens, sequence) for tokens in self.source_tokens(split)]
 
     def rows(self, split: str, sequence: int) -> int:
         """Rows of a split in all."""
         return sum(self.rows_by_source(split, sequence))
 
     def shards_by_source(self, split: str) -> list[tuple[Shard, ...]]:
-        """The shards of a split by part; of what is no mixture, all of them."""
+        """The shards of a split by source; of what is no mixture, all of them."""
         shards = self.splits[split].shards
-        if not self.parts:
-            return [shards]
-        counts = [part.shards[split] for part in self.parts]
+        counts = [part.shards[split] for part in self.parts] or [len(shards)]
         ends = accumulate(counts)
         return [shards[end - count : end] for end, count in zip(ends, counts, strict=True)]
 

@@ -5,12 +5,12 @@ Whole weights stand at the leaves of a balanced binary tree; of n draws at a nod
 r below it, floor(n * l / (l + r)) go left, so after every draw each source has its share to within
 one row a level, and the counts always add up. A keyed permutation inside blocks of 4,096 positions
 hides the regular pattern. Draw d of a source is row permute(d % rows) of its epoch d // rows: of
-each source every row once an epoch, whatever the weights. Not here: sizes and names of sources
-(`source`). Traded away: weights that change during a run.
+each source every row once an epoch, whatever the weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,24 +31,20 @@ _I64 = NDArray[np.int64]
 
 def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
     """The smallest whole numbers in these proportions. DataError: not positive, or too fine."""
+    values = {"weights": ", ".join(map(str, weights))}
     if any(weight <= 0 for weight in weights):
-        raise DataError(
-            "a source's weight is more than 0",
-            values={"weights": ", ".join(map(str, weights))},
-            fix="leave out what is not to be drawn",
-        )
+        fix = "leave out what is not to be drawn"
+        raise DataError("a source's weight is more than 0", values=values, fix=fix)
     total = sum(weights)
     shares = [Fraction(weight) / total for weight in weights]
     # In lowest terms, whole weights are multiples of 1 / the common denominator.
-    denominator = 1
-    for share in shares:
-        denominator *= share.denominator // np.gcd(denominator, share.denominator).item()
-        if denominator > MAX_WEIGHT_SUM:
-            raise DataError(
-                "the weights are too fine: in lowest terms their sum is at most 2^20",
-                values={"weights": ", ".join(map(str, weights))},
-                fix="weights of fewer digits, such as 7,3",
-            )
+    denominator = math.lcm(*(share.denominator for share in shares))
+    if denominator > MAX_WEIGHT_SUM:
+        raise DataError(
+            "the weights are too fine: in lowest terms their sum is at most 2^20",
+            values=values,
+            fix="weights of fewer digits, such as 7,3",
+        )
     return tuple(int(share * denominator) for share in shares)
 
 
@@ -96,9 +92,8 @@ class MixtureOrder:
         low, high = 0, sum(self.rows)
         while low < high:
             midpoint = (low + high + 1) // 2
-            fits = all(
-                n <= rows for n, rows in zip(self.draw_counts(midpoint), self.rows, strict=True)
-            )
+            counts = self.draw_counts(midpoint)
+            fits = all(count <= rows for count, rows in zip(counts, self.rows, strict=True))
             low, high = (midpoint, high) if fits else (low, midpoint - 1)
         return low
 
@@ -122,10 +117,9 @@ class MixtureOrder:
         block_start = positions // BLOCK_POSITIONS * BLOCK_POSITIONS
         row_ids = self.row_ids_at(np.arange(block_start, positions, dtype=np.int64))
         sources = np.searchsorted(self.starts, row_ids, side="right") - 1
-        tail_counts = np.bincount(sources, minlength=len(self.rows))
-        return tuple(
-            n + int(m) for n, m in zip(self.draw_counts(block_start), tail_counts, strict=True)
-        )
+        tail_counts = np.bincount(sources, minlength=len(self.rows)).tolist()
+        block_counts = self.draw_counts(block_start)
+        return tuple(n + m for n, m in zip(block_counts, tail_counts, strict=True))
 
     def source_index(self, row: int) -> int:
         """The number of the source that an id belongs to."""

@@ -1,8 +1,7 @@
 """The global order of samples: a keyed permutation per epoch, computed for any position in O(1).
 
-Not here: ranks, islands, worker counts. A row follows from (seed, position) alone, so who computes
-which microbatch cannot change what is trained on. Traded away: locality. Neighbours in the order
-are far apart on disk, which a memory map forgives and a remote store would not.
+A row follows from (seed, position) alone, so who computes which microbatch cannot change what is
+trained on.
 """
 
 from __future__ import annotations
@@ -91,15 +90,14 @@ class SampleOrder:
         flat_positions = positions.reshape(-1)
         out = np.empty(flat_positions.size, dtype=np.int64)
         for begin in range(0, flat_positions.size, _BLOCK_ROWS):
+            block = slice(begin, begin + _BLOCK_ROWS)
             if self.mixture is not None:
-                out[begin : begin + _BLOCK_ROWS] = self.mixture.row_ids_at(
-                    flat_positions[begin : begin + _BLOCK_ROWS]
-                )
+                out[block] = self.mixture.row_ids_at(flat_positions[block])
                 continue
-            epoch, offset = np.divmod(flat_positions[begin : begin + _BLOCK_ROWS], self.rows)
+            epoch, offset = np.divmod(flat_positions[block], self.rows)
             if epoch[0] == epoch[-1] and (epoch == epoch[0]).all():
                 epoch = epoch[:1]
-            out[begin : begin + _BLOCK_ROWS] = permute(offset, self.rows, self.seed, epoch)
+            out[block] = permute(offset, self.rows, self.seed, epoch)
         return out.reshape(positions.shape)
 
     def find_uses(self, row: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -124,8 +122,7 @@ class MixingStats:
 
 
 def measure_mixing(order: SampleOrder, batches: int = 512) -> MixingStats:
-    """The mixing figures of the order's first `batches` * 32 positions (at most one
-    epoch)."""
+    """The mixing figures of the order's first `batches` * 32 positions (at most one epoch)."""
     width = min(32, order.rows)
     batches = max(1, min(batches, order.rows // width))
     rows = order.row_ids_between(0, batches * width)

@@ -1,7 +1,7 @@
 """Keyed permutations of [0, rows): any place in O(1), both ways, without a table.
 
-Not here: what is permuted (`order`, `mixture`). Traded away: true randomness; 6 rounds of a mixing
-function are enough that no test of order tells (tests/paper/test_order.py), and no cipher.
+6 rounds of a mixing function are enough that no test of order tells them from chance
+(tests/paper/test_order.py); they are no cipher.
 """
 
 from __future__ import annotations

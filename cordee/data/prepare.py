@@ -1,8 +1,7 @@
 """From files, folders, globs or a builtin corpus to a dataset folder that is whole or not there.
 
-Text becomes bytes, and each document is followed by a 0 byte, so files that hold one are left out.
-Not here: subword tokenisers, and reading the folder back (`source`). Traded away: one pass. Sources
-are read twice, first to count and refuse, then to write, so nothing is written before all is known.
+Sources are read twice, first to count and refuse, then to write, so nothing is written before all
+is known. Also here: a dataset inspected, and verified byte by byte.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cordee.config.model import ImageSettings, ModelSettings
 from cordee.data.corpora import (
     MARKOV,
     MARKOV_SYMBOLS,
     MARKOV_TOKENS,
-    SHAPES,
     check_corpus,
     find_corpus,
     markov_tokens,
@@ -33,19 +29,18 @@ from cordee.data.manifest import (
     list_changed_sources,
     read_info,
 )
-from cordee.data.mixture_writer import check_mixture, is_mixture, prepare_mixture
 from cordee.data.order import measure_mixing
-from cordee.data.records import (
-    check_images,
-    find_records,
-    is_images,
-    text_refused,
-    write_records,
-    write_shapes,
+from cordee.data.writer import (
+    SHARD_BYTES,
+    Description,
+    ShardWriter,
+    atomic_folder,
+    check_mixture,
+    is_mixture,
+    write_manifest,
+    write_mixture,
+    write_text,
 )
-from cordee.data.shapes import SHAPES_IMAGES
-from cordee.data.text_writer import write_text
-from cordee.data.writer import SHARD_BYTES, ShardWriter, atomic_folder, write_manifest
 from cordee.errors import DataError
 
 
@@ -56,17 +51,15 @@ def prepare(
     seed: int,
     tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    image: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
     weights: str = "",
 ) -> DatasetInfo:
     """Make the dataset `folder` from `path_spec`, or nothing: it is renamed into place when whole.
 
     `path_spec` is a builtin, or files, folders and globs with commas between; a folder that is a
     dataset already is returned as it is. With semicolons it is a mixture of such sources, drawn by
-    `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training:
-    whole documents by keyed hash from 10 documents on, else the tail of each; of images, random
-    ones. `tokens` is the length of a synthetic train split, and of no other source; `image` is the
-    form of images. DataError for whatever cannot be read or done.
+    `weights` ("7,3"; "": by size). `held_out` is the fraction kept from training: whole documents
+    by keyed hash from 10 documents on, else the tail of each. `tokens` is the length of a synthetic
+    train split, and of no other source. DataError for whatever cannot be read or done.
     """
     _check_arguments(path_spec, held_out, tokens, weights)
     if is_dataset(Path(path_spec)):
@@ -78,39 +71,18 @@ def prepare(
             values={"folder": str(folder)},
             fix=f"use it: data.path={folder}" if is_dataset(folder) else "name a new folder",
         )
-    if is_mixture(path_spec):
-        return prepare_mixture(path_spec, weights, folder, held_out, seed, shard_bytes)
-    split_fields = {"held_out": held_out, "seed": seed}
-    if path_spec == MARKOV:
-        train_tokens = MARKOV_TOKENS if tokens is None else tokens
-        held_out_tokens = round(train_tokens * held_out / (1.0 - held_out))
-        chain, entropy_bits = markov_tokens(seed, train_tokens + held_out_tokens)
-        with atomic_folder(folder) as staging_folder:
-            content = _write_markov(
-                staging_folder, (chain[:train_tokens], chain[train_tokens:]), shard_bytes
-            )
-            write_manifest(
-                staging_folder, {**content, **split_fields, "entropy_bits": entropy_bits}
-            )
-    elif is_images(path_spec):
-        with atomic_folder(folder) as staging_folder:
-            if path_spec == SHAPES:
-                train_images = (
-                    SHAPES_IMAGES if tokens is None else max(1, tokens // image.record_bytes)
-                )
-                content = write_shapes(
-                    staging_folder, train_images, held_out, seed, image, shard_bytes
-                )
-            else:
-                content = write_records(
-                    staging_folder, path_spec, held_out, seed, image, shard_bytes
-                )
-            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
-    else:
-        corpus = find_corpus(path_spec)
-        with atomic_folder(folder) as staging_folder:
+    is_text = not is_mixture(path_spec) and path_spec != MARKOV
+    corpus = find_corpus(path_spec) if is_text else None
+    with atomic_folder(folder) as staging_folder:
+        if corpus is not None:
             content = write_text(staging_folder, corpus, held_out, seed, shard_bytes)
-            write_manifest(staging_folder, {**content, **split_fields, "entropy_bits": None})
+        elif path_spec == MARKOV:
+            train_tokens = MARKOV_TOKENS if tokens is None else tokens
+            content = _write_markov(staging_folder, train_tokens, held_out, seed, shard_bytes)
+        else:
+            content = write_mixture(staging_folder, path_spec, weights, held_out, seed, shard_bytes)
+        split_fields = {"held_out": held_out, "seed": seed, "entropy_bits": None}
+        write_manifest(staging_folder, content | (split_fields | content))
     return read_info(folder)
 
 
@@ -122,7 +94,7 @@ def _check_arguments(path_spec: str, held_out: float, tokens: int | None, weight
             values={"data.held_out": held_out},
             fix="data.held_out=0.1",
         )
-    if tokens is not None and (path_spec not in (MARKOV, SHAPES) or tokens < 1):
+    if tokens is not None and (path_spec != MARKOV or tokens < 1):
         raise DataError(
             "the number of tokens can be set for synthetic sources only, to 1 or more",
             values={"data.path": path_spec, "tokens": tokens},
@@ -130,11 +102,22 @@ def _check_arguments(path_spec: str, held_out: float, tokens: int | None, weight
         )
 
 
+def _check_weights(path_spec: str, weights: str) -> None:
+    if weights and not is_mixture(path_spec):
+        raise DataError(
+            "weights are for a mixture: sources with semicolons between",
+            values={"data.path": path_spec, "data.weights": weights},
+            fix="data.path='one;two', or leave data.weights out",
+        )
+
+
 def _write_markov(
-    folder: Path, split_tokens: tuple[NDArray[np.uint8], ...], shard_bytes: int
-) -> dict[str, Any]:
+    folder: Path, train_tokens: int, held_out: float, seed: int, shard_bytes: int
+) -> Description:
+    held_out_tokens = round(train_tokens * held_out / (1.0 - held_out))
+    chain, entropy_bits = markov_tokens(seed, train_tokens + held_out_tokens)
     splits = {}
-    for split, tokens in zip(SPLITS, split_tokens, strict=True):
+    for split, tokens in zip(SPLITS, (chain[:train_tokens], chain[train_tokens:]), strict=True):
         writer = ShardWriter(folder, split, shard_bytes)
         if tokens.size:
             writer.add(tokens)
@@ -148,37 +131,19 @@ def _write_markov(
         "sources": [],
         "skipped": {},
         "splits": splits,
+        "held_out": held_out,
+        "seed": seed,
+        "entropy_bits": entropy_bits,
     }
 
 
-def _check_weights(path_spec: str, weights: str) -> None:
-    if weights and not is_mixture(path_spec):
-        raise DataError(
-            "weights are for a mixture: sources with semicolons between",
-            values={"data.path": path_spec, "data.weights": weights},
-            fix="data.path='one;two', or leave data.weights out",
-        )
-
-
-def check_sources(
-    path_spec: str,
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
-    weights: str = "",
-) -> None:
-    """Raise what `prepare` would raise about its sources, without reading them all through, and
-    what `model` cannot learn from."""
+def check_sources(path_spec: str, weights: str = "") -> None:
+    """Raise what `prepare` would raise about its sources, without reading them all through."""
     _check_weights(path_spec, weights)
     if is_dataset(Path(path_spec)):
-        check_images(read_info(Path(path_spec)), model)
+        read_info(Path(path_spec))
     elif is_mixture(path_spec):
-        if model.is_classifier:
-            raise text_refused(model, path_spec)
         check_mixture(path_spec, weights)
-    elif is_images(path_spec):
-        if path_spec != SHAPES:
-            find_records(path_spec, model.image)
-    elif model.is_classifier:
-        raise text_refused(model, path_spec)
     elif path_spec != MARKOV:
         check_corpus(path_spec)
 
@@ -188,25 +153,22 @@ def check_split_lengths(info: DatasetInfo, sequence: int) -> None:
     mixture each source's part of it."""
     names = [part.name for part in info.parts] or [info.name]
     split_tokens = {
-        (split, name): sum(shard.tokens for shard in shards)
+        (split, name): tokens
         for split in SPLITS
         if split == "train" or info.held_out > 0
-        for name, shards in zip(names, info.shards_by_source(split), strict=True)
+        for name, tokens in zip(names, info.source_tokens(split), strict=True)
     }
     max_sequence = min(split_tokens.values()) - 1
     for (split, name), tokens in split_tokens.items():
         if tokens < sequence + 1:
-            fix_text = "more text" if split == "train" else "more text, or data.held_out=0"
+            more_text = "more text" if split == "train" else "more text, or data.held_out=0"
+            source = {"source": name} if info.parts else {}
             raise DataError(
                 f"the {split} split is shorter than one row of data.sequence + 1 tokens",
-                values={
-                    "data.sequence": sequence,
-                    "tokens": tokens,
-                    "data.held_out": info.held_out,
-                    **({"source": name} if info.parts else {}),
-                },
-                fix=f"data.sequence={max_sequence}" if max_sequence >= 1 else fix_text,
-            )
+                values={"data.sequence": sequence, "tokens": tokens,
+                        "data.held_out": info.held_out, **source},
+                fix=f"data.sequence={max_sequence}" if max_sequence >= 1 else more_text,
+            )  # fmt: skip
 
 
 def verify_dataset(folder: Path) -> dict[str, Any]:
@@ -262,17 +224,16 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
     info = read_info(folder)
     dataset = open_dataset(folder, "train", verify=False)
     head_tokens = dataset.read_tokens(0, min(dataset.tokens, 200))
+    is_text = info.tokenizer == "bytes"
     first_document = head_tokens.tobytes().split(b"\0")[0].decode("utf-8", "replace")
-    sequence = ImageSettings(**info.images).record_bytes if info.images else sequence
-    rows = dataset.rows(sequence)
-    order = dataset.sample_order(info.seed, sequence, 1, 1) if rows else None
+    has_one_order = dataset.rows(sequence) and not info.parts
+    order = dataset.sample_order(info.seed, sequence, 1, 1) if has_one_order else None
     return {
         "name": info.name,
         "fingerprint": info.fingerprint,
         "tokenizer": info.tokenizer,
         "vocabulary": info.vocabulary,
         "dtype": info.dtype,
-        "images": info.images,
         "bytes_per_token": info.bytes_per_token,
         "entropy_bits": info.entropy_bits,
         "end_of_document": info.end_of_document,
@@ -291,23 +252,18 @@ def inspect_dataset(folder: Path, sequence: int = 256) -> dict[str, Any]:
         "sources": len(info.sources),
         "changed_sources": list_changed_sources(info),
         "skipped": dict(info.skipped),
-        "first_document": first_document
-        if info.tokenizer == "bytes"
-        else head_tokens[:32].tolist(),
-        "mixing": asdict(measure_mixing(order)) if order and not info.parts else None,
+        "first_document": first_document if is_text else head_tokens[:32].tolist(),
+        "mixing": asdict(measure_mixing(order)) if order else None,
     }
 
 
 def _describe_sources(info: DatasetInfo, sequence: int) -> list[dict[str, Any]]:
     """Of each source of a mixture: its name, weight, share of what is drawn, and rows."""
-    total_weight, row_counts = (
-        sum(part.weight for part in info.parts),
-        info.rows_by_source("train", sequence),
-    )
+    total_weight = sum(part.weight for part in info.parts)
     return [
         {
             "name": part.name, "weight": part.weight, "share": round(part.weight / total_weight, 6),
             "rows": rows,
         }
-        for part, rows in zip(info.parts, row_counts, strict=True)
+        for part, rows in zip(info.parts, info.rows_by_source("train", sequence), strict=True)
     ]  # fmt: skip

@@ -1,8 +1,7 @@
 """A run's own copy of its data, with a marker that says what was asked for and who made it.
 
 The marker lies in the dataset folder and appears with it, whole. What a run finds in the place of
-its snapshot is used, removed and made anew only as far as the marker proves. Not here: when that is
-asked (`run_train`), what a dataset folder is (`prepare`).
+its snapshot is used, removed and made anew only as far as the marker proves.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from cordee.config.run import Run
 from cordee.data.corpora import BUILTINS, list_files
 from cordee.data.dataset import fsync_path
 from cordee.data.manifest import FORMAT, MANIFEST, DatasetInfo, is_dataset, read_info
-from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_split_lengths, prepare
-from cordee.data.records import RECORDS, check_images, is_images
-from cordee.data.writer import atomic_folder
+from cordee.data.writer import atomic_folder, is_mixture, split_sources
 
 MARKER_FILE = "snapshot.json"
 MARKER_FORMAT = "cordee-snapshot-1"
@@ -38,7 +35,7 @@ there, untouched; or something else, which is nobody's to remove."""
 @dataclass(frozen=True)
 class SnapshotMarker:
     """What `snapshot.json` says: the `request`, a digest of the `sources` as they were then, the
-    `nonempty_folders` with their bytes, and the folder itself: its `path` and its `inode`."""
+    `files` with their bytes, and the folder itself: its `path` and its `inode`."""
 
     request: Mapping[str, Any]
     sources: str
@@ -53,12 +50,11 @@ def make_request(run: Run) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "path": [os.path.abspath(p) if p not in BUILTINS else p for p in _split_paths(path)],
-        "kind": "mixture" if is_mixture(path) else "images" if is_images(path) else "text",
+        "kind": "mixture" if is_mixture(path) else "text",
         "weights": data.weights,
         "tokens": data.tokens,
         "held_out": data.held_out,
         "seed": run.run.seed,
-        "image": asdict(run.model.image) if is_images(path) else None,
     }
 
 
@@ -71,49 +67,39 @@ def classify_snapshot(snapshot_folder: Path, run: Run) -> SnapshotState:
     marker = read_marker(snapshot_folder)
     if marker is None or not _is_unmodified(snapshot_folder, marker):
         return "other"
-    is_same = marker.request == make_request(run) and marker.sources == _digest_sources(
-        run.data.path
-    )
-    return "same" if is_same and is_dataset(snapshot_folder) else "own"
+    if not matches_request(snapshot_folder, run):
+        return "own"
+    return "same" if marker.sources == _digest_sources(run.data.path) else "own"
 
 
 def matches_request(snapshot_folder: Path, run: Run) -> bool:
-    """Whether a snapshot of what the run asks for lies in `snapshot_folder`, be its sources as they
-    may."""
+    """Whether a snapshot of what the run asks for lies there, be its sources as they may."""
     marker = read_marker(snapshot_folder)
-    return (
-        marker is not None and is_dataset(snapshot_folder) and marker.request == make_request(run)
-    )
+    is_same = marker is not None and marker.request == make_request(run)
+    return is_same and is_dataset(snapshot_folder)
 
 
 def make_snapshot(run: Run, snapshot_folder: Path) -> DatasetInfo:
     """Makes the run's snapshot in `snapshot_folder`, or nothing; a former one of its own there is
     replaced once the new one is whole. DataError as `prepare`, and when the run cannot use it."""
-    data, image = run.data, run.model.image
+    data = run.data
     tokens, source_digest = data.tokens or None, _digest_sources(data.path)
     with atomic_folder(snapshot_folder) as staging_folder:
         dataset_folder = staging_folder / "dataset"
         prepare(
-            data.path,
-            dataset_folder,
-            data.held_out,
-            run.run.seed,
-            tokens,
-            image=image,
-            weights=data.weights,
+            data.path, dataset_folder, data.held_out, run.run.seed, tokens, weights=data.weights
         )
         info = read_info(dataset_folder)
-        check_images(info, run.model)
         check_split_lengths(info, data.sequence)
         for entry in list(dataset_folder.iterdir()):
             os.rename(entry, staging_folder / entry.name)
         dataset_folder.rmdir()
-        files = {
-            name: (staging_folder / name).stat().st_size for name in _list_files(staging_folder)
-        }
-        inode = os.stat(staging_folder).st_ino
         marker = SnapshotMarker(
-            make_request(run), source_digest, files, _real_path(snapshot_folder), inode
+            make_request(run),
+            source_digest,
+            {n: (staging_folder / n).stat().st_size for n in _list_files(staging_folder)},
+            _real_path(snapshot_folder),
+            os.stat(staging_folder).st_ino,
         )
         _write_marker(staging_folder, marker)
         remove_snapshot(snapshot_folder)
@@ -169,17 +155,11 @@ def _is_unmodified(snapshot_folder: Path, marker: SnapshotMarker) -> bool:
     try:
         identity = (_real_path(snapshot_folder), os.stat(snapshot_folder).st_ino)
         # A removal that was cut short leaves folders without files.
-        names = set(_list_files(snapshot_folder)) - {
-            MARKER_FILE,
-            *(str(Path(name).parent) for name in marker.files),
-        }
-        return (
-            identity == (marker.path, marker.inode)
-            and names <= marker.files.keys()
-            and all(
-                (snapshot_folder / name).lstat().st_size == marker.files[name] for name in names
-            )
-        )
+        names = set(_list_files(snapshot_folder)) - {MARKER_FILE}
+        names -= {str(Path(name).parent) for name in marker.files}
+        if identity != (marker.path, marker.inode) or not names <= marker.files.keys():
+            return False
+        return all((snapshot_folder / n).lstat().st_size == marker.files[n] for n in names)
     except OSError:
         return False
 
@@ -195,25 +175,19 @@ def _list_files(folder: Path) -> list[str]:
     Links are not followed."""
     names = []
     for parent, folders, files in os.walk(folder):
-        link_names = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        empty_names = ["."] if not folders and not files and Path(parent) != folder else []
-        names += [
-            os.path.relpath(os.path.join(parent, n), folder)
-            for n in [*files, *link_names, *empty_names]
-        ]
-    return names
+        names += [os.path.join(parent, name) for name in files]
+        names += [p for name in folders if os.path.islink(p := os.path.join(parent, name))]
+        if not folders and not files and Path(parent) != folder:
+            names.append(parent)
+    return [os.path.relpath(name, folder) for name in names]
 
 
 def _digest_sources(path_spec: str) -> str:
     """A digest of the sources as they are now: names, sizes and times of all files."""
     rows: list[list[Any]] = []
-    for path in _split_paths(path_spec) if is_mixture(path_spec) else [path_spec]:
-        if is_dataset(Path(path)):
-            files = [Path(path) / MANIFEST]
-        elif is_images(path_spec):
-            files = [Path(name) for name in _split_paths(path_spec) if name not in BUILTINS]
-        else:
-            files = list_files(path)
+    for path in split_sources(path_spec):
+        is_prepared = is_dataset(Path(path))
+        files = [Path(path) / MANIFEST] if is_prepared else list_files(path)
         rows += map(_file_status, files)
     return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
 
@@ -232,4 +206,4 @@ def _split_paths(path_spec: str) -> list[str]:
         return split_sources(path_spec)
     if os.path.exists(path_spec):
         return [path_spec]
-    return [word.strip() for word in path_spec.removeprefix(RECORDS).split(",") if word.strip()]
+    return [word.strip() for word in path_spec.split(",") if word.strip()]

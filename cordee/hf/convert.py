@@ -34,8 +34,7 @@ ROTARY_SUFFIXES = ("attention.query.weight", "attention.key.weight",
 """Ends of the names of tensors whose rows are features of heads that turn with the position."""
 
 REQUIRED_SETTINGS: Mapping[str, object] = {
-    "kind": "transformer", "mlp": "gated", "logit_cap": 0.0, "dropout": 0.0, "window": 0,
-    "moe.experts": 0,
+    "mlp": "gated", "logit_cap": 0.0, "dropout": 0.0, "window": 0, "moe.experts": 0,
 }  # fmt: skip
 """Knobs of model.* that must have these values, because Llama and Qwen3 have nothing else."""
 

@@ -23,10 +23,9 @@ from cordee.config.run import Run
 from cordee.config.validate import DEFAULT_MINUTES, check_threads, validate_run
 from cordee.data.corpora import MARKOV, MARKOV_SYMBOLS
 from cordee.data.manifest import DatasetInfo, is_dataset, read_info
-from cordee.data.mixture_writer import is_mixture, split_sources
 from cordee.data.prepare import check_sources, check_split_lengths
-from cordee.data.records import check_images
 from cordee.data.snapshot import classify_snapshot, make_snapshot, matches_request, remove_snapshot
+from cordee.data.writer import split_sources
 from cordee.dist.process_group import (
     PLAN_FILE,
     LaunchInfo,
@@ -255,7 +254,6 @@ def read_or_prepare_dataset(run: Run, is_supervised: bool) -> DatasetInfo:
 
 def _read_dataset_info(run: Run, dataset_dir: Path) -> DatasetInfo:
     info = read_info(dataset_dir)
-    check_images(info, run.model)
     check_split_lengths(info, run.data.sequence)
     return info
 
@@ -484,7 +482,7 @@ def prepare_run(run: Run, parts: PartsInfo = PartsInfo()) -> PreparedRun:
     check_threads(run, usable_cores())
     reads_source = not (parts.has_data or status.end_event)
     if reads_source and find_dataset_dir(run) in (None, Path(run.data.path)):
-        check_sources(run.data.path, run.model, run.data.weights)
+        check_sources(run.data.path, run.data.weights)
     needs_ranks = plan.processes > 1 or is_multi_host(run)
     is_launcher = needs_ranks and not launch_info.has_launcher and status.end_event is None
     run, reason = resolve_arithmetic(run, plan.device, not is_launcher)
@@ -567,8 +565,7 @@ def _check_vocabulary(run: Run, symbols: int) -> None:
 
 def read_vocabulary_size(run: Run) -> int:
     """Size of the vocabulary before the data is read."""
-    path = run.data.path
-    for source in split_sources(path) if is_mixture(path) else [path]:
+    for source in split_sources(run.data.path):
         if is_dataset(Path(source)):
             return read_info(Path(source)).vocabulary
     return MARKOV_SYMBOLS if run.data.path == MARKOV else 256

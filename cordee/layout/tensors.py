@@ -14,7 +14,6 @@ from functools import partial
 
 from cordee.config.model import ModelSettings
 from cordee.layout.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES, STAGE_AXES, Layout
-from cordee.layout.classifier import classifier_tensors
 from cordee.layout.microbatches import shard_rows
 from cordee.layout.slices import Box
 
@@ -138,9 +137,6 @@ class TensorSpec:
 
 def tensor_specs(model: ModelSettings, vocabulary: int) -> Iterator[TensorSpec]:
     """Every parameter of a built-in model, in the order of the model's own parameters."""
-    if model.is_classifier:
-        yield from (TensorSpec(*fields) for fields in classifier_tensors(model))
-        return
     sizes = {
         "vocabulary": model.vocabulary or vocabulary, "width": model.width, "kv": model.kv_width,
         "queries": model.query_width, "head": model.width_per_head, "ffn": model.hidden_width,

@@ -115,11 +115,6 @@ def _unsupported_axes(run: Run, layout: Layout) -> Iterator[Violation]:
         ):
             clause = "cuts the house's models; of transformers' shard does, and tensor where given"
             yield _violation(layout, axis, clause, fix)
-        if run.model.kind != "transformer" and axis in NON_SHARD_AXES:
-            clause = "cuts transformers; classifiers are replicated or sharded"
-            yield _violation(
-                layout, axis, clause, f"{fix}, or layout.shard={getattr(layout, axis)}"
-            )
         yield from _split_unit_violations(run, layout, axis)
 
 

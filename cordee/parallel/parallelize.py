@@ -26,7 +26,6 @@ from cordee.layout.slices import Box, LocalSlice
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec, router_bias_specs, tensor_specs
 from cordee.model.activation_checkpoint import checkpoint_wrapper
-from cordee.model.classifier import make_classifier
 from cordee.model.fp8 import use_fp8
 from cordee.model.init_weights import initial_tensor
 from cordee.model.moe import moe_layers
@@ -148,8 +147,6 @@ def build_on_meta(
 
 def make_stage_module(run: Run, vocabulary: int, block_range: range) -> nn.Module:
     """Blocks `block_range` of the house's model, with no values yet."""
-    if run.model.is_classifier:
-        return make_classifier(run.model)
     model = Transformer(run.model, vocabulary, block_range)
     model.memory = run.memory
     model.autocast = autocast_dtype(run.run.precision)

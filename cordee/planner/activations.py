@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from cordee.config.run import LayoutSettings, Run
 from cordee.layout.axes import Layout
 from cordee.layout.stages import LayerRange
-from cordee.planner import classifier
 from cordee.planner.compute_cost import CHUNKED_MAX_LENGTH, SINGLE_RANK, all_layers, keys_per_query
 
 ZERO_BUBBLE_RATIO = 1 / 3
@@ -64,8 +63,6 @@ def backward_points(
     """What one microbatch holds of one stage: before its backward, and at each block that is
     computed again. Without recomputation activations shrink faster than gradients grow, so the
     first moment is the worst."""
-    if run.model.is_classifier:
-        return [BackwardPoint(classifier.activation_bytes(run, device), 0.0, True)]
     split_tokens = tokens_per_rank(run, layout) / layout.tensor
     stream_bytes = FP32 * run.model.width * split_tokens
     head_bytes = _head_input_bytes(run, layout) if layer_range.has_head else 0.0

@@ -31,7 +31,6 @@ from cordee.hardware.devices import DEVICES
 from cordee.layout.axes import Layout
 from cordee.layout.counts import ORIGIN, TensorSpecs, count_tensors
 from cordee.layout.stages import LayerRange
-from cordee.planner.classifier import microbatch_counts
 from cordee.planner.cluster import Cluster
 from cordee.planner.profile import NOISY_SPREAD
 
@@ -200,8 +199,6 @@ def microbatch_cost(
     embedding's look-up is free; a tied head is not. Routing is taken as balanced.
     """
     model, ranges = run.model, layer_ranges or [all_layers(run)]
-    if model.is_classifier:
-        return MicrobatchCost(**microbatch_counts(run))
     tokens = run.batch.microbatch * run.data.sequence // layout.context
     split_tokens, layers, recomputed_layers = tokens / layout.tensor, 0, 0
     active_weights = recomputed_weights = elements = 0

@@ -25,7 +25,6 @@ from cordee.layout.counts import (
 from cordee.layout.microbatches import canonical_subtrees, split_evenly
 from cordee.layout.stages import LayerRange, Stages, make_stages
 from cordee.layout.validate import gathers_param_dtype, rank_microbatches
-from cordee.planner import classifier
 from cordee.planner.activations import (
     FP32,
     element_bytes,
@@ -312,8 +311,6 @@ class _RankMemoryModel:
 
         A schedule that runs several forwards first keeps what the backward of each loss needs."""
         run, layout = self.run, self.layout
-        if run.model.is_classifier:
-            return {"backward temporaries": classifier.temporary_bytes(run)}
         tokens = tokens_per_rank(run, layout)
         vocabulary = self.tensor_counts.vocabulary // layout.tensor
         chunk = min(tokens, run.memory.loss_chunk or tokens)

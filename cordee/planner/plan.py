@@ -240,7 +240,7 @@ def select_cluster(run: Run, cluster: Cluster) -> Cluster:
 
 def _check_vocabulary(run: Run, vocabulary: int) -> None:
     """ConfigError when the data has tokens that the model has no row for."""
-    if 0 < run.model.vocabulary < vocabulary and not run.model.is_classifier:
+    if 0 < run.model.vocabulary < vocabulary:
         raise ConfigError(
             "the data has more tokens than the model's vocabulary",
             values={"model.vocabulary": run.model.vocabulary, "data": vocabulary},

@@ -191,8 +191,6 @@ def job_text(run: Run, cluster: Cluster, plan: Plan) -> str:
     exactness = ", exact" if run.run.exact else ""
     heads = f", {model.heads} heads{f' ({model.kv_heads} of keys)' if model.kv_heads else ''}"
     row = f"sequences x {run.data.sequence} tokens"
-    if model.is_classifier:
-        heads, row = f" ({model.kind})", f"images of {model.image.pixel_bytes} bytes"
     return (
         f"model    {model.name}: {count_text(plan.predicted.parameters)} parameters,"
         f" {model.layers} layers x width {model.width}{heads}\n"

@@ -224,7 +224,7 @@ def _loss_charts(records: RunRecords) -> list[Chart]:
     ]
     charts = []
     for name, title, unit, factor in (
-        ("loss", "Loss", records.run.loss_unit if records.run else "nats a token", 1.0),
+        ("loss", "Loss", "nats a token", 1.0),
         ("bits_per_byte", "Bits per byte", "", bits_per_nat),
     ):
         if not records.column_values(name):

@@ -71,7 +71,6 @@ def _header_html(records: RunRecords, summary: RunSummary) -> str:
     tiles: list[tuple[str, float | None, Callable[[float], str]]] = [
         ("Training loss", losses[-1] if losses else None, format_number),
         ("Held-out bits per byte", summary.held_out_bits_per_byte, format_number),
-        ("Held-out images right", summary.held_out_accuracy, lambda v: f"{v:.2%}"),
         ("Tokens a second", summary.medians["tokens_per_s"], format_number),
         ("A step", summary.medians["step_s"], format_seconds),
         ("Memory of a rank", summary.medians["memory_bytes"], lambda v: format_amount(v, "B")),
@@ -101,10 +100,7 @@ def _run_facts(records: RunRecords, summary: RunSummary) -> list[str]:
         name = str(start_event.get("brought") or model.name)
         is_preset = name == model.preset
         facts.append(f"{name}: {model.layers} layers of width {model.width}" if is_preset else name)
-        unit = (
-            "images, a label and {} bytes each" if model.is_classifier else "{} tokens a sequence"
-        )
-        facts.append(f"{data.path}, {unit.format(data.sequence - model.is_classifier)}")
+        facts.append(f"{data.path}, {data.sequence} tokens a sequence")
         facts.append(f"{records.run.optim.name}, {records.run.run.precision}")
     islands = records.column_values("islands")
     if islands:

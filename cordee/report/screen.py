@@ -97,7 +97,7 @@ def _make_bar(console: Console, width: int) -> Progress:
 
 
 def _format_bits(row: Mapping[str, Any], separator: str) -> str:
-    """Bits per byte; nothing where a finite loss has none (classifiers)."""
+    """Bits per byte; nothing where a finite loss has none (a caller's samples)."""
     if row["bits_per_byte"] is None and row["loss"] is not None:
         return ""
     return f"{separator}bpb {_format_number(row['bits_per_byte'])}"

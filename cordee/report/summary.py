@@ -50,7 +50,6 @@ class RunSummary:
     last_step: int | None
     last_loss: float | None
     held_out_bits_per_byte: float | None
-    held_out_accuracy: float | None
     weights_sha256: str | None
     skipped: int
     verdict: str
@@ -83,7 +82,6 @@ def summarise(records: RunRecords, now_s: float | None = None) -> RunSummary:
         last_step=records.steps[-1] if records.steps else None,
         last_loss=losses[-1] if losses else None,
         held_out_bits_per_byte=next((v for v in reversed(held_out_bits) if v is not None), None),
-        held_out_accuracy=finite_number(finish_event.get("held_out_accuracy")),
         weights_sha256=digest if isinstance(digest, str) else None,
         skipped=sum(1 for v in records.columns["skipped"] if v),
         verdict=" ".join([headline, *other_problems]),
@@ -183,13 +181,12 @@ def _about_loss(records: RunRecords) -> Iterator[Remark]:
     spread = median(abs(b - a) for a, b in pairwise(losses[-window - 1 :]))
     starts = range(0, len(losses) - window + 1, window)
     lowest = min(median(losses[i : i + window]) for i in starts)
-    unit = records.run.loss_unit if records.run else "nats a token"
     if last > first - 2 * spread:
         yield Remark("bad", f"The loss did not fall: {first:.3g} at first, {last:.3g} at last.")
     elif last - lowest > max(2 * spread, 0.05 * (first - lowest)):
         yield Remark("bad", f"The loss fell to {lowest:.3g} but rose again to {last:.3g}.")
     else:
-        yield Remark("good", f"The loss fell from {first:.3g} to {last:.3g} {unit}.")
+        yield Remark("good", f"The loss fell from {first:.3g} to {last:.3g} nats a token.")
 
 
 def _about_held_out(records: RunRecords) -> Iterator[Remark]:

@@ -19,9 +19,8 @@ from cordee.checkpoint.save import Saver
 from cordee.checkpoint.train_state import LocalTensor, Progress, collect_local_tensors
 from cordee.config.run import Run
 from cordee.data.dataset import TokenDataset, open_dataset
-from cordee.data.loader import TokenLoader
+from cordee.data.loader import MapDataset, SampleLoader, TokenLoader
 from cordee.data.manifest import DatasetInfo
-from cordee.data.map_dataset import MapDataset, SampleLoader
 from cordee.data.order import SampleOrder
 from cordee.dist.codecs import make_codec
 from cordee.dist.gradient_sync import AllReduceSync, NoSync, ReplicaCheck, Sync, TreeSync
@@ -108,9 +107,8 @@ class RunState:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text a target stands for; None where it stands for an image or a sample."""
-        has_no_text = self.run.model.is_classifier or self.model.loss_function is not None
-        return None if has_no_text else self.data.bytes_per_token
+        """Bytes of text a target stands for; None where it stands for a sample."""
+        return None if self.model.loss_function is not None else self.data.bytes_per_token
 
     def state_tensors(self, include_replicas: bool = False) -> list[LocalTensor]:
         """The tensors that survive and that this rank answers for; or all that it has."""
@@ -136,7 +134,7 @@ class RunState:
 
     @property
     def microbatch_tokens(self) -> int:
-        """Targets of one microbatch: its tokens, images or samples."""
+        """Targets of one microbatch: its tokens or samples."""
         return self.engine.step_spec.step_tokens // self.engine.step_spec.total_microbatches
 
     def reported_losses(self, losses: Sequence[Tensor]) -> list[float]:
@@ -327,7 +325,7 @@ def make_step_spec(
     run: Run, plan: Plan, mesh: Mesh, sharding: Sharding, process: RankProcess, model: LocalModel
 ) -> StepSpec:
     """What this rank's engine has to do."""
-    targets = 1 if model.loss_function is not None else run.targets_per_row
+    targets = 1 if model.loss_function is not None else run.data.sequence
     return StepSpec(
         microbatches=range(*plan.splits[mesh.worker_index]),
         total_microbatches=run.batch.microbatches,

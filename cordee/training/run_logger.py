@@ -358,10 +358,8 @@ class RunLogger:
     def show_start(self, state: RunState, checkpoint_name: str | None) -> None:
         """The lines before the first step: what is trained, on which layout and why, from where."""
         plan, batch, run = state.plan, state.run.batch, state.run
-        image = run.model.image
-        image_text = f"images of {image.channels} x {image.side} x {image.side}"
-        row_text = image_text if run.model.is_classifier else f"x {run.data.sequence} tokens"
-        row_text = row_text if state.model.loss_function is None else "samples"
+        has_user_loss = state.model.loss_function is not None
+        row_text = "samples" if has_user_loss else f"x {run.data.sequence} tokens"
         size_text = count_text(plan.predicted.parameters)
         self.screen.print_line(
             f"model   {state.user_model_name or run.model.name}: {size_text} parameters;"
@@ -485,7 +483,6 @@ def score_fields(evaluation: EvaluationResult | None) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "held_out_bits_per_byte": None if bits is None else _finite_or_none(bits),
         "held_out_loss": None if loss is None else _finite_or_none(loss),
-        "held_out_accuracy": evaluation and evaluation.accuracy,
     }
     if evaluation and evaluation.nonfinite_batches:
         fields["held_out_not_finite"] = evaluation.nonfinite_batches
@@ -496,13 +493,10 @@ def _score_text(fields: Mapping[str, Any]) -> str:
     """Scores in words; empty when nothing was evaluated."""
     if count := fields.get("held_out_not_finite"):
         return f"NO FINITE LOSS in {count} of the batches: look for NaN in the held-out samples"
-    names = ("held_out_bits_per_byte", "held_out_accuracy", "held_out_loss")
-    bits, accuracy, loss = (fields[name] for name in names)
+    bits, loss = fields["held_out_bits_per_byte"], fields["held_out_loss"]
     if loss is None:
         return ""
-    if bits is not None:
-        return f"{bits:.4f} bits per byte"
-    return f"loss {loss:.4f}" if accuracy is None else f"{accuracy:.2%} of images right"
+    return f"loss {loss:.4f}" if bits is None else f"{bits:.4f} bits per byte"
 
 
 def _indent(text: str) -> str:

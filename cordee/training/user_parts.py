@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from cordee.config.run import MemorySettings, Run
-from cordee.data.map_dataset import MapDataset
+from cordee.data.loader import MapDataset
 from cordee.errors import ConfigError
 from cordee.parallel.engine import MicrobatchLoader
 from cordee.parallel.parallelize import LossFunction
@@ -24,7 +24,7 @@ class Parts:
 
     `model` is any module. Alone, `model(tokens, targets)` must return the summed loss in nats. With
     `loss`, `loss(model, *batch)` returns the summed loss of a batch, and `data` gives its samples
-    (see data/map_dataset.py; `held_out` those of the evaluation); the mean is over samples.
+    (see data/loader.py; `held_out` those of the evaluation); the mean is over samples.
     `loader` gives microbatches of token ids.
     """
 

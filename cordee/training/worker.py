@@ -32,9 +32,8 @@ from cordee.checkpoint.train_state import make_metadata, select_pieces
 from cordee.config.run import Run
 from cordee.data.byte_table import ngram_bits_per_byte
 from cordee.data.dataset import TokenDataset, open_dataset
-from cordee.data.loader import held_out_token_batches
+from cordee.data.loader import describe_samples, held_out_token_batches, sample_batches
 from cordee.data.manifest import DatasetInfo, list_changed_sources
-from cordee.data.map_dataset import describe_samples, sample_batches
 from cordee.dist.ipc import Assignment
 from cordee.dist.process_group import (
     LaunchInfo,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cordee.config.load import load
-from cordee.data.map_dataset import describe_samples
+from cordee.data.loader import describe_samples
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.launcher.run_ranks import launch

@@ -147,7 +147,6 @@ def test_weights_are_part_of_what_a_mixture_is(texts: Path) -> None:
         ("{0}/one.txt;{0}/two", "1,1000000000", "too fine"),
         ("{0}/one.txt;{0}/nothing", "", "nothing"),
         ("{0}/one.txt;builtin:markov", "", "is of texts"),
-        ("{0}/one.txt;records:{0}/one.txt", "", "is of texts"),
     ],
 )
 def test_what_is_refused_leaves_nothing(texts: Path, spec: str, weights: str, message: str) -> None:

@@ -71,7 +71,7 @@ def loss_value(model: Transformer, tokens: Tensor) -> float:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [0, 2])
 def test_parameters_are_the_table(mlp: str, tied: bool, kv_heads: int) -> None:
-    for preset in (p for p in model_presets().values() if not p.is_classifier):
+    for preset in model_presets().values():
         settings = replace(preset, mlp=mlp, tied=tied, kv_heads=kv_heads)
         with torch.device("meta"):
             model = Transformer(settings, 256)

@@ -23,7 +23,7 @@ from cordee.checkpoint.save import Saver
 from cordee.cli.main import main
 from cordee.cli.weights import open_weights
 from cordee.config.run import Run
-from cordee.data.map_dataset import SampleLoader, describe_samples
+from cordee.data.loader import SampleLoader, describe_samples
 from cordee.data.order import SampleOrder
 from cordee.errors import ConfigError, CordeeError, DataError, RunError
 from cordee.launcher.run_ranks import RankProcess, launch
@@ -268,14 +268,9 @@ def test_held_out_samples_that_are_not_finite(
 
 def test_infinite_losses_of_both_signs() -> None:
     class Scorer:
-        device = torch.device("cpu")
-
         def loss(self, batch: Any) -> Tensor:
             total: Tensor = batch[0].sum()
             return total
-
-        def infer(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
-            return inputs
 
         def set_training(self, training: bool) -> None:
             pass

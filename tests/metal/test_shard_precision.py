@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from cordee.config.load import load
-from cordee.data.map_dataset import describe_samples
+from cordee.data.loader import describe_samples
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.prepare import resolve_config
 from cordee.launcher.run_ranks import launch

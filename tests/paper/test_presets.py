@@ -1,4 +1,4 @@
-"""Presets: published totals by the test's own arithmetic, and what a classifier implies."""
+"""Presets: published totals by the test's own arithmetic, and that each is a legal run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pytest
 
 from cordee.config.load import dump, load
 from cordee.config.model import ModelSettings
-from cordee.config.presets import implied_settings, model_presets
+from cordee.config.presets import model_presets
 from cordee.config.validate import validate_run
-from cordee.errors import ConfigError
 from cordee.layout.tensors import count_parameters
 
 PUBLISHED_B = {
@@ -90,50 +89,3 @@ def test_every_preset_is_legal_and_survives_a_file(name: str, tmp_path: object) 
     with open(path, "w") as stream:
         stream.write(dump(run))
     assert load(path).run == run
-
-
-# ---- classifiers ---------------------------------------------------------------------------------
-
-
-def test_a_classifier_implies_images_unless_told() -> None:
-    run = load(None, ["model.kind=conv", "model.image.side=32", "model.image.channels=3"]).run
-    assert (run.data.path, run.data.sequence) == ("builtin:shapes", 3073)
-    explicit_run = load(
-        None, ["model.preset=shapes-mlp", "data.path=records:a", "batch.microbatch=2"]
-    ).run
-    assert (explicit_run.data.path, explicit_run.data.sequence, explicit_run.batch.microbatch) == (
-        "records:a",
-        257,
-        2,
-    )
-    assert not implied_settings(ModelSettings())
-    assert (explicit_run.targets_per_row, explicit_run.loss_unit) == (1, "nats an image")
-    assert load(None, []).run.targets_per_row == 256
-
-
-@pytest.mark.parametrize(
-    ("setting", "fix"),
-    [
-        ("data.sequence=256", "data.sequence=257"),
-        ("model.image.classes=300", "model.image.classes=256"),
-        ("model.image.classes=1", "model.image.classes=2"),
-        ("model.heads=8", "model.heads"),
-        ("model.dropout=0.1", "model.dropout"),
-        ("model.moe.experts=4", "model.moe"),
-        ("model.vocabulary=300", "model.vocabulary"),
-        ("memory.recompute=full", "memory.recompute"),
-        ("memory.loss_chunk=128", "memory.loss_chunk"),
-        ("layout.tensor=2", "layout.tensor=1"),
-        ("layout.pipeline=2", "layout.pipeline=1"),
-        ("layout.context=2", "layout.context=1"),
-        ("layout.expert=2", "layout.expert=1"),
-    ],
-)
-def test_what_a_classifier_refuses(setting: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as exc_info:
-        validate_run(load(None, ["model.preset=shapes-conv", setting]).run)
-    assert fix in (exc_info.value.fix or "")
-
-
-def test_heads_are_no_matter_of_classifiers() -> None:
-    validate_run(load(None, ["model.preset=shapes-conv", "model.width=7"]).run)

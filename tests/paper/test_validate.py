@@ -84,7 +84,6 @@ CASES = {
                    "layout.tensor=1"),
     "fp8 tokens": (("run.precision=fp8", "data.sequence=48", "batch.microbatch=1"),
                    {"context": 2}, "leaves 24 tokens", "layout.context=1"),
-    "classifiers": (("model.kind=conv",), {"tensor": 2}, "classifiers", "layout.tensor=1"),
 }  # fmt: skip
 
 
