@@ -1,11 +1,9 @@
-"""State from live peers: what the ranks of a new generation want, from what survivors still hold.
+"""Fills a new generation's tensors from what live ranks still hold.
 
-All tell what they want and hold, and take the highest step that is covered; each box then comes
-from whoever holds it, several donors sharing the load. What a rank holds itself moves not at all
-where it lies in place. Nothing that was kept is written before every rank has all its messages, so
-a peer that dies meanwhile leaves every `StateSnapshot` as it was. Not here: who the members are,
-the disk. Traded away: memory of the host, for a second copy of what is overwritten in place; and
-links of other kinds: bytes travel from host memory, whatever the device.
+Every rank tells what it needs and what it holds; all take the highest step that is covered, and
+each box comes from a rank that holds it. No snapshot is overwritten before every rank has all its
+messages, so a peer that dies meanwhile leaves them as they were; the price is a second copy, in
+host memory, of what is overwritten in place.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.checkpoint.format import DTYPE_CODES
+from cordee.checkpoint.pieces import DTYPE_CODES
 from cordee.checkpoint.train_state import LocalTensor
 from cordee.checkpoint.transfer_plan import (
     RankInventory,
@@ -44,7 +42,7 @@ FaultPoint = Callable[[str, int], None]
 class StateSnapshot:
     """What a rank still holds of the run after a fault: the tensors as of the end of `step`.
 
-    `meta` is what `state.describe` gave. `tensors` may be boxes of another layout than today's.
+    `meta` is what `train_state.make_metadata` gave. `tensors` may be boxes of another layout.
     """
 
     step: int
@@ -54,7 +52,7 @@ class StateSnapshot:
 
 @dataclass(frozen=True)
 class RestoreStats:
-    """What a fill did: its step, how many ranks gave to others and received, `bytes` in all."""
+    """The step that was restored, how many ranks sent and received, and how many bytes."""
 
     step: int
     meta: Mapping[str, Any]
@@ -91,11 +89,7 @@ def restore_from_peers(
         return None
     transfers = plan_transfers(inventories, step)
     schedule = schedule_rounds(transfers)
-    sources: dict[str, list[LocalTensor]] = {}
-    for item in (
-        item for snapshot in snapshots if snapshot.step == step for item in snapshot.tensors
-    ):
-        sources.setdefault(item.name, []).append(item)
+    sources = tensors_by_name(snapshots, step)
     with torch.no_grad():
         targets = _choose_targets(requests, snapshots, sources)
         transfer_buffers = _TransferBuffers(requests, targets, sources, schedule, rank, size)
@@ -109,25 +103,37 @@ def restore_from_peers(
                 output = _box_view(target, request_box, transfer.box)
                 output.copy_(find_source(sources[transfer.name], transfer))
         fault_point("fill.end", step)
-        all_gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
+        all_gather_rows(torch.ones(1), group, size)  # from here on nobody reads a snapshot
         for item, target in zip(requests, targets, strict=True):
             if target is not None and target is not item.tensor:
                 item.tensor.copy_(target)
     messages = [transfer for transfer in transfers if transfer.src_rank != transfer.dst_rank]
-    metas = (
-        offer.meta for inventory in inventories for offer in inventory.offers if offer.step == step
-    )
     return RestoreStats(
         step,
-        next(metas),
+        snapshot_meta(inventories, step),
         len({transfer.src_rank for transfer in messages}),
         len({transfer.dst_rank for transfer in messages}),
         sum(transfer.size_bytes for transfer in messages),
     )
 
 
+def tensors_by_name(snapshots: Sequence[StateSnapshot], step: int) -> dict[str, list[LocalTensor]]:
+    """This rank's tensors as of `step`."""
+    tensors: dict[str, list[LocalTensor]] = {}
+    for snapshot in snapshots:
+        for item in snapshot.tensors if snapshot.step == step else ():
+            tensors.setdefault(item.name, []).append(item)
+    return tensors
+
+
+def snapshot_meta(inventories: Sequence[RankInventory], step: int) -> Mapping[str, Any]:
+    """The metadata of `step`, the same on every rank that offers it."""
+    offers = (offer for inventory in inventories for offer in inventory.offers)
+    return next(offer.meta for offer in offers if offer.step == step)
+
+
 def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
-    """What is told of a tensor. CheckpointError: a dtype that no checkpoint holds."""
+    """What other ranks learn of a tensor. CheckpointError: a dtype that no checkpoint holds."""
     code = DTYPE_CODES.get(local_tensor.tensor.dtype)
     if code is None:
         raise CheckpointError(
@@ -135,13 +141,17 @@ def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
             values={"tensor": local_tensor.name, "dtype": str(local_tensor.tensor.dtype)},
             fix=f"one of {', '.join(sorted(DTYPE_CODES.values()))}",
         )
-    return TensorBox(
-        local_tensor.name, code, local_tensor.local_slice.shape, local_tensor.local_slice.box
-    )
+    local_slice = local_tensor.local_slice
+    return TensorBox(local_tensor.name, code, local_slice.shape, local_slice.box)
+
+
+def tensor_box_row(tensor_box: TensorBox) -> list[Any]:
+    """Its JSON row, [name, dtype, shape, box]."""
+    return [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
 
 
 def parse_tensor_box(row: Sequence[Any]) -> TensorBox:
-    """A part from its JSON row [name, dtype, shape, box]."""
+    """The reverse of `tensor_box_row`."""
     name, dtype, shape, box = row
     return TensorBox(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
 
@@ -152,7 +162,7 @@ def gather_inventories(
     group: dist.ProcessGroup | None,
     size: int,
 ) -> list[RankInventory]:
-    """What every rank wants and holds. Each part is written once: moments mostly share them."""
+    """What every rank needs and holds. A box is sent once, by number where snapshots share it."""
     box_indices: dict[TensorBox, int] = {}
 
     def indices_of(tensors: Sequence[LocalTensor]) -> list[int]:
@@ -165,10 +175,7 @@ def gather_inventories(
             for snapshot in snapshots
         ],
     }
-    own_message["parts"] = [
-        [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
-        for tensor_box in box_indices
-    ]
+    own_message["parts"] = [tensor_box_row(tensor_box) for tensor_box in box_indices]
     messages = [
         json.loads(text) for text in all_gather_bytes(json.dumps(own_message).encode(), group, size)
     ]
@@ -188,8 +195,8 @@ def _choose_targets(
     snapshots: Sequence[StateSnapshot],
     sources: Mapping[str, Sequence[LocalTensor]],
 ) -> list[Tensor | None]:
-    """Where each wanted box is filled: None where it is in place, in host memory where it shares
-    storage with what is kept, else in the tensor itself."""
+    """The tensor that each request is received into: None where its value is in place already, host
+    memory where it shares storage with a snapshot, else the tensor itself."""
     in_place_keys = {
         (name, item.local_slice.box, _memory_key(item.tensor))
         for name in sources
@@ -223,7 +230,7 @@ def _box_view(tensor: Tensor, outer_box: Box, box: Box) -> Tensor:
 
 
 def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
-    """The view of what a slice asks of this rank, which holds `sources` of that name."""
+    """The view that `transfer` asks of this rank, whose tensors of that name are `sources`."""
     for item in sources:
         if intersection(item.local_slice.box, transfer.box) == transfer.box:
             return _box_view(item.tensor, item.local_slice.box, transfer.box)
@@ -234,7 +241,7 @@ def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
 
 
 class _TransferBuffers:
-    """Rounds of messages: slices packed by taker, one all-to-all, slices put in their places."""
+    """Rounds of messages: each packs boxes by receiver, does one all-to-all and unpacks them."""
 
     def __init__(
         self,
@@ -253,7 +260,7 @@ class _TransferBuffers:
         self.receive_buffer = torch.empty(max(receive_bytes, default=0), dtype=torch.uint8)
 
     def run_round(self, transfers: Sequence[Transfer], group: dist.ProcessGroup | None) -> None:
-        """One round; every rank of the group has the same slices in the same order."""
+        """One round; every rank of the group calls it with the same transfers in the same order."""
         sends = sorted((p for p in transfers if p.src_rank == self.rank), key=lambda p: p.dst_rank)
         receives = sorted(
             (p for p in transfers if p.dst_rank == self.rank), key=lambda p: p.src_rank
@@ -277,7 +284,7 @@ class _TransferBuffers:
             receives, _split_buffer(receives, self.receive_buffer), strict=True
         ):
             target = self.targets[transfer.request_index]
-            assert target is not None, "what is in place is not sent"
+            assert target is not None, "a box in place is not sent"
             output = _box_view(
                 target, self.requests[transfer.request_index].local_slice.box, transfer.box
             )
@@ -285,7 +292,7 @@ class _TransferBuffers:
 
 
 def _split_buffer(transfers: Sequence[Transfer], buffer: Tensor) -> list[Tensor]:
-    """The bytes of each slice in a message that holds them one after another."""
+    """The bytes of each transfer in a message that holds them one after another."""
     starts = accumulate((transfer.padded_bytes for transfer in transfers), initial=0)
     pairs = zip(transfers, starts, strict=False)
     return [buffer[start : start + transfer.size_bytes] for transfer, start in pairs]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.format import Piece
-from cordee.checkpoint.save import Saver
+from cordee.checkpoint.checkpointer import Checkpointer
+from cordee.checkpoint.pieces import Piece
 from cordee.cli.main import main
 from cordee.config.load import RUN_FILE, dump, load
 from cordee.config.model import InitialSettings, ModelSettings
@@ -112,7 +112,7 @@ def make_saved_run(folder: Path, overrides: list[str], tensors: dict[str, Tensor
     """A run's folder with one checkpoint, as `cordee train` leaves it."""
     folder.mkdir()
     (folder / RUN_FILE).write_text(dump(load(None, overrides).run))
-    saver = Saver(folder / "checkpoints", 0, 1, 1, lambda name, step: None)
+    saver = Checkpointer(folder / "checkpoints", 0, 1, 1, lambda name, step: None)
     pieces = [Piece(f"model/{n}", t, tuple(t.shape), (0,) * t.ndim) for n, t in tensors.items()]
     saver.begin(7, 0, pieces, {})
     saver.join(20)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cordee.checkpoint.fingerprint import weights_sha256
+from cordee.checkpoint.pieces import weights_sha256
 from cordee.config.load import load, override
 from cordee.config.run import MemorySettings, Run
 from cordee.dist.mesh import make_mesh
