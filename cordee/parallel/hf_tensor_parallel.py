@@ -1,10 +1,8 @@
-"""Tensor parallelism of foreign models: hooks on their Linears, as the model's own plan says.
+"""Tensor parallelism of Hugging Face models: hooks on their Linears, as the model's own plan says.
 
-The model's code stays as it is. A Linear that is cut by outputs takes its input from all ranks
-alike and hands its part on; one that is cut by inputs adds the ranks' products. The stream between
-them is whole on every rank, so norms compute complete gradients (`TensorSpec.list_complete`).
-Traded away: the split sequence of `tensor.py` (less memory), which needs to know what stands
-between.
+The model's code stays as it is. Activations between cut layers are whole on every rank, so norms
+compute complete gradients; splitting the sequence there, as `tensor.py` does, would need to know
+the model's code.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from cordee.parallel.tensor import VocabParallel
 
 
 def check_hf_layout(hub: HubSource, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-    """LayoutError for degrees that the model's own plan does not allow, naming the nearest."""
+    """LayoutError for degrees that the model's own plan does not allow, with the nearest one."""
     for axis in ("pipeline", "context", "expert"):
         if getattr(layout, axis) > 1:
             raise LayoutError(
@@ -64,18 +62,15 @@ def check_hf_layout(hub: HubSource, specs: Mapping[str, TensorSpec], layout: Lay
 
 
 def set_tensor_parallel(model: HubModel, comm: AxisComm) -> None:
-    """Sets hooks on a model whose parameters are narrowed to this rank's part."""
+    """Sets hooks on a model whose parameters have this rank's shapes."""
     for name, module in list(model.named_modules()):
         plan_entry = model.source.tp_entry(name)
         if plan_entry is not None and comm.size > 1:
             PLAN_HOOKS[plan_entry](module, comm)
     head = model.source.meta_model.get_output_embeddings()
     head_names = [n for n, m in model.source.meta_model.named_modules() if m is head]
-    if (
-        comm.size > 1
-        and head_names
-        and str(model.source.tp_entry(head_names[0])).startswith("colwise")
-    ):
+    head_entry = str(model.source.tp_entry(head_names[0])) if head_names else ""
+    if comm.size > 1 and head_entry.startswith("colwise"):
         model.head_input_hook = comm.all_reduce_backward
         model.cross_entropy = VocabParallel(comm).cross_entropy
 
@@ -103,7 +98,7 @@ def _check_tp_plan(hub: HubSource, tensor_degree: int) -> None:
                 },
                 fix="layout.tensor=1",
             )
-    # Packed experts and the like: rows of the plan that cut a parameter, not a module.
+    # Packed experts and the like: plan entries for a parameter instead of a module.
     bare_parameters = [
         n for n, _ in hub.meta_model.named_parameters() if pattern_of(n) in hub.tp_plan
     ]
@@ -128,7 +123,8 @@ def _check_tp_plan(hub: HubSource, tensor_degree: int) -> None:
 
 
 def _fits_module(plan_entry: str, module: nn.Module) -> bool:
-    """Whether the seam of `plan_entry` fits the module: plain products where it replaces them."""
+    """Whether the hook of `plan_entry` fits: row parallelism replaces the forward of a plain Linear
+    and must not replace another's."""
     if plan_entry.startswith("embedding"):
         return isinstance(module, nn.Embedding)
     if plan_entry.startswith("rowwise"):
@@ -157,7 +153,7 @@ def _row_parallel(module: nn.Module, comm: AxisComm, split: bool = False) -> Non
 
 
 class _RowParallelEmbedding:
-    """An embedding of which this rank holds some rows: others' tokens look up zeros."""
+    """An embedding of which this rank holds some rows; tokens of other ranks' rows give zeros."""
 
     def __init__(self, module: nn.Module, comm: AxisComm) -> None:
         assert isinstance(module, nn.Embedding)
@@ -185,7 +181,7 @@ def _column_embedding(module: nn.Module, comm: AxisComm) -> None:
 
 
 def _replicate(module: nn.Module, comm: AxisComm) -> None:
-    """What ranks hold whole; `TensorSpec.list_complete` says whether its gradients are summed."""
+    """Whole on every rank; `TensorSpec.full_grad_axes` says whether gradients are summed."""
 
 
 PLAN_HOOKS: Mapping[str, Callable[[nn.Module, AxisComm], object]] = {

@@ -33,7 +33,7 @@ from cordee.layout.slices import LocalSlice
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec
 from cordee.layout.validate import gathers_param_dtype
-from cordee.model.precision import autocast_dtype
+from cordee.model.layers import autocast_dtype
 from cordee.optim.clip import NormSums, global_norm
 from cordee.optim.loss_scale import MIN_SCALE, LossScaler
 from cordee.optim.muon import MatrixSpec, RankGroup

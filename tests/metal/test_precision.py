@@ -22,7 +22,7 @@ from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
 from cordee.model.fp8 import E4M3, E5M2, fp8_product, quantise, scaled_product, use_fp8
-from cordee.model.precision import autocast_to
+from cordee.model.layers import autocast_to
 from cordee.optim.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE, MIN_SCALE, LossScaler
 from cordee.parallel.engine import Engine, StepSpec
 from cordee.parallel.fsdp import Sharding
