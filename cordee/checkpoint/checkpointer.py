@@ -84,7 +84,7 @@ class CommitReport:
     warning: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _SaveJob:
     """One save in flight."""
 
@@ -233,25 +233,18 @@ class Checkpointer:
         try:
             _check_json(meta)
             meta = json.loads(canonical_json(dict(meta)))
-            pairs = sorted(
-                ((make_entry(p), p.tensor) for p in pieces), key=lambda pair: pair[0].sort_key
-            )
-            pairs = [(e, t) for e, t in pairs if not e.is_empty]
+            pairs = [(make_entry(piece), piece.tensor) for piece in pieces]
+            pairs = [(entry, tensor) for entry, tensor in pairs if not entry.is_empty]
+            pairs.sort(key=lambda pair: pair[0].sort_key)
             entries = tuple(entry for entry, _ in pairs)
             file_layout = make_file_layout(entries)
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"this cannot be saved: {error}", values={"step": step, "rank": self._rank}
             ) from error
-        job = self._job = _SaveJob(
-            step=step,
-            generation=generation,
-            path=self._folder / folder_name(step, generation),
-            entries=entries,
-            file_layout=file_layout,
-            meta=meta,
-            start_s=start_s,
-        )
+        path = self._folder / folder_name(step, generation)
+        job = _SaveJob(step, generation, path, entries, file_layout, meta, start_s)
+        self._job = job
         self._retry_step, self.failure, self._owns_files = None, None, False
         try:
             self._fault_point("save.stage", step)
@@ -322,7 +315,7 @@ class Checkpointer:
         self._status = SaveStatus.FAILED
 
     def _stage(self, job: _SaveJob, tensors: list[torch.Tensor]) -> None:
-        """Lays out the whole file in the staging buffer, which grows and never shrinks."""
+        """Copies the whole file into the staging buffer, which grows and never shrinks."""
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         pin_memory = any(DEVICES[device.type].pinning for device in devices)
         header, offsets_bytes, size_bytes = job.file_layout
@@ -344,7 +337,7 @@ class Checkpointer:
                 torch.accelerator.synchronize(device)
 
     def _write_job(self, job: _SaveJob) -> None:
-        """The thread: folder, own file, part file. Ends WRITTEN or FAILED, whatever happens."""
+        """The thread's function; it ends WRITTEN or FAILED, whatever happens."""
         try:
             self._prepare_folder(job)
             entry = self._write_file(job)
@@ -361,14 +354,15 @@ class Checkpointer:
                 self._fail(job, "the writing thread died")
 
     def _prepare_folder(self, job: _SaveJob) -> None:
-        """Makes the folders, refuses one with a complete checkpoint, clears dead ones (rank 0)."""
+        """Makes the folders; OSError for one with a complete checkpoint. Rank 0 removes what
+        earlier saves left half-written, as it may be what fills the disk."""
         for folder in (self._folder, job.path):
             if not folder.is_dir():
                 folder.mkdir(exist_ok=True)
                 _fsync_folder(folder.parent)
         if os.path.lexists(job.path / MANIFEST):
             raise FileExistsError(errno.EEXIST, "there is a complete checkpoint already")
-        if self._rank == 0:  # they may be what fills the disk
+        if self._rank == 0:
             for stale_folder in _stale_folders(scan_step_folders(self._folder), job):
                 _remove_checkpoint(stale_folder)
         self._owns_files = True
@@ -399,7 +393,7 @@ class Checkpointer:
         return FileEntry(file=path.name, bytes=len(data), chunks=tuple(chunks), pieces=job.entries)
 
     def _prune(self, job: _SaveJob) -> str | None:
-        """Removes what is older than the commit and not to be kept; a sentence if it cannot."""
+        """Removes checkpoints beyond `keep_count` and half-written ones; a sentence if it fails."""
         try:
             self._fault_point("save.delete", job.step)
             for rank in range(self._world_size):
@@ -419,14 +413,14 @@ class Checkpointer:
 
 
 def _stale_folders(step_folders: Sequence[StepFolder], job: _SaveJob) -> list[Path]:
-    """Half-written folders of earlier steps of this start, and of any step of earlier starts."""
+    """Half-written folders of earlier generations, and of earlier steps of this one."""
     job_key = (job.generation, job.step)
     half_written = [f for f in step_folders if f.is_folder and not f.is_complete]
     return [f.path for f in half_written if (f.generation, f.step) < job_key]
 
 
 def _check_json(value: Any, depth: int = 0) -> None:
-    """Keys must be text (JSON would make "1" of 1) and nests shallow enough for any reader."""
+    """TypeError for keys that are no text (JSON would make "1" of 1), ValueError for deep nesting."""
     if depth > 100:
         raise ValueError("meta is nested more than 100 deep")
     if isinstance(value, dict):
@@ -439,7 +433,7 @@ def _check_json(value: Any, depth: int = 0) -> None:
 
 
 def _read_part_file(job: _SaveJob, rank: int) -> dict[str, Any]:
-    """What one rank wrote, as its part file says. ValueError or CheckpointError if not so."""
+    """What one rank wrote. ValueError or CheckpointError unless its files are of this save."""
     field_types = {"step": int, "generation": int, "file": dict}
     step, generation, file_fields = parse_fields(
         read_checked_json(job.path / part_file_name(rank)), field_types
@@ -454,7 +448,7 @@ def _read_part_file(job: _SaveJob, rank: int) -> dict[str, Any]:
 def _write_checked_json(
     path: Path, body: Mapping[str, Any], before_rename: Callable[[], None] = lambda: None
 ) -> None:
-    """Temporary file, fsync, `before_rename`, rename, fsync of the folder. OSError, ValueError."""
+    """Writes it atomically and durably. OSError; ValueError when it is too long."""
     raw = encode_checked_json(body)
     if len(raw) > JSON_LIMIT_BYTES:
         raise ValueError(f"{path.name} would have {len(raw)} bytes; limit {JSON_LIMIT_BYTES}")
@@ -470,7 +464,7 @@ def _write_checked_json(
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where the file system has that for folders."""
+    """Makes the names in a folder durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -482,8 +476,8 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _remove_checkpoint(path: Path) -> bool:
-    """Removes a checkpoint, its manifest first, so that no moment shows a half one as complete.
-    Files that no save writes stay, and their folder with them; whether nothing else is left."""
+    """Removes a checkpoint; whether nothing of it is left. Files that no save writes stay, and the
+    folder with them. The manifest goes first, so that half a checkpoint never looks complete."""
     try:
         (path / MANIFEST).unlink(missing_ok=True)
         names = os.listdir(path)
@@ -501,7 +495,7 @@ def _remove_checkpoint(path: Path) -> bool:
 
 
 def _remove_rank_files(path: Path, rank: int) -> None:
-    """Removes what a rank wrote, as far as the disk allows; of rank 0 the manifest first."""
+    """Removes what a rank wrote, as far as the disk allows, the manifest (rank 0) first."""
     names = [MANIFEST] if rank == 0 else []
     with contextlib.suppress(OSError):
         for name in [*names, part_file_name(rank), file_name(rank)]:

@@ -92,11 +92,11 @@ class PeerBackup:
         """
         start_s = time.perf_counter()
         self._fault_point("copy.begin", step)
-        nonempty_tensors = [item for item in local_tensors if volume(item.local_slice.box)]
-        unique_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count == 1]
-        replica_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count > 1]
-        tensor_boxes = [tensor_box_of(item) for item in (*unique_tensors, *replica_tensors)]
-        unique_boxes = tensor_boxes[: len(unique_tensors)]
+        tensors = [item for item in local_tensors if volume(item.local_slice.box)]
+        tensors.sort(key=lambda item: item.local_slice.replica_count > 1)  # those without one first
+        tensor_boxes = [tensor_box_of(item) for item in tensors]
+        unique_count = sum(item.local_slice.replica_count == 1 for item in tensors)
+        unique_boxes = tensor_boxes[:unique_count]
         header = json.dumps([dict(meta), list(map(tensor_box_row, unique_boxes))]).encode()
         payload_bytes = sum(map(_aligned_bytes, unique_boxes))
         sizes = all_gather_rows(torch.tensor([len(header), payload_bytes]), self.group, self.size)
@@ -104,9 +104,7 @@ class PeerBackup:
         buffer = torch.empty(sum(map(_aligned_bytes, tensor_boxes)), dtype=torch.uint8)
         staging_tensors = _view_as_tensors(tensor_boxes, buffer)
         with torch.no_grad():
-            for item, staging_tensor in zip(
-                (*unique_tensors, *replica_tensors), staging_tensors, strict=True
-            ):
+            for item, staging_tensor in zip(tensors, staging_tensors, strict=True):
                 staging_tensor.tensor.copy_(item.tensor)
         self._fault_point("copy.send", step)
         peer_snapshots: list[StateSnapshot] = []
@@ -144,38 +142,23 @@ class PeerBackup:
         """Sends own tensors to the neighbour; the copies that arrived here, and their bytes."""
         header_tensor = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         dst_rank, buffer_pairs, works = self.neighbours[self.rank], [], []
-        for src_rank, (header_bytes, payload_bytes) in enumerate(sizes):
+        for src_rank, byte_counts in enumerate(sizes):
             if self.neighbours[src_rank] == self.rank:
-                buffer_pair = [
-                    torch.empty(n, dtype=torch.uint8) for n in (header_bytes, payload_bytes)
-                ]
-                buffer_pairs.append(buffer_pair)
-                works += [
-                    dist.irecv(t, group=self.group, group_src=src_rank)
-                    for t in buffer_pair
-                    if len(t)
-                ]
-        works += [
-            dist.isend(t, group=self.group, group_dst=dst_rank)
-            for t in (header_tensor, payload)
-            if len(t)
-        ]
+                buffers = [torch.empty(count, dtype=torch.uint8) for count in byte_counts]
+                buffer_pairs.append(buffers)
+                for buffer in filter(len, buffers):
+                    works.append(dist.irecv(buffer, group=self.group, group_src=src_rank))
+        for buffer in filter(len, (header_tensor, payload)):
+            works.append(dist.isend(buffer, group=self.group, group_dst=dst_rank))
         for work in works:
             assert work is not None
             work.wait()
         snapshots = []
         for peer_header, peer_payload in buffer_pairs:
             meta, rows = json.loads(bytes(peer_header.numpy()))
-            snapshots.append(
-                StateSnapshot(
-                    step,
-                    meta,
-                    _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload),
-                )
-            )
-        return snapshots, sum(
-            peer_header.nbytes + peer_payload.nbytes for peer_header, peer_payload in buffer_pairs
-        )
+            tensors = _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload)
+            snapshots.append(StateSnapshot(step, meta, tensors))
+        return snapshots, sum(header.nbytes + payload.nbytes for header, payload in buffer_pairs)
 
 
 def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
@@ -205,13 +188,10 @@ def _view_as_tensors(tensor_boxes: Sequence[TensorBox], buffer: Tensor) -> list[
     local_tensors, offset = [], 0
     for tensor_box in tensor_boxes:
         dtype, shape = DTYPES[tensor_box.dtype], box_shape(tensor_box.box)
-        view = (
-            buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize]
-            .view(dtype)
-            .view(shape)
-        )
+        flat = buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize]
+        local_slice = LocalSlice(tensor_box.box, tensor_box.shape)
         local_tensors.append(
-            LocalTensor(tensor_box.name, view, LocalSlice(tensor_box.box, tensor_box.shape))
+            LocalTensor(tensor_box.name, flat.view(dtype).view(shape), local_slice)
         )
         offset += _aligned_bytes(tensor_box)
     return local_tensors

@@ -92,16 +92,24 @@ def restore_from_peers(
     sources = tensors_by_name(snapshots, step)
     with torch.no_grad():
         targets = _choose_targets(requests, snapshots, sources)
-        transfer_buffers = _TransferBuffers(requests, targets, sources, schedule, rank, size)
+
+        def output_view(transfer: Transfer) -> Tensor | None:
+            target, request = targets[transfer.request_index], requests[transfer.request_index]
+            box = request.local_slice.box
+            return None if target is None else _box_view(target, box, transfer.box)
+
+        buffers = (
+            _round_buffer([sum(t.padded_bytes for t in r if t.src_rank == rank) for r in schedule]),
+            _round_buffer([sum(t.padded_bytes for t in r if t.dst_rank == rank) for r in schedule]),
+        )
         for round_transfers in schedule:
             fault_point("fill.round", step)
-            transfer_buffers.run_round(round_transfers, group)
+            _run_round(round_transfers, sources, output_view, buffers, rank, size, group)
         for transfer in transfers:
-            target = targets[transfer.request_index] if transfer.dst_rank == rank else None
-            if target is not None and transfer.src_rank == rank:
-                request_box = requests[transfer.request_index].local_slice.box
-                output = _box_view(target, request_box, transfer.box)
-                output.copy_(find_source(sources[transfer.name], transfer))
+            if transfer.src_rank == transfer.dst_rank == rank:
+                output = output_view(transfer)
+                if output is not None:
+                    output.copy_(find_source(sources[transfer.name], transfer))
         fault_point("fill.end", step)
         all_gather_rows(torch.ones(1), group, size)  # from here on nobody reads a snapshot
         for item, target in zip(requests, targets, strict=True):
@@ -109,11 +117,11 @@ def restore_from_peers(
                 item.tensor.copy_(target)
     messages = [transfer for transfer in transfers if transfer.src_rank != transfer.dst_rank]
     return RestoreStats(
-        step,
-        snapshot_meta(inventories, step),
-        len({transfer.src_rank for transfer in messages}),
-        len({transfer.dst_rank for transfer in messages}),
-        sum(transfer.size_bytes for transfer in messages),
+        step=step,
+        meta=snapshot_meta(inventories, step),
+        donors=len({transfer.src_rank for transfer in messages}),
+        receivers=len({transfer.dst_rank for transfer in messages}),
+        bytes=sum(transfer.size_bytes for transfer in messages),
     )
 
 
@@ -170,17 +178,12 @@ def gather_inventories(
 
     own_message: dict[str, Any] = {
         "wanted": indices_of(requests),
-        "kept": [
-            [snapshot.step, dict(snapshot.meta), indices_of(snapshot.tensors)]
-            for snapshot in snapshots
-        ],
+        "kept": [[s.step, dict(s.meta), indices_of(s.tensors)] for s in snapshots],
     }
     own_message["parts"] = [tensor_box_row(tensor_box) for tensor_box in box_indices]
-    messages = [
-        json.loads(text) for text in all_gather_bytes(json.dumps(own_message).encode(), group, size)
-    ]
     inventories = []
-    for message in messages:
+    for text in all_gather_bytes(json.dumps(own_message).encode(), group, size):
+        message = json.loads(text)
         tensor_boxes = [parse_tensor_box(row) for row in message["parts"]]
         offers = [
             SnapshotOffer(step, meta, [tensor_boxes[n] for n in indices])
@@ -203,21 +206,19 @@ def _choose_targets(
         for item in sources[name]
     }
     snapshot_storages = {
-        _storage_pointer(item.tensor) for snapshot in snapshots for item in snapshot.tensors
+        item.tensor.untyped_storage().data_ptr()
+        for snapshot in snapshots
+        for item in snapshot.tensors
     } - {0}
     targets: list[Tensor | None] = []
     for item in requests:
         if (item.name, item.local_slice.box, _memory_key(item.tensor)) in in_place_keys:
             targets.append(None)
-        elif _storage_pointer(item.tensor) in snapshot_storages:
+        elif item.tensor.untyped_storage().data_ptr() in snapshot_storages:
             targets.append(torch.empty(item.tensor.shape, dtype=item.tensor.dtype))
         else:
             targets.append(item.tensor)
     return targets
-
-
-def _storage_pointer(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _memory_key(tensor: Tensor) -> tuple[object, ...]:
@@ -240,55 +241,41 @@ def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
     )
 
 
-class _TransferBuffers:
-    """Rounds of messages: each packs boxes by receiver, does one all-to-all and unpacks them."""
+def _run_round(
+    transfers: Sequence[Transfer],
+    sources: Mapping[str, Sequence[LocalTensor]],
+    output_view: Callable[[Transfer], Tensor | None],
+    buffers: tuple[Tensor, Tensor],
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Packs boxes by receiver, does one all-to-all and unpacks them; collective, with the same
+    transfers in the same order on every rank."""
+    send_buffer, receive_buffer = buffers
+    sends = sorted((t for t in transfers if t.src_rank == rank), key=lambda t: t.dst_rank)
+    receives = sorted((t for t in transfers if t.dst_rank == rank), key=lambda t: t.src_rank)
+    for transfer, message in zip(sends, _split_buffer(sends, send_buffer), strict=True):
+        source = find_source(sources[transfer.name], transfer)
+        message.view(source.dtype).view(source.shape).copy_(source)
+    send_bytes, receive_bytes = [0] * size, [0] * size
+    for transfer in sends:
+        send_bytes[transfer.dst_rank] += transfer.padded_bytes
+    for transfer in receives:
+        receive_bytes[transfer.src_rank] += transfer.padded_bytes
+    dist.all_to_all_single(
+        receive_buffer[: sum(receive_bytes)], send_buffer[: sum(send_bytes)], receive_bytes,
+        send_bytes, group=group,
+    )  # fmt: skip
+    for transfer, message in zip(receives, _split_buffer(receives, receive_buffer), strict=True):
+        output = output_view(transfer)
+        assert output is not None, "a box in place is not sent"
+        output.copy_(message.view(output.dtype).view(box_shape(transfer.box)))
 
-    def __init__(
-        self,
-        requests: Sequence[LocalTensor],
-        targets: Sequence[Tensor | None],
-        sources: Mapping[str, Sequence[LocalTensor]],
-        schedule: Sequence[Sequence[Transfer]],
-        rank: int,
-        size: int,
-    ) -> None:
-        self.requests, self.targets, self.sources = requests, targets, sources
-        self.rank, self.size = rank, size
-        send_bytes = [sum(p.padded_bytes for p in r if p.src_rank == rank) for r in schedule]
-        receive_bytes = [sum(p.padded_bytes for p in r if p.dst_rank == rank) for r in schedule]
-        self.send_buffer = torch.empty(max(send_bytes, default=0), dtype=torch.uint8)
-        self.receive_buffer = torch.empty(max(receive_bytes, default=0), dtype=torch.uint8)
 
-    def run_round(self, transfers: Sequence[Transfer], group: dist.ProcessGroup | None) -> None:
-        """One round; every rank of the group calls it with the same transfers in the same order."""
-        sends = sorted((p for p in transfers if p.src_rank == self.rank), key=lambda p: p.dst_rank)
-        receives = sorted(
-            (p for p in transfers if p.dst_rank == self.rank), key=lambda p: p.src_rank
-        )
-        for transfer, message in zip(sends, _split_buffer(sends, self.send_buffer), strict=True):
-            source = find_source(self.sources[transfer.name], transfer)
-            message.view(source.dtype).view(source.shape).copy_(source)
-        send_bytes, receive_bytes = [0] * self.size, [0] * self.size
-        for transfer in sends:
-            send_bytes[transfer.dst_rank] += transfer.padded_bytes
-        for transfer in receives:
-            receive_bytes[transfer.src_rank] += transfer.padded_bytes
-        dist.all_to_all_single(
-            self.receive_buffer[: sum(receive_bytes)],
-            self.send_buffer[: sum(send_bytes)],
-            receive_bytes,
-            send_bytes,
-            group=group,
-        )
-        for transfer, message in zip(
-            receives, _split_buffer(receives, self.receive_buffer), strict=True
-        ):
-            target = self.targets[transfer.request_index]
-            assert target is not None, "a box in place is not sent"
-            output = _box_view(
-                target, self.requests[transfer.request_index].local_slice.box, transfer.box
-            )
-            output.copy_(message.view(target.dtype).view(box_shape(transfer.box)))
+def _round_buffer(message_bytes: Sequence[int]) -> Tensor:
+    """One buffer for all rounds."""
+    return torch.empty(max(message_bytes, default=0), dtype=torch.uint8)
 
 
 def _split_buffer(transfers: Sequence[Transfer], buffer: Tensor) -> list[Tensor]:
