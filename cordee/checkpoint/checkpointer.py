@@ -420,7 +420,7 @@ def _stale_folders(step_folders: Sequence[StepFolder], job: _SaveJob) -> list[Pa
 
 
 def _check_json(value: Any, depth: int = 0) -> None:
-    """TypeError for keys that are no text (JSON would make "1" of 1), ValueError for deep nesting."""
+    """TypeError for keys that are no text (JSON makes "1" of 1), ValueError for deep nesting."""
     if depth > 100:
         raise ValueError("meta is nested more than 100 deep")
     if isinstance(value, dict):

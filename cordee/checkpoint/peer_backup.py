@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,14 +32,6 @@ from cordee.dist.tree_all_reduce import all_gather_rows
 from cordee.layout.slices import LocalSlice, box_shape, volume
 
 
-@dataclass(frozen=True)
-class _BackupSet:
-    """As of one step: this rank's own copy and those of the ranks that send theirs here."""
-
-    snapshots: tuple[StateSnapshot, ...]
-    size_bytes: int
-
-
 class PeerBackup:
     """Copies every `every_steps` steps (0: never). `bytes_sent` and `seconds` count since the
     start.
@@ -60,7 +51,8 @@ class PeerBackup:
     ) -> None:
         self.every_steps, self._fault_point = every_steps, fault_point
         self.bytes_sent, self.seconds = 0, 0.0
-        self._backups: list[_BackupSet] = []
+        # As of one step each: this rank's own copy and those of the ranks that send theirs here.
+        self._backups: list[list[StateSnapshot]] = []
         self.rebind(group, rank, size, host_of)
 
     def rebind(
@@ -79,7 +71,8 @@ class PeerBackup:
 
     @property
     def memory_bytes(self) -> int:
-        return sum(backup.size_bytes for backup in self._backups)
+        """Of the tensors in all copies on this rank."""
+        return sum(t.tensor.nbytes for snapshot in self.snapshots() for t in snapshot.tensors)
 
     def back_up(
         self, step: int, meta: Mapping[str, Any], local_tensors: Sequence[LocalTensor]
@@ -107,17 +100,11 @@ class PeerBackup:
             for item, staging_tensor in zip(tensors, staging_tensors, strict=True):
                 staging_tensor.tensor.copy_(item.tensor)
         self._fault_point("copy.send", step)
-        peer_snapshots: list[StateSnapshot] = []
-        received_bytes = 0
+        backup = [StateSnapshot(step, meta, staging_tensors)]
         if has_payload:
-            peer_snapshots, received_bytes = self._exchange_copies(
-                step, header, buffer[:payload_bytes], sizes.tolist()
-            )
+            payload = buffer[:payload_bytes]
+            backup += self._exchange_copies(step, header, payload, sizes.tolist())
         self._fault_point("copy.sent", step)
-        backup = _BackupSet(
-            (StateSnapshot(step, meta, staging_tensors), *peer_snapshots),
-            buffer.nbytes + received_bytes,
-        )
         # Until every rank has its part of this copy, the one before stays beside it. When the last
         # copy failed there are two: only the first of them is complete everywhere.
         self._backups = [*self._backups[:1], backup]
@@ -130,16 +117,16 @@ class PeerBackup:
 
     def snapshots(self) -> list[StateSnapshot]:
         """What this rank can offer to `restore_from_peers`, the newest first."""
-        return [snapshot for backup in reversed(self._backups) for snapshot in backup.snapshots]
+        return [snapshot for backup in reversed(self._backups) for snapshot in backup]
 
     def discard_after(self, step: int) -> None:
         """The run goes on from `step`: copies of later steps are dropped."""
-        self._backups = [m for m in self._backups if m.snapshots[0].step <= step]
+        self._backups = [backup for backup in self._backups if backup[0].step <= step]
 
     def _exchange_copies(
         self, step: int, header: bytes, payload: Tensor, sizes: list[list[int]]
-    ) -> tuple[list[StateSnapshot], int]:
-        """Sends own tensors to the neighbour; the copies that arrived here, and their bytes."""
+    ) -> list[StateSnapshot]:
+        """Sends own tensors to the neighbour; the copies that arrived here."""
         header_tensor = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         dst_rank, buffer_pairs, works = self.neighbours[self.rank], [], []
         for src_rank, byte_counts in enumerate(sizes):
@@ -158,7 +145,7 @@ class PeerBackup:
             meta, rows = json.loads(bytes(peer_header.numpy()))
             tensors = _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload)
             snapshots.append(StateSnapshot(step, meta, tensors))
-        return snapshots, sum(header.nbytes + payload.nbytes for header, payload in buffer_pairs)
+        return snapshots
 
 
 def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.model import ModelSettings
 from cordee.errors import ConfigError
 from cordee.hf.safetensors_io import open_folder, slice_box
 from cordee.layout.slices import Box
@@ -153,13 +153,6 @@ def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tens
         return folder.read(hf_names[name], box)
 
     return read_box
-
-
-def initial_weights_reader(
-    initial: InitialSettings, model: ModelSettings
-) -> Callable[[str, Box], Tensor] | None:
-    """The weights that initial.weights names; None when parameters are drawn."""
-    return import_weights(initial.weights, model) if initial.weights else None
 
 
 def settings_from_hf(config: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -370,11 +370,8 @@ def _initialised_copy(
     with torch.no_grad():
         new_module = copy.deepcopy(module).to_empty(device="cpu", recurse=recurse)
         for tensor in (*new_module.parameters(recurse), *new_module.buffers(recurse)):
-            is_float, whole_fill = (
-                tensor.is_floating_point(),
-                fill_value == 1.0,
-            )  # NaN is no integer
-            tensor.fill_(fill_value if is_float else whole_fill)
+            # NaN has no integer: those are filled with 0.
+            tensor.fill_(fill_value if tensor.is_floating_point() else fill_value == 1.0)
         init_recursively(new_module, rule)
     return new_module
 

@@ -73,16 +73,7 @@ class HFFolder:
             raise DataError(
                 "the folder has no such tensor", values={"folder": str(self.path), "tensor": name}
             )
-        file = self.path / self.files[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return read(handle)
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                "a file of weights cannot be read",
-                values={"file": str(file), "tensor": name, "error": str(error)},
-                fix="copy the file again from where it came",
-            ) from error
+        return _read_file(self.path / self.files[name], read, {"tensor": name})
 
 
 def open_folder(path: str, key: str) -> HFFolder:
@@ -100,7 +91,8 @@ def open_folder(path: str, key: str) -> HFFolder:
             raise ConfigError(f"{INDEX} has no map from tensors to files", values={key: path})
         files = {str(name): file for name, file in weight_map.items()}
     elif os.path.lexists(folder / WEIGHTS):
-        files = dict.fromkeys(_tensor_names(folder / WEIGHTS), WEIGHTS)
+        names = _read_file(folder / WEIGHTS, lambda file: list(file.keys()), {})
+        files = dict.fromkeys(names, WEIGHTS)
     _refuse_other_weights(folder, set(files.values()), {key: path})
     missing_files = sorted({f for f in files.values() if not (folder / f).is_file()})
     if missing_files:
@@ -246,14 +238,14 @@ def _split_into_files(sizes_bytes: Mapping[str, int], max_bytes: int) -> list[li
     return shards
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _read_file(file: Path, read: Callable[[Any], Any], values: Mapping[str, str]) -> Any:
     try:
         with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+            return read(handle)
     except (OSError, SafetensorError) as error:
         raise DataError(
             "a file of weights cannot be read",
-            values={"file": str(file), "error": str(error)},
+            values={"file": str(file), **values, "error": str(error)},
             fix="copy the file again from where it came",
         ) from error
 

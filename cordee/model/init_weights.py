@@ -82,35 +82,23 @@ def _truncated_normal(tensor: Tensor, context: InitContext) -> None:
 
 
 INIT_SCHEMES: Mapping[str, InitScheme] = {
-    "xavier": InitScheme(
-        "uniform, variance 2 / (inputs + outputs)",
-        "Glorot & Bengio 2010",
-        _uniform(_xavier_variance),
-    ),
-    "xavier_normal": InitScheme(
-        "normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _normal(_xavier_variance)
-    ),
-    "kaiming": InitScheme(
-        "uniform, variance 2 / inputs", "He et al. 2015", _uniform(_kaiming_variance)
-    ),
-    "kaiming_normal": InitScheme(
-        "normal, variance 2 / inputs", "He et al. 2015", _normal(_kaiming_variance)
-    ),
-    "orthogonal": InitScheme(
-        "orthonormal rows or columns, from a QR of normal numbers",
-        "Saxe et al. 2014; Mezzadri 2007",
-        _orthogonal,
-    ),
-    "truncated_normal": InitScheme(
-        "normal of deviation std, redrawn inside 2 std", "Devlin et al. 2019", _truncated_normal
-    ),
-    "normal": InitScheme(
-        "normal of deviation std", "Radford et al. 2019", _normal(lambda d: d.std**2)
-    ),
-    "zero": InitScheme(
-        "all zero", "Zhang et al. 2019 (Fixup)", lambda tensor, draw: tensor.zero_()
-    ),
-}
+    "xavier": InitScheme("uniform, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010",
+                         _uniform(_xavier_variance)),
+    "xavier_normal": InitScheme("normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010",
+                                _normal(_xavier_variance)),
+    "kaiming": InitScheme("uniform, variance 2 / inputs", "He et al. 2015",
+                          _uniform(_kaiming_variance)),
+    "kaiming_normal": InitScheme("normal, variance 2 / inputs", "He et al. 2015",
+                                 _normal(_kaiming_variance)),
+    "orthogonal": InitScheme("orthonormal rows or columns, from a QR of normal numbers",
+                             "Saxe et al. 2014; Mezzadri 2007", _orthogonal),
+    "truncated_normal": InitScheme("normal of deviation std, redrawn inside 2 std",
+                                   "Devlin et al. 2019", _truncated_normal),
+    "normal": InitScheme("normal of deviation std", "Radford et al. 2019",
+                         _normal(lambda context: context.std**2)),
+    "zero": InitScheme("all zero", "Zhang et al. 2019 (Fixup)",
+                       lambda tensor, context: tensor.zero_()),
+}  # fmt: skip
 """initial.matrices -> formula, source, code; initial.gain multiplies the result."""
 
 

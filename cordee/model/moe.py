@@ -312,9 +312,9 @@ def update_router_bias(layers: Iterable[MoE], loads: Tensor | None, rate: float)
 
 
 def _expert_mlp(rows_SD: Tensor, up_FD: Tensor, gate_FD: Tensor | None, down_DF: Tensor) -> Tensor:
-    """One expert's MLP. In bf16 a CPU makes a kernel for every number of rows and keeps it: five
-    steps of tiny-moe held 564 MiB, and hold 107 since zeros fill rows up to few numbers."""
     rows = len(rows_SD)
+    # In bf16 a CPU compiles a kernel for every number of rows and caches it. Padding with zeros to
+    # a multiple leaves few numbers: five steps of tiny-moe take 107 MiB instead of 564.
     if rows_SD.device.type == "cpu" and compute_dtype(rows_SD) == torch.bfloat16:
         rows_SD = F.pad(rows_SD, (0, 0, 0, -rows % ROW_ALIGNMENT))
     up_SF = F.linear(rows_SD, up_FD)
@@ -323,7 +323,7 @@ def _expert_mlp(rows_SD: Tensor, up_FD: Tensor, gate_FD: Tensor | None, down_DF:
 
 
 def _count_ids(sorted_ids_P: Tensor, ids_E: Tensor) -> Tensor:
-    """How often each number occurs among sorted ones, without waiting for the device."""
+    """How often each id occurs; unlike bincount, it does not wait for the device."""
     ends_E = torch.searchsorted(sorted_ids_P, ids_E, right=True)
     return ends_E.diff(prepend=ends_E.new_zeros(1))
 

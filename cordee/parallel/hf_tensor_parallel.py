@@ -76,50 +76,29 @@ def set_tensor_parallel(model: HubModel, comm: AxisComm) -> None:
 
 
 def _check_tp_plan(hub: HubSource, tensor_degree: int) -> None:
-    values: dict[str, object] = {
-        "layout.tensor": tensor_degree, "model.hub": str(hub.folder.path)
-    }  # fmt: skip
+    """LayoutError for plan entries that have no hook here."""
+
+    def error(message: str, **values: object) -> LayoutError:
+        context = {"layout.tensor": tensor_degree, "model.hub": str(hub.folder.path)}
+        return LayoutError(message, values={**context, **values}, fix="layout.tensor=1")
+
     if not hub.tp_plan:
-        raise LayoutError(
-            "the model brings no tensor-parallel plan", values=values, fix="layout.tensor=1"
-        )
+        raise error("the model brings no tensor-parallel plan")
     for name, module in hub.meta_model.named_modules():
-        plan_entry = hub.tp_entry(name)
-        if plan_entry is None:
-            continue
-        if plan_entry not in PLAN_HOOKS or not _fits_module(plan_entry, module):
-            raise LayoutError(
-                "the model's tensor-parallel plan asks for what this version does not do",
-                values={
-                    **values,
-                    "module": name,
-                    "entry": plan_entry,
-                    "type": type(module).__name__,
-                },
-                fix="layout.tensor=1",
-            )
+        entry = hub.tp_entry(name)
+        if entry is not None and (entry not in PLAN_HOOKS or not _fits_module(entry, module)):
+            message = "the model's tensor-parallel plan asks for what this version does not do"
+            raise error(message, module=name, entry=entry, type=type(module).__name__)
     # Packed experts and the like: plan entries for a parameter instead of a module.
-    bare_parameters = [
-        n for n, _ in hub.meta_model.named_parameters() if pattern_of(n) in hub.tp_plan
-    ]
-    if bare_parameters:
-        raise LayoutError(
-            "the model's tensor-parallel plan cuts what is no module",
-            values={
-                **values,
-                "parameter": bare_parameters[0],
-                "entry": hub.tp_plan[pattern_of(bare_parameters[0])],
-            },
-            fix="layout.tensor=1",
-        )
+    for name, _ in hub.meta_model.named_parameters():
+        if pattern_of(name) in hub.tp_plan:
+            message = "the model's tensor-parallel plan cuts what is no module"
+            raise error(message, parameter=name, entry=hub.tp_plan[pattern_of(name)])
     for name, tied_name in hub.tied_parameters.items():
         dims = {WEIGHT_DIMS.get(str(hub.tp_entry(n.rpartition(".")[0]))) for n in (name, tied_name)}
         if len(dims) > 1:
-            raise LayoutError(
-                "the plan cuts a tied parameter in two ways",
-                values={**values, "tensors": (tied_name, name)},
-                fix="layout.tensor=1",
-            )
+            message = "the plan cuts a tied parameter in two ways"
+            raise error(message, tensors=(tied_name, name))
 
 
 def _fits_module(plan_entry: str, module: nn.Module) -> bool:

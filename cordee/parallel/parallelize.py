@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cordee.config.run import MemorySettings, Run
 from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh
-from cordee.hf.convert import initial_weights_reader
+from cordee.hf.convert import import_weights
 from cordee.hf.safetensors_io import slice_box
 from cordee.layout.microbatches import context_chunks
 from cordee.layout.slices import Box, LocalSlice
@@ -130,7 +130,7 @@ def build_on_meta(
 
 
 def make_stage_module(run: Run, vocabulary: int, block_range: range) -> nn.Module:
-    """Blocks `block_range` of the house's model, with no values yet."""
+    """Blocks `block_range` of the built-in model, on meta."""
     if run.model.is_classifier:
         return make_classifier(run.model)
     model = Transformer(run.model, vocabulary, block_range)
@@ -241,7 +241,8 @@ def load_initial_weights(
     model: nn.Module, all_specs: Mapping[str, TensorSpec], mesh: Mesh, run: Run
 ) -> None:
     """Initial values: a folder's weights, or each tensor drawn whole; this rank keeps its box."""
-    weight_reader = initial_weights_reader(run.initial, run.model)
+    path = run.initial.weights
+    weight_reader = import_weights(path, run.model) if path else None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spec = all_specs[name]

@@ -246,8 +246,8 @@ def emergency_save(
     required_names = [f"model/{name}" for name in survivor.state.specs] if survivor.state else []
     try:
         save_result = write_emergency_save(
-            survivor.snapshots(), required_names, checkpointer, assignment.generation, saved_step, group,
-            process.rank, process.size,
+            survivor.snapshots(), required_names, checkpointer, assignment.generation, saved_step,
+            group, process.rank, process.size,
         )  # fmt: skip
     except CheckpointError as error:
         save_result = EmergencySave(None, None, error.message)
