@@ -214,6 +214,7 @@ def _choose_targets(
     for item in requests:
         if (item.name, item.local_slice.box, _memory_key(item.tensor)) in in_place_keys:
             targets.append(None)
+        # Written at once, it would change a snapshot that another rank may still need.
         elif item.tensor.untyped_storage().data_ptr() in snapshot_storages:
             targets.append(torch.empty(item.tensor.shape, dtype=item.tensor.dtype))
         else:

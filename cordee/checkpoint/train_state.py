@@ -90,6 +90,7 @@ def select_pieces(local_tensors: Sequence[LocalTensor]) -> list[Piece]:
     own_pieces = []
     for item in sorted(local_tensors, key=lambda h: (-h.tensor.nbytes, h.name)):
         local_slice = item.local_slice
+        # One list of loads per set of axes: the ranks that hold the same tensors see the same list.
         load = loads.setdefault(local_slice.replicated_axes, [0] * local_slice.replica_count)
         replica_index = load.index(min(load))
         load[replica_index] += item.tensor.nbytes

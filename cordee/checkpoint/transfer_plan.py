@@ -141,6 +141,7 @@ def overlaps(box: Box, box_holders: Mapping[Box, tuple[int, ...]]) -> list[tuple
             if overlap is None:
                 next_regions.append((region, region_ranks))
                 continue
+            # The overlap gains these holders; the rest of the region, in boxes, does not.
             next_regions.append((overlap, tuple(dict.fromkeys((*region_ranks, *ranks)))))
             next_regions += [(rest, region_ranks) for rest in subtract_box(region, overlap)]
         regions = next_regions

@@ -96,6 +96,7 @@ class HFStateDictAdapter:
         tensor = read(name)
         if not name.endswith(ROTARY_SUFFIXES):
             return tensor
+        # Features 2 i and 2 i + 1 of a head become its features i and i + E / 2.
         heads = tensor.view(-1, self.model.width_per_head // 2, 2, *tensor.shape[1:])
         return heads.transpose(1, 2).reshape(tensor.shape)
 

@@ -175,6 +175,7 @@ class MoE(nn.Module):
         by_weight_P = weights_NK.detach().flatten().sort(stable=True, descending=True).indices
         sorted_experts_P, by_expert_P = experts_P[by_weight_P].sort(stable=True)
         counts_E = _count_ids(sorted_experts_P, expert_ids_E)
+        # Each assignment's rank in its expert's queue, the largest weight first.
         starts_E = counts_E.cumsum(0) - counts_E
         queue_index_P = (
             torch.arange(len(sorted_experts_P), device=sorted_experts_P.device)
@@ -246,7 +247,7 @@ class _PermuteRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         copies = _select_rows(grad, inverse, ctx.missing)
-        if len(inverse) > ctx.rows:
+        if len(inverse) > ctx.rows:  # each row of x was copied K times: its gradient is their sum
             copies = copies.view(ctx.rows, -1, *grad.shape[1:]).sum(1)
         return copies, None, None, None
 

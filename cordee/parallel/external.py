@@ -152,6 +152,7 @@ def check_equivalence(engine: Engine, full_model: nn.Module | None, run: Run) ->
     batch = engine.load_batch(0, 0)
     model, mesh = engine.local_model.stage_modules[0], engine.mesh
     has_full_gradients = engine.is_sharded and engine.step_spec.sharding.canonical
+    # The probe's forwards must leave no trace in BatchNorm's statistics and the like.
     old_buffers = {name: buffer.clone() for name, buffer in engine.buffers.items()}
     if run.run.exact and mesh.layout.size > 1:
         _check_buffers_fixed(engine, model, batch)

@@ -187,6 +187,7 @@ def reduce_scatter_gradients(
     FSDP2 cuts, one collective per bucket of BUCKET_BYTES, the same on all ranks."""
     reduce_scatter, shard_gradients = _CountedReduceScatter(comm), []
     for first, last in _bucket_ranges(full_gradients):
+        # Row r holds rank r's shards of all gradients of the bucket: one collective for them.
         rows = [_pad_rows(gradient, comm.size) for gradient in full_gradients[first:last]]
         input_rows = torch.cat(rows, 1)
         output_row = input_rows.new_empty(input_rows.shape[1])

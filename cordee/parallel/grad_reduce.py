@@ -36,7 +36,7 @@ class GradientReducer:
             axis_gradients = [gradients[index] for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in axis_gradients])
             dist.all_reduce(flat, group=self.mesh.group(*axes))
-            size = self.mesh.size(*axes)
+            size = self.mesh.size(*axes)  # a ring all-reduce sends 2 (size - 1) / size of it
             self.bytes_sent += 2 * (size - 1) * flat.nbytes // size
             parts = torch.split(flat, [t.numel() for t in axis_gradients])
             for index, total in zip(indices, parts, strict=True):

@@ -91,6 +91,7 @@ class PipelineEngine(Engine):
         stages, pipeline_index = self.local_model.stages, self.mesh.coords["pipeline"]
         rows, positions = inputs.shape
         stream_shape = (rows, positions // self.mesh.size("tensor"), self.width)
+        # Not by the schedule, whose number and shape of microbatches are fixed.
         x = inputs
         for stage in range(stages.last_stage + 1):
             if stages.rank_of(stage) != pipeline_index:
