@@ -1,16 +1,11 @@
-"""What a checkpoint is: folder and file names, pieces of tensors, checksums, the sealed manifest.
+"""What is on disk: names of folders and files, pieces of tensors, checksums, the signed manifest.
 
 A folder `step-00000020.g3` holds safetensors files and `manifest.json`; it is complete exactly when
-the manifest is there. Not here: writing (`save`), reading tensors (`load`), anything about ranks
-that talk. Traded away: other writers. A file must have the one header that its manifest implies,
-byte for byte, so that no header from outside is ever parsed; and one manifest (64 MiB, about half a
-million pieces) describes the whole checkpoint. A piece is a box of its tensor, cut along 4 dims at
-most: layouts cut 3.
+the manifest is there. No torch here: the process that starts ranks looks into folders too.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
 import io
@@ -26,67 +21,88 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 import xxhash
 
 from cordee.errors import CheckpointError
 from cordee.layout.slices import Box, first_coverage_error, full_box
 
 FORMAT = "cordee-checkpoint-2"
+MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20
-JSON_LIMIT_BYTES = 64 << 20
+JSON_LIMIT_BYTES = 64 << 20  # room for about half a million pieces
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
 ELEMENTS_LIMIT = 1 << 59  # of a tensor, empty dims counted as one; its bytes fit in 63 bits
-CUT_DIMS_LIMIT = 4  # along which one piece may be cut; checking costs 2**dims
+CUT_DIMS_LIMIT = 4  # along which one piece may be cut (layouts cut 3); checking costs 2**dims
+MAX_GENERATION = 10**15
+"""No run was started so often: a larger number in a folder's name is not counted on from."""
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F32": torch.float32,
-        "F64": torch.float64,
-    }
-)
-DTYPE_CODES: Mapping[torch.dtype, str] = MappingProxyType({d: c for c, d in DTYPES.items()})
+ITEM_BYTES: Mapping[str, int] = MappingProxyType(
+    {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+     "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+)  # fmt: skip
+"""The dtypes that are stored, by their safetensors codes, and the bytes of one element."""
+
+_FOLDER_NAME = re.compile(r"step-([0-9]{8,18})\.g([0-9]{1,18})")
 
 
-class SaveStatus(enum.IntEnum):
-    """Where one rank stands with its save; a number, so that ranks can agree on it."""
+@dataclass(frozen=True, kw_only=True)
+class StepFolder:
+    """What has a checkpoint's name in a run's folder. `problem` says why it is no complete
+    checkpoint; it is empty for a folder with a manifest, verified or not."""
 
-    IDLE = 0
-    WRITING = 1
-    WRITTEN = 2
-    FAILED = 3
+    step: int
+    generation: int
+    path: Path
+    is_folder: bool
+    problem: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.problem
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The box of the tensor `module_name` that begins at `run_command` and has the shape of
-    `tensor`.
+def folder_name(step: int, generation: int) -> str:
+    """`step-00000020.g3`; a generation never writes where another one wrote."""
+    return f"step-{step:08d}.g{generation}"
 
-    `run_command` has an entry for every dim of `global_shape`, so () for a scalar. Each element of
-    a tensor belongs to one piece of one rank; what is missing or held twice makes the commit fail.
-    """
 
-    name: str
-    tensor: torch.Tensor
-    global_shape: tuple[int, ...]
-    start: tuple[int, ...]
+def scan_step_folders(folder: Path) -> list[StepFolder]:
+    """Newest (step, generation) first; links are listed and not followed. OSError."""
+    step_folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match, path = _FOLDER_NAME.fullmatch(entry.name), folder / entry.name
+            if not match:
+                continue
+            problem, is_folder = "", entry.is_dir(follow_symlinks=False)
+            if entry.is_symlink():
+                problem = "is a link, and links are not followed"
+            elif not is_folder:
+                problem = "is not a folder"
+            elif not os.path.lexists(path / MANIFEST):
+                problem = f"has no {MANIFEST}: its save did not end, or the file is gone"
+            step, generation = int(match[1]), int(match[2])
+            step_folders.append(
+                StepFolder(step=step, generation=generation, path=path, is_folder=is_folder,
+                           problem=problem)
+            )  # fmt: skip
+    return sorted(step_folders, key=lambda f: (f.step, f.generation), reverse=True)
+
+
+def list_generations(folder: Path) -> list[int]:
+    """Generations in the names of checkpoints, complete or not; [] where there is no folder."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    numbers = [int(match[2]) for match in map(_FOLDER_NAME.fullmatch, names) if match]
+    return [number for number in numbers if number <= MAX_GENERATION]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceEntry:
-    """A piece as the manifest knows it; `dtype` is a safetensors code, `shape` the global one,
-    `size` that of the piece, which begins at `run_command`."""
+    """A box of a tensor: `dtype` is a safetensors code, `shape` the whole tensor's, `size` the
+    piece's, which begins at `start`."""
 
     name: str
     dtype: str
@@ -96,40 +112,37 @@ class PieceEntry:
 
     @property
     def box(self) -> Box:
-        """Which part of the tensor it is."""
         return tuple(
             (begin, begin + size) for begin, size in zip(self.start, self.size, strict=True)
         )
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing: no element, although its tensor has some."""
+        """No element, although its tensor has some."""
         return not math.prod(self.size) and bool(math.prod(self.shape))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the piece."""
-        return DTYPES[self.dtype].itemsize * math.prod(self.size)
+        return ITEM_BYTES[self.dtype] * math.prod(self.size)
 
     @property
     def key(self) -> str:
-        """The name inside the file: `module_name`, or `name#0,128` if it is not the whole
-        tensor."""
+        """The name inside the file: `name`, or `name#0,128` if it is not the whole tensor."""
         if self.size == self.shape:
             return self.name
         return f"{self.name}#{','.join(str(index) for index in self.start)}"
 
     @property
     def sort_key(self) -> tuple[int, str, tuple[int, ...]]:
-        """Sort key inside a file: wide dtypes first, so that all data is aligned without holes."""
-        return (-DTYPES[self.dtype].itemsize, self.name, self.start)
+        # Wide dtypes first, so that all data of a file is aligned without holes.
+        return (-ITEM_BYTES[self.dtype], self.name, self.start)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for entries that no writer of ours makes."""
+        """ValueError for entries that no writer of ours makes."""
         if not self.name.isprintable() or "#" in self.name or self.name in ("", "__metadata__"):
             raise ValueError(f"{self.name[:80]!r} cannot be a tensor's name")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"{self.name}: a dtype that is not one of {', '.join(DTYPES)}")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"{self.name}: a dtype that is not one of {', '.join(ITEM_BYTES)}")
         elements = math.prod(max(dim, 1) for dim in self.shape[:64])
         if len(self.shape) > 64 or min(self.shape, default=0) < 0 or elements > ELEMENTS_LIMIT:
             raise ValueError(f"{self.name[:80]}: an impossible shape")
@@ -146,20 +159,6 @@ class PieceEntry:
             raise ValueError(
                 f"{self.name}: cut along {cut_dims} dims; the limit is {CUT_DIMS_LIMIT}"
             )
-
-
-def make_entry(piece: Piece) -> PieceEntry:
-    """The manifest's view of a piece. ValueError if it cannot be stored."""
-    tensor = piece.tensor
-    if tensor.dtype not in DTYPE_CODES or tensor.layout is not torch.strided or tensor.is_meta:
-        raise ValueError(f"{piece.name}: {tensor.dtype}, {tensor.layout} on {tensor.device}")
-    return PieceEntry(
-        name=piece.name,
-        dtype=DTYPE_CODES[tensor.dtype],
-        shape=tuple(int(dim) for dim in piece.global_shape),
-        start=tuple(int(index) for index in piece.start),
-        size=tuple(tensor.shape),
-    )
 
 
 class FileLayout(NamedTuple):
@@ -184,13 +183,12 @@ class FileEntry:
 
     @functools.cached_property
     def file_layout(self) -> FileLayout:
-        """Where everything is in the file."""
         return make_file_layout(self.pieces)
 
 
 @dataclass(frozen=True)
 class PieceLocation:
-    """A piece and where its bytes begin."""
+    """A piece, and where its bytes begin in its file."""
 
     entry: PieceEntry
     file: str
@@ -198,17 +196,16 @@ class PieceLocation:
 
 
 def file_name(rank: int) -> str:
-    """The safetensors file of a writer."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def part_file_name(rank: int) -> str:
-    """Where a writer says what it wrote, until the manifest has it."""
+    """The file in which a rank lists what it wrote, until the manifest has it."""
     return f"rank-{rank:05d}.json"
 
 
 def chunk_checksum(blocks: Iterable[memoryview]) -> str:
-    """xxh3-128 of one chunk given in blocks, 32 hex digits; runs without the interpreter lock."""
+    """xxh3-128 of one chunk, 32 hex digits; hashing releases the interpreter lock."""
     hasher = xxhash.xxh3_128()
     for block in blocks:
         hasher.update(block)
@@ -218,7 +215,8 @@ def chunk_checksum(blocks: Iterable[memoryview]) -> str:
 def make_file_layout(pieces: Sequence[PieceEntry]) -> FileLayout:
     """The file that holds these pieces, which are in file order; offsets count from its start.
 
-    ValueError if they are not in order, if a key comes twice, or if the header is longer than the
+    A file must have exactly this header, so that no header from outside is ever parsed. ValueError
+    if the pieces are not in order, if a key comes twice, or if the header is longer than the
     safetensors library reads.
     """
     if any(a.sort_key >= b.sort_key for a, b in itertools.pairwise(pieces)):
@@ -248,17 +246,12 @@ def canonical_json(value: object) -> bytes:
 
 
 def encode_checked_json(body: Mapping[str, Any]) -> bytes:
-    """The body with format and SHA-256, ready to be written."""
     sha256 = hashlib.sha256(canonical_json(body)).hexdigest()
     return canonical_json({"format": FORMAT, "sha256": sha256, "body": body})
 
 
 def decode_checked_json(raw: bytes) -> object:
-    """The body of a sealed text. ValueError unless it is, byte for byte, what `encode_checked_json`
-    makes.
-
-    Comparing the whole text finds flips that mean the same to a JSON reader (1e5 and 1E5).
-    """
+    """The body; ValueError unless `raw` is, byte for byte, what `encode_checked_json` makes."""
     try:
         document = json.loads(raw.decode("ascii"))
         format_name, sha256, body = parse_fields(
@@ -271,6 +264,7 @@ def decode_checked_json(raw: bytes) -> object:
             )
         if hashlib.sha256(canonical_json(body)).hexdigest() != sha256:
             raise ValueError("the SHA-256 does not match its content")
+        # Finds flipped bits that mean the same to a JSON reader (1e5 and 1E5).
         if canonical_json(document) != raw:
             raise ValueError("not in canonical form")
     except RecursionError:
@@ -279,7 +273,7 @@ def decode_checked_json(raw: bytes) -> object:
 
 
 def parse_fields(value: object, field_types: Mapping[str, type]) -> list[Any]:
-    """The values of a JSON object that has exactly these keys of exactly these types."""
+    """The values of a JSON object; ValueError unless its keys and types are exactly these."""
     if type(value) is not dict or value.keys() != field_types.keys():
         raise ValueError(f"expected an object with exactly {', '.join(field_types)}")
     for key, field_type in field_types.items():
@@ -352,7 +346,7 @@ def open_regular_file(path: Path) -> io.FileIO:
 
 
 def read_checked_json(path: Path) -> Any:
-    """The body of a sealed file. CheckpointError names the file and what is wrong with it."""
+    """The body of a file of `encode_checked_json`; CheckpointError names the file and its fault."""
     try:
         with io.BufferedReader(open_regular_file(path)) as file:
             raw = file.read(JSON_LIMIT_BYTES + 1)

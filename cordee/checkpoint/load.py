@@ -1,10 +1,8 @@
 """Finds checkpoints, verifies them and reads boxes of tensors out of them.
 
-The order is fixed: the manifest's SHA-256, file sizes and headers, every chunk's checksum, and only
-then a tensor. Not here: what the tensors mean, devices, agreement between ranks. Traded away:
-memory maps; a disk that fails under a map kills the process, one that fails a read is an error
-with a name. Verifying reads the whole checkpoint; one rank does it, the others pass verify=False.
-A box whose rows are far apart is read row by row; where they are near, the gaps are read with them.
+Verified are the manifest's SHA-256, then file sizes and headers, then every chunk's checksum. Files
+are read and not mapped: a disk that fails under a memory map kills the process, one that fails a
+read is an error with a name.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -23,32 +20,33 @@ from typing import Any
 
 import torch
 
-from cordee.checkpoint.folders import MANIFEST, folder_name, list_invalid_folders, scan_step_folders
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
-    DTYPES,
+    MANIFEST,
     FileEntry,
     PieceLocation,
+    StepFolder,
     chunk_checksum,
+    folder_name,
     locate_pieces,
     open_regular_file,
     parse_fields,
     parse_file_entry,
     read_checked_json,
+    scan_step_folders,
 )
+from cordee.checkpoint.pieces import DTYPES
 from cordee.errors import CheckpointError
 from cordee.layout.slices import Box, box_shape, full_box, intersection, relative_box
 
 BLOCK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
-MAX_READ_BYTES = (
-    8 << 20
-)  # rows up to this size are read together, and this much at once if not in place
+MAX_READ_BYTES = 8 << 20  # rows up to this size are read together, and this much into scratch
 MAX_GAP_BYTES = 64 << 10  # a shorter gap costs less to read than a second read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint; made by `open_checkpoint`. `meta` is what rank 0 gave to the save."""
+    """An opened checkpoint; made by `open_checkpoint`. `meta` is what rank 0 gave to `begin`."""
 
     step: int
     generation: int
@@ -58,11 +56,9 @@ class Checkpoint:
     _file_stats: Mapping[str, tuple[int, int]]
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
         return sorted(self._locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The global shape of a tensor."""
         return self._locations_of(name)[0].entry.shape
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
@@ -116,10 +112,38 @@ def list_complete(folder: Path) -> list[Path]:
 
     CheckpointError if the folder cannot be listed.
     """
+    return [step_folder.path for step_folder in _scan(folder) if step_folder.is_complete]
+
+
+def find_newest(
+    folder: Path,
+    on_rejected: Callable[[Path, str], None],
+    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies.
+
+    `on_rejected(path, reason)` is called for each newer one that does not, `on_skipped` for each
+    newer name that is no complete checkpoint. CheckpointError if the folder cannot be listed.
+    """
+    checkpoint: Checkpoint | None = None
+    step_folders = _scan(folder)
+    for step_folder in step_folders:
+        if step_folder.is_complete:
+            try:
+                checkpoint = open_checkpoint(step_folder.path)
+                break
+            except CheckpointError as error:
+                on_rejected(step_folder.path, error.message)
+    for item in step_folders:
+        newest = (checkpoint.step, checkpoint.generation) if checkpoint else (-1, -1)
+        if item.problem and (item.step, item.generation) > newest:
+            on_skipped(item.path, item.problem)
+    return checkpoint
+
+
+def _scan(folder: Path) -> list[StepFolder]:
     try:
-        return [
-            step_folder.path for step_folder in scan_step_folders(folder) if step_folder.is_complete
-        ]
+        return scan_step_folders(folder)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -128,31 +152,10 @@ def list_complete(folder: Path) -> list[Path]:
         ) from error
 
 
-def find_newest(
-    folder: Path,
-    on_rejected: Callable[[Path, str], None],
-    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
-) -> Checkpoint | None:
-    """The newest checkpoint that verifies; `rejected(path, reason)` for each newer one, and
-    `passed(path, reason)` for newer ones that were never complete, or whose folder is a link."""
-    checkpoint: Checkpoint | None = None
-    for path in list_complete(folder):
-        try:
-            checkpoint = open_checkpoint(path)
-            break
-        except CheckpointError as error:
-            on_rejected(path, error.message)
-    with suppress(OSError):
-        for step, generation, path, reason in list_invalid_folders(folder):
-            if checkpoint is None or (step, generation) > (checkpoint.step, checkpoint.generation):
-                on_skipped(path, reason)
-    return checkpoint
-
-
 def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
-    """Opens one checkpoint and, unless told not to, checks every byte of it.
+    """Opens one checkpoint and, with `verify`, checks every byte of it (one rank does).
 
-    CheckpointError names the file and the reason, for damaged data also the tensors it holds.
+    CheckpointError names the file and the reason, for damaged data also the tensors in it.
     """
     path = Path(path)
     body = read_checked_json(path / MANIFEST)
@@ -183,7 +186,6 @@ def open_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
 
 
 def _step_of_progress(meta: Mapping[str, Any]) -> object:
-    """The step that a checkpoint's progress says; None where it has no progress."""
     progress = meta.get("progress")
     return progress.get("step") if isinstance(progress, dict) else None
 
@@ -206,7 +208,8 @@ def _read_exactly(source: io.FileIO, buffer: memoryview) -> None:
 
 
 def _read_box(source: io.FileIO, location: PieceLocation, box: Box, output: torch.Tensor) -> None:
-    """Fills `output` with `box`, a box within the piece, in as few reads as are worth it."""
+    """Fills `output` with `box`, a box within the piece; gaps of up to MAX_GAP_BYTES between rows
+    are read with them."""
     # One dim more in front, so that a scalar has one too.
     shape, box, output = (1, *location.entry.size), ((0, 1), *box), output[None]
     item_bytes = output.element_size()
@@ -250,7 +253,6 @@ def _read_box(source: io.FileIO, location: PieceLocation, box: Box, output: torc
 
 
 def _byte_view(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -264,7 +266,7 @@ def _read_blocks(source: io.FileIO, buffer: memoryview, size_bytes: int) -> Iter
 
 
 def _check_header(path: Path, entry: FileEntry) -> tuple[int, int]:
-    """Size and header of a file against the manifest; its size and time of change."""
+    """Checks size and header of a file against the manifest; its size and time of change."""
     expected_header = entry.file_layout.header
     file_header = bytearray(len(expected_header))
     try:
@@ -285,7 +287,7 @@ def _check_header(path: Path, entry: FileEntry) -> tuple[int, int]:
 
 
 def _check_chunks(path: Path, files: Sequence[FileEntry]) -> None:
-    """Every chunk of every file against its checksum, on a few threads; names the first bad one."""
+    """Checks every chunk on a few threads; CheckpointError names the first bad one."""
     tasks = [(file, start) for file in files for start in range(0, file.bytes, CHUNK_BYTES)]
     thread_count = min(4, os.cpu_count() or 1, len(tasks))
     with ThreadPoolExecutor(thread_count) as pool:

@@ -1,10 +1,8 @@
 """A second copy of what only one rank holds, in the memory of a neighbour on another host.
 
-Every so many steps each rank stages its tensors in host memory and sends those without a copy
-elsewhere to its neighbour; `peer.fill` takes them up when the owner is gone. A moment replaces the
-one before it only when every rank is known to have its part. Not here: what is done with copies
-after a fault. Traded away: host memory (own state and the neighbour's part, twice while a copy is
-made), steps since the last copy, and two neighbours that die at once.
+Every so many steps each rank copies its tensors to host memory and sends those without a replica
+to its neighbour; `restore_from_peers` reads them when the owner is gone. Two neighbours that die at
+once are not covered. Memory: a rank's own state and its neighbour's part, twice during a copy.
 """
 
 from __future__ import annotations
@@ -12,41 +10,34 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.checkpoint.format import DTYPES
+from cordee.checkpoint.format import ITEM_BYTES
 from cordee.checkpoint.peer_restore import (
     FaultPoint,
     StateSnapshot,
     no_fault,
     parse_tensor_box,
     tensor_box_of,
+    tensor_box_row,
 )
+from cordee.checkpoint.pieces import DTYPES
 from cordee.checkpoint.train_state import LocalTensor
 from cordee.checkpoint.transfer_plan import TensorBox, align_up
 from cordee.dist.tree_all_reduce import all_gather_rows
 from cordee.layout.slices import LocalSlice, box_shape, volume
 
 
-@dataclass(frozen=True)
-class _BackupSet:
-    """This rank's own copy and those of the ranks whose neighbour it is, as of one step."""
-
-    snapshots: tuple[StateSnapshot, ...]
-    size_bytes: int
-
-
 class PeerBackup:
     """Copies every `every_steps` steps (0: never). `bytes_sent` and `seconds` count since the
     start.
 
-    `host_of[r]` is the host of rank r (None: one host). `fault_point`: fault points
-    `back_up.run_train`, `back_up.send_signal`, `back_up.sent` and `back_up.end`, in this order.
+    `host_of[r]` is the host of rank r (None: one host). Fault points, in this order: copy.begin,
+    copy.send, copy.sent, copy.end.
     """
 
     def __init__(
@@ -60,7 +51,8 @@ class PeerBackup:
     ) -> None:
         self.every_steps, self._fault_point = every_steps, fault_point
         self.bytes_sent, self.seconds = 0, 0.0
-        self._backups: list[_BackupSet] = []
+        # As of one step each: this rank's own copy and those of the ranks that send theirs here.
+        self._backups: list[list[StateSnapshot]] = []
         self.rebind(group, rank, size, host_of)
 
     def rebind(
@@ -70,66 +62,53 @@ class PeerBackup:
         size: int,
         host_of: Sequence[str] | None = None,
     ) -> None:
-        """Another generation: its group and neighbours; what is kept stays until the next copy."""
+        """A new generation's group and neighbours; copies stay until the next one is complete."""
         self.group, self.rank, self.size = group, rank, size
         self.neighbours = choose_neighbours(size, host_of)
 
     def is_due(self, step: int) -> bool:
-        """Whether a copy is to be made after `step`."""
         return self.every_steps > 0 and self.size > 1 and step % self.every_steps == 0
 
     @property
     def memory_bytes(self) -> int:
-        """Host memory that copies take on this rank now."""
-        return sum(backup.size_bytes for backup in self._backups)
+        """Of the tensors in all copies on this rank."""
+        return sum(t.tensor.nbytes for snapshot in self.snapshots() for t in snapshot.tensors)
 
     def back_up(
         self, step: int, meta: Mapping[str, Any], local_tensors: Sequence[LocalTensor]
     ) -> bool:
-        """Copies the state as of the end of `step`; collective. Whether anything was sent: where
-        every tensor of every rank has a copy elsewhere, ranks keep this moment for themselves, for
-        the case that a fault leaves some of an island a step ahead of the others.
+        """Copies the state as of the end of `step`; collective. Whether anything was sent.
 
-        RuntimeError: a peer was lost; the moment before is still here, whole, on every rank.
+        Where every tensor has a replica nothing is sent; each rank still keeps its own copy, as a
+        fault may leave some ranks of an island a step ahead of the others. RuntimeError: a peer was
+        lost; the copy before is still complete on every rank.
         """
         start_s = time.perf_counter()
         self._fault_point("copy.begin", step)
-        nonempty_tensors = [item for item in local_tensors if volume(item.local_slice.box)]
-        unique_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count == 1]
-        replica_tensors = [item for item in nonempty_tensors if item.local_slice.replica_count > 1]
-        tensor_boxes = [tensor_box_of(item) for item in (*unique_tensors, *replica_tensors)]
-        rows = [
-            [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
-            for tensor_box in tensor_boxes[: len(unique_tensors)]
-        ]
-        header = json.dumps([dict(meta), rows]).encode()
-        payload_bytes = sum(
-            _aligned_bytes(tensor_box) for tensor_box in tensor_boxes[: len(unique_tensors)]
-        )
+        tensors = [item for item in local_tensors if volume(item.local_slice.box)]
+        tensors.sort(key=lambda item: item.local_slice.replica_count > 1)  # those without one first
+        tensor_boxes = [tensor_box_of(item) for item in tensors]
+        unique_count = sum(item.local_slice.replica_count == 1 for item in tensors)
+        unique_boxes = tensor_boxes[:unique_count]
+        header = json.dumps([dict(meta), list(map(tensor_box_row, unique_boxes))]).encode()
+        payload_bytes = sum(map(_aligned_bytes, unique_boxes))
         sizes = all_gather_rows(torch.tensor([len(header), payload_bytes]), self.group, self.size)
         has_payload = bool(sizes[:, 1].any())
         buffer = torch.empty(sum(map(_aligned_bytes, tensor_boxes)), dtype=torch.uint8)
         staging_tensors = _view_as_tensors(tensor_boxes, buffer)
         with torch.no_grad():
-            for item, staging_tensor in zip(
-                (*unique_tensors, *replica_tensors), staging_tensors, strict=True
-            ):
+            for item, staging_tensor in zip(tensors, staging_tensors, strict=True):
                 staging_tensor.tensor.copy_(item.tensor)
         self._fault_point("copy.send", step)
-        peer_snapshots: list[StateSnapshot] = []
-        received_bytes = 0
+        backup = [StateSnapshot(step, meta, staging_tensors)]
         if has_payload:
-            peer_snapshots, received_bytes = self._exchange_copies(
-                step, header, buffer[:payload_bytes], sizes.tolist()
-            )
+            payload = buffer[:payload_bytes]
+            backup += self._exchange_copies(step, header, payload, sizes.tolist())
         self._fault_point("copy.sent", step)
-        backup = _BackupSet(
-            (StateSnapshot(step, meta, staging_tensors), *peer_snapshots),
-            buffer.nbytes + received_bytes,
-        )
-        # The first one was whole everywhere; one between was not, when the last copy failed.
+        # Until every rank has its part of this copy, the one before stays beside it. When the last
+        # copy failed there are two: only the first of them is complete everywhere.
         self._backups = [*self._backups[:1], backup]
-        all_gather_rows(torch.ones(1), self.group, self.size)  # every rank has its part of it
+        all_gather_rows(torch.ones(1), self.group, self.size)
         self._backups = [backup]
         self._fault_point("copy.end", step)
         self.bytes_sent += len(header) + payload_bytes if has_payload else 0
@@ -137,56 +116,41 @@ class PeerBackup:
         return has_payload
 
     def snapshots(self) -> list[StateSnapshot]:
-        """What this rank can give to `peer.fill`, the newest first."""
-        return [snapshot for backup in reversed(self._backups) for snapshot in backup.snapshots]
+        """What this rank can offer to `restore_from_peers`, the newest first."""
+        return [snapshot for backup in reversed(self._backups) for snapshot in backup]
 
     def discard_after(self, step: int) -> None:
-        """The run goes on from `step`: what was kept of later ones never happened."""
-        self._backups = [m for m in self._backups if m.snapshots[0].step <= step]
+        """The run goes on from `step`: copies of later steps are dropped."""
+        self._backups = [backup for backup in self._backups if backup[0].step <= step]
 
     def _exchange_copies(
         self, step: int, header: bytes, payload: Tensor, sizes: list[list[int]]
-    ) -> tuple[list[StateSnapshot], int]:
-        """Own tensors to the neighbour, and the copies that came from those before it."""
+    ) -> list[StateSnapshot]:
+        """Sends own tensors to the neighbour; the copies that arrived here."""
         header_tensor = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         dst_rank, buffer_pairs, works = self.neighbours[self.rank], [], []
-        for src_rank, (header_bytes, payload_bytes) in enumerate(sizes):
+        for src_rank, byte_counts in enumerate(sizes):
             if self.neighbours[src_rank] == self.rank:
-                buffer_pair = [
-                    torch.empty(n, dtype=torch.uint8) for n in (header_bytes, payload_bytes)
-                ]
-                buffer_pairs.append(buffer_pair)
-                works += [
-                    dist.irecv(t, group=self.group, group_src=src_rank)
-                    for t in buffer_pair
-                    if len(t)
-                ]
-        works += [
-            dist.isend(t, group=self.group, group_dst=dst_rank)
-            for t in (header_tensor, payload)
-            if len(t)
-        ]
+                buffers = [torch.empty(count, dtype=torch.uint8) for count in byte_counts]
+                buffer_pairs.append(buffers)
+                for buffer in filter(len, buffers):
+                    works.append(dist.irecv(buffer, group=self.group, group_src=src_rank))
+        for buffer in filter(len, (header_tensor, payload)):
+            works.append(dist.isend(buffer, group=self.group, group_dst=dst_rank))
         for work in works:
             assert work is not None
             work.wait()
         snapshots = []
         for peer_header, peer_payload in buffer_pairs:
             meta, rows = json.loads(bytes(peer_header.numpy()))
-            snapshots.append(
-                StateSnapshot(
-                    step,
-                    meta,
-                    _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload),
-                )
-            )
-        return snapshots, sum(
-            peer_header.nbytes + peer_payload.nbytes for peer_header, peer_payload in buffer_pairs
-        )
+            tensors = _view_as_tensors([parse_tensor_box(row) for row in rows], peer_payload)
+            snapshots.append(StateSnapshot(step, meta, tensors))
+        return snapshots
 
 
 def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
-    """For every rank, who keeps its copy: on the next host the rank with its number there (so that
-    all keep alike), or the next rank where all are on one host."""
+    """For every rank, the rank that holds its copy: the one of its number on the next host (which
+    spreads copies evenly), or the next rank where all are on one host."""
     ranks_by_host: dict[str, list[int]] = {}
     for rank in range(size):
         ranks_by_host.setdefault(host_of[rank] if host_of else "", []).append(rank)
@@ -202,22 +166,19 @@ def choose_neighbours(size: int, host_of: Sequence[str] | None) -> list[int]:
 
 
 def _aligned_bytes(tensor_box: TensorBox) -> int:
-    """Bytes that a part takes in a flat buffer."""
-    return align_up(volume(tensor_box.box) * DTYPES[tensor_box.dtype].itemsize)
+    """Bytes of the box in a flat buffer."""
+    return align_up(volume(tensor_box.box) * ITEM_BYTES[tensor_box.dtype])
 
 
 def _view_as_tensors(tensor_boxes: Sequence[TensorBox], buffer: Tensor) -> list[LocalTensor]:
-    """The parts as views of a flat buffer, one after another."""
+    """The boxes as views of a flat buffer, one after another."""
     local_tensors, offset = [], 0
     for tensor_box in tensor_boxes:
         dtype, shape = DTYPES[tensor_box.dtype], box_shape(tensor_box.box)
-        view = (
-            buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize]
-            .view(dtype)
-            .view(shape)
-        )
+        flat = buffer[offset : offset + volume(tensor_box.box) * dtype.itemsize]
+        local_slice = LocalSlice(tensor_box.box, tensor_box.shape)
         local_tensors.append(
-            LocalTensor(tensor_box.name, view, LocalSlice(tensor_box.box, tensor_box.shape))
+            LocalTensor(tensor_box.name, flat.view(dtype).view(shape), local_slice)
         )
         offset += _aligned_bytes(tensor_box)
     return local_tensors

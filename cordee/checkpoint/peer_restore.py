@@ -1,11 +1,9 @@
-"""State from live peers: what the ranks of a new generation want, from what survivors still hold.
+"""Fills a new generation's tensors from what live ranks still hold.
 
-All tell what they want and hold, and take the highest step that is covered; each box then comes
-from whoever holds it, several donors sharing the load. What a rank holds itself moves not at all
-where it lies in place. Nothing that was kept is written before every rank has all its messages, so
-a peer that dies meanwhile leaves every `StateSnapshot` as it was. Not here: who the members are,
-the disk. Traded away: memory of the host, for a second copy of what is overwritten in place; and
-links of other kinds: bytes travel from host memory, whatever the device.
+Every rank tells what it needs and what it holds; all take the highest step that is covered, and
+each box comes from a rank that holds it. No snapshot is overwritten before every rank has all its
+messages, so a peer that dies meanwhile leaves them as they were; the price is a second copy, in
+host memory, of what is overwritten in place.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.checkpoint.format import DTYPE_CODES
+from cordee.checkpoint.pieces import DTYPE_CODES
 from cordee.checkpoint.train_state import LocalTensor
 from cordee.checkpoint.transfer_plan import (
     RankInventory,
@@ -44,7 +42,7 @@ FaultPoint = Callable[[str, int], None]
 class StateSnapshot:
     """What a rank still holds of the run after a fault: the tensors as of the end of `step`.
 
-    `meta` is what `state.describe` gave. `tensors` may be boxes of another layout than today's.
+    `meta` is what `train_state.make_metadata` gave. `tensors` may be boxes of another layout.
     """
 
     step: int
@@ -54,7 +52,7 @@ class StateSnapshot:
 
 @dataclass(frozen=True)
 class RestoreStats:
-    """What a fill did: its step, how many ranks gave to others and received, `bytes` in all."""
+    """The step that was restored, how many ranks sent and received, and how many bytes."""
 
     step: int
     meta: Mapping[str, Any]
@@ -91,43 +89,59 @@ def restore_from_peers(
         return None
     transfers = plan_transfers(inventories, step)
     schedule = schedule_rounds(transfers)
-    sources: dict[str, list[LocalTensor]] = {}
-    for item in (
-        item for snapshot in snapshots if snapshot.step == step for item in snapshot.tensors
-    ):
-        sources.setdefault(item.name, []).append(item)
+    sources = tensors_by_name(snapshots, step)
     with torch.no_grad():
         targets = _choose_targets(requests, snapshots, sources)
-        transfer_buffers = _TransferBuffers(requests, targets, sources, schedule, rank, size)
+
+        def output_view(transfer: Transfer) -> Tensor | None:
+            target, request = targets[transfer.request_index], requests[transfer.request_index]
+            box = request.local_slice.box
+            return None if target is None else _box_view(target, box, transfer.box)
+
+        buffers = (
+            _round_buffer([sum(t.padded_bytes for t in r if t.src_rank == rank) for r in schedule]),
+            _round_buffer([sum(t.padded_bytes for t in r if t.dst_rank == rank) for r in schedule]),
+        )
         for round_transfers in schedule:
             fault_point("fill.round", step)
-            transfer_buffers.run_round(round_transfers, group)
+            _run_round(round_transfers, sources, output_view, buffers, rank, size, group)
         for transfer in transfers:
-            target = targets[transfer.request_index] if transfer.dst_rank == rank else None
-            if target is not None and transfer.src_rank == rank:
-                request_box = requests[transfer.request_index].local_slice.box
-                output = _box_view(target, request_box, transfer.box)
-                output.copy_(find_source(sources[transfer.name], transfer))
+            if transfer.src_rank == transfer.dst_rank == rank:
+                output = output_view(transfer)
+                if output is not None:
+                    output.copy_(find_source(sources[transfer.name], transfer))
         fault_point("fill.end", step)
-        all_gather_rows(torch.ones(1), group, size)  # from here on nobody needs what was kept
+        all_gather_rows(torch.ones(1), group, size)  # from here on nobody reads a snapshot
         for item, target in zip(requests, targets, strict=True):
             if target is not None and target is not item.tensor:
                 item.tensor.copy_(target)
     messages = [transfer for transfer in transfers if transfer.src_rank != transfer.dst_rank]
-    metas = (
-        offer.meta for inventory in inventories for offer in inventory.offers if offer.step == step
-    )
     return RestoreStats(
-        step,
-        next(metas),
-        len({transfer.src_rank for transfer in messages}),
-        len({transfer.dst_rank for transfer in messages}),
-        sum(transfer.size_bytes for transfer in messages),
+        step=step,
+        meta=snapshot_meta(inventories, step),
+        donors=len({transfer.src_rank for transfer in messages}),
+        receivers=len({transfer.dst_rank for transfer in messages}),
+        bytes=sum(transfer.size_bytes for transfer in messages),
     )
+
+
+def tensors_by_name(snapshots: Sequence[StateSnapshot], step: int) -> dict[str, list[LocalTensor]]:
+    """This rank's tensors as of `step`."""
+    tensors: dict[str, list[LocalTensor]] = {}
+    for snapshot in snapshots:
+        for item in snapshot.tensors if snapshot.step == step else ():
+            tensors.setdefault(item.name, []).append(item)
+    return tensors
+
+
+def snapshot_meta(inventories: Sequence[RankInventory], step: int) -> Mapping[str, Any]:
+    """The metadata of `step`, the same on every rank that offers it."""
+    offers = (offer for inventory in inventories for offer in inventory.offers)
+    return next(offer.meta for offer in offers if offer.step == step)
 
 
 def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
-    """What is told of a tensor. CheckpointError: a dtype that no checkpoint holds."""
+    """What other ranks learn of a tensor. CheckpointError: a dtype that no checkpoint holds."""
     code = DTYPE_CODES.get(local_tensor.tensor.dtype)
     if code is None:
         raise CheckpointError(
@@ -135,13 +149,17 @@ def tensor_box_of(local_tensor: LocalTensor) -> TensorBox:
             values={"tensor": local_tensor.name, "dtype": str(local_tensor.tensor.dtype)},
             fix=f"one of {', '.join(sorted(DTYPE_CODES.values()))}",
         )
-    return TensorBox(
-        local_tensor.name, code, local_tensor.local_slice.shape, local_tensor.local_slice.box
-    )
+    local_slice = local_tensor.local_slice
+    return TensorBox(local_tensor.name, code, local_slice.shape, local_slice.box)
+
+
+def tensor_box_row(tensor_box: TensorBox) -> list[Any]:
+    """Its JSON row, [name, dtype, shape, box]."""
+    return [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
 
 
 def parse_tensor_box(row: Sequence[Any]) -> TensorBox:
-    """A part from its JSON row [name, dtype, shape, box]."""
+    """The reverse of `tensor_box_row`."""
     name, dtype, shape, box = row
     return TensorBox(name, dtype, tuple(shape), tuple((start, stop) for start, stop in box))
 
@@ -152,7 +170,7 @@ def gather_inventories(
     group: dist.ProcessGroup | None,
     size: int,
 ) -> list[RankInventory]:
-    """What every rank wants and holds. Each part is written once: moments mostly share them."""
+    """What every rank needs and holds. A box is sent once, by number where snapshots share it."""
     box_indices: dict[TensorBox, int] = {}
 
     def indices_of(tensors: Sequence[LocalTensor]) -> list[int]:
@@ -160,20 +178,12 @@ def gather_inventories(
 
     own_message: dict[str, Any] = {
         "wanted": indices_of(requests),
-        "kept": [
-            [snapshot.step, dict(snapshot.meta), indices_of(snapshot.tensors)]
-            for snapshot in snapshots
-        ],
+        "kept": [[s.step, dict(s.meta), indices_of(s.tensors)] for s in snapshots],
     }
-    own_message["parts"] = [
-        [tensor_box.name, tensor_box.dtype, tensor_box.shape, tensor_box.box]
-        for tensor_box in box_indices
-    ]
-    messages = [
-        json.loads(text) for text in all_gather_bytes(json.dumps(own_message).encode(), group, size)
-    ]
+    own_message["parts"] = [tensor_box_row(tensor_box) for tensor_box in box_indices]
     inventories = []
-    for message in messages:
+    for text in all_gather_bytes(json.dumps(own_message).encode(), group, size):
+        message = json.loads(text)
         tensor_boxes = [parse_tensor_box(row) for row in message["parts"]]
         offers = [
             SnapshotOffer(step, meta, [tensor_boxes[n] for n in indices])
@@ -188,29 +198,28 @@ def _choose_targets(
     snapshots: Sequence[StateSnapshot],
     sources: Mapping[str, Sequence[LocalTensor]],
 ) -> list[Tensor | None]:
-    """Where each wanted box is filled: None where it is in place, in host memory where it shares
-    storage with what is kept, else in the tensor itself."""
+    """The tensor that each request is received into: None where its value is in place already, host
+    memory where it shares storage with a snapshot, else the tensor itself."""
     in_place_keys = {
         (name, item.local_slice.box, _memory_key(item.tensor))
         for name in sources
         for item in sources[name]
     }
     snapshot_storages = {
-        _storage_pointer(item.tensor) for snapshot in snapshots for item in snapshot.tensors
+        item.tensor.untyped_storage().data_ptr()
+        for snapshot in snapshots
+        for item in snapshot.tensors
     } - {0}
     targets: list[Tensor | None] = []
     for item in requests:
         if (item.name, item.local_slice.box, _memory_key(item.tensor)) in in_place_keys:
             targets.append(None)
-        elif _storage_pointer(item.tensor) in snapshot_storages:
+        # Written at once, it would change a snapshot that another rank may still need.
+        elif item.tensor.untyped_storage().data_ptr() in snapshot_storages:
             targets.append(torch.empty(item.tensor.shape, dtype=item.tensor.dtype))
         else:
             targets.append(item.tensor)
     return targets
-
-
-def _storage_pointer(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _memory_key(tensor: Tensor) -> tuple[object, ...]:
@@ -223,7 +232,7 @@ def _box_view(tensor: Tensor, outer_box: Box, box: Box) -> Tensor:
 
 
 def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
-    """The view of what a slice asks of this rank, which holds `sources` of that name."""
+    """The view that `transfer` asks of this rank, whose tensors of that name are `sources`."""
     for item in sources:
         if intersection(item.local_slice.box, transfer.box) == transfer.box:
             return _box_view(item.tensor, item.local_slice.box, transfer.box)
@@ -233,59 +242,45 @@ def find_source(sources: Sequence[LocalTensor], transfer: Transfer) -> Tensor:
     )
 
 
-class _TransferBuffers:
-    """Rounds of messages: slices packed by taker, one all-to-all, slices put in their places."""
+def _run_round(
+    transfers: Sequence[Transfer],
+    sources: Mapping[str, Sequence[LocalTensor]],
+    output_view: Callable[[Transfer], Tensor | None],
+    buffers: tuple[Tensor, Tensor],
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Packs boxes by receiver, does one all-to-all and unpacks them; collective, with the same
+    transfers in the same order on every rank."""
+    send_buffer, receive_buffer = buffers
+    sends = sorted((t for t in transfers if t.src_rank == rank), key=lambda t: t.dst_rank)
+    receives = sorted((t for t in transfers if t.dst_rank == rank), key=lambda t: t.src_rank)
+    for transfer, message in zip(sends, _split_buffer(sends, send_buffer), strict=True):
+        source = find_source(sources[transfer.name], transfer)
+        message.view(source.dtype).view(source.shape).copy_(source)
+    send_bytes, receive_bytes = [0] * size, [0] * size
+    for transfer in sends:
+        send_bytes[transfer.dst_rank] += transfer.padded_bytes
+    for transfer in receives:
+        receive_bytes[transfer.src_rank] += transfer.padded_bytes
+    dist.all_to_all_single(
+        receive_buffer[: sum(receive_bytes)], send_buffer[: sum(send_bytes)], receive_bytes,
+        send_bytes, group=group,
+    )  # fmt: skip
+    for transfer, message in zip(receives, _split_buffer(receives, receive_buffer), strict=True):
+        output = output_view(transfer)
+        assert output is not None, "a box in place is not sent"
+        output.copy_(message.view(output.dtype).view(box_shape(transfer.box)))
 
-    def __init__(
-        self,
-        requests: Sequence[LocalTensor],
-        targets: Sequence[Tensor | None],
-        sources: Mapping[str, Sequence[LocalTensor]],
-        schedule: Sequence[Sequence[Transfer]],
-        rank: int,
-        size: int,
-    ) -> None:
-        self.requests, self.targets, self.sources = requests, targets, sources
-        self.rank, self.size = rank, size
-        send_bytes = [sum(p.padded_bytes for p in r if p.src_rank == rank) for r in schedule]
-        receive_bytes = [sum(p.padded_bytes for p in r if p.dst_rank == rank) for r in schedule]
-        self.send_buffer = torch.empty(max(send_bytes, default=0), dtype=torch.uint8)
-        self.receive_buffer = torch.empty(max(receive_bytes, default=0), dtype=torch.uint8)
 
-    def run_round(self, transfers: Sequence[Transfer], group: dist.ProcessGroup | None) -> None:
-        """One round; every rank of the group has the same slices in the same order."""
-        sends = sorted((p for p in transfers if p.src_rank == self.rank), key=lambda p: p.dst_rank)
-        receives = sorted(
-            (p for p in transfers if p.dst_rank == self.rank), key=lambda p: p.src_rank
-        )
-        for transfer, message in zip(sends, _split_buffer(sends, self.send_buffer), strict=True):
-            source = find_source(self.sources[transfer.name], transfer)
-            message.view(source.dtype).view(source.shape).copy_(source)
-        send_bytes, receive_bytes = [0] * self.size, [0] * self.size
-        for transfer in sends:
-            send_bytes[transfer.dst_rank] += transfer.padded_bytes
-        for transfer in receives:
-            receive_bytes[transfer.src_rank] += transfer.padded_bytes
-        dist.all_to_all_single(
-            self.receive_buffer[: sum(receive_bytes)],
-            self.send_buffer[: sum(send_bytes)],
-            receive_bytes,
-            send_bytes,
-            group=group,
-        )
-        for transfer, message in zip(
-            receives, _split_buffer(receives, self.receive_buffer), strict=True
-        ):
-            target = self.targets[transfer.request_index]
-            assert target is not None, "what is in place is not sent"
-            output = _box_view(
-                target, self.requests[transfer.request_index].local_slice.box, transfer.box
-            )
-            output.copy_(message.view(target.dtype).view(box_shape(transfer.box)))
+def _round_buffer(message_bytes: Sequence[int]) -> Tensor:
+    """One buffer for all rounds."""
+    return torch.empty(max(message_bytes, default=0), dtype=torch.uint8)
 
 
 def _split_buffer(transfers: Sequence[Transfer], buffer: Tensor) -> list[Tensor]:
-    """The bytes of each slice in a message that holds them one after another."""
+    """The bytes of each transfer in a message that holds them one after another."""
     starts = accumulate((transfer.padded_bytes for transfer in transfers), initial=0)
     pairs = zip(transfers, starts, strict=False)
     return [buffer[start : start + transfer.size_bytes] for transfer, start in pairs]

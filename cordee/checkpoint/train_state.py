@@ -1,10 +1,9 @@
-"""The complete list of what survives: nothing else carries a run from one process to the next.
+"""The complete list of what survives a process: all of a run's state, as tensors and metadata.
 
-parameters, buffers · optimiser state · `Progress` (below: step, tokens, clock, skips, loss scale) ·
-the sync protocol's state · digests of data and configuration. Order of samples and dropout need no
-state: both are functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so
-that any layout may load them. Ranks that hold the same box share the writing: one of them writes
-it.
+Tensors: parameters, buffers, optimiser state. Metadata: `Progress`, the sync protocol's state,
+digests of data, layout and arithmetic. The order of samples and dropout need no state: both are
+functions of (seed, step, microbatch). Each rank stores the boxes that it holds, so that any layout
+can load them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cordee.checkpoint.format import Piece
 from cordee.checkpoint.load import Checkpoint
+from cordee.checkpoint.pieces import Piece
 from cordee.errors import CheckpointError
 from cordee.layout.slices import LocalSlice, box_shape, full_box, volume
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `generation` counts how often it was started, `scale_steps` the good
-    steps since the loss scale changed (optim/optimizer.py)."""
+    """Where a run stands. `skipped` counts dropped steps, `in_a_row` those just before this one,
+    `generation` how often the run was started, `scale_steps` the good steps since the loss scale
+    changed."""
 
     step: int = 0
     tokens: int = 0
@@ -51,13 +51,13 @@ def collect_local_tensors(
     local_slices: Mapping[str, LocalSlice],
     include_replicas: bool = False,
 ) -> list[LocalTensor]:
-    """What this rank answers for: `model/<name>` and `optim/<group>/<name>/<what>`.
+    """This rank's tensors: `model/<name>` and `optim/<group>/<name>/<what>`.
 
     `local_slices` says where the rank's part of every parameter lies. Optimiser tensors shaped like
-    that part are cut like it. Others (steps, factored statistics) are the same wherever the
-    parameter is, and whoever has its first element answers for them; `include_replicas`: they are
-    listed wherever they are, as what a rank needs and can give (`peer.fill`). CheckpointError: a
-    part has not the shape of its box.
+    that part are cut like it. Others (steps, factored statistics) are equal on all ranks that hold
+    a part of the parameter: the rank with its first element lists them, or every rank with
+    `include_replicas`, which is what it needs and can offer to its peers. CheckpointError: a part
+    has not the shape of its box.
     """
     local_tensors = []
     for name, parameter in parameters.items():
@@ -81,15 +81,16 @@ def collect_local_tensors(
 
 
 def select_pieces(local_tensors: Sequence[LocalTensor]) -> list[Piece]:
-    """What this rank writes of it: one copy of each tensor is dealt a rank, the largest first.
+    """The tensors of which this rank writes the one copy.
 
-    The ranks that share tensors along the same axes deal these alike, each to who has the fewest
-    bytes so far, and so need not talk.
+    Ranks that hold the same tensors share them out, the largest first, each to the rank with the
+    fewest bytes so far. All compute the same, so no message is needed.
     """
     loads: dict[tuple[str, ...], list[int]] = {}
     own_pieces = []
     for item in sorted(local_tensors, key=lambda h: (-h.tensor.nbytes, h.name)):
         local_slice = item.local_slice
+        # One list of loads per set of axes: the ranks that hold the same tensors see the same list.
         load = loads.setdefault(local_slice.replicated_axes, [0] * local_slice.replica_count)
         replica_index = load.index(min(load))
         load[replica_index] += item.tensor.nbytes
@@ -104,7 +105,7 @@ def make_reader(
 ) -> Callable[[str], Tensor]:
     """A function from a full name to this rank's part of the tensor (see `collect_local_tensors`).
 
-    It raises CheckpointError for a parameter that the checkpoint has in another shape, or not.
+    It raises CheckpointError for a parameter that the checkpoint lacks or has in another shape.
     """
 
     def read_local(name: str) -> Tensor:
@@ -134,19 +135,18 @@ def make_metadata(
     layout_text: str,
     arithmetic: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The JSON that goes with the tensors: progress, sync state, data and run digests, and what
-    computed them (empty where bits are not promised)."""
-    metadata = {
+    """The JSON that goes with the tensors. `arithmetic` is empty where bits are not promised."""
+    return {
         "progress": asdict(progress),
         "sync": dict(sync_state),
         "data": data_fingerprint,
         "run": layout_text,
+        "arithmetic": dict(arithmetic),
     }
-    return {**metadata, "arithmetic": dict(arithmetic)}
 
 
 def parse_progress(meta: Mapping[str, Any]) -> Progress:
-    """The counterpart of `make_metadata`; CheckpointError when fields are missing or unknown."""
+    """The progress in `make_metadata`'s result; CheckpointError when its fields are others."""
     progress = meta.get("progress")
     try:
         result = Progress(**progress)  # type: ignore[arg-type]

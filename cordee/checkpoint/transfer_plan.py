@@ -1,36 +1,38 @@
-"""Who gives what to whom: boxes that are wanted, cut over the ranks that hold them.
+"""Which rank sends which box to whom, so that every requested box is filled. No torch.
 
-Every rank computes the same answer from what all have told. Not here: messages and tensors
-(`peer.py`). Traded away: links (all pairs count as equal), and time on very many shards: where a
-layout changes, every wanted box of a tensor is held against every box of it that is there.
+Every rank computes the same plan from the same inventories. All pairs of ranks count as equally
+fast. Time grows with requests x boxes of a tensor where the layout changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cordee.checkpoint.format import DTYPES
+from cordee.checkpoint.format import ITEM_BYTES
 from cordee.errors import CheckpointError
 from cordee.layout.slices import Box, Shape, intersection, subtract_box, volume
 
 MAX_TRANSFER_BYTES = 4 << 20
-"""Longest slice: a large tensor comes from several donors, and a round has room for some."""
+"""Longest transfer: a large tensor comes from several ranks, and a round has room for some."""
 
 MIN_SPLIT_BYTES = 64 << 10
-"""A box below this is not cut to be shared by donors."""
+"""A box below this comes from one rank."""
 
 MAX_ROUND_BYTES = 32 << 20
-"""What a rank sends, and what it receives, in one round at most."""
+"""At most this much is sent, and received, by a rank in one round."""
 
 ALIGN_BYTES = 16
-"""Slices begin at multiples of this in a message, so that any dtype may lie there."""
+"""Boxes begin at multiples of this in a message, so that any dtype may lie there."""
+
+
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TensorBox:
-    """A box of the tensor `module_name` of `shape`; `dtype` is a safetensors code."""
+    """A box of the tensor `name` of `shape`; `dtype` is a safetensors code."""
 
     name: str
     dtype: str
@@ -40,7 +42,7 @@ class TensorBox:
 
 @dataclass(frozen=True)
 class SnapshotOffer:
-    """Parts as of the end of `step`, and what describes that moment (JSON)."""
+    """Boxes that a rank holds as of the end of `step`, and the metadata of that step (JSON)."""
 
     step: int
     meta: Mapping[str, Any]
@@ -49,7 +51,7 @@ class SnapshotOffer:
 
 @dataclass(frozen=True)
 class RankInventory:
-    """What one rank said: what it wants and what it can give."""
+    """What one rank needs and what it can give."""
 
     requests: Sequence[TensorBox]
     offers: Sequence[SnapshotOffer]
@@ -57,8 +59,8 @@ class RankInventory:
 
 @dataclass(frozen=True)
 class Transfer:
-    """`box` of the tensor `module_name` goes from rank `src_rank` into what `dst_rank` wants at
-    `request_index`."""
+    """`box` of the tensor `name` goes from rank `src_rank` into request number `request_index` of
+    rank `dst_rank`."""
 
     src_rank: int
     dst_rank: int
@@ -69,17 +71,15 @@ class Transfer:
 
     @property
     def padded_bytes(self) -> int:
-        """The room that it takes in a message."""
         return align_up(self.size_bytes)
 
 
 def align_up(size_bytes: int) -> int:
-    """The next multiple of ALIGN_BYTES."""
     return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def check_consistency(inventories: Sequence[RankInventory]) -> None:
-    """CheckpointError unless whoever speaks of a wanted tensor means the same dtype and shape."""
+    """CheckpointError unless all ranks give a requested tensor the same dtype and shape."""
     specs: dict[str, tuple[str, Shape]] = {}
     for inventory in inventories:
         for tensor_box in inventory.requests:
@@ -100,7 +100,7 @@ def check_consistency(inventories: Sequence[RankInventory]) -> None:
 
 
 def newest_covered_step(inventories: Sequence[RankInventory]) -> int | None:
-    """The highest step at which all ranks' parts together cover all that is wanted, or None."""
+    """The highest step at which all ranks' boxes together cover all requests, or None."""
     requests = {
         (tensor_box.name, tensor_box.box)
         for inventory in inventories
@@ -115,11 +115,9 @@ def newest_covered_step(inventories: Sequence[RankInventory]) -> int | None:
     return None
 
 
-def find_holders(
-    inventories: Sequence[RankInventory], step: int
-) -> dict[str, dict[Box, tuple[int, ...]]]:
-    """By name and box, the ranks that hold it as of `step`, in order; no empty boxes."""
-    holders_by_name: dict[str, dict[Box, tuple[int, ...]]] = {}
+def find_holders(inventories: Sequence[RankInventory], step: int) -> dict[str, dict[Box, Ranks]]:
+    """By name and box, the ranks that hold it as of `step`, in order; without empty boxes."""
+    holders_by_name: dict[str, dict[Box, Ranks]] = {}
     for rank, inventory in enumerate(inventories):
         tensor_boxes = {
             p for offer in inventory.offers if offer.step == step for p in offer.tensor_boxes
@@ -131,69 +129,52 @@ def find_holders(
     return {name: dict(sorted(boxes.items())) for name, boxes in holders_by_name.items()}
 
 
-def overlaps(
-    box: Box, box_holders: Mapping[Box, tuple[int, ...]]
-) -> list[tuple[Box, tuple[int, ...]]]:
+def overlaps(box: Box, box_holders: Mapping[Box, tuple[int, ...]]) -> list[tuple[Box, Ranks]]:
     """Boxes that tile `box`, each with the ranks that hold all of it (none: no rank does)."""
-    regions: list[tuple[Box, tuple[int, ...]]] = [(box, ())]
+    regions: list[tuple[Box, Ranks]] = [(box, ())]
     for holder_box, ranks in box_holders.items():
         if intersection(box, holder_box) is None:
             continue
-        next_regions: list[tuple[Box, tuple[int, ...]]] = []
+        next_regions: list[tuple[Box, Ranks]] = []
         for region, region_ranks in regions:
             overlap = intersection(region, holder_box)
             if overlap is None:
                 next_regions.append((region, region_ranks))
                 continue
+            # The overlap gains these holders; the rest of the region, in boxes, does not.
             next_regions.append((overlap, tuple(dict.fromkeys((*region_ranks, *ranks)))))
-            next_regions += [
-                (remainder, region_ranks) for remainder in subtract_box(region, overlap)
-            ]
+            next_regions += [(rest, region_ranks) for rest in subtract_box(region, overlap)]
         regions = next_regions
     return regions
 
 
 def plan_transfers(inventories: Sequence[RankInventory], step: int) -> list[Transfer]:
-    """Every wanted box in slices: from the taker itself what it holds, the rest from those who
-    hold it, each time from who gives the fewest bytes so far; the largest first."""
-    holders_by_name, transfers, open_transfers = (
-        find_holders(inventories, step),
-        list[Transfer](),
-        list[tuple[Transfer, Ranks]](),
-    )
+    """Transfers that fill every request: from the rank itself what it holds, the rest from holders,
+    the largest first, each from the holder that sends the fewest bytes so far."""
+    holders_by_name = find_holders(inventories, step)
+    transfers: list[Transfer] = []
+    open_transfers: list[tuple[Transfer, Ranks]] = []  # without a source, and who could be it
     for dst_rank, inventory in enumerate(inventories):
         for request_index, request in enumerate(inventory.requests):
             box_holders = holders_by_name.get(request.name, {}) if volume(request.box) else {}
-            item_bytes = DTYPES[request.dtype].itemsize
+            item_bytes = ITEM_BYTES[request.dtype]
             own_boxes = {
                 box: (dst_rank,) for box, ranks in box_holders.items() if dst_rank in ranks
             }
             for region, own_ranks in overlaps(request.box, own_boxes) if box_holders else ():
                 if own_ranks:
-                    size_bytes = volume(region) * item_bytes
-                    transfers.append(
-                        Transfer(
-                            dst_rank, dst_rank, request_index, request.name, region, size_bytes
-                        )
-                    )
+                    transfer = Transfer(dst_rank, dst_rank, request_index, request.name, region,
+                                        volume(region) * item_bytes)  # fmt: skip
+                    transfers.append(transfer)
                     continue
                 for cell, cell_ranks in overlaps(region, box_holders):
                     share_bytes = volume(cell) * item_bytes // len(cell_ranks)
                     limit_bytes = min(MAX_TRANSFER_BYTES, max(MIN_SPLIT_BYTES, share_bytes))
                     for box in split_box(cell, item_bytes, limit_bytes):
-                        size_bytes = volume(box) * item_bytes
-                        open_transfers.append(
-                            (
-                                Transfer(
-                                    -1, dst_rank, request_index, request.name, box, size_bytes
-                                ),
-                                cell_ranks,
-                            )
-                        )
+                        transfer = Transfer(-1, dst_rank, request_index, request.name, box,
+                                            volume(box) * item_bytes)  # fmt: skip
+                        open_transfers.append((transfer, cell_ranks))
     return transfers + _assign_sources(open_transfers, len(inventories))
-
-
-Ranks = tuple[int, ...]
 
 
 def split_box(box: Box, item_bytes: int, limit_bytes: int) -> Iterator[Box]:
@@ -211,17 +192,15 @@ def split_box(box: Box, item_bytes: int, limit_bytes: int) -> Iterator[Box]:
 
 
 def schedule_rounds(transfers: Sequence[Transfer]) -> list[list[Transfer]]:
-    """The slices that are messages, each in the first round where giver and taker have room."""
+    """The transfers between two ranks, each in the first round where both have room for it."""
     schedule: list[list[Transfer]] = []
     round_loads: list[dict[tuple[str, int], int]] = []
     first_open_round: dict[tuple[str, int], int] = {}
     for transfer in transfers:
         if transfer.src_rank == transfer.dst_rank:
             continue
-        endpoints, size_bytes = (
-            (("out", transfer.src_rank), ("in", transfer.dst_rank)),
-            transfer.padded_bytes,
-        )
+        endpoints = (("out", transfer.src_rank), ("in", transfer.dst_rank))
+        size_bytes = transfer.padded_bytes
         round_index = max(first_open_round.get(endpoint, 0) for endpoint in endpoints)
         while round_index < len(schedule) and any(
             round_loads[round_index].get(e, 0) + size_bytes > MAX_ROUND_BYTES for e in endpoints
@@ -232,14 +211,15 @@ def schedule_rounds(transfers: Sequence[Transfer]) -> list[list[Transfer]]:
             round_loads.append({})
         schedule[round_index].append(transfer)
         for endpoint in endpoints:
-            round_loads[round_index][endpoint] = (
-                round_loads[round_index].get(endpoint, 0) + size_bytes
-            )
-            while first_open_round.get(endpoint, 0) < len(schedule) and (
-                round_loads[first_open_round.get(endpoint, 0)].get(endpoint, 0) + ALIGN_BYTES
-                > MAX_ROUND_BYTES
+            load_bytes = round_loads[round_index].get(endpoint, 0) + size_bytes
+            round_loads[round_index][endpoint] = load_bytes
+            # Full rounds are not looked at again, or the search would be quadratic in rounds.
+            first = first_open_round.get(endpoint, 0)
+            while first < len(schedule) and (
+                round_loads[first].get(endpoint, 0) + ALIGN_BYTES > MAX_ROUND_BYTES
             ):
-                first_open_round[endpoint] = first_open_round.get(endpoint, 0) + 1
+                first += 1
+            first_open_round[endpoint] = first
     return schedule
 
 
@@ -250,8 +230,8 @@ def _is_covered(box: Box, box_holders: Mapping[Box, Ranks]) -> bool:
 def _assign_sources(
     open_transfers: Sequence[tuple[Transfer, Ranks]], world_size: int
 ) -> list[Transfer]:
-    """Slices with a giver. What only one can give comes first: the others even it out."""
     rank_loads, transfers = [0] * world_size, []
+    # What only one rank holds comes first: boxes with a choice then even out the loads.
     order = sorted(
         open_transfers,
         key=lambda o: (len(o[1]) > 1, -o[0].size_bytes, o[0].name, o[0].box, o[0].dst_rank),
@@ -259,14 +239,5 @@ def _assign_sources(
     for transfer, ranks in order:
         src_rank = min(ranks, key=lambda rank: (rank_loads[rank], rank))
         rank_loads[src_rank] += transfer.size_bytes
-        transfers.append(
-            Transfer(
-                src_rank,
-                transfer.dst_rank,
-                transfer.request_index,
-                transfer.name,
-                transfer.box,
-                transfer.size_bytes,
-            )
-        )
+        transfers.append(replace(transfer, src_rank=src_rank))
     return transfers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cordee.checkpoint.fingerprint import weights_sha256
+from cordee.checkpoint.pieces import weights_sha256
 from cordee.cli.arguments import make_parser, parse_arguments
 
 

@@ -1,9 +1,8 @@
-"""The house's transformer as transformers knows it: a Llama, or a Qwen3 when qk_norm is on.
+"""The built-in transformer as transformers knows it: a Llama, or a Qwen3 when qk_norm is on.
 
-The same function under other names. The house turns neighbouring features of a head, transformers
-turns its two halves, so rows of query and key (and their gains) change places. Not here: files
-(`folder.py`), models that are trained as they come (`hub.py`). Knobs without an equivalent (relu2,
-a logit cap, dropout, windows, experts) are refused, not approximated.
+The same function under other names. Here rotary positions turn neighbouring features of a head,
+there its two halves, so rows of query and key (and their gains) change places. Settings without an
+equivalent (relu2, a logit cap, dropout, windows, experts) are refused, not approximated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cordee.config.model import InitialSettings, ModelSettings
+from cordee.config.model import ModelSettings
 from cordee.errors import ConfigError
 from cordee.hf.safetensors_io import open_folder, slice_box
 from cordee.layout.slices import Box
@@ -27,11 +26,11 @@ LAYER_MODULES = {
     "self_attn.q_norm": "attention.query_gain", "self_attn.k_norm": "attention.key_gain",
     "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
 }  # fmt: skip
-"""Modules of a decoder layer: transformers' name -> the house's."""
+"""Modules of a decoder layer: transformers' name -> the name here."""
 
 ROTARY_SUFFIXES = ("attention.query.weight", "attention.key.weight",
           "attention.query_gain.weight", "attention.key_gain.weight")  # fmt: skip
-"""Ends of the names of tensors whose rows are features of heads that turn with the position."""
+"""Ends of the names of tensors whose rows are features that rotary positions turn."""
 
 REQUIRED_SETTINGS: Mapping[str, object] = {
     "mlp": "gated", "logit_cap": 0.0, "dropout": 0.0, "window": 0, "moe.experts": 0,
@@ -41,13 +40,13 @@ REQUIRED_SETTINGS: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class HFStateDictAdapter:
-    """A house transformer that transformers has too; made by `make_hf_adapter`."""
+    """A transformer that transformers has too; made by `make_hf_adapter`."""
 
     model: ModelSettings
     vocabulary: int
 
     def hf_config(self, positions: int) -> dict[str, Any]:
-        """config.json of it; `positions` is the longest sequence that it was trained on."""
+        """Its config.json; `positions` is the longest sequence that it was trained on."""
         model = self.model
         model_type = (
             ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
@@ -66,7 +65,7 @@ class HFStateDictAdapter:
         }  # fmt: skip
 
     def name_pairs(self) -> Iterator[tuple[str, str]]:
-        """(transformers' name, the house's) of every tensor that transformers wants."""
+        """(transformers' name, name here) of every tensor that transformers wants."""
         yield "model.embed_tokens.weight", "embed.weight"
         for layer in range(self.model.layers):
             for hf_module, native_module in LAYER_MODULES.items():
@@ -80,27 +79,28 @@ class HFStateDictAdapter:
             yield "lm_head.weight", "head.weight"
 
     def has_parameter(self, name: str) -> bool:
-        """Whether the house's model has that parameter: without qk_gain its gains are ones."""
+        """Whether the model here has that parameter: without qk_gain its gains are ones."""
         return self.model.qk_gain or "_gain." not in name
 
     def tensor_shape(
         self, name: str, shape_of: Callable[[str], tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """The shape of a tensor by the house's name; `shape_of` knows the parameters that exist."""
+        """The shape of a tensor by its name here; `shape_of` knows the parameters that exist."""
         return shape_of(name) if self.has_parameter(name) else (self.model.width_per_head,)
 
     def to_hf(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """A tensor as transformers wants it, by the house's name."""
+        """A tensor as transformers wants it, by its name here."""
         if not self.has_parameter(name):
             return torch.ones(self.model.width_per_head)
         tensor = read(name)
         if not name.endswith(ROTARY_SUFFIXES):
             return tensor
+        # Features 2 i and 2 i + 1 of a head become its features i and i + E / 2.
         heads = tensor.view(-1, self.model.width_per_head // 2, 2, *tensor.shape[1:])
         return heads.transpose(1, 2).reshape(tensor.shape)
 
     def from_hf(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor as the house wants it, by its own name: the reverse of `to_hf`."""
+        """The reverse of `to_hf`, by the name here."""
         if not name.endswith(ROTARY_SUFFIXES):
             return tensor
         heads = tensor.view(-1, 2, self.model.width_per_head // 2, *tensor.shape[1:])
@@ -108,7 +108,7 @@ class HFStateDictAdapter:
 
 
 def make_hf_adapter(model: ModelSettings, vocabulary: int) -> HFStateDictAdapter:
-    """The model as transformers has it; ConfigError names the first knob that it has not."""
+    """ConfigError names the first setting that transformers does not have."""
     model_values = {name: _setting(model, name) for name in REQUIRED_SETTINGS}
     for name, required_value in REQUIRED_SETTINGS.items():
         if model_values[name] != required_value:
@@ -127,7 +127,7 @@ def make_hf_adapter(model: ModelSettings, vocabulary: int) -> HFStateDictAdapter
 
 
 def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tensor]:
-    """(name, box) -> that part of a house parameter, from the folder of a Llama or a Qwen3.
+    """(name, box) -> that part of a parameter, from the folder of a Llama or a Qwen3.
 
     ConfigError names the knobs of model.* in which the folder's model differs.
     """
@@ -137,15 +137,11 @@ def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tens
     derived_values = {"kv_heads": model.kv_heads or model.heads, "head_width": model.width_per_head,
             "ffn": model.hidden_width}  # fmt: skip
     model_values = {name: derived_values.get(name, _setting(model, name)) for name in hf_values}
-    # A Qwen3's gains are parameters; the house's must have them to take them.
     differences = {n: v for n, v in hf_values.items() if model_values[n] != v}
     if differences:
         raise ConfigError(
             "the weights are those of another model",
-            values={
-                "initial.weights": path,
-                **{f"model.{n}": model_values[n] for n in differences},
-            },
+            values={"initial.weights": path} | {f"model.{n}": model_values[n] for n in differences},
             fix=" ".join(f"model.{n}={str(v).lower()}" for n, v in differences.items()),
         )
     adapter = make_hf_adapter(model, rows)
@@ -157,13 +153,6 @@ def import_weights(path: str, model: ModelSettings) -> Callable[[str, Box], Tens
         return folder.read(hf_names[name], box)
 
     return read_box
-
-
-def initial_weights_reader(
-    initial: InitialSettings, model: ModelSettings
-) -> Callable[[str, Box], Tensor] | None:
-    """The weights that initial.weights names; None when parameters are drawn."""
-    return import_weights(initial.weights, model) if initial.weights else None
 
 
 def settings_from_hf(config: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""A Keras 3 model (torch backend) as a module that can be sharded: it owns all its numbers.
+"""A Keras 3 model (torch backend) as a module that can be sharded: it owns all its tensors.
 
-A Keras model is an nn.Module, but its layers keep the tensors they were built with; sharded, it
-computes with stale ones and nothing says so. Here parameters and states (BatchNorm's statistics,
-generators of dropout) are this module's own and are handed to Keras' `stateless_call`. Not here:
-TensorFlow or JAX. Traded away: units within the model; only the whole can be sharded, because its
-layers are not modules of it. Keras is imported here alone, late: it is an extra.
+A Keras model is an nn.Module, but its layers keep the tensors that they were built with; sharded,
+it would compute with stale ones, without an error. So this module has copies of parameters and
+states (BatchNorm's statistics, generators of dropout) and hands them to Keras' `stateless_call`.
+Keras is an extra, and imported late.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from cordee.layout.axes import Layout
 
 
 class KerasModel(nn.Module):
-    """Adapter of a built Keras model; `forward(*inputs)` is the model's call in the present mode.
+    """Adapter of a built Keras model; `forward(*inputs)` returns the model's outputs.
 
-    Names are by position (Keras' own change when a model is made twice): `p003_kernel`,
-    `s001_moving_mean`. In training mode a forward moves the states, as Keras does.
+    Names are by position, `p003_kernel`, `s001_moving_mean`: Keras' own change when a model is made
+    twice. In training mode a forward updates the states, as Keras does.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,7 +40,6 @@ class KerasModel(nn.Module):
         self._state_names = self._register("s", model.non_trainable_variables, False)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The model's outputs."""
         parameters = [getattr(self, name) for name in self._parameter_names]
         states = [getattr(self, name) for name in self._state_names]
         outputs, new_states = self._keras_model[0].stateless_call(
@@ -54,7 +52,7 @@ class KerasModel(nn.Module):
         return outputs
 
     def to_keras(self) -> Any:
-        """The Keras model itself, with this module's (whole) numbers in its variables."""
+        """The Keras model itself, with this module's (whole) values in its variables."""
         model = self._keras_model[0]
         for names, variables in (
             (self._parameter_names, model.trainable_variables),
@@ -65,7 +63,7 @@ class KerasModel(nn.Module):
         return model
 
     def check_layout(self, layout: Layout, exact: bool) -> None:
-        """LayoutError for what cannot be done with a model whose inside is not known."""
+        """LayoutError for layouts that need to know the inside of the model."""
         for axis in ("tensor", "pipeline", "context", "expert"):
             if getattr(layout, axis) > 1:
                 raise LayoutError(

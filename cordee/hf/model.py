@@ -1,12 +1,11 @@
-"""Unmodified causal language models of Hugging Face transformers, trained like the house's own.
+"""Unmodified causal language models of Hugging Face transformers.
 
-The library is imported here alone, late: it costs seconds and is an extra. Its models are built on
-the meta device; numbers come from the folder's files or, without files, from the model's own rules,
-each unit drawn by a generator of (seed, unit). Not here: how a plan's cuts talk (`parallel/seams`),
-the house's transformer in transformers' clothes (`make_hf_adapter.py`). Traded away: code that a
-folder brings, pickles, and models whose files name tensors otherwise than their modules do.
+They are built on the meta device; values come from the folder's files or, without files, from the
+model's own initialisation, each unit drawn by a generator of (seed, unit). Code that a folder
+brings and pickles are not supported. transformers is an extra and takes seconds to import, so it is
+imported late, and only here.
 
-Shape suffixes as in transformer.py.
+Shape suffixes as in model/transformer.py.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from cordee.errors import ConfigError
 from cordee.hf.safetensors_io import HFFolder, open_folder, slice_box
 from cordee.layout.slices import Box
 from cordee.layout.tensors import TensorSpec, parameter_group
-from cordee.model.activation_checkpoint import run_block
 from cordee.model.init_weights import seeded_rng, tensor_seed
+from cordee.model.layers import ActivationHook, identity, run_block
 from cordee.model.loss import chunked_loss, summed_cross_entropy
-from cordee.model.sequence_shard import ActivationHook, identity
 
 InitialValues = Callable[[str, Box], Tensor]
-"""(name, box) -> that part of a parameter's value at the start, fp32 on the CPU."""
+"""(name, box) -> that part of a parameter's initial value, fp32 on the CPU."""
 
 WEIGHT_DIMS: Mapping[str, int | None] = {
     "colwise": 0, "colwise_gather_output": 0, "colwise_rep": 0,
@@ -43,24 +41,22 @@ WEIGHT_DIMS: Mapping[str, int | None] = {
     "embedding_rowwise": 0, "embedding_colwise": 1,
     "replicate": None, "replicated_with_grad_allreduce": None,
 }  # fmt: skip
-"""Entries of transformers' tensor-parallel plans that are understood -> dim of the weight they cut
+"""Supported entries of transformers' tensor-parallel plans -> the dim of the weight that they cut
 (they name the transposed matrix: colwise cuts outputs). Biases are cut with outputs only."""
 
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Settings by which a model changes its head's product."""
+"""Settings with which a model changes its head's product."""
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A model as its folder describes it: `meta_model` is whole, unmodified and on the meta
-    device."""
+    """A model as its folder describes it; `meta_model` is the whole one on the meta device."""
 
     folder: HFFolder
     meta_model: Any
 
     @cached_property
     def settings(self) -> Any:
-        """transformers' configuration of the text model."""
         return self.meta_model.config.get_text_config()
 
     @property
@@ -70,7 +66,7 @@ class HubSource:
 
     @cached_property
     def layer_names(self) -> Sequence[str]:
-        """Names of the decoder layers' modules, in order: the units of sharding."""
+        """The decoder layers' modules, in order: the units of sharding."""
         class_names = set(self.meta_model._no_split_modules or ())
         for name, module in self.meta_model.named_modules():
             children = list(module.children()) if isinstance(module, nn.ModuleList) else []
@@ -85,7 +81,7 @@ class HubSource:
 
     @cached_property
     def tied_parameters(self) -> Mapping[str, str]:
-        """Names of parameters that are another one under a second name -> the first name."""
+        """Second names of tied parameters -> their first names."""
         first_names: dict[int, str] = {}
         aliases = {}
         for name, parameter in self.meta_model.named_parameters(remove_duplicate=False):
@@ -95,20 +91,18 @@ class HubSource:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether the model drops anything while it trains."""
         return any(
             v > 0 for k, v in self.dropout_settings.items() if not k.startswith("classifier")
         )
 
     @property
     def dropout_settings(self) -> Mapping[str, float]:
-        """The settings that say how much is dropped, and where."""
+        """The rates of all kinds of dropout, by setting."""
         items = self.settings.to_dict().items()
         return {k: v for k, v in items if "drop" in k and isinstance(v, int | float)}
 
     @property
     def needs_init(self) -> bool:
-        """Whether the folder has no weights, so that values are drawn."""
         return not self.folder.files
 
     def tp_entry(self, module: str) -> str | None:
@@ -129,8 +123,8 @@ class HubSource:
         return specs
 
     def initial_values(self, seed: int) -> InitialValues:
-        """Where parameters start: the folder's files, else drawn from `seed`. Ask in order of the
-        parameters: a drawn unit is held until the next one is asked for."""
+        """Initial values: the folder's files, else drawn from `seed`. Read them in the order of the
+        parameters: one drawn unit is cached at a time."""
         return (
             _UnitInitialiser(self.meta_model, self.layer_names, seed)
             if self.needs_init
@@ -138,13 +132,14 @@ class HubSource:
         )
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Every buffer with its right value: from the files, else as the model's own rules make
-        it. ConfigError when they leave one as it was found."""
+        """Every buffer's value: from the files, else as the model's own initialisation makes it.
+        ConfigError when it leaves one as it was before."""
         init_rule = self.meta_model._init_weights
         for path, module in self.meta_model.named_modules():
             names = [name for name, _ in module.named_buffers(recurse=False)]
             if not names:
                 continue
+            # Filled with 0 and with 1 before: what differs was not initialised.
             with seeded_rng(0, torch.device("cpu")):
                 copies = [
                     _initialised_copy(module, init_rule, fill, recurse=False) for fill in (0, 1)
@@ -169,7 +164,7 @@ class HubSource:
         dim = WEIGHT_DIMS.get(entry)
         if leaf == "bias" and dim == 1:
             dim = None
-        # Norms of heads see this rank's heads alone: their gradients are parts of a sum.
+        # Norms of heads see this rank's heads alone, so their gradients are parts of a sum.
         is_partial = dim is not None or entry == "replicated_with_grad_allreduce"
         return TensorSpec(
             name, shape, group, layer, tensor=dim, full_grad_axes=() if is_partial else ("tensor",)
@@ -177,11 +172,10 @@ class HubSource:
 
 
 class HubModel(nn.Module):
-    """A transformers model with the house's interface; parameters have transformers' names.
+    """A transformers model with `Transformer`'s interface; parameters have transformers' names.
 
-    On the meta device until the caller writes numbers. Call `tie_weights` whenever parameters were
-    replaced (narrowing, to_empty), and `reset_buffers` after to_empty. `memory`, `autocast` and
-    the seams are those of `Transformer`.
+    On the meta device until the caller writes values. Call `tie_weights` whenever parameters were
+    replaced (shrinking, to_empty), and `reset_buffers` after to_empty.
     """
 
     def __init__(self, source: HubSource) -> None:
@@ -211,7 +205,7 @@ class HubModel(nn.Module):
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, key: int | Tensor = 0
     ) -> Tensor:
         """int64 [B, T] to logits fp32 [B, T, V]; with targets (-100 does not count) to their summed
-        loss (nats). `key` decides what dropout drops."""
+        loss (nats). `key` seeds dropout."""
         with ExitStack() as contexts:
             if self.autocast is not None:
                 contexts.enter_context(torch.autocast(tokens_BT.device.type, self.autocast))
@@ -219,18 +213,17 @@ class HubModel(nn.Module):
             return self._forward(tokens_BT, targets_BT)
 
     def parts(self) -> Iterator[nn.Module]:
-        """The decoder layers, in order: units of sharding, recomputing and compiling."""
         for name in self.source.layer_names:
             yield self.get_submodule(name)
 
     def tie_weights(self) -> None:
-        """Makes tied parameters one object again; replacing a parameter parts it from its twin."""
+        """Makes tied parameters one object again after one of them was replaced."""
         for name, first_name in self.source.tied_parameters.items():
             module, _, leaf = name.rpartition(".")
             self.get_submodule(module)._parameters[leaf] = self.get_parameter(first_name)
 
     def reset_buffers(self) -> None:
-        """Gives every buffer its value: `to_empty` leaves garbage in rotary frequencies."""
+        """Sets every buffer: `to_empty` leaves rotary frequencies uninitialised."""
         for name, value in self.source.buffers():
             module, _, leaf = name.rpartition(".")
             owner = self.get_submodule(module)
@@ -253,7 +246,7 @@ class HubModel(nn.Module):
         return summed_cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
     def _output_head(self) -> nn.Linear:
-        """The output head; ConfigError when logits are more than its product."""
+        """The output head; ConfigError when logits are not just its product."""
         head = self._model[0].get_output_embeddings()
         logit_settings = {k: getattr(self.source.settings, k, None) for k in LOGIT_SETTINGS}
         active_settings = {k: v for k, v in logit_settings.items() if v not in (None, 1, 1.0)}
@@ -324,7 +317,7 @@ def read_hub(path: str) -> HubSource:
 
 
 def empty_model(source: HubSource, device: str) -> HubModel:
-    """The uncut model on `device`: buffers have their values, parameters wait for theirs."""
+    """The whole model on `device`; its buffers have values, its parameters none."""
     model = HubModel(source).to_empty(device=device)
     model.tie_weights()
     model.reset_buffers()
@@ -332,8 +325,8 @@ def empty_model(source: HubSource, device: str) -> HubModel:
 
 
 class _UnitInitialiser:
-    """Values by the model's own rules: a unit (a decoder layer, the embedding, ...) at a time, on
-    the CPU, from a generator of (seed, unit), so that any layout gets the same numbers."""
+    """Values by the model's own initialisation, a unit (a decoder layer, the embedding, ...) at a
+    time, on the CPU, from a generator of (seed, unit), so that any layout gets the same."""
 
     def __init__(self, meta_model: Any, layers: Sequence[str], seed: int) -> None:
         self.meta_model = meta_model
@@ -366,8 +359,8 @@ class _UnitInitialiser:
 def _initialised_copy(
     module: nn.Module, rule: Callable[[nn.Module], Any], fill_value: float, recurse: bool
 ) -> Any:
-    """A copy of `module` on the CPU, filled and then started by the model's `rule`s
-    (children first, each by the rule of the model it belongs to)."""
+    """A copy of `module` on the CPU, filled with `fill_value` and then initialised by `rule`
+    (children first, each by the rule of the model that it belongs to)."""
 
     def init_recursively(submodule: nn.Module, rule: Callable[[nn.Module], Any]) -> None:
         for child in submodule.children() if recurse else ():
@@ -377,17 +370,14 @@ def _initialised_copy(
     with torch.no_grad():
         new_module = copy.deepcopy(module).to_empty(device="cpu", recurse=recurse)
         for tensor in (*new_module.parameters(recurse), *new_module.buffers(recurse)):
-            tensor.fill_(
-                fill_value
-                if tensor.is_floating_point()
-                else bool(fill_value == fill_value and fill_value)
-            )
+            # NaN has no integer: those are filled with 0.
+            tensor.fill_(fill_value if tensor.is_floating_point() else fill_value == 1.0)
         init_recursively(new_module, rule)
     return new_module
 
 
 def _unit_names(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator[str]:
-    """Names of the layers and of the largest modules beside them."""
+    """Names of the layers and of the largest modules that contain none of them."""
     for name, child in module.named_children():
         full_name = f"{path}.{name}".lstrip(".")
         if full_name not in layers and any(layer.startswith(full_name + ".") for layer in layers):
@@ -397,7 +387,7 @@ def _unit_names(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """What the library raises for settings that no model can have: whatever its sums run into."""
+    """What the library raises for settings that no model can have."""
     errors = import_module("huggingface_hub.errors")
     strict: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)
     return (strict, ArithmeticError, AttributeError, ImportError, LookupError, OSError,

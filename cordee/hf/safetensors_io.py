@@ -1,8 +1,7 @@
-"""A transformers folder on disk: config.json and safetensors files, by tensor and by part.
+"""A transformers folder on disk: config.json and safetensors files, read by tensor and by part.
 
-Needs neither transformers nor a network. Not here: what the tensors mean (`hub.py`,
-`make_hf_adapter.py`). Traded away: pickled weights (*.bin), which run code when they are opened,
-and any type but fp32 on writing.
+Needs neither transformers nor a network. Pickled weights (*.bin) run code when they are opened and
+are refused; weights are written as fp32.
 """
 
 from __future__ import annotations
@@ -32,19 +31,18 @@ PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 OTHER_WEIGHT_PATTERNS = (
     "*.safetensors", "*.h5", "*.msgpack", "*.gguf", "*.index.json", "*.incomplete", "*.part",
 )  # fmt: skip
-"""Other files by which one sees that a folder has, or had, weights."""
+"""Other files that show that a folder has, or had, weights."""
 
 COMPANION_PATTERNS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab*", "merges.txt", "chat_template*", "*.model",
 )  # fmt: skip
-"""Files that belong to a model beside its weights (a tokenizer, mostly)."""
+"""Files that belong to a model besides its weights (a tokenizer, mostly)."""
 
 
 @dataclass(frozen=True)
 class HFFolder:
-    """An opened folder. `nonempty_folders` says in which file each tensor is; empty when there are
-    none."""
+    """An opened folder. `files` maps each tensor to its file; empty without weights."""
 
     path: Path
     config: Mapping[str, Any]
@@ -61,7 +59,7 @@ class HFFolder:
         else:
             slices = tuple(slice(start, stop) for start, stop in box)
             tensor = self._with_file(name, lambda file: file.get_slice(name)[slices])
-        # Minus infinity may be a mask among the buffers.
+        # Minus infinity is allowed: a buffer may be an attention mask.
         if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
             raise DataError(
                 "a tensor of the folder is not finite",
@@ -75,16 +73,7 @@ class HFFolder:
             raise DataError(
                 "the folder has no such tensor", values={"folder": str(self.path), "tensor": name}
             )
-        file = self.path / self.files[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return read(handle)
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                "a file of weights cannot be read",
-                values={"file": str(file), "tensor": name, "error": str(error)},
-                fix="copy the file again from where it came",
-            ) from error
+        return _read_file(self.path / self.files[name], read, {"tensor": name})
 
 
 def open_folder(path: str, key: str) -> HFFolder:
@@ -92,7 +81,7 @@ def open_folder(path: str, key: str) -> HFFolder:
     folder = Path(path)
     config = read_config(path, key)
     files: dict[str, str] = {}
-    # Also a link without a target, as an interrupted download leaves it.
+    # lexists: an interrupted download may leave a link without a target.
     if os.path.lexists(folder / INDEX):
         index = read_json(folder / INDEX, {key: path})
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -102,7 +91,8 @@ def open_folder(path: str, key: str) -> HFFolder:
             raise ConfigError(f"{INDEX} has no map from tensors to files", values={key: path})
         files = {str(name): file for name, file in weight_map.items()}
     elif os.path.lexists(folder / WEIGHTS):
-        files = dict.fromkeys(_tensor_names(folder / WEIGHTS), WEIGHTS)
+        names = _read_file(folder / WEIGHTS, lambda file: list(file.keys()), {})
+        files = dict.fromkeys(names, WEIGHTS)
     _refuse_other_weights(folder, set(files.values()), {key: path})
     missing_files = sorted({f for f in files.values() if not (folder / f).is_file()})
     if missing_files:
@@ -115,8 +105,8 @@ def open_folder(path: str, key: str) -> HFFolder:
 
 
 def _refuse_other_weights(folder: Path, own_files: Set[str], values: Mapping[str, str]) -> None:
-    """ConfigError for weights that would not be read although somebody may think so: without
-    `own_files`, any; else a second set under the names by which transformers looks for one."""
+    """ConfigError for weights in the folder that would be silently ignored: any, without
+    `own_files`; else a second set under the names that transformers looks for."""
     stray_files = sorted(
         file.name
         for pattern in (*PICKLE_PATTERNS, *OTHER_WEIGHT_PATTERNS)
@@ -153,7 +143,7 @@ def _refuse_other_weights(folder: Path, own_files: Set[str], values: Mapping[str
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a file is called like a part of several: model-00001-of-00003.safetensors."""
+    """As in model-00001-of-00003.safetensors."""
     return re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) is not None
 
 
@@ -202,7 +192,6 @@ def _write_files(
     shard_bytes: int,
     companions: Sequence[Path],
 ) -> int:
-    """Writes all files of `write_folder` into `temp_folder`."""
     shards = _split_into_files(
         {name: 4 * math.prod(shape) for name, shape in shapes.items()}, shard_bytes
     )
@@ -226,7 +215,6 @@ def _write_files(
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The tokenizer's files and others that travel with a model's weights."""
     return sorted(
         {file for pattern in COMPANION_PATTERNS for file in folder.glob(pattern) if file.is_file()}
     )
@@ -238,7 +226,7 @@ def slice_box(tensor: Tensor, box: Box) -> Tensor:
 
 
 def _split_into_files(sizes_bytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in order, dealt to files of at most `max_bytes` (a larger tensor has its own)."""
+    """Names in order, in files of at most `max_bytes` (a larger tensor has its own)."""
     shards: list[list[str]] = [[]]
     file_bytes = 0
     for name, size in sizes_bytes.items():
@@ -250,14 +238,14 @@ def _split_into_files(sizes_bytes: Mapping[str, int], max_bytes: int) -> list[li
     return shards
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _read_file(file: Path, read: Callable[[Any], Any], values: Mapping[str, str]) -> Any:
     try:
         with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+            return read(handle)
     except (OSError, SafetensorError) as error:
         raise DataError(
             "a file of weights cannot be read",
-            values={"file": str(file), "error": str(error)},
+            values={"file": str(file), **values, "error": str(error)},
             fix="copy the file again from where it came",
         ) from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee import __version__
-from cordee.checkpoint.folders import MAX_GENERATION, list_generations, scan_step_folders
+from cordee.checkpoint.format import MAX_GENERATION, list_generations, scan_step_folders
 from cordee.config.load import flatten
 from cordee.config.run import CHANGEABLE_ON_RESUME, Run
 from cordee.dist.process_group import module_command, present_cpu_variables

@@ -1,1 +1,1 @@
-"""The byte-level transformer and how it starts. Metal: imports torch, never torch.distributed."""
+"""The transformer and how it starts. Nothing here imports torch.distributed."""

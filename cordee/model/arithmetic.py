@@ -1,8 +1,7 @@
-"""What this device computes, to the last bit: a fingerprint, and a square root that is portable.
+"""What a device computes to the last bit, as a fingerprint, and a square root that is portable.
 
-Two processors with the same fingerprint may go on with each other's exact runs. Not here: who
-compares (`rendezvous.py`, `resume.py`), the environment that chooses code
-(`dist/process_group.py`). Traded away: a proof; a few dozen operations at odd shapes stand for all.
+Two processors with the same fingerprint may continue each other's exact runs. A few dozen
+operations at odd shapes stand for all, so equal fingerprints are strong evidence and no proof.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from cordee.model.precision import autocast_dtype
+from cordee.model.layers import autocast_dtype
 
 MATMUL_SHAPES = (
     (1, 64, 64), (7, 129, 33), (33, 77, 129), (64, 64, 64), (65, 257, 31), (96, 24, 200),
     (128, 64, 192), (128, 512, 48), (200, 1031, 17), (257, 256, 129),
 )  # fmt: skip
-"""[rows, inner] x [inner, columns]: inside and across the blocks of a library's kernels."""
+"""[rows, inner] x [inner, columns]: smaller than and across the blocks of a library's kernels."""
 
 ROW_WIDTHS = (1, 31, 64, 257)
-"""Lengths of rows: whole vectors of a processor's registers, and what is left over."""
+"""Lengths of rows: multiples of a processor's vector registers, and with a remainder."""
 
 ATTENTION_SHAPES = ((6, 33, 16), (2, 130, 24))
 """[heads, positions, width of a head] of attention."""
@@ -42,17 +41,13 @@ COMPATIBLE = "compatible"
 
 @cache
 def arithmetic_fingerprint(device: str, precision: str, arithmetic: str) -> str:
-    """16 hex digits of what products, element functions, sums, attention, losses and updates give
-    on `device` ("cpu", "cuda:0"), forward and backward, in a run of that precision, on one thread.
+    """16 hex digits of the results of products, element functions, sums, attention, losses and
+    updates on `device` ("cpu", "cuda:0"), forward and backward, in that precision, on one thread.
 
-    What a device may add in any order (by atomic operations) is left out: the same device must
-    always give the same.
+    Operations that a device may add up in any order (atomics) are left out.
     """
-    thread_count, digest, torch_device = (
-        torch.get_num_threads(),
-        hashlib.sha256(),
-        torch.device(device),
-    )
+    thread_count, digest = torch.get_num_threads(), hashlib.sha256()
+    torch_device = torch.device(device)
     generator = torch.Generator().manual_seed(1)
     dtype = autocast_dtype(precision) or torch.float32
     torch.set_num_threads(1)
@@ -63,14 +58,14 @@ def arithmetic_fingerprint(device: str, precision: str, arithmetic: str) -> str:
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
     finally:
         torch.set_num_threads(thread_count)
-    # Rates and schedules are the interpreter's, by the C library's functions.
+    # Learning rates are computed by the interpreter with the C library's functions.
     scalars = [f(x / 7) for x in range(1, 50) for f in (math.exp, math.log, math.cos, math.sqrt)]
     digest.update(repr(scalars).encode())
     return digest.hexdigest()[:16]
 
 
 class _RandomTensors:
-    """Numbers in [-1, 1), made from integers alone and so the same everywhere."""
+    """Numbers in [-1, 1), made of the generator's integers and so the same on every device."""
 
     def __init__(self, generator: torch.Generator, device: torch.device) -> None:
         self.generator, self.device = generator, device
@@ -94,15 +89,14 @@ def _all_results(draw: _RandomTensors, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _forward_and_grads(result: Tensor, *inputs: Tensor) -> Iterator[Tensor]:
-    """The result, and what a gradient that is not constant gives for each source."""
+    """The result, and each input's gradient for an output gradient that is not constant."""
     yield result
     weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).to(result)
-    # Of a number: with a gradient given, torch imports sympy to compare shapes.
+    # Of a scalar: with grad_outputs, torch imports sympy to compare shapes.
     yield from torch.autograd.grad((result * weights.view_as(result)).sum(), inputs)
 
 
 def _attention_results(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """Causal attention by its definition."""
     mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu_(1)
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), alpha=q.shape[2] ** -0.5)
     yield from _forward_and_grads(scores.masked_fill(mask, -math.inf).softmax(-1) @ v, q, k, v)
@@ -133,29 +127,17 @@ def _adamw_results(draw: _RandomTensors) -> Iterator[Tensor]:
         for _ in range(2):
             grads = [draw(*p.shape).detach() for p in parameters]
             adamw(
-                parameters,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                [],
-                steps,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.95,
-                lr=0.01,
-                weight_decay=0.1,
-                eps=1e-8,
-                maximize=False,
-                foreach=True,
+                parameters, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=0.9,
+                beta2=0.95, lr=0.01, weight_decay=0.1, eps=1e-8, maximize=False, foreach=True,
                 fused=False,
-            )
+            )  # fmt: skip
     yield from (*parameters, *exp_avgs, *exp_avg_sqs)
 
 
 @contextmanager
 def portable_sqrt(enabled: bool) -> Iterator[None]:
-    """While it is `enabled`, square roots on CPUs are 1 / (1 / sqrt(x)), of operations that every
-    processor rounds alike; the library's begin with an estimate that differs between makers."""
+    """While `enabled`, square roots on CPUs are 1 / (1 / sqrt(x)), made of operations that every
+    processor rounds alike; the library's start from an estimate that differs between makers."""
     if not enabled:
         yield
         return

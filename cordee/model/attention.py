@@ -1,9 +1,4 @@
-"""Causal self-attention with what it stands on: RMS norm and rotary positions.
-
-Not here: the block around it (`transformer.py`), any split over ranks (`parallel/`), a cache for
-sampling. Traded away: one implementation for all devices. On CPU the norm has its own backward and
-short sequences do not use the library's attention, because both were slower there (figures below);
-each fast version stands beside the obvious one and a test holds them equal.
+"""Causal self-attention with RMS norm and rotary positions.
 
 Shape suffixes: B sequences, T positions, S positions of keys (at least T: the queries are the last
 T of them), D width, H heads, K heads of keys and values, E width of a head, N = B x H.
@@ -21,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
+from cordee.model.layers import compute_dtype
 
 QUERY_CHUNK = 128
 """Queries a chunk has in `chunked_attention`: 64 to 128 was best at 256 to 1024 positions."""
@@ -32,15 +28,6 @@ with T x window: its square is the most of them that a head keeps)."""
 MASKED_QUERY_CHUNK = 1024
 """Most queries that the library's attention gets at once where it needs a mask (a mask of T x T
 bytes would be 1 GiB at 32,768 positions)."""
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products compute in: the autocast type when it is on, else the type of x."""
-    device_type = x.device.type
-    is_enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
-    return torch.get_autocast_dtype(device_type) if is_enabled else x.dtype
 
 
 class _CpuRMSNorm(torch.autograd.Function):
@@ -126,14 +113,14 @@ def apply_rope(x_BTHE: Tensor, rope_TE2: Tensor) -> Tensor:
 
 
 def visible_range(queries: range, keys: range, window: int) -> range:
-    """Those of the positions `keys` that at least one of `queries` sees: positions up to its own,
-    and no more than `window` of them (0: all)."""
+    """The positions of `keys` that at least one of `queries` sees. A query sees positions up to its
+    own, and the last `window` of those (0: all)."""
     start = max(keys.start, queries.start - window + 1) if window else keys.start
     return range(start, max(start, min(keys.stop, queries.stop)))
 
 
 def hidden_mask(queries: range, keys: range, window: int, device: torch.device) -> Tensor | None:
-    """bool [queries, keys], true where a query does not see a key; None: every query sees all."""
+    """bool [queries, keys], true where a query does not see a key; None if all see all."""
     all_past = keys.stop - 1 <= queries.start
     if all_past and (not window or keys.start > queries.stop - 1 - window):
         return None
@@ -174,8 +161,8 @@ def chunked_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, window: in
 
 
 def masked_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, window: int = 0) -> Tensor:
-    """The library's attention where "causal" alone does not say who sees whom: chunks of queries,
-    each with its own small mask. [B, T, H, E] to [B, T, H, E]."""
+    """The library's attention for windows and for more keys than queries, which its `is_causal`
+    does not know: chunks of queries, each with a small mask. [B, T, H, E] to [B, T, H, E]."""
     key_count, end = k_BSHE.shape[1], k_BSHE.shape[1] - q_BTHE.shape[1]
     k_BHSE, v_BHSE = k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2)
     # Chunks much longer than the window would be mostly mask.
@@ -193,7 +180,7 @@ def masked_attention(q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, window: int
 
 
 def causal_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int = 0) -> Tensor:
-    """Causal attention by what is fastest on the device and length: [B, T, H, E].
+    """Causal attention by the fastest way for the device and length: [B, T, H, E].
 
     The queries are the last T of the S positions; each sees itself and what is before it, at most
     `window` positions (0: all). Keys and values may have fewer heads, each for a group of
@@ -223,9 +210,9 @@ def causal_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int
 class Attention(nn.Module):
     """Query, key, value and output projections without bias around `attend`.
 
-    The number of heads is read off the projections' width, so that ranks that hold some heads run
-    the same code. `attend` is a seam: q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]; context
-    parallelism puts its own there, with the same window.
+    The number of heads is read off the projections' width, so ranks that hold some of the heads run
+    the same code. `attend` maps q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]; context
+    parallelism replaces it.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -254,7 +241,7 @@ class Attention(nn.Module):
         return out_BTD
 
     def _norm_and_rotate(self, x_BTHE: Tensor, gain: RMSNorm | None, rope_TE2: Tensor) -> Tensor:
-        """Norm, its gain when there is one, and rotary position, in fp32 and back."""
+        """In fp32, and back to the type of x."""
         features_BTHE = x_BTHE
         if self.qk_norm:
             weight_E = None if gain is None else gain.weight

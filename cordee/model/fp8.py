@@ -1,10 +1,8 @@
-"""Linear layers that multiply in fp8, with one scale a tensor, made anew at each use.
+"""Linear layers that multiply in fp8, with one scale per tensor, computed anew at each use.
 
-Activations and weights are e4m3, gradients e5m2 (Micikevicius et al. 2022); sums are wide, results
-have the type of the rest, and a weight's gradient has the weight's. Parameters and their names do
-not change. Not here: which devices can (`planner/cluster.py`), what is not a block's matrix
-(attention's own products, the head). Traded away: scales remembered from earlier steps, which save
-a pass over each tensor and need a state that must survive.
+Activations and weights are e4m3, gradients e5m2 (Micikevicius et al. 2022); sums are wide, and a
+weight's gradient has the weight's type. Scales from earlier steps would save a pass over each
+tensor, but they would be state that has to survive restarts.
 
 Shape suffixes: N tokens, I inputs, O outputs; a tensor is [rows, columns] in memory order, and
 `x.t()` of it is what the library calls column-major.
@@ -19,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cordee.model.attention import compute_dtype
-from cordee.model.precision import autocast_to
+from cordee.model.layers import autocast_to, compute_dtype
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 
 MIN_AMAX = 2.0**-100
-"""Least maximum that a scale is made of: a tensor of zeros stays one."""
+"""Lower bound of the maximum that a scale is computed from, so that zeros stay zeros."""
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x in fp8, scaled so that its largest element is the largest of `dtype`, and the fp32 scale
-    (0-d) that gives it back: x is about quantised x scale. Not finite in, not finite out."""
+    (0-d): x is about quantised x scale. What is not finite stays so."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=MIN_AMAX) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
@@ -40,7 +37,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def scaled_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(a [M, K] times b [P, K] transposed) x both scales, in `dtype`: the device's own product."""
+    """(a [M, K] times b [P, K] transposed) x both scales, in `dtype`."""
     # A CPU emulates it by a product that autocast would round.
     with autocast_to(a.device.type, None):
         return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype)
@@ -51,10 +48,11 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns y [N, O] in `dtype`; keeps both operands in fp8. A weight that shards gathered in
-        a narrower type is gathered again: to keep it in fp8 would be to keep the whole island."""
+        """Returns y [N, O] in `dtype`; keeps both operands in fp8."""
         x8_NI, x_scale = quantise(x_NI, E4M3)
         w8_OI, w_scale = quantise(weight_OI, E4M3)
+        # A weight that FSDP2 gathered (in a narrower type) is kept as it is, to be gathered again:
+        # an fp8 copy would keep the whole island's weights on this rank until the backward.
         operand_OI = w8_OI if weight_OI.dtype == torch.float32 else weight_OI
         ctx.save_for_backward(x8_NI, x_scale, operand_OI, w_scale)
         ctx.types = x_NI.dtype, weight_OI.dtype
@@ -62,7 +60,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """dx = g w, dw = g^T x; the library wants each product's second operand transposed."""
+        """dx = g w, dw = g^T x."""
         x8_NI, x_scale, operand_OI, w_scale = ctx.saved_tensors
         x_type, weight_type = ctx.types
         g8_NO, g_scale = quantise(grad_NO, E5M2)
@@ -78,7 +76,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 fp8_product: Callable[[Tensor, Tensor, torch.dtype], Tensor] = _Fp8Linear.apply
-"""(x [N, I], weight [O, I], type of the result) -> x weight^T [N, O]."""
+"""(x [N, I], weight [O, I], dtype of the result) -> x weight^T [N, O]."""
 
 
 def use_fp8(block: nn.Module) -> None:

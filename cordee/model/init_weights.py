@@ -1,9 +1,8 @@
-"""How parameters start: one table of schemes, and one generator per parameter.
+"""Initial values: one table of schemes, and one random generator per parameter.
 
 Every parameter is drawn whole, in fp32 on the CPU, from a generator seeded by a hash of (seed,
-name). So the numbers depend neither on the layout nor on the order or the device, and a rank that
-holds some rows draws the whole and keeps its own. Traded away: speed of drawing (20 ns an element,
-once). Not here: how a shard is written (`init_weights` takes the writer from whoever made it).
+name). So the values depend neither on layout, order nor device; a rank that holds some rows draws
+the whole tensor (20 ns an element) and keeps its own.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RESIDUAL_SUFFIXES = (
 
 @dataclass(frozen=True)
 class InitContext:
-    """What a scheme may look at: the generator, inputs and outputs of a unit, the set `std`."""
+    """What a scheme may use; `std` is initial.std."""
 
     generator: torch.Generator
     fan_in: int
@@ -83,35 +82,23 @@ def _truncated_normal(tensor: Tensor, context: InitContext) -> None:
 
 
 INIT_SCHEMES: Mapping[str, InitScheme] = {
-    "xavier": InitScheme(
-        "uniform, variance 2 / (inputs + outputs)",
-        "Glorot & Bengio 2010",
-        _uniform(_xavier_variance),
-    ),
-    "xavier_normal": InitScheme(
-        "normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010", _normal(_xavier_variance)
-    ),
-    "kaiming": InitScheme(
-        "uniform, variance 2 / inputs", "He et al. 2015", _uniform(_kaiming_variance)
-    ),
-    "kaiming_normal": InitScheme(
-        "normal, variance 2 / inputs", "He et al. 2015", _normal(_kaiming_variance)
-    ),
-    "orthogonal": InitScheme(
-        "orthonormal rows or columns, from a QR of normal numbers",
-        "Saxe et al. 2014; Mezzadri 2007",
-        _orthogonal,
-    ),
-    "truncated_normal": InitScheme(
-        "normal of deviation std, redrawn inside 2 std", "Devlin et al. 2019", _truncated_normal
-    ),
-    "normal": InitScheme(
-        "normal of deviation std", "Radford et al. 2019", _normal(lambda d: d.std**2)
-    ),
-    "zero": InitScheme(
-        "all zero", "Zhang et al. 2019 (Fixup)", lambda tensor, draw: tensor.zero_()
-    ),
-}
+    "xavier": InitScheme("uniform, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010",
+                         _uniform(_xavier_variance)),
+    "xavier_normal": InitScheme("normal, variance 2 / (inputs + outputs)", "Glorot & Bengio 2010",
+                                _normal(_xavier_variance)),
+    "kaiming": InitScheme("uniform, variance 2 / inputs", "He et al. 2015",
+                          _uniform(_kaiming_variance)),
+    "kaiming_normal": InitScheme("normal, variance 2 / inputs", "He et al. 2015",
+                                 _normal(_kaiming_variance)),
+    "orthogonal": InitScheme("orthonormal rows or columns, from a QR of normal numbers",
+                             "Saxe et al. 2014; Mezzadri 2007", _orthogonal),
+    "truncated_normal": InitScheme("normal of deviation std, redrawn inside 2 std",
+                                   "Devlin et al. 2019", _truncated_normal),
+    "normal": InitScheme("normal of deviation std", "Radford et al. 2019",
+                         _normal(lambda context: context.std**2)),
+    "zero": InitScheme("all zero", "Zhang et al. 2019 (Fixup)",
+                       lambda tensor, context: tensor.zero_()),
+}  # fmt: skip
 """initial.matrices -> formula, source, code; initial.gain multiplies the result."""
 
 
@@ -162,10 +149,9 @@ def init_weights(
     layers: int,
     write: Callable[[nn.Parameter, Tensor], object] | None = None,
 ) -> None:
-    """Fills every parameter of `model` from (seed, name) and makes its tables and counts anew.
+    """Fills every parameter of `model` from (seed, name) and resets rotary tables and counts.
 
-    `write(parameter, whole)` stores the whole tensor [parameter.shape, fp32, CPU] in a parameter
-    that holds only its part of it; without it the parameter holds all of it.
+    `write(parameter, tensor)` stores a tensor [parameter.shape, fp32, CPU]; else it is copied.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,7 +168,6 @@ def init_weights(
 
 
 def _scheme_and_gain(name: str, settings: InitialSettings, layers: int) -> tuple[str, float]:
-    """Scheme and factor of a matrix by its name."""
     if name == "head.weight" and settings.head != "same":
         return settings.head, 1.0
     if name.partition("/")[0].endswith(RESIDUAL_SUFFIXES):

@@ -1,8 +1,8 @@
 """Cross-entropy of the head's logits, whole or by chunks of positions.
 
-By chunks, logits are never whole: each chunk's gradient is taken while its logits are there, so
+By chunks the logits are never whole: each chunk's gradient is taken while its logits are there, so
 nothing is computed twice (the idea of fused linear cross-entropy; Hsu et al. 2024). Sums over
-chunks round differently from one product over all, so `memory.loss_chunk` belongs to the descent.
+chunks round differently from one product over all, so results depend on `memory.loss_chunk`.
 
 Shape suffixes: B sequences, T positions, N = B x T, C positions of a chunk, D width, V vocabulary.
 """
@@ -52,7 +52,6 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float, chunk: int,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
-        """Returns the summed loss, fp32."""
         needs_grad = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         head = head_VD.detach().to(x_ND.dtype).requires_grad_(needs_grad)
@@ -75,7 +74,6 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        """The gradients that are there already, times that of the loss."""
         x_grad, head_grad = ctx.saved_tensors
         return x_grad * grad.to(x_grad.dtype), head_grad * grad, None, None, None, None
 

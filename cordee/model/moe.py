@@ -1,12 +1,11 @@
-"""A mixture of experts in place of a block's MLP: router, experts, and what keeps them busy.
+"""A mixture of experts in place of a block's MLP: router, experts, and their load balance.
 
-Tokens are sorted by expert, each expert's MLP sees its contiguous rows, and their weighted sum goes
-back (Shazeer et al. 2017). Rows move by gathers alone, forward and backward, so the same input
-gives the same bits on every device. Not here: experts on other ranks (`parallel/expert.py` sets the
-seams). Traded away: a fixed shape; the number of rows of an expert is known when it is computed.
+Tokens are sorted by expert, each expert's MLP gets its contiguous rows, and the weighted outputs
+are added (Shazeer et al. 2017). Rows move by gathers alone, forward and backward, so the same input
+gives the same bits on every device. How many rows an expert gets is known only when it is computed.
 
-Shape suffixes: N tokens, E experts, K experts of a token, S rows sorted by expert, P places of a
-token's rows before sorting (N x K), D width, F hidden width of an expert.
+Shape suffixes: N tokens, E experts, K experts of a token, S rows sorted by expert, P assignments
+in token order (N x K), D width, F hidden width of an expert.
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
-from cordee.model.attention import compute_dtype
-from cordee.model.mlp import MLP, activation
-from cordee.model.sequence_shard import ActivationHook, identity
+from cordee.model.layers import MLP, ActivationHook, activation, compute_dtype, identity
 
 ExpertFn = Callable[[Tensor, Tensor], Tensor]
 """Rows [S, D], sorted by expert, and how many each expert has [E], to the experts' outputs."""
 
 GROUPED_MM: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)
-"""One product per group of rows in one kernel, where torch has it."""
+"""One product per group of rows, all in one kernel, where torch has it."""
 
 WIDTH_ALIGNMENT = 8
 """Widths that the grouped kernel takes are multiples of this (16 bytes of bf16)."""
@@ -41,12 +38,12 @@ class MoE(nn.Module):
     """settings.moe as a module; parameters as in `layout/tensors.py`, of all experts or of those
     that this rank holds.
 
-    `aux_scale` is the gradient of the balance loss: what the summed cross-entropy is multiplied by
-    before its backward (one over the step's tokens, times the loss scale). The loss that is
-    reported never contains it. `expert_load` counts the assignments of the backwards since
-    `reset_expert_load`. Seams: `dispatch` computes rows where their experts are,
-    `sum_over_sequence` sums over the ranks that split a sequence, `gather_sequence` and
-    `scatter_sum` stand around the shared experts.
+    `aux_scale` is the gradient of the balance loss: the factor of the summed cross-entropy before
+    its backward (one over the step's tokens, times the loss scale). The reported loss does not
+    contain the balance loss. `expert_load` counts the assignments of the backwards since
+    `reset_expert_load`. A layout replaces these hooks: `dispatch` computes rows on the ranks that
+    hold their experts, `sum_over_sequence` sums over the ranks that split a sequence,
+    `gather_sequence` and `scatter_sum` stand around the shared experts.
     """
 
     bias: Tensor | None
@@ -101,20 +98,18 @@ class MoE(nn.Module):
         return attach_aux_loss(out_BTD, aux, self.aux_scale, self.expert_load, counts_E)
 
     def run_experts(self, rows_SD: Tensor, sizes_E: Tensor) -> Tensor:
-        """The outputs [S, D] of rows sorted by expert, `sizes_E` rows for each expert held here.
-
-        An expert without rows takes part with none of them, so that every parameter has a gradient.
-        """
+        """The outputs [S, D] of rows sorted by expert, `sizes_E` rows for each expert held here."""
         if self._can_use_grouped_mm(rows_SD):
             return self.run_experts_grouped(rows_SD.bfloat16(), sizes_E)
         rows = torch.split(rows_SD, sizes_E.tolist())
         gates = [None] * len(self.up) if self.gate is None else self.gate.unbind()
+        # An expert without rows multiplies an empty matrix, so that its parameters have gradients.
         matrices = zip(rows, self.up.unbind(), gates, self.down.unbind(), strict=True)
         return torch.cat([_expert_mlp(*operands) for operands in matrices])
 
     def run_experts_grouped(self, rows_SD: Tensor, sizes_E: Tensor) -> Tensor:
-        """`run_experts` in one kernel a matrix, in the rows' type, and without waiting for
-        sizes."""
+        """`run_experts` with one kernel per matrix, in the rows' type; `sizes_E` stays on the
+        device, so the host does not wait."""
         assert GROUPED_MM is not None
         ends_E = sizes_E.cumsum(0, dtype=torch.int32)
 
@@ -126,7 +121,7 @@ class MoE(nn.Module):
         return grouped_product(activation(up_SF, gate_SF), self.down)
 
     def _can_use_grouped_mm(self, rows_SD: Tensor) -> bool:
-        """Whether the kernel takes these rows: bf16 on CUDA, aligned widths, at least one row."""
+        """Whether the kernel takes these rows: bf16 on CUDA, aligned widths, at least one."""
         if rows_SD.device.type != "cuda" or GROUPED_MM is None or len(rows_SD) == 0:
             return False
         if self.up.shape[1] % WIDTH_ALIGNMENT or self.up.shape[2] % WIDTH_ALIGNMENT:
@@ -135,24 +130,24 @@ class MoE(nn.Module):
         return is_bf16 and torch.is_autocast_enabled("cuda")
 
     def reset_balance(self) -> None:
-        """Bias and load at their start; needed after `to_empty`, which leaves garbage in them."""
+        """Zeros bias and load; needed after `to_empty`, which leaves them uninitialised."""
         self.expert_load.zero_()
         if self.bias is not None:
             self.bias.zero_()
 
     def _router_scores(self, x_ND: Tensor) -> Tensor:
-        """The router's scores in [0, 1]; fp32 whatever the precision, since a choice hangs on it
-        (Fedus et al. 2021)."""
+        """Scores in [0, 1]; fp32 whatever the precision, as rounding could change the choice of
+        experts (Fedus et al. 2021)."""
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.router.weight.float())
             softmax = self.settings.router == "softmax"
             return logits_NE.softmax(-1) if softmax else logits_NE.sigmoid()
 
     def _route(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts of each token, their weights), both [N, K]; the bias only moves the choice.
+        """(experts of each token, their weights), both [N, K]; the bias affects only the choice.
 
-        Weights sum to 1, but for a single expert: its weight is its score, or the router would
-        learn nothing from the loss (Fedus et al. 2021).
+        Weights sum to 1, except for a single expert: its weight is its score, as a constant would
+        give the router no gradient (Fedus et al. 2021).
         """
         biased_scores_NE = scores_NE.detach()
         if self.bias is not None:
@@ -166,9 +161,9 @@ class MoE(nn.Module):
     def _sort_by_expert(
         self, expert_ids_NK: Tensor, weights_NK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(places sorted by expert [S], assignments of each expert, those that it takes).
+        """(assignments sorted by expert [S], how many each expert got, how many it computes).
 
-        Within an expert by token; with a capacity by falling weight, and those beyond it are out.
+        Within an expert by token; with a capacity by falling weight, and those beyond it dropped.
         """
         limit = self.capacity(len(expert_ids_NK))
         experts_P = expert_ids_NK.flatten()
@@ -180,6 +175,7 @@ class MoE(nn.Module):
         by_weight_P = weights_NK.detach().flatten().sort(stable=True, descending=True).indices
         sorted_experts_P, by_expert_P = experts_P[by_weight_P].sort(stable=True)
         counts_E = _count_ids(sorted_experts_P, expert_ids_E)
+        # Each assignment's rank in its expert's queue, the largest weight first.
         starts_E = counts_E.cumsum(0) - counts_E
         queue_index_P = (
             torch.arange(len(sorted_experts_P), device=sorted_experts_P.device)
@@ -188,7 +184,7 @@ class MoE(nn.Module):
         return by_weight_P[by_expert_P][queue_index_P < limit], counts_E, counts_E.clamp(max=limit)
 
     def capacity(self, tokens: int) -> int:
-        """Assignments that an expert takes of a microbatch of `tokens`; 0: all."""
+        """Assignments that an expert computes of a microbatch of `tokens`; 0: all."""
         assignments = self.settings.capacity * tokens * self.settings.active
         return math.ceil(assignments / self.settings.experts)
 
@@ -196,8 +192,8 @@ class MoE(nn.Module):
         """This rank's part of the balance loss of a microbatch times its tokens.
 
         rate x E x sum_e f_e P_e (Fedus et al. 2021): f_e is the part of all assignments that e got,
-        P_e the mean probability that tokens gave it. Only f needs other ranks' tokens, because
-        tokens x P_e is a sum over tokens.
+        P_e its mean probability over tokens. Only f needs other ranks' tokens, because tokens x P_e
+        is a sum over tokens.
         """
         counts_E = self.sum_over_sequence(counts_E)
         fractions_E = counts_E / counts_E.sum()
@@ -209,10 +205,10 @@ class MoE(nn.Module):
 
 
 class _AttachAuxLoss(torch.autograd.Function):
-    """The first input. Its backward gives `aux` the gradient `scale` and counts the assignments.
+    """Returns `out`; the backward gives `aux` the gradient `scale` and adds `counts` to `load`.
 
-    So a loss that no later stage sees gets its gradient, and a microbatch is counted once: a block
-    that is computed again runs its forward twice and its backward once, and evaluation has none.
+    Counting in the backward counts each microbatch once: under activation checkpointing a block
+    runs its forward twice and its backward once, and evaluation runs no backward.
     """
 
     @staticmethod
@@ -234,11 +230,12 @@ class _AttachAuxLoss(torch.autograd.Function):
 attach_aux_loss: Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor] = (
     _AttachAuxLoss.apply
 )
-"""(out, aux, scale, load, counts) to out; see `_Noted`."""
+"""(out, aux, scale, load, counts) to out; see `_AttachAuxLoss`."""
 
 
 class _PermuteRows(torch.autograd.Function):
-    """Rows by index, and back by index: what an index_add would do with atomics, in one order."""
+    """Rows by index, with a gradient by gathers: an index_add would add with atomics, in an order
+    that changes from run to run."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, has_missing: bool) -> Tensor:
@@ -250,7 +247,7 @@ class _PermuteRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         copies = _select_rows(grad, inverse, ctx.missing)
-        if len(inverse) > ctx.rows:
+        if len(inverse) > ctx.rows:  # each row of x was copied K times: its gradient is their sum
             copies = copies.view(ctx.rows, -1, *grad.shape[1:]).sum(1)
         return copies, None, None, None
 
@@ -258,7 +255,7 @@ class _PermuteRows(torch.autograd.Function):
 def permute_rows(x: Tensor, index: Tensor, inverse: Tensor, has_missing: bool = False) -> Tensor:
     """Rows x[index] of x [n, ...], with a gradient made of gathers alone.
 
-    Row i of x went to the rows back[i K], ..., back[i K + K - 1] of the result, K = len(back) / n.
+    Row i of x is in rows inverse[i K] ... inverse[i K + K - 1] of the result, K = len(inverse) / n.
     `has_missing`: an index one beyond the end may occur and stands for a row of zeros.
     """
     apply: Any = _PermuteRows.apply
@@ -267,24 +264,22 @@ def permute_rows(x: Tensor, index: Tensor, inverse: Tensor, has_missing: bool = 
 
 
 def inverse_permutation(order_S: Tensor, size: int) -> Tensor:
-    """Where each of `size` places stands in `order_S`; len(order_S) if it does not."""
+    """The position of each of 0 ... size - 1 in `order_S`; len(order_S) where it is missing."""
     inverse_P = torch.full((size,), len(order_S), dtype=order_S.dtype, device=order_S.device)
     inverse_P[order_S] = torch.arange(len(order_S), device=order_S.device)
     return inverse_P
 
 
 def run_local_experts(rows_SD: Tensor, sizes_E: Tensor, compute: ExpertFn) -> Tensor:
-    """All experts are here."""
     return compute(rows_SD, sizes_E)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoE]:
-    """Every mixture of experts in `model`, in order."""
     return (module for module in model.modules() if isinstance(module, MoE))
 
 
 def reset_expert_load(model: nn.Module) -> None:
-    """Starts counting anew: at the start of every step, also of one that follows a dropped one."""
+    """Called at the start of every step."""
     for moe in moe_layers(model):
         moe.expert_load.zero_()
 
@@ -294,8 +289,8 @@ def sum_expert_load(
 ) -> Tensor | None:
     """The step's loads, a row [E] for each module with a bias; None if none has.
 
-    `sum_over_ranks` sums an int64 tensor over all ranks that saw other samples or positions; it is
-    called once, or not at all.
+    `sum_over_ranks` sums an int64 tensor over all ranks with other samples or positions; it is
+    called at most once.
     """
     loads = [moe.expert_load for moe in layers if moe.bias is not None]
     return sum_over_ranks(torch.stack(loads)) if loads else None
@@ -305,8 +300,7 @@ def sum_expert_load(
 def update_router_bias(layers: Iterable[MoE], loads: Tensor | None, rate: float) -> None:
     """With a committed step: bias += rate x sign(mean load - load) (Wang et al. 2024).
 
-    `loads` are the `sum_expert_load` of the same modules. Those without a bias are left alone.
-    Loads start anew.
+    `loads` is `sum_expert_load` of the same modules; their counts are set to zero.
     """
     if loads is None:
         return
@@ -319,9 +313,9 @@ def update_router_bias(layers: Iterable[MoE], loads: Tensor | None, rate: float)
 
 
 def _expert_mlp(rows_SD: Tensor, up_FD: Tensor, gate_FD: Tensor | None, down_DF: Tensor) -> Tensor:
-    """One expert's MLP. In bf16 a CPU makes a kernel for every number of rows and keeps it: five
-    steps of tiny-moe held 564 MiB, and hold 107 since zeros fill rows up to few numbers."""
     rows = len(rows_SD)
+    # In bf16 a CPU compiles a kernel for every number of rows and caches it. Padding with zeros to
+    # a multiple leaves few numbers: five steps of tiny-moe take 107 MiB instead of 564.
     if rows_SD.device.type == "cpu" and compute_dtype(rows_SD) == torch.bfloat16:
         rows_SD = F.pad(rows_SD, (0, 0, 0, -rows % ROW_ALIGNMENT))
     up_SF = F.linear(rows_SD, up_FD)
@@ -330,7 +324,7 @@ def _expert_mlp(rows_SD: Tensor, up_FD: Tensor, gate_FD: Tensor | None, down_DF:
 
 
 def _count_ids(sorted_ids_P: Tensor, ids_E: Tensor) -> Tensor:
-    """How often each number occurs among sorted ones, without waiting for the device."""
+    """How often each id occurs; unlike bincount, it does not wait for the device."""
     ends_E = torch.searchsorted(sorted_ids_P, ids_E, right=True)
     return ends_E.diff(prepend=ends_E.new_zeros(1))
 

@@ -1,9 +1,6 @@
-"""The decoder-only transformer on bytes: embedding, blocks, norm, head, and its summed loss.
+"""The decoder-only transformer: embedding, blocks, norm, head, and its summed loss.
 
-Not here: initial values (`initial.py`), the loss's arithmetic (`loss.py`), dropout's key (the
-engine gives one per microbatch), any split over ranks (`parallel/` sets the seams). Traded away: a
-loss outside of the model. It is a mode of `forward`, because FSDP2 gathers parameters in hooks
-around `forward` and nowhere else.
+The loss is a mode of `forward`, because FSDP2 gathers parameters in hooks around `forward` alone.
 
 Shape suffixes: B sequences, T positions, D width, V vocabulary.
 """
@@ -17,20 +14,25 @@ from torch import Tensor, nn
 
 from cordee.config.model import ModelSettings
 from cordee.config.run import MemorySettings
-from cordee.model.activation_checkpoint import run_block
 from cordee.model.attention import Attention, RMSNorm, rope_table
+from cordee.model.layers import (
+    MLP,
+    ActivationHook,
+    SequenceShard,
+    dropout,
+    embedding_rows,
+    identity,
+    run_block,
+)
 from cordee.model.loss import capped_logits, chunked_loss, head_loss, summed_cross_entropy
-from cordee.model.mlp import MLP
 from cordee.model.moe import MoE
-from cordee.model.precision import embedding_rows
-from cordee.model.sequence_shard import ActivationHook, SequenceShard, dropout, identity
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)); dropout on what is added.
 
-    `gather_sequence` and `scatter_sum` are where tensor parallelism gathers a split sequence and
-    scatters sums; experts work on the split one.
+    `gather_sequence` and `scatter_sum` are hooks in which tensor parallelism gathers a split
+    sequence and scatters sums; experts work on the split one.
     """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
@@ -48,8 +50,8 @@ class Block(nn.Module):
         self.moe = MoE(settings) if uses_moe else None
 
     def forward(self, x_BTD: Tensor, rope_TE2: Tensor, key: int = 0) -> Tensor:
-        """[B, T, D] to [B, T, D]; `key` decides what dropout drops. The residual stream keeps its
-        type (fp32 under autocast): making it bf16 saved no measurable time."""
+        """[B, T, D] to [B, T, D]; `key` seeds dropout."""
+        # The residual stream keeps its type (fp32 under autocast): bf16 saved no measurable time.
         attention_BTD = self.attention(self.gather_sequence(self.attention_norm(x_BTD)), rope_TE2)
         x_BTD = x_BTD + self._dropout(self.scatter_sum(attention_BTD), key, 0)
         return x_BTD + self._dropout(self._feed_forward(self.mlp_norm(x_BTD)), key, 1)
@@ -73,10 +75,9 @@ class Transformer(nn.Module):
     """A causal language model over `vocabulary` tokens, or one stage of it; parameters as in
     `layout/tensors.py`.
 
-    Nothing is drawn here that counts: call `init_weights` after construction (also after
-    construction on the meta device and `to_empty`). `memory` trades time for memory; `layer_range`
-    are the blocks of this stage, of which the first has the embedding and the last the head. The
-    seams are the identity until a layout needs them.
+    Call `init_weights` after construction, or after construction on the meta device and `to_empty`.
+    `layer_range` are the blocks of this stage; the first stage has the embedding, the last the
+    head. A layout replaces the hooks, which are the identity without it.
     """
 
     rope_cache: Tensor
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None, key: int | Tensor = 0) -> Tensor:
         """int64 [B, T] (a later stage: the stream [B, T, D]) to logits fp32 [B, T, V] (an earlier
-        stage: the stream); with targets to their summed loss (nats). `key` is dropout's."""
+        stage: the stream); with targets to their summed loss (nats). `key` seeds dropout."""
         if self.autocast is None:
             return self._forward(x, targets_BT, int(key))
         with torch.autocast(x.device.type, self.autocast):
@@ -139,16 +140,13 @@ class Transformer(nn.Module):
         return loss
 
     def parts(self) -> Iterator[Block]:
-        """The blocks of this stage, in order."""
         for block in self.blocks.values():
             assert isinstance(block, Block)
             yield block
 
     def reset_rope_cache(self) -> None:
-        """Drops the rotary table; the next forward makes it again on the right device.
-
-        Needed after `to_empty`, which leaves garbage in a table that was made on the meta device.
-        """
+        """Drops the rotary table, which `to_empty` leaves uninitialised; the next forward makes it
+        again on the right device."""
         self.rope_cache = torch.empty(0, device=self.rope_cache.device)
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Inside an island: how one model is cut over its ranks, and how a step's work is run."""
+"""Inside an island: one model over its ranks, and the engines that run microbatches on it."""

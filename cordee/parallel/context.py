@@ -1,12 +1,10 @@
-"""Attention over a sequence that is cut over ranks: by gathering keys and values, or in a ring.
+"""Attention over a sequence that is split over ranks: by gathering keys and values, or in a ring.
 
-Each rank holds two chunks of every sequence (`layout/split.context_chunks`), and everything but
-attention works on positions alone. Gather: every rank gets all keys and values, then attends with
-the model's own kernels; two messages a layer, whole keys in memory. Ring: keys and values travel
-from rank to rank while each attends to what is there (Liu et al. 2023), so that no rank holds more
-than its own block and two on their way. Traded away in the ring: fused kernels; its tiles are
-plain products with the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), the same on
-all devices.
+Each rank holds two chunks of every sequence (`layout/microbatches.context_chunks`). Gather: every
+rank gets all keys and values, then attends with the model's own kernels. Ring: keys and values
+travel from rank to rank while each attends to those it has (Liu et al. 2023), so that no rank holds
+more than its own block and two in transit; its tiles are plain products with the online softmax
+(Milakov & Gimelshein 2018; Dao et al. 2022) instead of fused kernels, the same on all devices.
 
 Shape suffixes: B sequences, T local positions of queries, S of keys, H heads, K heads of keys,
 E width of a head, N = B x K, R = T x (H / K) rows of queries that share a key head; P parts.
@@ -31,7 +29,7 @@ from cordee.model.attention import QUERY_CHUNK, causal_attention, hidden_mask, v
 class GatherAttention:
     """`attend` of `model/attention.Attention` on part `index` of `size`; None is a group of one.
 
-    `bytes_sent` counts what this rank handed over, forward and backward.
+    `bytes_sent` counts what this rank sent, forward and backward.
     """
 
     group: dist.ProcessGroup | None
@@ -54,14 +52,14 @@ class GatherAttention:
 
     @staticmethod
     def _natural_order(kv_P2BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Everybody's chunks to keys and values in natural order, [B, P x T, K, E] each."""
+        """All ranks' chunks to keys and values in natural order, [B, P x T, K, E] each."""
         first_chunks, second_chunks = kv_P2BTKE.chunk(2, 3)
         kv = torch.cat((first_chunks, second_chunks.flip(0))).movedim(0, 2).flatten(2, 3)
         return kv[0], kv[1]
 
 
 class _AllGatherKV(torch.autograd.Function):
-    """All-gather whose backward sums everybody's gradients of our part.
+    """All-gather whose backward sums all ranks' gradients of this rank's part.
 
     The sum is an all-to-all and an addition here: the same bytes as a reduce-scatter, but bf16
     gradients are added in fp32, and in the order of the ranks.
@@ -91,14 +89,14 @@ _all_gather_kv: Callable[[Tensor, GatherAttention], Tensor] = _AllGatherKV.apply
 
 @dataclass(frozen=True)
 class _PendingTransfer:
-    """A message under way. `send_buffer` is held until it has left."""
+    """A message in transit. `send_buffer` must live until it has been sent."""
 
     works: list[dist.Work]
     send_buffer: Tensor
     receive_buffer: Tensor
 
     def wait(self) -> Tensor:
-        """Waits for both directions; returns what came."""
+        """Waits for both directions; returns the received tensor."""
         for work in self.works:
             work.wait()
         return self.receive_buffer
@@ -108,7 +106,7 @@ class _PendingTransfer:
 class RingAttention:
     """`attend` of `model/attention.Attention` on part `index` of `size`; None is a group of one.
 
-    `bytes_sent` counts what this rank handed over, forward and backward.
+    `bytes_sent` counts what this rank sent, forward and backward.
     """
 
     group: dist.ProcessGroup | None
@@ -119,13 +117,13 @@ class RingAttention:
 
     def __call__(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         """Local q [B, T, H, E], k and v [B, T, K, E] to [B, T, H, E]."""
-        # Refuses what cannot be cut before anything is sent.
+        # Raises for a sequence that cannot be split, before anything is sent.
         context_chunks(q_BTHE.shape[1] * self.size, self.size, self.index)
         with torch.autocast(q_BTHE.device.type, enabled=False):  # as in the backward
             return _ring_attention(q_BTHE, k_BTKE, v_BTKE, self)
 
     def send_to_next(self, tensor: Tensor) -> _PendingTransfer:
-        """Starts sending `tensor` to the next rank and receiving its like from the one before."""
+        """Starts sending `tensor` to the next rank and receiving one from the rank before."""
         receive_buffer = torch.empty_like(tensor)
         next_rank, previous_rank = (self.index + 1) % self.size, (self.index - 1) % self.size
         send_op = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=next_rank)
@@ -138,7 +136,7 @@ class RingAttention:
         )
 
     def blocks(self, local_block: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(owner, block) of every rank's block, ours first; the next travels meanwhile."""
+        """(owner, block) of every rank's block, this rank's first; the next travels meanwhile."""
         block = local_block
         for hop in range(self.size):
             transfer = self.send_to_next(block) if hop + 1 < self.size else None
@@ -149,12 +147,11 @@ class RingAttention:
     def tiles(
         self, q_NRE: Tensor, heads_per_key: int, owner: int
     ) -> Iterator[tuple[slice, slice, Tensor | None]]:
-        """Our queries by CHUNK positions against what each chunk sees of `owner`'s block: (rows of
-        q, keys of the block, mask [rows, keys] of what is hidden, if anything is).
-
-        The later chunk of keys comes first, so that the first tile of every query holds the query's
-        own position: the running maximum is finite from there on.
+        """This rank's queries, QUERY_CHUNK positions at a time, against the part of `owner`'s block
+        that they see: (rows of q, keys of the block, mask [rows, keys] of hidden keys or None).
         """
+        # The later chunk of keys comes first: the first tile of every query then contains its own
+        # position, so the running maximum is finite from the start.
         length = q_NRE.shape[1] // heads_per_key * self.size
         local_chunks = _chunk_shifts(context_chunks(length, self.size, self.index))
         owner_chunks = _chunk_shifts(context_chunks(length, self.size, owner))
@@ -175,13 +172,13 @@ class RingAttention:
 
 
 class _RingFunction(torch.autograd.Function):
-    """Attention with the key blocks handed round; sums and probabilities in fp32 (or fp64)."""
+    """Attention while key blocks go round the ring; sums and probabilities in fp32 (or fp64)."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, ring: RingAttention
     ) -> Tensor:
-        """Keeps queries, our keys and values, the output, and one number per query and head."""
+        """Saves queries, own keys and values, the output, and a log-sum-exp per query and head."""
         heads_per_key = q_BTHE.shape[2] // k_BTKE.shape[2]
         q_NRE = _to_rows(q_BTHE, heads_per_key)
         kv_2NSE = torch.stack((_to_rows(k_BTKE, 1), _to_rows(v_BTKE, 1)))
@@ -205,9 +202,9 @@ class _RingFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Probabilities again, tile by tile, from the saved log-sum-exp. A block's gradients start
-        at the first rank after its owner, follow the block, and reach the owner last: as many hops
-        as the block itself makes."""
+        """Recomputes probabilities tile by tile from the saved log-sum-exp."""
+        # A block's gradient starts at the rank after its owner, follows the block round the ring
+        # and reaches the owner last: as many hops as the block itself makes.
         q_NRE, kv_2NSE, out_NRE, lse_NR1 = ctx.saved_tensors
         ring, heads_per_key = ctx.ring, ctx.group
         wide_dtype, scale = _wide_dtype(q_NRE), _scale(q_NRE)
@@ -246,13 +243,13 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunk_shifts(chunks: tuple[range, range]) -> list[tuple[range, int]]:
-    """Each chunk with what to take from a position to find its place in the rank's block."""
+    """Each chunk with the difference between a position and its index in the rank's block."""
     first, second = chunks
     return [(first, first.start), (second, second.start - len(first))]
 
 
 def _to_rows(x_BTHE: Tensor, heads_per_key: int) -> Tensor:
-    """[B, T, H, E] to [N, R, E]: the heads that share a key head stand side by side."""
+    """[B, T, H, E] to [N, R, E]: the heads that share a key head become rows side by side."""
     batch, length, heads, width = x_BTHE.shape
     x_BKTGE = x_BTHE.view(batch, length, heads // heads_per_key, heads_per_key, width).transpose(
         1, 2
@@ -263,7 +260,7 @@ def _to_rows(x_BTHE: Tensor, heads_per_key: int) -> Tensor:
 
 
 def _from_rows(x_NRE: Tensor, batch: int, heads_per_key: int) -> Tensor:
-    """The way back from `_to_rows`."""
+    """The reverse of `_to_rows`."""
     count, row_count, width = x_NRE.shape
     x_BTKGE = x_NRE.view(
         batch, count // batch, row_count // heads_per_key, heads_per_key, width
@@ -282,7 +279,7 @@ def _scores(q_NRE: Tensor, k_NCE: Tensor, mask_RC: Tensor | None) -> Tensor:
 
 
 def _scaled_matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale x a @ b of batches. Not `bmm`: selective recomputation keeps what that gives
-    (model/activation_checkpoint.py), and a tile's scores are as many as the probabilities it does
-    not keep."""
+    """scale x a @ b of batches."""
+    # Not bmm, whose results selective recomputation keeps (model/layers.SAVED_OPS): scores of all
+    # tiles would take as much memory as the attention probabilities.
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=scale)

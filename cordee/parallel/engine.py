@@ -1,9 +1,8 @@
-"""Runs a step's microbatches on this rank: forward, backward, and sums in the order asked for.
+"""Runs a step's microbatches on this rank: forward, backward, and sums of gradients.
 
-Two ways to add: plain (into `.grad`, as a hand-written loop does) and canonical (a tree over
-microbatch index, layout/microbatches.py), which the exchange needs. The loss is divided by the
-global token count before backward, so every sum is already the mean. Not here: pipelines
-(`pipeline.py` gives this interface its second member).
+Gradients are added plainly (into `.grad`) or in canonical order (a tree over microbatch indices,
+layout/microbatches.py). The loss is divided by the global token count before the backward, so every
+sum is already the mean. Pipelines have an engine of their own in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from cordee.hf.safetensors_io import slice_box
 from cordee.layout.axes import STAGE_AXES
 from cordee.layout.microbatches import TreeSum
 from cordee.model.init_weights import seeded_rng
+from cordee.model.layers import autocast_to
 from cordee.model.moe import moe_layers, reset_expert_load, sum_expert_load, update_router_bias
-from cordee.model.precision import autocast_to
 from cordee.parallel import fsdp
 from cordee.parallel.fsdp import Sharding, local_tensor
 from cordee.parallel.grad_reduce import GradientReducer
@@ -40,7 +39,7 @@ Batch = tuple[Tensor, ...]
 
 
 class MicrobatchLoader(Protocol):
-    """Where the engine's work comes from (data/loader.py is one)."""
+    """What the engine reads microbatches from; data/loader.py has one."""
 
     def begin(self, step: int, indices: range) -> None:
         """Announces the microbatches of `step` that this rank computes."""
@@ -51,13 +50,13 @@ class MicrobatchLoader(Protocol):
         ...
 
     def ids(self, step: int, index: int) -> NDArray[np.int64]:
-        """Ids of the samples of which `microbatch` handed over the content."""
+        """Ids of the samples of `microbatch(step, index)`."""
         ...
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What an engine needs to know of a run. `step_tokens` are the targets of a whole step."""
+    """What an engine needs to know of a run. `step_tokens` counts targets of a whole step."""
 
     microbatches: range
     total_microbatches: int
@@ -94,22 +93,17 @@ class Engine:
             mesh, [local_model.specs[name] for name in self.parameters]
         )
         self._tree_sum = TreeSum(step_spec.microbatches, step_spec.total_microbatches)
-        # Found once: to look through all modules in every microbatch costs 1 % of a small step.
-        self._moe_layers = [
-            moe for stage_module in local_model.stage_modules for moe in moe_layers(stage_module)
-        ]
-        self._fsdp_modules = [
-            fsdp_module
-            for stage_module in local_model.stage_modules
-            for fsdp_module in fsdp.fsdp_modules(stage_module)
-        ]
+        # Collected once: a walk through all modules in every microbatch costs 1 % of a small step.
+        modules = local_model.stage_modules
+        self._moe_layers = [moe for module in modules for moe in moe_layers(module)]
+        self._fsdp_modules = [unit for module in modules for unit in fsdp.fsdp_modules(module)]
         self._is_training = False
         self.pipeline_bytes = 0
-        """Bytes that this rank has sent from stage to stage."""
+        """Bytes that this rank has sent between pipeline stages."""
         self.sample_digests: dict[int, int] = {}
-        """Of this step's microbatches that this rank loaded, their samples' (data/ledger.py)."""
+        """By microbatch that this rank loaded in this step (data/ledger.py)."""
         self.data_s = 0.0
-        """Time of the last step that was spent on getting its tokens."""
+        """Seconds of the last step that were spent on loading its data."""
         self._start_s = 0.0
         self._device_events: list[torch.Event] = []
         self._on_forward: Callable[[], None] = do_nothing
@@ -117,8 +111,8 @@ class Engine:
     def forward_backward(
         self, step: int, scale: float = 1.0, on_forward: Callable[[], None] = do_nothing
     ) -> tuple[list[Tensor], PartialSums]:
-        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums, which
-        are `scale` times the gradient). `on_forward` is called after each forward."""
+        """Runs step `step` (from 0): (summed loss of each microbatch in nats, partial sums of
+        `scale` times the gradient). `on_forward` is called after each forward."""
         self.begin_step(step, scale)
         self._on_forward = on_forward
         is_canonical = self.step_spec.sharding.canonical
@@ -135,41 +129,41 @@ class Engine:
             elif self._reduces_after_backward and self.step_spec.sharding.zero > 1:
                 self._reduce_over_shards()
             self._record_event()
-        # A step that is dropped or fails has not moved them.
+        # Buffers move with `commit`, as the step may be dropped or fail.
         self._moved_buffers = self._copy_buffers()
         self._restore_buffers(old_buffers)
-        # Without work there is nothing in the tree: zeros over no microbatch.
+        # Without microbatches the tree is empty: zeros over an empty range.
         return losses, partial_sums if partial_sums else self.reduce_in_island()
 
     def set_microbatches(self, microbatches: range) -> None:
-        """This rank computes these microbatches from now on; without axes inside an island there
-        may be none."""
+        """This rank computes these microbatches from now on; they may be none where an island is
+        one rank."""
         self.step_spec = replace(self.step_spec, microbatches=microbatches)
         self._tree_sum = TreeSum(microbatches, self.step_spec.total_microbatches)
 
     @property
     def compute_s(self) -> float:
-        """Seconds that this step's microbatches took, waits for data left out: on an
-        accelerator by its own clock (it may still be busy with the update before, or idle while
-        the host loads), once it is done with them."""
+        """Seconds that this step's microbatches took, without waits for data.
+
+        An accelerator is measured by events of its own, and waited for: it may still be busy with
+        the update before, or idle while the host loads.
+        """
         if self._device_events:
             self._device_events[-1].synchronize()
             pairs = zip(self._device_events[::2], self._device_events[1::2], strict=True)
-            elapsed_ms: float = sum(
-                start_event.elapsed_time(end_event) for start_event, end_event in pairs
-            )
+            elapsed_ms: float = sum(start.elapsed_time(end) for start, end in pairs)
             return elapsed_ms / 1e3
         return time.perf_counter() - self._start_s - self.data_s
 
     @property
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank has sent inside its island so far, by axis; "sums" are gradients
-        added over several axes at once."""
+        that are added over sets of axes."""
         sent_bytes = {**self.local_model.bytes_sent, "pipeline": self.pipeline_bytes}
         return {**sent_bytes, "sums": self.gradient_reducer.bytes_sent}
 
     def begin_step(self, step: int, scale: float) -> None:
-        """Training mode, no gradients, and the loader knows what is wanted."""
+        """Sets training mode, clears gradients, and announces the microbatches to the loader."""
         if not self._is_training:
             self.set_training(training=True)
         for stage_module in self.local_model.stage_modules:
@@ -186,7 +180,7 @@ class Engine:
         self.data_s = time.perf_counter() - self._start_s
 
     def reduce_in_island(self) -> PartialSums:
-        """The gradients that FSDP2 and autograd left, summed inside the island."""
+        """The gradients of the backwards since `begin_step`, summed inside the island."""
         if self._reduces_after_backward and not self._reduced_gradients:
             self._reduce_over_shards()
         self._reshard()
@@ -205,52 +199,48 @@ class Engine:
         return [((self.step_spec.microbatches.start, self.step_spec.microbatches.stop), gradients)]
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Hands the agreed gradient to the optimiser's tensors; returns this rank's parts of it."""
+        """Sets `.grad` of the optimiser's tensors to the reduced gradient; this rank's parts."""
         self._reshard()
         local_gradients = []
         for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
             if self.is_sharded and self.step_spec.sharding.canonical:
                 box = self.local_model.specs[name].box(self.mesh.layout, self.mesh.coords)
-                # Whole gradients are summed where they were made; offloaded rows are the host's.
+                # Gradients are summed on the device; offloaded parameters are on the host.
                 gradient = slice_box(gradient, box).to(parameter.device)
             parameter.grad = gradient
             local_gradients.append(gradient)
         return local_gradients
 
     def prepare(self) -> Tensor | None:
-        """What `commit` needs of other ranks (collective): how busy experts were in this step."""
+        """What `commit` needs of other ranks (collective): this step's load of each expert."""
         return sum_expert_load(self._moe_layers, self._sum_over_ranks)
 
     def commit(self, loads: Tensor | None) -> None:
-        """With the optimiser's step, on this rank alone: moves what keeps experts balanced, by what
-        `prepare` returned, and buffers to where the forwards brought them."""
+        """With the optimiser's step, without communication: updates the router's biases by what
+        `prepare` returned, and buffers to their values after the forwards."""
         update_router_bias(self._moe_layers, loads, self.step_spec.balance_rate)
         self._restore_buffers(self._moved_buffers)
 
     def load_tokens(self, step: int, index: int) -> Tensor:
-        """A microbatch of token ids on this rank's device; its time counts as data."""
         (tokens,) = self._load_microbatch(step, index)
         return tokens
 
     def load_batch(self, step: int, index: int) -> Batch:
-        """What the model, or the run's own loss, is called with for a microbatch."""
+        """The arguments of the model, or of the run's own loss, for a microbatch."""
         if self.local_model.loss_function is not None:
             return self._load_microbatch(step, index)
         tokens = self.load_tokens(step, index)
         return self.select_positions(tokens[:, :-1]), self.select_positions(tokens[:, 1:])
 
     def select_positions(self, tokens_BT: Tensor) -> Tensor:
-        """The positions of [B, T] from which this rank attends."""
+        """The columns of [B, T] at the positions from which this rank attends."""
         positions = self.local_model.sequence_shard.attention_positions(tokens_BT.shape[1])
         return tokens_BT if positions is None else tokens_BT[:, positions.to(tokens_BT.device)]
 
     def dropout_key(self, step: int, index: int) -> int:
-        """What decides which elements dropout drops in a microbatch."""
-        return (
-            microbatch_key(self.step_spec.seed, step, index)
-            if self.step_spec.takes_dropout_key
-            else 0
-        )
+        """The seed of a microbatch's dropout; 0 without dropout."""
+        spec = self.step_spec
+        return microbatch_key(spec.seed, step, index) if spec.takes_dropout_key else 0
 
     # ---- without gradients ----
 
@@ -258,44 +248,30 @@ class Engine:
     def loss(self, batch: Tensor | Batch) -> Tensor:
         """Summed loss in nats of int64 [rows, sequence + 1], or of a batch of the run's own loss;
         the same on all ranks of an island."""
+        model = self.local_model
         if not isinstance(batch, Tensor):
-            return self.call_model(
-                self.local_model.stage_modules[0], tuple(t.to(self.device) for t in batch)
-            )
+            return self.call_model(model.stage_modules[0], tuple(t.to(self.device) for t in batch))
         tokens = batch.to(self.device)
-        local_loss = self.infer(
-            self.select_positions(tokens[:, :-1]), self.select_positions(tokens[:, 1:])
-        )
-        return (
-            local_loss
-            if self.local_model.sequence_shard.context_size == 1
-            else self.local_model.comms["context"].all_reduce_no_grad(local_loss)
-        )
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        loss = self.infer(self.select_positions(inputs), self.select_positions(targets))
+        is_split = model.sequence_shard.context_size > 1
+        return model.comms["context"].all_reduce_no_grad(loss) if is_split else loss
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """fp32 [B, T, V] of int64 [B, T], whole on every rank; T may be anything."""
+        shard, comms = self.local_model.sequence_shard, self.local_model.comms
         length = tokens_BT.shape[1]
-        context_size = self.local_model.sequence_shard.context_size
-        length_multiple = self.local_model.sequence_shard.tensor_size * (
-            2 * context_size if context_size > 1 else 1
-        )
-        padded_tokens = torch.nn.functional.pad(
-            tokens_BT.to(self.device), (0, -length % length_multiple)
-        )
-        output = self.infer(self.select_positions(padded_tokens), None)
-        if self.local_model.sequence_shard.tensor_size > 1:
-            output = self.local_model.comms["tensor"].all_gather_no_grad(output, 2)
-        if context_size > 1:
-            position_order = self.local_model.comms["context"].all_gather_no_grad(
-                self.select_positions(
-                    torch.arange(padded_tokens.shape[1], device=self.device)[None]
-                ),
-                1,
-            )
-            output = self.local_model.comms["context"].all_gather_no_grad(output, 1)[
-                :, position_order[0].argsort()
-            ]
+        # Each context rank holds two chunks, and the tensor ranks split each rank's positions.
+        multiple = shard.tensor_size * (2 * shard.context_size if shard.context_size > 1 else 1)
+        tokens_BT = torch.nn.functional.pad(tokens_BT.to(self.device), (0, -length % multiple))
+        output = self.infer(self.select_positions(tokens_BT), None)
+        if shard.tensor_size > 1:
+            output = comms["tensor"].all_gather_no_grad(output, 2)
+        if shard.context_size > 1:
+            positions = torch.arange(tokens_BT.shape[1], device=self.device)[None]
+            order = comms["context"].all_gather_no_grad(self.select_positions(positions), 1)[0]
+            output = comms["context"].all_gather_no_grad(output, 1)[:, order.argsort()]
         return output[:, :length]
 
     @torch.no_grad()
@@ -312,23 +288,17 @@ class Engine:
                 output: object = self.local_model.loss_function(model, *batch)
             else:
                 output = model(*batch, dropout_key) if dropout_key else model(*batch)
-        sharding = self.step_spec.sharding
-        if (
-            self.is_sharded
-            and sharding.is_user_module
-            and not sharding.gathers_before_forward
-            and model is self.local_model.stage_modules[0]
-        ):
+        sharding, is_own = self.step_spec.sharding, model is self.local_model.stage_modules[0]
+        checks_order = sharding.is_user_module and not sharding.gathers_before_forward
+        if self.is_sharded and checks_order and is_own:
             fsdp.check_unit_order(self.local_model.comms["shard"], -1)
         if self.local_model.is_user_module and batch[-1] is not None:
-            return check_summed_loss(
-                output, "model" if self.local_model.loss_function is None else "loss"
-            )
+            part_name = "model" if self.local_model.loss_function is None else "loss"
+            return check_summed_loss(output, part_name)
         assert isinstance(output, Tensor)
         return output
 
     def set_training(self, training: bool) -> None:
-        """Sets what dropout and the like do."""
         self._is_training = training
         for stage_module in self.local_model.stage_modules:
             stage_module.train(training)
@@ -336,7 +306,7 @@ class Engine:
     # ---- inside ----
 
     def _copy_buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers that a forward may move: those of a caller's own model."""
+        """Copies of the buffers that a forward may change: those of a caller's own model."""
         user_buffers = self.buffers if self.local_model.is_user_module else {}
         return {name: buffer.clone() for name, buffer in user_buffers.items()}
 
@@ -364,37 +334,36 @@ class Engine:
         return detached_loss
 
     def _record_event(self) -> None:
-        """Notes when the device comes here; on a CPU the host's clock says it."""
+        """Records when an accelerator reaches this point; a CPU is timed by the host's clock."""
         if DEVICES[self.device.type].events:
             event = torch.Event(self.device, enable_timing=True)
             event.record()
             self._device_events.append(event)
 
     def _seeded_rng(self, step: int, index: int) -> AbstractContextManager[None]:
-        """What a caller's own model draws depends on the microbatch, not on who computes it."""
+        """Seeds what a caller's own model draws by the microbatch, not by the rank."""
         if not self.local_model.is_user_module:
             return nullcontext()
         return seeded_rng(microbatch_key(self.step_spec.seed, step, index), self.device)
 
     def pop_full_gradients(self) -> list[Tensor]:
-        """This microbatch's whole gradients (where sums are canonical), taken off the modules."""
-        # While FSDP2 keeps parameters gathered, the module's parameters are the whole ones.
+        """The whole gradients of the backward before, removed from the modules."""
+        # While FSDP2 keeps parameters gathered, `parameters()` are the whole ones.
         parameters = list(self.local_model.stage_modules[0].parameters())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self._clear_gradients(parameters)
         return gradients
 
     def _reduce_over_shards(self) -> None:
-        """Adds the whole gradients that are there, summed over shards, to this rank's parts."""
+        """Sums the whole gradients over shards and adds this rank's parts to earlier ones."""
         local_parameters = list(self.parameters.values())
         shard_gradients = fsdp.reduce_scatter_gradients(
             self.pop_full_gradients(), local_parameters, self.local_model.comms["shard"]
         )
-        self._reduced_gradients = (
+        if self._reduced_gradients:
             _add_in_place(self._reduced_gradients, shard_gradients)
-            if self._reduced_gradients
-            else shard_gradients
-        )
+        else:
+            self._reduced_gradients = shard_gradients
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
         """Sums whole numbers over all ranks that have this rank's layers."""
@@ -413,8 +382,8 @@ class Engine:
 
 
 def check_summed_loss(loss: object, part_name: str) -> Tensor:
-    """What a caller's `part_name`, the loss or the model, returned; ConfigError when it is not one
-    number from which gradients flow (they do not in an evaluation)."""
+    """What a caller's loss or model (`part_name`) returned; ConfigError when it is not one number,
+    or, in training, one without a gradient."""
     problem = ""
     if not isinstance(loss, Tensor):
         problem = f"returned a {type(loss).__name__}"

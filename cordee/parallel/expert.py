@@ -1,9 +1,8 @@
 """Expert parallelism: tokens go to the rank that holds their expert, and come back.
 
 Rank r of n holds experts [r E/n, (r+1) E/n) of every mixture. Counts travel first, then rows, by
-all-to-all (Lepikhin et al. 2020); what arrives is sorted by (expert, source rank), so an expert
-sees the rows of all ranks in the order of their concatenated microbatches. Traded away: sending
-while experts compute; the exchange waits for the counts.
+all-to-all (Lepikhin et al. 2020). Rows that arrive are sorted by (expert, source rank), so an
+expert sees the rows of all ranks in the order of their concatenated microbatches.
 
 Shape suffixes as in model/moe.py; R ranks, L experts held here, A arrived rows.
 """
@@ -18,10 +17,10 @@ from cordee.model.moe import ExpertFn, inverse_permutation, moe_layers, permute_
 
 
 def set_expert_dispatch(model: nn.Module, expert_comm: AxisComm, sequence_comm: AxisComm) -> None:
-    """Sets the seams of a model whose mixtures hold this rank's experts.
+    """Sets the hooks of a model whose mixtures hold this rank's experts.
 
     `expert_comm`: the ranks that share the experts; `sequence_comm`: those that split a sequence
-    (axes context and tensor), whose tokens one balance loss counts.
+    (axes context and tensor), whose tokens belong to one balance loss.
     """
     dispatcher = TokenDispatcher(expert_comm)
     for moe in moe_layers(model):
@@ -31,13 +30,13 @@ def set_expert_dispatch(model: nn.Module, expert_comm: AxisComm, sequence_comm: 
 
 
 class TokenDispatcher:
-    """The seam `deal` of a mixture whose experts lie on the ranks of `comm`."""
+    """`MoE.dispatch` where the experts are spread over the ranks of `comm`."""
 
     def __init__(self, comm: AxisComm) -> None:
         self.comm = comm
 
     def __call__(self, rows_SD: Tensor, sizes_E: Tensor, compute: ExpertFn) -> Tensor:
-        """Outputs of rows sorted by expert, in their order, wherever their experts are."""
+        """The experts' outputs of rows sorted by expert, in the same order."""
         rank_count = self.comm.size
         send_counts_RL = sizes_E.view(rank_count, -1)
         receive_counts_RL = self.comm.all_to_all_no_grad(
@@ -58,7 +57,7 @@ class TokenDispatcher:
 
 
 def order_by_expert(receive_counts_RL: Tensor, row_count: int) -> Tensor:
-    """Order [rows] that sorts rows that lie by (source rank, expert) by (expert, source rank)."""
+    """The order [rows] that sorts rows by (expert, source rank), given (source rank, expert)."""
     expert_ids_RL = torch.arange(
         receive_counts_RL.shape[1], device=receive_counts_RL.device
     ).expand_as(receive_counts_RL)

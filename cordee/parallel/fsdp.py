@@ -1,12 +1,9 @@
-"""Parameters, gradients and optimiser sharded over an island with FSDP2.
+"""Parameters, gradients and optimiser state sharded over an island with FSDP2.
 
-Each block and the rest are one unit. What is kept whole between uses is the level of ZeRO
-(Rajbhandari et al. 2020): 1 parameters and gradients, 2 parameters, 3 nothing. Or (canonical) whole
-gradients are taken after each microbatch and added by the exchange: the same bits as unsharded, at
-the price of whole gradients in memory. Levels 2 and 3 gather in the type of products (FSDP2's mixed
-precision), so that no rank holds a cast of the whole island; shards, their gradients and the sums
-stay fp32. FSDP2 and DTensor are imported by the first use: 0.7 s of
-processor time that a run without shards need not pay.
+Each block is a unit, and the rest is one. ZeRO level 1 keeps parameters and gradients whole between
+uses, 2 parameters, 3 nothing (Rajbhandari et al. 2020). Canonical sharding takes whole gradients
+after each microbatch for the tree all-reduce: the same bits as unsharded, for more memory. FSDP2
+and DTensor are imported at first use: 0.7 s of processor time that a run without shards saves.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.collectives import all_gather_flat, reduce_scatter_flat
 from cordee.dist.tree_all_reduce import all_gather_rows
 from cordee.errors import RunError
-from cordee.model.precision import use_fp32_embedding_grads
+from cordee.model.layers import use_fp32_embedding_grads
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -38,10 +35,10 @@ BUCKET_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is sharded: level of ZeRO, whether gradients stay whole (canonical), whether
-    shards and their gradients live in the host's memory (offload), the type that parameters are
-    gathered in (None: their own), and whether it is a module that a caller brought, of which each
-    rank may use other parts in its microbatches."""
+    """How a model is sharded: ZeRO level, whether gradients stay whole (canonical), whether shards
+    and their gradients live in the host's memory (offload), the type that parameters are gathered
+    in (None: their own), and whether it is a caller's module, of which ranks may use different
+    parts in their microbatches."""
 
     zero: int = 1
     canonical: bool = False
@@ -51,30 +48,29 @@ class Sharding:
 
     @property
     def gathers_before_forward(self) -> bool:
-        """Whether all units are gathered before a forward, in one order on every rank, and not by
-        the units that it comes to: where parameters stay whole until the backward anyway."""
+        """Whether all units are gathered before a forward, in one order on every rank, instead of
+        each when it runs: where parameters stay whole until the backward anyway."""
         return self.is_user_module and (self.canonical or self.zero < 3)
 
     @property
     def reduces_after_backward(self) -> bool:
-        """Whether gradients are summed over shards after a backward, in one order, and not by the
-        units that it comes to."""
+        """Whether gradients are summed over shards after the backward, in one order, instead of
+        unit by unit within it."""
         return self.gathers_before_forward and not self.canonical
 
 
 class _CountedCollective:
-    """FSDP2's two collectives as the library has them, counted on a wire: what is handed to others
-    is a part for each of them, the input of a gather or the output of a sum."""
+    """FSDP2's collectives, counted: this rank sends each other rank one part, which is as large as
+    the input of an all-gather or the output of a reduce-scatter."""
 
     def __init__(self, comm: AxisComm) -> None:
         self.comm = comm
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for what is sent or gathered."""
+        """Called by FSDP2 for its buffers."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def count_bytes(self, part: Tensor) -> None:
-        """Notes a collective whose parts are like `part`."""
         self.comm.bytes_sent += (self.comm.size - 1) * part.nbytes
 
 
@@ -105,7 +101,7 @@ def apply_fsdp(
     sharding: Sharding,
     comm: AxisComm,
 ) -> None:
-    """Shards every parameter over `mesh`, in dim 0 or the one that `shard_dims` names; `units` are
+    """Shards every parameter over `mesh`, in dim 0 or the one that `shard_dims` gives; `units` are
     wrapped one by one, then the root. `comm` counts what FSDP2 sends."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -128,7 +124,7 @@ def apply_fsdp(
         use_fp32_embedding_grads(model)
     placements = {p: Shard(shard_dims.get(name) or 0) for name, p in model.named_parameters()}
     for module in (*units, model):
-        # The rest is needed last in a forward and first in a backward: it stays between them.
+        # The root's own parameters are used last in a forward and first in the backward.
         reshards = sharding.zero == 3 and module is not model
         fully_shard(
             module,
@@ -139,8 +135,7 @@ def apply_fsdp(
             mp_policy=precision,
         )
     for fsdp_module in fsdp_modules(model):
-        # Losses are divided by the global token count, so sums must not be divided again; gloo
-        # has no pre-multiplied sum either.
+        # Losses are divided by the global token count already; gloo has no pre-multiplied sum.
         fsdp_module.set_force_sum_reduction_for_comms(True)
         fsdp_module.set_gradient_divide_factor(1.0)
         fsdp_module.set_custom_all_gather(all_gather)
@@ -153,7 +148,8 @@ def apply_fsdp(
 
 
 def _fix_unit_order(model: nn.Module, sharding: Sharding, comm: AxisComm) -> None:
-    """Makes ranks talk in one order although each may use other parts of a caller's module."""
+    """Makes ranks run collectives in one order although each may use other parts of a caller's
+    module: all units are gathered first, or every unit checks that all ranks have come to it."""
     fsdp_units = fsdp_modules(model)
     if sharding.gathers_before_forward:
 
@@ -161,7 +157,7 @@ def _fix_unit_order(model: nn.Module, sharding: Sharding, comm: AxisComm) -> Non
             for unit in fsdp_units:
                 unit.unshard()
 
-        model.register_forward_pre_hook(gather_all)  # comes after FSDP2's own, which begins all
+        model.register_forward_pre_hook(gather_all)  # runs after FSDP2's own, which sets it up
     elif sharding.is_user_module:
         for unit_index, unit in enumerate(fsdp_units):
             hook = functools.partial(_unit_order_hook, unit_index, comm)
@@ -173,8 +169,8 @@ def _unit_order_hook(unit_index: int, comm: AxisComm, *_: object) -> None:
 
 
 def check_unit_order(comm: AxisComm, unit_index: int) -> None:
-    """RunError on every shard when they have come to different units (-1: the end of a forward);
-    without it they would exchange what does not belong together, or abort."""
+    """RunError on every shard when they have come to different units (-1: the end of a forward),
+    whose collectives would mix or abort."""
     unit_indices = all_gather_rows(torch.tensor([unit_index]), comm.group, comm.size)[:, 0].tolist()
     if len(set(unit_indices)) > 1:
         raise RunError(
@@ -187,10 +183,11 @@ def check_unit_order(comm: AxisComm, unit_index: int) -> None:
 def reduce_scatter_gradients(
     full_gradients: Sequence[Tensor], local_parameters: Sequence[Tensor], comm: AxisComm
 ) -> list[Tensor]:
-    """Parts shaped like `local_parameters` of the sums over shards of `full_gradients` gradients,
-    cut in dim 0 as FSDP2 cuts: a collective for every BUCKET_BYTES, the same ones on all ranks."""
+    """This rank's parts, shaped like `local_parameters`, of the sums over shards: cut in dim 0 as
+    FSDP2 cuts, one collective per bucket of BUCKET_BYTES, the same on all ranks."""
     reduce_scatter, shard_gradients = _CountedReduceScatter(comm), []
     for first, last in _bucket_ranges(full_gradients):
+        # Row r holds rank r's shards of all gradients of the bucket: one collective for them.
         rows = [_pad_rows(gradient, comm.size) for gradient in full_gradients[first:last]]
         input_rows = torch.cat(rows, 1)
         output_row = input_rows.new_empty(input_rows.shape[1])
@@ -204,7 +201,6 @@ def reduce_scatter_gradients(
 
 
 def _bucket_ranges(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Ranges of tensors of at most BUCKET_BYTES together; a larger one is alone."""
     starts, bucket_bytes = [0], 0
     for index, tensor in enumerate(tensors):
         if bucket_bytes and bucket_bytes + tensor.nbytes > BUCKET_BYTES:
@@ -222,19 +218,19 @@ def _pad_rows(gradient: Tensor, shard_count: int) -> Tensor:
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """Every unit that FSDP2 manages; none where it was never imported."""
+    """Every unit that FSDP2 manages; [] where it was never imported."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
 
 
 def set_gradient_sync(units: Sequence[FSDPModule], is_last: bool, sharding: Sharding) -> None:
-    """Tells all `units` whether the coming backward reduces; before it, gradients only add up."""
+    """Whether the next backward reduces gradients; until then they add up on this rank."""
     if sharding.canonical:
         return
     for module in units:
         reduces = is_last or sharding.zero > 1
         module.set_requires_gradient_sync(reduces, recurse=False)
-        # What was sent is let go only after a "last" backward; else it lives to the next one.
+        # FSDP2 frees its send buffers only after a "last" backward.
         module.set_is_last_backward(reduces)
 
 
@@ -246,9 +242,7 @@ def reshard(model: nn.Module) -> None:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a parameter or gradient, in the same memory."""
-    local_part: Tensor = getattr(
-        tensor, "_local_tensor", tensor
-    )  # DTensor has it, and nothing else
+    local_part: Tensor = getattr(tensor, "_local_tensor", tensor)  # only a DTensor has it
     return local_part
 
 

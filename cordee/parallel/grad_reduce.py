@@ -1,7 +1,6 @@
-"""What ranks of an island add up: gradients that several hold parts of, and squared norms.
+"""Sums inside an island: gradients of tensors that several ranks hold, and squared norms.
 
-Tensors are counted once: where several ranks hold the very same part, each counts its share. Not
-here: sums over shards (FSDP2) and between islands (`sync/`).
+Where several ranks hold the same part, each counts its share, so every tensor counts once.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ class GradientReducer:
                 self._indices_by_axes.setdefault(axes, []).append(index)
 
     def reduce(self, gradients: list[Tensor]) -> None:
-        """Puts the sums in place of `gradients`; one flat all-reduce for each set of
-        axes."""
+        """Replaces `gradients` by their sums; one flat all-reduce for each set of axes."""
         for axes, indices in self._indices_by_axes.items():
             axis_gradients = [gradients[index] for index in indices]
             flat = torch.cat([tensor.reshape(-1) for tensor in axis_gradients])
             dist.all_reduce(flat, group=self.mesh.group(*axes))
-            size = self.mesh.size(*axes)
+            size = self.mesh.size(*axes)  # a ring all-reduce sends 2 (size - 1) / size of it
             self.bytes_sent += 2 * (size - 1) * flat.nbytes // size
             parts = torch.split(flat, [t.numel() for t in axis_gradients])
             for index, total in zip(indices, parts, strict=True):
@@ -75,14 +73,14 @@ class NormReducer:
         return all_gather_rows(row, self.group, self.size).sum(0)
 
     def sum_local(self, names: Sequence[str], numbers: Tensor) -> Tensor:
-        """fp64 totals of `names` alone, in their order (every rank of the island must ask)."""
+        """fp64 totals of `names` alone, in their order; collective over the island."""
         indices, _ = self._indices_and_shares(tuple(names), numbers.device)
         return self.sum_all(names, numbers)[indices]
 
     def _indices_and_shares(
         self, names: tuple[str, ...], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Places and shares of `names`; the same few sets of names come in every step."""
+        """Cached, since the same few sets of names come in every step."""
         if (names, device) not in self._cache:
             indices = torch.tensor([self._index_by_name[name] for name in names], dtype=torch.int64)
             shares = torch.tensor(

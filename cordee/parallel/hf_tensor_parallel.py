@@ -1,10 +1,8 @@
-"""Tensor parallelism of foreign models: hooks on their Linears, as the model's own plan says.
+"""Tensor parallelism of Hugging Face models: hooks on their Linears, as the model's own plan says.
 
-The model's code stays as it is. A Linear that is cut by outputs takes its input from all ranks
-alike and hands its part on; one that is cut by inputs adds the ranks' products. The stream between
-them is whole on every rank, so norms compute complete gradients (`TensorSpec.list_complete`).
-Traded away: the split sequence of `tensor.py` (less memory), which needs to know what stands
-between.
+The model's code stays as it is. Activations between cut layers are whole on every rank, so norms
+compute complete gradients; splitting the sequence there, as `tensor.py` does, would need to know
+the model's code.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from cordee.parallel.tensor import VocabParallel
 
 
 def check_hf_layout(hub: HubSource, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-    """LayoutError for degrees that the model's own plan does not allow, naming the nearest."""
+    """LayoutError for degrees that the model's own plan does not allow, with the nearest one."""
     for axis in ("pipeline", "context", "expert"):
         if getattr(layout, axis) > 1:
             raise LayoutError(
@@ -64,71 +62,48 @@ def check_hf_layout(hub: HubSource, specs: Mapping[str, TensorSpec], layout: Lay
 
 
 def set_tensor_parallel(model: HubModel, comm: AxisComm) -> None:
-    """Sets hooks on a model whose parameters are narrowed to this rank's part."""
+    """Sets hooks on a model whose parameters have this rank's shapes."""
     for name, module in list(model.named_modules()):
         plan_entry = model.source.tp_entry(name)
         if plan_entry is not None and comm.size > 1:
             PLAN_HOOKS[plan_entry](module, comm)
     head = model.source.meta_model.get_output_embeddings()
     head_names = [n for n, m in model.source.meta_model.named_modules() if m is head]
-    if (
-        comm.size > 1
-        and head_names
-        and str(model.source.tp_entry(head_names[0])).startswith("colwise")
-    ):
+    head_entry = str(model.source.tp_entry(head_names[0])) if head_names else ""
+    if comm.size > 1 and head_entry.startswith("colwise"):
         model.head_input_hook = comm.all_reduce_backward
         model.cross_entropy = VocabParallel(comm).cross_entropy
 
 
 def _check_tp_plan(hub: HubSource, tensor_degree: int) -> None:
-    values: dict[str, object] = {
-        "layout.tensor": tensor_degree, "model.hub": str(hub.folder.path)
-    }  # fmt: skip
+    """LayoutError for plan entries that have no hook here."""
+
+    def error(message: str, **values: object) -> LayoutError:
+        context = {"layout.tensor": tensor_degree, "model.hub": str(hub.folder.path)}
+        return LayoutError(message, values={**context, **values}, fix="layout.tensor=1")
+
     if not hub.tp_plan:
-        raise LayoutError(
-            "the model brings no tensor-parallel plan", values=values, fix="layout.tensor=1"
-        )
+        raise error("the model brings no tensor-parallel plan")
     for name, module in hub.meta_model.named_modules():
-        plan_entry = hub.tp_entry(name)
-        if plan_entry is None:
-            continue
-        if plan_entry not in PLAN_HOOKS or not _fits_module(plan_entry, module):
-            raise LayoutError(
-                "the model's tensor-parallel plan asks for what this version does not do",
-                values={
-                    **values,
-                    "module": name,
-                    "entry": plan_entry,
-                    "type": type(module).__name__,
-                },
-                fix="layout.tensor=1",
-            )
-    # Packed experts and the like: rows of the plan that cut a parameter, not a module.
-    bare_parameters = [
-        n for n, _ in hub.meta_model.named_parameters() if pattern_of(n) in hub.tp_plan
-    ]
-    if bare_parameters:
-        raise LayoutError(
-            "the model's tensor-parallel plan cuts what is no module",
-            values={
-                **values,
-                "parameter": bare_parameters[0],
-                "entry": hub.tp_plan[pattern_of(bare_parameters[0])],
-            },
-            fix="layout.tensor=1",
-        )
+        entry = hub.tp_entry(name)
+        if entry is not None and (entry not in PLAN_HOOKS or not _fits_module(entry, module)):
+            message = "the model's tensor-parallel plan asks for what this version does not do"
+            raise error(message, module=name, entry=entry, type=type(module).__name__)
+    # Packed experts and the like: plan entries for a parameter instead of a module.
+    for name, _ in hub.meta_model.named_parameters():
+        if pattern_of(name) in hub.tp_plan:
+            message = "the model's tensor-parallel plan cuts what is no module"
+            raise error(message, parameter=name, entry=hub.tp_plan[pattern_of(name)])
     for name, tied_name in hub.tied_parameters.items():
         dims = {WEIGHT_DIMS.get(str(hub.tp_entry(n.rpartition(".")[0]))) for n in (name, tied_name)}
         if len(dims) > 1:
-            raise LayoutError(
-                "the plan cuts a tied parameter in two ways",
-                values={**values, "tensors": (tied_name, name)},
-                fix="layout.tensor=1",
-            )
+            message = "the plan cuts a tied parameter in two ways"
+            raise error(message, tensors=(tied_name, name))
 
 
 def _fits_module(plan_entry: str, module: nn.Module) -> bool:
-    """Whether the seam of `plan_entry` fits the module: plain products where it replaces them."""
+    """Whether the hook of `plan_entry` fits: row parallelism replaces the forward of a plain Linear
+    and must not replace another's."""
     if plan_entry.startswith("embedding"):
         return isinstance(module, nn.Embedding)
     if plan_entry.startswith("rowwise"):
@@ -157,7 +132,7 @@ def _row_parallel(module: nn.Module, comm: AxisComm, split: bool = False) -> Non
 
 
 class _RowParallelEmbedding:
-    """An embedding of which this rank holds some rows: others' tokens look up zeros."""
+    """An embedding of which this rank holds some rows; tokens of other ranks' rows give zeros."""
 
     def __init__(self, module: nn.Module, comm: AxisComm) -> None:
         assert isinstance(module, nn.Embedding)
@@ -185,7 +160,7 @@ def _column_embedding(module: nn.Module, comm: AxisComm) -> None:
 
 
 def _replicate(module: nn.Module, comm: AxisComm) -> None:
-    """What ranks hold whole; `TensorSpec.list_complete` says whether its gradients are summed."""
+    """Whole on every rank; `TensorSpec.full_grad_axes` says whether gradients are summed."""
 
 
 PLAN_HOOKS: Mapping[str, Callable[[nn.Module, AxisComm], object]] = {

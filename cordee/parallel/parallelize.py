@@ -1,9 +1,7 @@
-"""THE recipe: from a model on paper to this rank's part of it, live on its device.
+"""From a model's settings to this rank's part of it on its device: where every axis is applied.
 
-Order: stages on the meta device -> every parameter its local shape -> seams (tensor, context,
-expert) -> fp8 -> recompute and compile -> shard -> memory -> values. Every parameter's numbers
-depend on (seed, name) alone, so they are the same whatever the layout. Not here: models that are
-not the house's own (`foreign.py`).
+Order: stages on the meta device -> every parameter its local shape -> hooks (tensor, context,
+expert) -> fp8 -> recompute and compile -> shard -> memory -> values.
 """
 
 from __future__ import annotations
@@ -18,19 +16,17 @@ from torch import Tensor, nn
 from cordee.config.run import MemorySettings, Run
 from cordee.dist.autograd_collectives import AxisComm
 from cordee.dist.mesh import Mesh
-from cordee.hf.convert import initial_weights_reader
+from cordee.hf.convert import import_weights
 from cordee.hf.safetensors_io import slice_box
 from cordee.layout.axes import SEQUENCE_AXES
 from cordee.layout.microbatches import context_chunks
 from cordee.layout.slices import Box, LocalSlice
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec, router_bias_specs, tensor_specs
-from cordee.model.activation_checkpoint import checkpoint_wrapper
 from cordee.model.fp8 import use_fp8
 from cordee.model.init_weights import initial_tensor
+from cordee.model.layers import SequenceShard, autocast_dtype, checkpoint_wrapper
 from cordee.model.moe import moe_layers
-from cordee.model.precision import autocast_dtype
-from cordee.model.sequence_shard import SequenceShard
 from cordee.model.transformer import Transformer
 from cordee.parallel.context import GatherAttention, RingAttention
 from cordee.parallel.expert import set_expert_dispatch
@@ -41,8 +37,7 @@ COMM_AXES = {
     "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "shard": ("shard",),
     "sequence": SEQUENCE_AXES,
 }  # fmt: skip
-"""Sets of axes that talk inside a forward: split matrices, sequences, experts, shards, and both
-halves of a sequence's split."""
+"""Sets of axes with collectives inside a forward; a sequence is split by context and tensor."""
 
 LossFunction = Callable[..., Tensor]
 """(model, *batch) -> summed loss of the batch."""
@@ -50,11 +45,13 @@ LossFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model's part on this rank: `stage_modules` are its stages in order, `specs` describe its
-    own parameters, `all_specs` those of the whole model, `buffer_specs` the whole model's buffers
-    that survive; `comms` count what each axis sends. `loss_function` computes a batch's loss where
-    the model does not; `takes_dropout_key`: its forward takes a key for dropout; `is_user_module`:
-    it is a caller's, and draws from torch's own generators."""
+    """A model's part on this rank.
+
+    `stage_modules` are its pipeline stages in order, `specs` describe its own parameters,
+    `all_specs` the whole model's, `buffer_specs` the whole model's saved buffers. `loss_function`
+    computes a batch's loss where the model does not. `takes_dropout_key`: its forward takes a key
+    for dropout. `is_user_module`: it is a caller's, and draws from torch's own generators.
+    """
 
     stage_modules: Sequence[nn.Module]
     specs: Mapping[str, TensorSpec]
@@ -69,7 +66,7 @@ class LocalModel:
     is_user_module: bool = False
 
     def buffers(self) -> dict[str, Tensor]:
-        """This rank's buffers that survive, by name."""
+        """This rank's saved buffers."""
         return {
             name: buffer
             for stage_module in self.stage_modules
@@ -77,7 +74,7 @@ class LocalModel:
         }
 
     def module_parameters(self) -> dict[str, nn.Parameter]:
-        """The modules' own parameters by name (DTensors where FSDP2 cuts them)."""
+        """DTensors where FSDP2 shards them."""
         return {
             name: parameter
             for stage_module in self.stage_modules
@@ -86,7 +83,7 @@ class LocalModel:
 
     @property
     def bytes_sent(self) -> dict[str, int]:
-        """What this rank's wires have sent so far, keys and values of attention among it."""
+        """Bytes that this rank has sent so far, by axis set; attention's are in "context"."""
         sent_bytes = {name: comm.bytes_sent for name, comm in self.comms.items()}
         if self.attention is not None:
             sent_bytes["context"] += self.attention.bytes_sent
@@ -96,8 +93,7 @@ class LocalModel:
 def make_local_model(
     run: Run, stages: Stages, mesh: Mesh, vocabulary: int, device: str, sharding: Sharding
 ) -> LocalModel:
-    """Builds the model of `run` for the rank of `mesh`, with its initial values on
-    `device`."""
+    """This rank's part of the model of `run`, with its initial values, on `device`."""
     local_model = build_on_meta(run, stages, mesh, vocabulary, sharding)
     for stage_module in local_model.stage_modules:
         allocate_parameters(stage_module, device, sharding)
@@ -108,15 +104,11 @@ def make_local_model(
 def build_on_meta(
     run: Run, stages: Stages, mesh: Mesh, vocabulary: int, sharding: Sharding
 ) -> LocalModel:
-    """All of `make_local_model` but memory and values: modules, seams and shards on the meta
-    device."""
+    """`make_local_model` without memory and values: modules, hooks and shards on meta."""
     all_specs = {spec.name: spec for spec in tensor_specs(run.model, vocabulary)}
     buffer_specs = {spec.name: spec for spec in router_bias_specs(run.model)}
-    comms, sequence_shard, attention = (
-        make_comms(mesh),
-        make_sequence_shard(mesh),
-        make_context_attention(run, mesh),
-    )
+    comms, sequence_shard = make_comms(mesh), make_sequence_shard(mesh)
+    attention = make_context_attention(run, mesh)
     stage_modules: list[nn.Module] = []
     for stage in stages.rank_stages(mesh.coords["pipeline"]):
         with torch.device("meta"):
@@ -131,22 +123,14 @@ def build_on_meta(
         stage_modules.append(model)
     names = [name for stage_module in stage_modules for name, _ in stage_module.named_parameters()]
     specs = {name: all_specs[name] for name in names}
-    takes_dropout_key = run.model.dropout > 0
     return LocalModel(
-        stage_modules,
-        specs,
-        all_specs,
-        buffer_specs,
-        comms,
-        stages,
-        sequence_shard,
-        attention,
-        takes_dropout_key=takes_dropout_key,
-    )
+        stage_modules, specs, all_specs, buffer_specs, comms, stages, sequence_shard, attention,
+        takes_dropout_key=run.model.dropout > 0,
+    )  # fmt: skip
 
 
 def make_stage_module(run: Run, vocabulary: int, block_range: range) -> nn.Module:
-    """Blocks `block_range` of the house's model, with no values yet."""
+    """Blocks `block_range` of the built-in model, on meta."""
     model = Transformer(run.model, vocabulary, block_range)
     model.memory = run.memory
     model.autocast = autocast_dtype(run.run.precision)
@@ -154,7 +138,6 @@ def make_stage_module(run: Run, vocabulary: int, block_range: range) -> nn.Modul
 
 
 def make_comms(mesh: Mesh) -> dict[str, AxisComm]:
-    """A wire for each of WIRES."""
     return {
         name: AxisComm(mesh.group(*axes), mesh.size(*axes), mesh.index(*axes))
         for name, axes in COMM_AXES.items()
@@ -162,7 +145,6 @@ def make_comms(mesh: Mesh) -> dict[str, AxisComm]:
 
 
 def make_sequence_shard(mesh: Mesh) -> SequenceShard:
-    """Which positions this rank holds."""
     context_size, context_index = mesh.size("context"), mesh.index("context")
     return SequenceShard(
         context_size=context_size,
@@ -173,7 +155,7 @@ def make_sequence_shard(mesh: Mesh) -> SequenceShard:
 
 
 def make_context_attention(run: Run, mesh: Mesh) -> GatherAttention | RingAttention | None:
-    """Attention over a cut sequence; None when this rank holds all of it."""
+    """Attention over a split sequence; None when this rank holds all of it."""
     context_size = mesh.size("context")
     if context_size == 1:
         return None
@@ -184,7 +166,7 @@ def make_context_attention(run: Run, mesh: Mesh) -> GatherAttention | RingAttent
 
 
 def shrink_parameters(model: nn.Module, all_specs: Mapping[str, TensorSpec], mesh: Mesh) -> None:
-    """Gives every parameter (on meta) the shape that expert and tensor cuts leave of it."""
+    """Gives every parameter (on meta) this rank's shape under the axes expert and tensor."""
     for name, parameter in list(model.named_parameters()):
         box = all_specs[name].box(mesh.layout, mesh.coords, last_axis="tensor")
         shape = tuple(stop - start for start, stop in box)
@@ -198,7 +180,7 @@ def wrap_blocks(
     model: nn.Module, all_specs: Mapping[str, TensorSpec], mesh: Mesh, run: Run, sharding: Sharding,
     comm: AxisComm,
 ) -> None:  # fmt: skip
-    """What is done to blocks (fp8, recompute and compile), then the shards."""
+    """Applies fp8 and compilation to the blocks, then shards the model."""
     if run.run.precision == "fp8":
         for block in model_blocks(model):
             use_fp8(block)
@@ -210,7 +192,7 @@ def wrap_blocks(
 
 
 def model_blocks(model: nn.Module) -> list[nn.Module]:
-    """The units of a model that are gathered, recomputed and compiled one by one."""
+    """The units of sharding, recomputing and compiling."""
     parts: Any = getattr(model, "parts", None)
     if parts is not None:
         return list(parts())
@@ -219,19 +201,18 @@ def model_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: Any, memory: MemorySettings) -> None:
-    """torch.compile of every block's forward, in place: one code for all blocks alike.
+    """torch.compile of every block's forward, in place; FSDP2's hooks stay outside.
 
-    What is recomputed moves inside, where the compiler can tell what to keep (around compiled code,
-    selective would keep no more than full). FSDP2's hooks stay outside.
+    Recomputation moves inside, where the compiler decides what to keep: around compiled code,
+    selective would keep no more than full.
     """
     for index, block in enumerate(model_blocks(model)):
         layer = int(getattr(block, "layer", index))
         inner_forward = block.forward
         is_recomputed = memory.recomputes(layer)
-        forward = (
-            checkpoint_wrapper(memory.recompute, inner_forward) if is_recomputed else inner_forward
-        )
-        block.forward = torch.compile(forward)
+        if is_recomputed:
+            inner_forward = checkpoint_wrapper(memory.recompute, inner_forward)
+        block.forward = torch.compile(inner_forward)
     if hasattr(model, "memory"):
         model.memory = replace(memory, recompute="none")
 
@@ -258,7 +239,8 @@ def load_initial_weights(
     model: nn.Module, all_specs: Mapping[str, TensorSpec], mesh: Mesh, run: Run
 ) -> None:
     """Initial values: a folder's weights, or each tensor drawn whole; this rank keeps its box."""
-    weight_reader = initial_weights_reader(run.initial, run.model)
+    path = run.initial.weights
+    weight_reader = import_weights(path, run.model) if path else None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spec = all_specs[name]
@@ -266,8 +248,10 @@ def load_initial_weights(
             if weight_reader is not None:
                 value = weight_reader(name, box)
             else:
-                layers, seed = run.model.layers, run.run.seed
-                value = slice_box(initial_tensor(name, spec.shape, run.initial, seed, layers), box)
+                tensor = initial_tensor(
+                    name, spec.shape, run.initial, run.run.seed, run.model.layers
+                )
+                value = slice_box(tensor, box)
             local_tensor(parameter).copy_(value)
     for moe in moe_layers(model):
         moe.reset_balance()
@@ -276,13 +260,13 @@ def load_initial_weights(
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to a model's state."""
+    """Buffers that are in the model's state_dict."""
     model_state = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in model_state}
 
 
 def make_local_slice(spec: TensorSpec, mesh: Mesh) -> LocalSlice:
-    """Where this rank's part of a tensor lies, and who else holds the same."""
+    """Where this rank's part of a tensor lies, and how many ranks hold the same."""
     replicated_axes = spec.replicated_axes(mesh.layout)
     box: Box = spec.box(mesh.layout, mesh.coords)
     return LocalSlice(

@@ -1,10 +1,8 @@
-"""The engine of a model whose layers are on several ranks: torch's schedules, our microbatches.
+"""The engine of a model whose layers are on several ranks, by torch's pipeline schedules.
 
-A worker's microbatches are the pipeline's: the first stage gets tokens, the last one targets, and
-each stage the key of its microbatch's dropout. The stream travels in fp32. Schedules come from
-torch.distributed.pipelining; they leave gradients whole until the last microbatch. Not here: which
-layers a stage has (`layout/stages.py`). Traded away: forwards without gradients (evaluation,
-samples) go through the stages one after another, without overlap.
+The first stage gets tokens, the last one targets, and each stage the key of its microbatch's
+dropout; activations travel in fp32. Forwards without gradients (evaluation, samples) go through the
+stages one after another, without overlap.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ class PipelineEngine(Engine):
     def forward_backward(
         self, step: int, scale: float = 1.0, on_forward: Callable[[], None] = do_nothing
     ) -> tuple[list[Tensor], PartialSums]:
-        """As `Engine.forward_backward`; only ranks with the last stage return losses."""
+        """As in `Engine`; only ranks with the last stage return losses."""
         self.begin_step(step, scale)
         self._on_forward = on_forward
         self._loss_scale = scale / self.step_spec.step_tokens
@@ -93,6 +91,7 @@ class PipelineEngine(Engine):
         stages, pipeline_index = self.local_model.stages, self.mesh.coords["pipeline"]
         rows, positions = inputs.shape
         stream_shape = (rows, positions // self.mesh.size("tensor"), self.width)
+        # Not by the schedule, whose number and shape of microbatches are fixed.
         x = inputs
         for stage in range(stages.last_stage + 1):
             if stages.rank_of(stage) != pipeline_index:
@@ -111,7 +110,6 @@ class PipelineEngine(Engine):
     def _broadcast_output(
         self, stage_output: Tensor, inputs: Tensor, targets: Tensor | None, owner: int
     ) -> Tensor:
-        """The last stage's result, broadcast."""
         vocabulary = self.local_model.all_specs["embed.weight"].shape[0] // self.mesh.size("tensor")
         shape = () if targets is not None else (*inputs.shape, vocabulary)
         output = (
@@ -158,7 +156,6 @@ class PipelineEngine(Engine):
         )
 
     def _after_forward(self, *_: object) -> None:
-        """A chunk has gone forward; told of training alone."""
         if self._is_training:
             self._on_forward()
 
@@ -166,7 +163,7 @@ class PipelineEngine(Engine):
         return loss * self._loss_scale
 
     def _count_bytes(self, microbatches: int) -> None:
-        """Streams handed to other ranks: on to the next stage, and gradients back."""
+        """Activations sent to the next stage, and gradients sent back."""
         stages, pipeline_index = self.local_model.stages, self.mesh.coords["pipeline"]
         remote_neighbours = [
             neighbour

@@ -1,10 +1,9 @@
-"""Tensor and sequence parallelism: seams that gather a split sequence and scatter sums.
+"""Tensor and sequence parallelism: hooks that gather a split sequence and scatter sums.
 
 Matrices are cut as `layout/tensors.py` says: into a block by outputs (heads, hidden features), out
-of it by inputs. Between blocks the stream and its norms hold an even part of the positions
-(Korthikanti et al. 2022). The vocabulary is cut in the embedding and in the head, whose loss needs
-three small sums and never the whole logits. Traded away: torch's DTensor; its dispatch costs more
-than these messages at small widths (docs/performance.md), and a seam works with any kernel.
+of it by inputs. Between blocks the residual stream holds an even part of the positions (Korthikanti
+et al. 2022). Embedding and head are cut by vocabulary. Not DTensor: its dispatch costs more than
+these messages at small widths (docs/performance.md), and a hook works with any kernel.
 
 Shape suffixes as in model/transformer.py; N positions of all sequences.
 """
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cordee.dist.autograd_collectives import AxisComm
+from cordee.model.layers import SequenceShard
 from cordee.model.moe import moe_layers
-from cordee.model.sequence_shard import SequenceShard
 from cordee.model.transformer import Block, Transformer, embed_tokens
 
 IGNORE_INDEX = -100
@@ -29,7 +28,7 @@ IGNORE_INDEX = -100
 def set_sequence_parallel(
     model: Transformer, comm: AxisComm, sequence_shard: SequenceShard
 ) -> None:
-    """Sets the seams of a model whose matrices hold this rank's part."""
+    """Sets the hooks of a model whose parameters have this rank's shapes."""
     modules: list[Transformer | Block] = [model, *model.parts()]
     for module in modules:
         module.sequence_shard = sequence_shard
@@ -46,7 +45,7 @@ def set_sequence_parallel(
 
 
 class VocabParallel:
-    """An embedding and a loss of which each rank holds some rows."""
+    """An embedding and a loss over a vocabulary of which each rank holds some rows."""
 
     def __init__(self, comm: AxisComm) -> None:
         self.comm = comm
@@ -59,15 +58,17 @@ class VocabParallel:
         return x_BTD.masked_fill(outside_mask.unsqueeze(-1), 0.0)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed cross-entropy in nats of logits whose columns are dealt over the ranks."""
+        """Summed cross-entropy in nats of logits whose columns are split over the ranks."""
         return _vocab_cross_entropy(logits_NV, targets_N, self.comm)
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    """log sum exp over all ranks' columns, less the target's logit (Shoeybi et al. 2019)."""
+    """log sum exp over all ranks' columns minus the target's logit (Shoeybi et al. 2019): the ranks
+    exchange a maximum and two sums per position, and no logits."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, comm: AxisComm) -> Tensor:
+        # The maximum over all ranks keeps exp from overflowing and leaves the loss unchanged.
         max_N1 = comm.max_no_grad(logits_NV.max(-1, keepdim=True).values)
         shifted_NV = logits_NV - max_N1
         columns = logits_NV.shape[-1]

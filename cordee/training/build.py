@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from cordee.checkpoint.peer_backup import PeerBackup
-from cordee.checkpoint.save import Saver
 from cordee.checkpoint.train_state import LocalTensor, Progress, collect_local_tensors
 from cordee.config.run import Run
 from cordee.data.dataset import TokenDataset, open_dataset
@@ -33,7 +32,7 @@ from cordee.layout.slices import LocalSlice
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec
 from cordee.layout.validate import gathers_param_dtype
-from cordee.model.precision import autocast_dtype
+from cordee.model.layers import autocast_dtype
 from cordee.optim.clip import NormSums, global_norm
 from cordee.optim.muon import MatrixSpec, RankGroup
 from cordee.optim.optimizer import MIN_SCALE, LossScaler, Optimizers, make_optimizer, split_groups
@@ -78,7 +77,6 @@ class RunState:
     guard: StepGuard
     loss_scale: LossScaler
     drill: FaultInjector
-    saver: Saver
     loss_owners: list[range]
     norm_reducer: NormSums | None
     held_out: TokenDataset | MapDataset | None
@@ -233,13 +231,6 @@ def build_run_state(
             fixed_scale=run.run.loss_scale or MIN_SCALE,
         ),
         drill=drill,
-        saver=Saver(
-            Path(run.run.dir) / "checkpoints",
-            process.rank,
-            process.size,
-            run.checkpoint.keep,
-            drill.fault_point,
-        ),
         loss_owners=find_loss_owners(run, plan, model.stages),
         norm_reducer=None
         if mesh.size(*MODEL_AXES) == 1

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cordee.checkpoint.emergency import EmergencySave, event_fields, write_emergency_save
-from cordee.checkpoint.folders import folder_name
+from cordee.checkpoint.checkpointer import Checkpointer
+from cordee.checkpoint.emergency import EmergencySave, write_emergency_save
+from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, find_newest, open_checkpoint
 from cordee.checkpoint.peer_backup import PeerBackup
 from cordee.checkpoint.peer_restore import RestoreStats, StateSnapshot, no_fault, restore_from_peers
-from cordee.checkpoint.save import Saver
 from cordee.checkpoint.train_state import Progress, make_metadata, make_reader, parse_progress
 from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.config.run import Run
@@ -234,7 +234,9 @@ def emergency_save(
 ) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
     folder, group = Path(run.run.dir), dist.group.WORLD if process.size > 1 else None
-    saver = Saver(folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault)
+    checkpointer = Checkpointer(
+        folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault
+    )
     events, screen = JsonLinesWriter(folder / "events.jsonl"), Screen(silent=not process.is_first)
     checkpoint = None
     if process.is_first:
@@ -244,15 +246,15 @@ def emergency_save(
     required_names = [f"model/{name}" for name in survivor.state.specs] if survivor.state else []
     try:
         save_result = write_emergency_save(
-            survivor.snapshots(), required_names, saver, assignment.generation, saved_step, group,
-            process.rank, process.size,
+            survivor.snapshots(), required_names, checkpointer, assignment.generation, saved_step,
+            group, process.rank, process.size,
         )  # fmt: skip
     except CheckpointError as error:
         save_result = EmergencySave(None, None, error.message)
     if process.is_first:
         events.claim_file()
         fields = {"generation": assignment.generation, "members": list(assignment.members),
-                  **event_fields(save_result)}  # fmt: skip
+                  **save_result.event_fields()}  # fmt: skip
         events.write(
             {"time": utc_timestamp(), "event": "rescued", **fields, "step": max(survivor.step, 0)}
         )

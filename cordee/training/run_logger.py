@@ -80,8 +80,10 @@ class RunLogger:
         self.pending: list[str] = []
         """What is due after the step behind and not done yet."""
         self.checkpointer = Checkpointer(
-            state.saver, is_first, state.run.checkpoint.every, self._on_checkpoint_event
-        )
+            folder / "checkpoints", state.process.rank, state.process.size,
+            state.run.checkpoint.keep, state.drill.fault_point, state.run.checkpoint.every,
+            self._on_checkpoint_event,
+        )  # fmt: skip
         self._is_first = is_first
         self._process = state.process
         self._metrics_sink = JsonLinesWriter(folder / "metrics.jsonl")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.fingerprint import weights_sha256
+from cordee.checkpoint.pieces import weights_sha256
 from cordee.checkpoint.train_state import make_metadata, select_pieces
 from cordee.config.run import Run
 from cordee.data.byte_table import ngram_bits_per_byte

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from cordee.checkpoint.checkpointer import Checkpointer
 from cordee.checkpoint.format import decode_checked_json, encode_checked_json
-from cordee.checkpoint.save import Saver
 from cordee.cli.main import main
 from tests.conftest import SMALL, TINY, read_events, read_rows, weights_digest
 
@@ -36,7 +36,8 @@ def interrupted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     home = tmp_path_factory.mktemp("damaged")
     assert run_train(home / "clean") == 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="drill"):
-        patch.setattr(Saver, "poll", lambda saver: saver.join())  # saves end within a step
+        # Saves end within a step.
+        patch.setattr(Checkpointer, "status", property(lambda checkpointer: checkpointer.join()))
         run_train(home / "cut", "fault.crash=step.start:6:0")
     return home / "cut", weights_digest(home / "clean")
 

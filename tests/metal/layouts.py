@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.folders import folder_name
+from cordee.checkpoint.checkpointer import Checkpointer
+from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import open_checkpoint
 from cordee.checkpoint.train_state import make_reader, select_pieces
 from cordee.config.load import load
@@ -104,14 +105,16 @@ def gather_parameters(state: RunState) -> dict[str, Tensor]:
 
 def save_checkpoint(state: RunState, step_number: int) -> Path:
     """A checkpoint of this moment, complete when this returns on rank 0 and a barrier passed."""
-    state.saver.begin(step_number, 1, select_pieces(state.state_tensors()), {})
-    state.saver.join()
+    folder, process = Path(state.run.run.dir) / "checkpoints", state.process
+    checkpointer = Checkpointer(folder, process.rank, process.size, 2, state.drill.fault_point)
+    checkpointer.begin(step_number, 1, select_pieces(state.state_tensors()), {})
+    checkpointer.join()
     torch.distributed.barrier()
     if state.process.is_first:
-        assert state.saver.commit() is not None, state.saver.failure
+        assert checkpointer.commit() is not None, checkpointer.failure
     torch.distributed.barrier()
-    state.saver.finish()
-    return Path(state.run.run.dir) / "checkpoints" / folder_name(step_number, 1)
+    checkpointer.finish()
+    return folder / folder_name(step_number, 1)
 
 
 def restore_checkpoint(state: RunState, path: Path) -> None:

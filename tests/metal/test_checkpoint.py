@@ -22,18 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from cordee.checkpoint.folders import MANIFEST
+from cordee.checkpoint.checkpointer import Checkpointer, CommitReport, SaveStatus
 from cordee.checkpoint.format import (
     CHUNK_BYTES,
-    DTYPES,
     JSON_LIMIT_BYTES,
-    Piece,
-    SaveStatus,
+    MANIFEST,
     chunk_checksum,
     encode_checked_json,
 )
 from cordee.checkpoint.load import find_newest, list_complete, open_checkpoint
-from cordee.checkpoint.save import CommitReport, Saver
+from cordee.checkpoint.pieces import DTYPES, Piece
 from cordee.errors import CheckpointError
 from cordee.layout.slices import Box, full_box
 from tests.conftest import boxes, partitions
@@ -76,12 +74,12 @@ def split_rows(name: str, tensor: torch.Tensor, cuts: Sequence[int]) -> list[Pie
     ]
 
 
-def make_savers(folder: Path, world_size: int) -> list[Saver]:
-    return [Saver(folder, rank, world_size, 2, no_fault) for rank in range(world_size)]
+def make_savers(folder: Path, world_size: int) -> list[Checkpointer]:
+    return [Checkpointer(folder, rank, world_size, 2, no_fault) for rank in range(world_size)]
 
 
 def save_all(
-    savers: list[Saver],
+    savers: list[Checkpointer],
     step: int,
     pieces: Sequence[Sequence[Piece]],
     generation: int = 0,
@@ -96,7 +94,7 @@ def save_all(
     return report
 
 
-def finish_all(savers: list[Saver]) -> None:
+def finish_all(savers: list[Checkpointer]) -> None:
     for saver in reversed(savers):
         saver.finish()
 
@@ -188,11 +186,11 @@ def test_training_may_change_tensors_once_begin_returns(tmp_path: Path) -> None:
         if name == "save.write":
             release_event.wait(10)
 
-    saver = Saver(tmp_path / "c", 0, 1, 1, wait)
+    saver = Checkpointer(tmp_path / "c", 0, 1, 1, wait)
     weights = torch.arange(3_000_000.0).view(3, -1)
     weights_before = weights.clone()
     saver.begin(1, 0, [make_piece("w", weights)], {})
-    assert saver.poll() is SaveStatus.WRITING
+    assert saver.status is SaveStatus.WRITING
     weights.mul_(-1)
     with pytest.raises(CheckpointError, match="in flight"):
         saver.begin(2, 0, [make_piece("w", weights)], {})
@@ -469,10 +467,10 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path, name: str) -> None:
 def test_what_cannot_be_saved_is_refused_at_once(
     tmp_path: Path, pieces: list[Piece], meta: dict[str, Any], reason: str
 ) -> None:
-    saver = Saver(tmp_path / "c", 0, 1, 1, no_fault)
+    saver = Checkpointer(tmp_path / "c", 0, 1, 1, no_fault)
     with pytest.raises(CheckpointError, match=reason):
         saver.begin(1, 0, pieces, meta)
-    assert saver.poll() is SaveStatus.IDLE and not (tmp_path / "c").exists()
+    assert saver.status is SaveStatus.IDLE and not (tmp_path / "c").exists()
 
 
 SQUARE = torch.ones(4, 4)

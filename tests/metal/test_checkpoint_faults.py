@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.checkpoint.format import Piece, SaveStatus
+from cordee.checkpoint.checkpointer import Checkpointer, CommitReport, SaveStatus
 from cordee.checkpoint.load import Checkpoint, find_newest, list_complete
-from cordee.checkpoint.save import CommitReport, Saver
+from cordee.checkpoint.pieces import Piece
 
 torch.set_num_threads(1)
 FAULT_POINTS = (
@@ -53,7 +53,7 @@ def make_pieces(value: float) -> list[Piece]:
 
 
 def save_all(
-    savers: Sequence[Saver],
+    savers: Sequence[Checkpointer],
     step: int,
     pieces_by_rank: Sequence[Sequence[Piece]],
     generation: int = 0,
@@ -65,7 +65,7 @@ def save_all(
     return savers[0].commit() if set(statuses) == {SaveStatus.WRITTEN} else None
 
 
-def finish_all(savers: Sequence[Saver]) -> None:
+def finish_all(savers: Sequence[Checkpointer]) -> None:
     for saver in savers:
         saver.finish()
 
@@ -77,7 +77,7 @@ def nonempty_folders(folder: Path) -> set[str]:
 
 def test_prune_keeps_the_newest_and_what_is_not_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    first_saver = Saver(folder, 0, 1, 2, no_fault)
+    first_saver = Checkpointer(folder, 0, 1, 2, no_fault)
     for step in (10, 20, 30):
         assert save_all([first_saver], step, [make_pieces(step)])
         finish_all([first_saver])
@@ -86,7 +86,7 @@ def test_prune_keeps_the_newest_and_what_is_not_its_own(tmp_path: Path) -> None:
         (folder / stale_name).mkdir()
     (folder / "step-00000005.g9").mkdir()  # a later start's: this one is a leftover, not that
     (folder / "notes").mkdir()
-    saver = Saver(folder, 0, 1, 2, no_fault)
+    saver = Checkpointer(folder, 0, 1, 2, no_fault)
     assert save_all([saver], 40, [make_pieces(40)], 1)
     assert {p.name for p in folder.iterdir()} == {
         "notes", "step-00000005.g9", "step-00000030.g0", "step-00000040.g1", "step-00000045.g1",
@@ -101,13 +101,13 @@ def test_prune_keeps_the_newest_and_what_is_not_its_own(tmp_path: Path) -> None:
     )
 
 
-def check_refused_save(saver: Saver, code: int, step: int = 2) -> None:
+def check_refused_save(saver: Checkpointer, code: int, step: int = 2) -> None:
     """A save that the disk refuses: FAILED with the reason, no error, and step 1 still there."""
     assert save_all([saver], step, [make_pieces(step)]) is None
-    assert saver.poll() is SaveStatus.FAILED
+    assert saver.status is SaveStatus.FAILED
     assert errno.errorcode[code] in str(saver.failure) and os.strerror(code) in str(saver.failure)
     saver.finish()
-    assert saver.poll() is SaveStatus.IDLE and saver.failure is None
+    assert saver.status is SaveStatus.IDLE and saver.failure is None
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_and_a_read_only_one(tiny_disk: Path) -> None:
-    saver = Saver(tiny_disk / "c", 0, 1, 1, no_fault)
+    saver = Checkpointer(tiny_disk / "c", 0, 1, 1, no_fault)
     assert save_all([saver], 1, [make_pieces(1)])
     finish_all([saver])
     check_refused_save(saver, errno.ENOSPC)
@@ -137,7 +137,7 @@ def test_a_full_disk_and_a_read_only_one(tiny_disk: Path) -> None:
 
 
 def test_a_file_size_limit_then_success(tmp_path: Path) -> None:
-    saver = Saver(tmp_path / "c", 0, 1, 1, no_fault)
+    saver = Checkpointer(tmp_path / "c", 0, 1, 1, no_fault)
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard_limit))
     try:
@@ -162,7 +162,7 @@ def test_the_folder_vanishes_or_the_disk_fails(tmp_path: Path, fault_name: str) 
             actions.pop()()
 
     run_folder.mkdir()
-    saver = Saver(run_folder / "c", 0, 1, 1, fault_point)
+    saver = Checkpointer(run_folder / "c", 0, 1, 1, fault_point)
     check_refused_save(saver, errno.ENOENT)
     assert not run_folder.exists()
     run_folder.mkdir()
@@ -174,13 +174,13 @@ def test_the_folder_vanishes_or_the_disk_fails(tmp_path: Path, fault_name: str) 
 
 def test_a_failed_rank_costs_the_step_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    savers = [Saver(folder, rank, 3, 1, no_fault) for rank in range(3)]
+    savers = [Checkpointer(folder, rank, 3, 1, no_fault) for rank in range(3)]
     assert save_all(savers, 1, [make_pieces(1), [], []])
     finish_all(savers)
     obstacle = folder / "step-00000002.g0" / "rank-00001.safetensors"
     obstacle.mkdir(parents=True)
     assert save_all(savers, 2, [make_pieces(2), [], []]) is None
-    assert [s.poll().name for s in savers] == ["WRITTEN", "FAILED", "WRITTEN"]
+    assert [s.status.name for s in savers] == ["WRITTEN", "FAILED", "WRITTEN"]
     assert "rank 1" in str(savers[1].failure)
     obstacle.rmdir()
     savers[2].finish()  # ranks 1 and 2 try again before rank 0 has finished
@@ -205,7 +205,7 @@ def test_what_a_failed_save_left_is_gone_before_the_next_one_writes(tmp_path: Pa
         if (name, step) in failing_points:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    savers = [Saver(folder, 0, 2, 1, fault_point), Saver(folder, 1, 2, 1, no_fault)]
+    savers = [Checkpointer(folder, 0, 2, 1, fault_point), Checkpointer(folder, 1, 2, 1, no_fault)]
     assert save_all(savers, 1, [[], make_pieces(1)]) is None
     assert "No space" in str(savers[0].failure)
     finish_all(savers)
@@ -222,7 +222,7 @@ def check_survivor(folder: Path, min_step: int) -> Checkpoint:
         n: set(checkpoint.read(n).view(-1).tolist()) for n in checkpoint.names()
     } == expected_values
     # And the next start saves, and cleans up.
-    savers = [Saver(folder, rank, 2, 1, no_fault) for rank in range(2)]
+    savers = [Checkpointer(folder, rank, 2, 1, no_fault) for rank in range(2)]
     assert save_all(savers, checkpoint.step + 1, [make_pieces(0)[:1], make_pieces(0)[1:]], 1)
     assert len(list(folder.iterdir())) == 1
     return checkpoint
@@ -248,7 +248,7 @@ def save_until_killed(folder: Path, steps: range, fault_name: str, pipe_fd: int 
         if step == 2 and name == fault_name:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    savers = [Saver(folder, rank, 2, 1, fault_point) for rank in range(2)]
+    savers = [Checkpointer(folder, rank, 2, 1, fault_point) for rank in range(2)]
     for step in steps:
         assert save_all(savers, step, [make_pieces(step)[:1], make_pieces(step)[1:]]), savers[
             0

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cordee.checkpoint.format import Piece, SaveStatus
+from cordee.checkpoint.checkpointer import Checkpointer, SaveStatus
 from cordee.checkpoint.load import Checkpoint, open_checkpoint
-from cordee.checkpoint.save import Saver
+from cordee.checkpoint.pieces import Piece
 from cordee.checkpoint.train_state import collect_local_tensors, make_reader, select_pieces
 from cordee.errors import CheckpointError
 from cordee.layout.microbatches import shard_rows
@@ -104,7 +104,7 @@ def save_checkpoint(layout: tuple[int, ...], folder: Path) -> Checkpoint:
     """Every rank of the layout writes what it is dealt."""
     pieces_by_rank = [select_rank_pieces(layout, coords) for coords in rank_coordinates(layout)]
     savers = [
-        Saver(folder, rank, len(pieces_by_rank), 1, lambda name, step: None)
+        Checkpointer(folder, rank, len(pieces_by_rank), 1, lambda name, step: None)
         for rank in range(len(pieces_by_rank))
     ]
     for saver, saver_pieces in zip(savers, pieces_by_rank, strict=True):

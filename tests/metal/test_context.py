@@ -16,8 +16,8 @@ from cordee.dist.process_group import RankProcess
 from cordee.errors import LayoutError
 from cordee.launcher.run_ranks import launch
 from cordee.layout.microbatches import context_chunks
-from cordee.model.activation_checkpoint import run_block
 from cordee.model.attention import Attention, causal_attention, rope_table
+from cordee.model.layers import run_block
 from cordee.parallel.context import GatherAttention, RingAttention
 from cordee.planner.traffic import context_layer_bytes
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.format import Piece
-from cordee.checkpoint.save import Saver
+from cordee.checkpoint.checkpointer import Checkpointer
+from cordee.checkpoint.pieces import Piece
 from cordee.cli.main import main
 from cordee.config.load import RUN_FILE, dump, load
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.errors import ConfigError
-from cordee.hf.convert import import_weights, initial_weights_reader, make_hf_adapter
+from cordee.hf.convert import import_weights, make_hf_adapter
 from cordee.hf.safetensors_io import write_folder
 from cordee.layout.slices import full_box
 from cordee.model.init_weights import init_weights
@@ -83,7 +83,7 @@ def test_transformers_computes_the_same_logits(kind: str, tmp_path: Path) -> Non
 def test_weights_come_back_to_the_bit(kind: str, tmp_path: Path) -> None:
     settings, model = make_model(kind)
     folder = write_hf_folder(settings, model, tmp_path / "out")
-    read_weight = initial_weights_reader(InitialSettings(weights=str(folder)), ModelSettings(
+    read_weight = import_weights(str(folder), ModelSettings(
         **BASE, **KINDS[kind], vocabulary=VOCABULARY))  # type: ignore[arg-type]  # fmt: skip
     assert read_weight is not None
     for name, parameter in model.named_parameters():
@@ -105,14 +105,13 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="cannot be this model"):
         import_weights(folder, settings)
-    assert initial_weights_reader(InitialSettings(), settings) is None
 
 
 def make_saved_run(folder: Path, overrides: list[str], tensors: dict[str, Tensor]) -> Path:
     """A run's folder with one checkpoint, as `cordee train` leaves it."""
     folder.mkdir()
     (folder / RUN_FILE).write_text(dump(load(None, overrides).run))
-    saver = Saver(folder / "checkpoints", 0, 1, 1, lambda name, step: None)
+    saver = Checkpointer(folder / "checkpoints", 0, 1, 1, lambda name, step: None)
     pieces = [Piece(f"model/{n}", t, tuple(t.shape), (0,) * t.ndim) for n, t in tensors.items()]
     saver.begin(7, 0, pieces, {})
     saver.join(20)

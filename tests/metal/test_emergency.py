@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cordee.checkpoint.checkpointer import Checkpointer
 from cordee.checkpoint.emergency import EmergencySave, write_emergency_save
 from cordee.checkpoint.load import list_complete, open_checkpoint
 from cordee.checkpoint.peer_restore import StateSnapshot
-from cordee.checkpoint.save import Saver
 from cordee.checkpoint.train_state import LocalTensor
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.run_ranks import launch
@@ -52,7 +52,7 @@ def save_emergency(
     newest_step: int,
 ) -> EmergencySave:
     """As `emergency_save` does, with what a rank is given."""
-    saver = Saver(folder, process.rank, process.size, 2, lambda *_: None)
+    saver = Checkpointer(folder, process.rank, process.size, 2, lambda *_: None)
     group = dist.group.WORLD if process.size > 1 else None
     return write_emergency_save(
         snapshots, required_names, saver, 9, newest_step, group, process.rank, process.size

@@ -25,7 +25,7 @@ from cordee.hf.safetensors_io import open_folder, slice_box, write_folder
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import TensorSpec
-from cordee.parallel.equivalence import ModelProbe, compare_probes, sgd_step
+from cordee.parallel.external import ModelProbe, compare_probes, sgd_step
 from cordee.parallel.hf_tensor_parallel import check_hf_layout, set_tensor_parallel
 from tests.conftest import read_events, read_rows, weights_digest
 from tests.conftest import run_cordee as command

@@ -18,7 +18,7 @@ from cordee.errors import ConfigError, LayoutError, RunError
 from cordee.hf.keras import KerasModel
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
-from cordee.parallel.equivalence import ModelProbe, compare_probes, sgd_step
+from cordee.parallel.external import ModelProbe, compare_probes, sgd_step
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("keras") is None, reason='needs pip install "cordee[keras]"'

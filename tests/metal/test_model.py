@@ -30,8 +30,8 @@ from cordee.model.attention import (
     rope_table,
 )
 from cordee.model.init_weights import INIT_SCHEMES, init_weights, initial_tensor, tensor_seed
+from cordee.model.layers import squared_relu
 from cordee.model.loss import soft_cap
-from cordee.model.mlp import squared_relu
 from cordee.model.transformer import Transformer
 from cordee.training.generate import generate, to_text
 

@@ -23,8 +23,8 @@ from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import router_bias_specs, tensor_specs
 from cordee.model.init_weights import init_weights, initial_tensor
+from cordee.model.layers import identity
 from cordee.model.moe import MoE, moe_layers, reset_expert_load, sum_expert_load, update_router_bias
-from cordee.model.sequence_shard import identity
 from cordee.model.transformer import Transformer
 from cordee.parallel.context import GatherAttention
 from cordee.parallel.expert import set_expert_dispatch

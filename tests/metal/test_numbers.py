@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import cordee
-from cordee.checkpoint.format import Piece
-from cordee.checkpoint.save import Saver
+from cordee.checkpoint.checkpointer import Checkpointer
+from cordee.checkpoint.pieces import Piece
 from cordee.cli.main import main
 from cordee.cli.weights import open_weights
 from cordee.config.run import Run
@@ -365,7 +365,7 @@ def test_checkpoint_that_is_not_finite_is_not_handed_on(
     )
     assert main(["train", *overrides, f"run.dir={folder}"]) == 0
     checkpoint = open_weights(verb, str(folder))
-    saver = Saver(folder / "checkpoints", 0, 1, 1, lambda point, step: None)
+    saver = Checkpointer(folder / "checkpoints", 0, 1, 1, lambda point, step: None)
     pieces = []
     for name in checkpoint.names():
         tensor = checkpoint.read(name)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.checkpoint.save import _remove_checkpoint
+from cordee.checkpoint.checkpointer import _remove_checkpoint
 from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.cli.main import main
 from cordee.config.load import dump, load, override, read_toml

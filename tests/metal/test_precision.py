@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cordee.checkpoint.fingerprint import weights_sha256
+from cordee.checkpoint.pieces import weights_sha256
 from cordee.config.load import load, override
 from cordee.config.run import MemorySettings, Run
 from cordee.dist.mesh import make_mesh
@@ -22,7 +22,7 @@ from cordee.launcher.prepare import prepare_dataset, resolve_config
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.layout.axes import Layout
 from cordee.model.fp8 import E4M3, E5M2, fp8_product, quantise, scaled_product, use_fp8
-from cordee.model.precision import autocast_to
+from cordee.model.layers import autocast_to
 from cordee.optim.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE, MIN_SCALE, LossScaler
 from cordee.parallel.engine import Engine, StepSpec
 from cordee.parallel.fsdp import Sharding

@@ -18,8 +18,8 @@ from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
 from cordee.model.fp8 import fp8_product
+from cordee.model.layers import embedding_rows, use_fp32_embedding_grads
 from cordee.model.loss import chunked_loss
-from cordee.model.precision import embedding_rows, use_fp32_embedding_grads
 from cordee.parallel import fsdp
 from cordee.parallel.engine import Engine
 from cordee.parallel.fsdp import local_tensor

@@ -14,7 +14,7 @@ from cordee.dist.process_group import RankProcess
 from cordee.launcher.run_ranks import launch
 from cordee.layout.axes import Layout
 from cordee.layout.tensors import tensor_specs
-from cordee.model.sequence_shard import SequenceShard
+from cordee.model.layers import SequenceShard
 from cordee.model.transformer import Transformer
 from cordee.parallel.tensor import set_sequence_parallel
 from cordee.planner.compute_cost import all_layers

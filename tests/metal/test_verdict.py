@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.fingerprint import weights_sha256
+from cordee.checkpoint.pieces import weights_sha256
 from cordee.config.load import load
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.prepare import prepare_dataset, resolve_config
