@@ -17,6 +17,8 @@ OVERRIDES = (
     "fault.silence_s=100", "fault.spares=0",
 )  # fmt: skip
 TWO_PROCESSES = (*OVERRIDES, "launch.processes=2")
+LONG = "run.steps=100000"
+"""For runs that are ended, not waited for; `test_recovery.py` looks at the bits."""
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,8 @@ def wait_for_replacement(run: BackgroundRun, dead_pid: int) -> int:
 
 
 def test_kills_of_a_worker_and_of_its_template(run_dir: Path) -> None:
-    """Ranks outlive the template, which is started again and forks the next replacement. The run is
-    longer than any machine needs for that; `test_recovery.py` looks at the bits."""
-    with BackgroundRun(run_dir, *TWO_PROCESSES, "run.steps=5000") as run:
+    """Ranks outlive the template, which is started again and forks the next replacement."""
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG) as run:
         run.wait_for_step(5)
         template_pid = wait_for_template(run)
         ranks = run.pids_by_rank()
@@ -88,16 +89,15 @@ def test_a_template_that_is_killed_while_it_imports_is_started_again(run_dir: Pa
         assert "each worker imports" not in run.output
 
 
-def test_a_template_that_hangs_is_replaced(reference_digest: str, run_dir: Path) -> None:
-    with BackgroundRun(run_dir, *TWO_PROCESSES) as run:
+def test_a_template_that_hangs_is_replaced(run_dir: Path) -> None:
+    with BackgroundRun(run_dir, *TWO_PROCESSES, LONG) as run:
         run.wait_for_step(5)
         template_pid, rank_pid = wait_for_template(run), run.pids_by_rank()[1]
         os.kill(template_pid, signal.SIGSTOP)
         os.kill(rank_pid, signal.SIGKILL)
-        assert wait_for_template(run, template_pid)
+        new_pid = wait_for_template(run, template_pid)
         assert "it did not answer within 2 s" in run.output
-        assert run.wait_exit() == 0, run.output[-3000:]
-    check_same_descent(run_dir, reference_digest, STEPS)
+        assert command_line(wait_for_replacement(run, rank_pid)) == command_line(new_pid)
 
 
 @pytest.mark.parametrize("moment", ["import", "step"])
