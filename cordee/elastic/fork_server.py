@@ -43,8 +43,8 @@ class ForkServerError(RuntimeError):
 
 
 class ForkServer:
-    """The server as its owner sees it. Readable (`fileno`) when it has imported everything, or has
-    ended: then `check` says which."""
+    """The server as its owner sees it. Readable when it has imported everything, or has ended:
+    `check` says which."""
 
     def __init__(
         self, modules: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
@@ -53,7 +53,7 @@ class ForkServer:
         which its forks share. ForkServerError: this system cannot do it."""
         if not (hasattr(os, "pidfd_open") and set_subreaper(True)):
             raise ForkServerError("this system has no pidfd_open or no prctl")
-        self.is_ready, self._environment = False, dict(environment)
+        self.is_ready, self.was_killed, self._environment = False, False, dict(environment)
         self._start_s = time.monotonic()
         self._endpoint, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr_descriptor = memory_file("cordee-words")
@@ -80,15 +80,14 @@ class ForkServer:
         return self._endpoint.fileno()
 
     def check(self) -> None:
-        """Takes in that it is ready; ForkServerError when it has ended or must not fork."""
+        """Hears that it is ready; ForkServerError when it has ended or must not fork."""
         hazard = json.loads(self._receive())["hazard"]
         if hazard:
             raise ForkServerError(hazard)
         self.is_ready = True
 
     def has_environment(self, environment: Mapping[str, str]) -> bool:
-        """Whether a fork would have these variables as if it had been started with them: libraries
-        read theirs when they are loaded."""
+        """Whether libraries have read these variables when the server loaded them."""
         return self._environment == environment
 
     def fork(
@@ -130,6 +129,9 @@ class ForkServer:
         raise ForkServerError(self._last_words())
 
     def _last_words(self) -> str:
+        """How it ended; its socket is closed a little before it has."""
+        with suppress(subprocess.TimeoutExpired):
+            self.was_killed = self._process.wait(1.0) < 0
         size = os.fstat(self._stderr_descriptor).st_size
         lines = os.pread(self._stderr_descriptor, size, 0).decode(errors="replace").splitlines()
         return f"it ended: {lines[-1].strip()[:200]}" if lines else "it ended"
@@ -144,10 +146,12 @@ def serve(endpoint: socket.socket, shared_descriptors: Sequence[int], names: Seq
     stop_signals = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP]
     stop_signals += [signal.SIGUSR1, signal.SIGUSR2]
     previous_actions = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals}
+    set_process_name("cordee import")
     for name in names:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a fork would write to, and so copy, the pages of all objects
+    set_process_name("cordee template")
     hazard = _fork_hazard({0, 1, 2, endpoint.fileno(), *shared_descriptors})
     endpoint.send(json.dumps({"hazard": hazard}).encode())
     while True:
@@ -253,6 +257,5 @@ def _renumber(descriptors: Sequence[int], targets: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     exit_with_parent()
-    set_process_name("cordee template")
     shared = [int(number) for number in sys.argv[2].split(",") if number]
     serve(socket.socket(fileno=int(sys.argv[1])), shared, sys.argv[3:])

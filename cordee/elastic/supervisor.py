@@ -171,14 +171,14 @@ class Supervisor:
             self._start_missing(is_urgent=True)
 
     def _replace_fork_server(self, cause: str) -> None:
-        """Starts another fork server, as this one has failed; not when it never was ready: what
-        ails it, a worker that imports for itself says better."""
+        """Starts another fork server, as this one has failed; not when it could not import or must
+        not fork: what ails it, a worker that imports for itself says better."""
         server = self.pool.fork_server
         assert server is not None
         self._selector.unregister(server)
         if self._needs_no_workers:
             self.pool.close_fork_server()
-        elif server.is_ready:
+        elif server.is_ready or server.was_killed:
             self._print(f"the fork server is started again: {cause}")
             self._start_fork_server()
         else:
@@ -326,7 +326,6 @@ class Supervisor:
             self._on_failure(worker, exit_code, stderr_tail)
 
     def _on_announced_exit(self, worker: Worker, stderr_tail: str) -> None:
-        """A worker that said its end before it went."""
         progress = self.progress
         assert worker.announced_exit_code is not None
         if worker.announced_exit_code and worker.final_message:

@@ -77,10 +77,11 @@ class BackgroundRun:
 
     def worker_names(self) -> dict[int, str]:
         """Living workers by pid, and what they call themselves ("rank 0", "ready", else "")."""
-        return {pid: name for pid, name in self.process_names().items() if name != "template"}
+        names = self.process_names().items()
+        return {pid: name for pid, name in names if name not in ("import", "template")}
 
     def template_pids(self) -> list[int]:
-        """The pid of the process that workers are forks of, in a list."""
+        """The pid of the process that workers are forks of, in a list, once it has imported all."""
         return [pid for pid, name in self.process_names().items() if name == "template"]
 
     def process_names(self) -> dict[int, str]:

@@ -15,6 +15,8 @@ from tests.drills.background_run import BackgroundRun, check_same_descent
 STEPS = 40
 OVERRIDES = ("run.exact=true", f"run.steps={STEPS}", "evaluate.sample=0", "checkpoint.every=10",
          "fault.silence_s=100")  # fmt: skip
+SLOW_STARTS = "launch.fork_server=false"
+"""A fork is there before a step is made without it: for drills in which the others go on."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def test_islands_leave_die_and_are_replaced_in_one_run(
     reference_digest: str, run_dir: Path
 ) -> None:
     """3, told: 2, killed: 1 until another worker is ready, 2."""
-    with BackgroundRun(run_dir, *OVERRIDES, "launch.processes=3", "fault.spares=0") as run:
+    overrides = (*OVERRIDES, "launch.processes=3", "fault.spares=0", SLOW_STARTS)
+    with BackgroundRun(run_dir, *overrides) as run:
         run.wait_for_step(5)
         os.kill(run.pids_by_rank()[2], signal.SIGTERM)
         run.wait_until(lambda: run.events_named("left"))
@@ -126,7 +129,9 @@ def test_a_cut_island_that_loses_a_rank(
     processes: int, kill: str, spares: int, reference_digest: str, run_dir: Path
 ) -> None:
     """Alone it waits until it is whole again; else the other island goes on."""
-    overrides = (f"launch.processes={processes}", "layout.shard=2", f"fault.kill={kill}")
+    overrides = (
+        f"launch.processes={processes}", "layout.shard=2", f"fault.kill={kill}", SLOW_STARTS
+    )  # fmt: skip
     with BackgroundRun(
         run_dir, *OVERRIDES, *overrides, f"fault.spares={spares}", "fault.copy_every=5"
     ) as run:

@@ -32,7 +32,7 @@ class Library(ctypes.CDLL):
 
 ctypes.CDLL = Library
 
-from cordee import system
+from cordee.hardware import system
 
 system.PROC, system.DESCRIPTORS = Path("/nothing/there"), (Path("/dev/fd"),)
 """
