@@ -66,12 +66,9 @@ UNREACHABLE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 # Not HANDSHAKE_FAILED_PROTOCOL: telling of a forged frame makes ZeroMQ (4.3.5) forget to hang up.
 MONITOR_EVENTS = (
-    zmq.Event.ACCEPTED
-    | zmq.Event.CONNECTED
-    | zmq.Event.CLOSED
-    | zmq.Event.DISCONNECTED
-    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
-)
+    zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -106,7 +103,7 @@ class Connection:
 
     @property
     def peer_id(self) -> str:
-        """ "" until it has said who it is."""
+        """The peer's id; empty until it has said who it is."""
         return next(iter(self.names), "")
 
 
@@ -233,10 +230,9 @@ class ConnectionThread(threading.Thread):
             self._authenticate()
         self._take_requests()
         now = time.monotonic()
-        while (
-            self._strangers and (s := next(iter(self._strangers))).start_s < now - HELLO_TIMEOUT_S
-        ):
-            self._on_hello_timeout(s)
+        for connection in list(self._strangers):
+            if connection.start_s < now - HELLO_TIMEOUT_S:
+                self._on_hello_timeout(connection)
         for dial in list(self._dials.values()):
             if not dial.is_started and dial.due_s <= now:
                 dial.is_started = True
@@ -378,37 +374,34 @@ class ConnectionThread(threading.Thread):
     def _on_event(self, event: Any) -> None:
         kind, value, endpoint = event["event"], event["value"], event["endpoint"].decode()
         hangup_error, self._hangup_error = self._hangup_error, 0
-        if kind == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:  # the next event says on which connection
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:  # the next event says on which connection
             self._hangup_error = value
-        elif kind == zmq.Event.ACCEPTED:
+        elif kind == zmq.EVENT_ACCEPTED:
             connection = Connection(time.monotonic(), value, peer_ip=self._peer_ip(value))
             self._by_descriptor[value] = connection
             self._strangers[connection] = None
             if len(self._strangers) > MAX_STRANGERS:
                 self.queues.counters["crowded out"] += 1
-                self._close(next(iter(self._strangers)))
-        elif kind == zmq.Event.CONNECTED and endpoint in self._by_endpoint:
+                self._close(next(c for c in self._strangers if c.dial is None))
+        elif kind == zmq.EVENT_CONNECTED and endpoint in self._by_endpoint:
             self._by_descriptor[value] = self._by_endpoint[endpoint]
             self._by_endpoint[endpoint].descriptor = value
-        elif kind == zmq.Event.DISCONNECTED and value in self._by_descriptor:
+        elif kind == zmq.EVENT_DISCONNECTED and value in self._by_descriptor:
             connection = self._by_descriptor.pop(value)
             connection.hangup_error = hangup_error
             self._disconnected.append(connection)
-        elif kind == zmq.Event.CLOSED and endpoint in self._by_endpoint:
+        elif kind == zmq.EVENT_CLOSED and endpoint in self._by_endpoint:
             connection = self._by_endpoint[endpoint]
             connection.hangup_error = errno.ECONNRESET
             self._disconnected.append(connection)
 
     def _on_hello_timeout(self, connection: Connection) -> None:
-        dial, was_ending = connection.dial, connection.is_ending
-        self._close(connection)
-        if was_ending:
-            return
-        if dial is None:
+        if connection.dial is not None:
+            self._give_up(connection.dial)
+        elif not connection.is_ending:
             reason = f"it did not prove who it is within {HELLO_TIMEOUT_S:g} s"
             self.queues.report_refusal(Refusal(connection.peer_ip, reason))
-        else:
-            self._give_up(dial)
+        self._close(connection)
 
     def _on_connection_end(self, connection: Connection) -> None:
         """A connection ended by itself."""
@@ -531,7 +524,7 @@ class ConnectionThread(threading.Thread):
             del self._dials[dial.address]
             for target in dial.targets:
                 self._report_lost(target)
-        elif isinstance(result, socket.gaierror | UnicodeError) or result.errno == errno.EINVAL:
+        elif isinstance(result, socket.gaierror) or result.errno == errno.EINVAL:
             self._give_up(dial, f"{dial.address} does not resolve: {result.strerror or result}")
         elif isinstance(result, TimeoutError) or result.errno in UNREACHABLE_ERRORS:
             self._give_up(dial)
