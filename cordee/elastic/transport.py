@@ -46,7 +46,7 @@ class Transport:
         message_error: Callable[[Any], str] = lambda message: "",
     ) -> Transport:
         """Listens on `bind_address` (HOST:PORT, port 0: any free one) and lets in who knows the
-        secret and has the same `peer_hello` (keys that begin with "about." are told, not compared).
+        secret and says the same `hello` (keys that begin with "about." are not compared).
         Others dial `advertise_address` (default, and for its port 0: what is bound). Who sends a
         message that `message_error` finds wrong loses that connection. ConfigError when that cannot
         be.

@@ -33,6 +33,7 @@ from cordee.elastic.handshake import (
 from cordee.elastic.secret import make_secret, read_secret
 from cordee.elastic.transport import Refusal, Transport
 from cordee.errors import ConfigError
+from cordee.hardware.system import open_tcp_connections, resident_bytes
 
 SECRET, OTHER_SECRET = b"s" * 32, b"t" * 32
 HELLO = {"version": "0.4.0", "torch": "2.13.0", "config": "abc", "data": "def", "about.host": "h"}
@@ -511,6 +512,32 @@ def test_a_stopped_peer_is_silent_not_lost() -> None:
         assert a.take_lost_peers() == [] and a.receive() == []
         peer.send_signal(signal.SIGCONT)
         assert receive_messages(a, 1) == [(peer_id, {"n": 2})]
+
+
+def test_what_waits_for_a_silent_peer_is_bounded_in_bytes() -> None:
+    with open_transports(HELLO) as (a,), echo_peer() as (peer, peer_id):
+        a.send(peer_id, {"n": 0})
+        receive_messages(a, 1)
+        peer.send_signal(signal.SIGSTOP)
+        text = "x" * (1 << 20)
+        before_bytes = resident_bytes()
+        for number in range(160):
+            a.send(peer_id, {"n": number, "text": text})
+        assert a.error_counts()["dropped"] >= 160 - 64 - 24  # the kernel has some
+        assert resident_bytes() - before_bytes < 100 << 20
+        assert a.take_lost_peers() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
+def test_unacknowledged_bytes_end_a_connection_long_before_the_kernel_would() -> None:
+    with open_transports(HELLO, HELLO) as (a, b):
+        a.send(b.id, {"n": 0})
+        receive_messages(b, 1)
+        limits_ms = [
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            for connection in open_tcp_connections()
+        ]
+        assert limits_ms == [3000, 3000]
 
 
 def test_an_address_where_nobody_listens() -> None:
