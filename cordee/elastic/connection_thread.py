@@ -40,9 +40,13 @@ from cordee.elastic.peer_queues import PeerQueues
 
 HELLO_TIMEOUT_S = 2.5
 """A connection on which nobody has said who he is after this time is dropped."""
-SILENCE_TIMEOUT_MS = 3000
-"""Bytes, or a ping, that the other machine does not acknowledge for so long end a connection: a new
-one is there at once when the network is back, TCP's next try would take up to two minutes."""
+UNACKED_TIMEOUT_MS = 3000
+"""Sent bytes that the other machine does not acknowledge for so long end a connection: a new one is
+there at once when the network is back, TCP's next try would take up to two minutes."""
+PING_INTERVAL_S, SILENCE_TIMEOUT_S = 1.0, 4.0
+"""An empty line goes over each connection so often; one over which nothing comes for so long ends.
+ZeroMQ's own pings end the process (4.3.5: "Assertion failed: !_io_error") when one is due on a
+connection that broke while its queue was full."""
 DIAL_INTERVAL_S = 0.05
 """Least time between two dials of one address; ten times that after a refusal."""
 MAX_ENDS, MAX_RETRIES = 4, 8
@@ -96,6 +100,7 @@ class Connection:
     endpoint: str = ""
     names: dict[str, None] = field(default_factory=dict)
     open_since_s: float = 0.0
+    last_heard_s: float = 0.0
     is_ending: bool = False
     hangup_error: int = 0
     send_buffer: bytearray = field(default_factory=bytearray)
@@ -139,6 +144,7 @@ class ConnectionThread(threading.Thread):
         self._dials: dict[str, Dial] = {}
         self._next_dial_s: dict[str, float] = {}
         self._dial_results: list[tuple[Dial, tuple[str, int] | OSError]] = []
+        self._next_ping_s = 0.0
         self._stop_deadline_s: float | None = None
 
     def _open_sockets(self, listener: socket.socket) -> None:
@@ -151,8 +157,7 @@ class ConnectionThread(threading.Thread):
         options = {
             zmq.ROUTER_MANDATORY: 1, zmq.LINGER: 0, zmq.ZAP_ENFORCE_DOMAIN: 1,
             zmq.RECONNECT_IVL: RECONNECT_NEVER_MS, zmq.SNDHWM: CHUNKS, zmq.RCVHWM: CHUNKS,
-            zmq.MAXMSGSIZE: CHUNK_BYTES + 64, zmq.TCP_MAXRT: SILENCE_TIMEOUT_MS,
-            zmq.HEARTBEAT_IVL: SILENCE_TIMEOUT_MS // 3, zmq.HEARTBEAT_TIMEOUT: SILENCE_TIMEOUT_MS,
+            zmq.MAXMSGSIZE: CHUNK_BYTES + 64, zmq.TCP_MAXRT: UNACKED_TIMEOUT_MS,
             zmq.HANDSHAKE_IVL: int(HELLO_TIMEOUT_S * 2000),
             zmq.CONNECT_TIMEOUT: int(HELLO_TIMEOUT_S * 1000),
         }  # fmt: skip
@@ -209,6 +214,8 @@ class ConnectionThread(threading.Thread):
         due_times_s = [dial.due_s for dial in self._dials.values() if not dial.is_started]
         if self._strangers:
             due_times_s.append(next(iter(self._strangers)).start_s + HELLO_TIMEOUT_S)
+        if self._routes:
+            due_times_s.append(self._next_ping_s)
         if self._disconnected:
             due_times_s.append(now)
         if self._blocked:  # ZeroMQ does not say which of a socket's peers can be written to again
@@ -237,6 +244,9 @@ class ConnectionThread(threading.Thread):
             if not dial.is_started and dial.due_s <= now:
                 dial.is_started = True
                 threading.Thread(target=self._probe, args=(dial,), daemon=True).start()
+        if now >= self._next_ping_s:
+            self._next_ping_s = now + PING_INTERVAL_S
+            self._ping(now)
         blocked, self._blocked = self._blocked, {}
         for connection in blocked:
             self._flush(connection)
@@ -286,6 +296,17 @@ class ConnectionThread(threading.Thread):
                 return
             del connection.send_buffer[: len(chunk)]
 
+    def _ping(self, now: float) -> None:
+        """Finds what no event tells of: silence, and a reader that waits for the end of a frame
+        whose length was changed on the way."""
+        for connection in {c: None for connections in self._routes.values() for c in connections}:
+            if now - connection.last_heard_s > SILENCE_TIMEOUT_S:
+                self._shut(connection)
+                self._on_connection_end(connection)
+            elif not connection.send_buffer:
+                connection.send_buffer += b"\n"
+                self._flush(connection)
+
     # ---- what comes ----
 
     def _receive(self) -> list[tuple[bytes, int, bytes]]:
@@ -312,6 +333,7 @@ class ConnectionThread(threading.Thread):
                 self._by_routing_id[routing_id] = connection
         if connection is None or connection.is_ending:
             return
+        connection.last_heard_s = time.monotonic()
         *lines, rest = chunk.split(b"\n")
         try:
             for line in lines:
@@ -332,6 +354,8 @@ class ConnectionThread(threading.Thread):
 
     def _on_line(self, connection: Connection, line: bytes) -> None:
         self._check_length(connection, len(line))
+        if connection.peer_id and not line:
+            return
         if connection.peer_id:
             message = unpack(line)
             if problem := self._message_error(message):
@@ -448,13 +472,17 @@ class ConnectionThread(threading.Thread):
 
     def _close(self, connection: Connection) -> None:
         """Ends a connection from this side."""
+        self._shut(connection)
+        self._forget(connection)
+
+    def _shut(self, connection: Connection) -> None:
+        """Ends the socket of an accepted connection, for which ZeroMQ has no call: it sees the end
+        of the stream, and resets."""
         if connection.dial is None:
             with suppress(OSError), self._accepted_socket(connection.descriptor) as accepted_socket:
-                # ZeroMQ has no call for this: it sees the end of the stream, and resets.
                 linger = struct.pack("ii", 1, 0)
                 accepted_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 accepted_socket.shutdown(socket.SHUT_RD)
-        self._forget(connection)
 
     def _accepted_socket(self, descriptor: int) -> socket.socket:
         """A second socket on an accepted connection. OSError: this descriptor is of another thing,
