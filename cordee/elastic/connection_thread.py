@@ -323,15 +323,15 @@ class ConnectionThread(threading.Thread):
     def _on_chunk(self, routing_id: bytes, descriptor: int, chunk: bytes) -> None:
         connection = self._by_routing_id.get(routing_id)
         if connection is None:  # the first chunk of an accepted one, which may have ended by now
-            candidates = [*self._disconnected, self._by_descriptor.get(descriptor)]
-            for candidate in filter(None, candidates):
-                if candidate.descriptor == descriptor and not candidate.routing_id:
+            for candidate in (*self._disconnected, self._by_descriptor.get(descriptor)):
+                if candidate and candidate.descriptor == descriptor and not candidate.routing_id:
                     connection = candidate
                     break
-            if connection is not None:
-                connection.routing_id = routing_id
-                self._by_routing_id[routing_id] = connection
-        if connection is None or connection.is_ending:
+            else:
+                return
+            connection.routing_id = routing_id
+            self._by_routing_id[routing_id] = connection
+        if connection.is_ending:
             return
         connection.last_heard_s = time.monotonic()
         *lines, rest = chunk.split(b"\n")
@@ -354,13 +354,12 @@ class ConnectionThread(threading.Thread):
 
     def _on_line(self, connection: Connection, line: bytes) -> None:
         self._check_length(connection, len(line))
-        if connection.peer_id and not line:
-            return
         if connection.peer_id:
-            message = unpack(line)
-            if problem := self._message_error(message):
-                raise RefusalError(f"it sent {problem}")
-            self.queues.deliver(connection.peer_id, message, len(line))
+            if line:  # else a ping
+                message = unpack(line)
+                if problem := self._message_error(message):
+                    raise RefusalError(f"it sent {problem}")
+                self.queues.deliver(connection.peer_id, message, len(line))
             return
         if connection.dial is None:  # whatever we think of it, it is to think the same of us
             connection.send_buffer += pack_hello(self._own_id, self._hello) + b"\n"

@@ -651,7 +651,7 @@ def test_closing_sends_the_last_words_and_leaves_nothing() -> None:
         assert len(receive_messages(b, 1000)) == 1000
         a.send(b.id, {"n": 1})
         a.close()
-    assert set(os.listdir("/proc/self/fd")) == open_descriptors
+    assert set(os.listdir("/proc/self/fd")) <= open_descriptors
 
 
 LIST_DESCRIPTORS = """
