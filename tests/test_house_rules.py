@@ -30,7 +30,7 @@ TORCH_FREE = (
 )  # fmt: skip
 LATE_IMPORTS = {
     "dist/process_group.py", "__init__.py", "hf/model.py", "hf/keras.py", "parallel/fsdp.py",
-    "training/build.py",
+    "training/build.py", "elastic/transport.py",
 }  # fmt: skip
 """Files outside cli/ that may import inside a function; each says why in its header."""
 ENVIRONMENT_READERS = {"dist/process_group.py", "launcher/run_ranks.py"}

@@ -1,8 +1,4 @@
-"""HOST:PORT as text, and the sockets that it means.
-
-Not here: the handshake. Traded away: nothing is asked of a name server by the thread that carries
-the traffic; who dials a name resolves it first (`check_sources`), in a thread of its own.
-"""
+"""HOST:PORT as text, and the sockets that it means."""
 
 from __future__ import annotations
 
@@ -13,6 +9,9 @@ import socket
 from typing import Any
 
 from cordee.errors import ConfigError
+
+DIAL_TIMEOUT_S = 1.0
+"""After this time without an answer a dial is given up."""
 
 SocketAddress = tuple[socket.AddressFamily, Any]
 """An address family and what `connect` takes."""
@@ -103,9 +102,23 @@ def outbound_ip() -> str:
         return str(probe_socket.getsockname()[0])
 
 
-def sockaddr_ip(sockaddr: Any) -> str:
-    """The address in what `getsockname` and `accept` return."""
-    return str(sockaddr[0]).removeprefix("::ffff:")
+def listening_endpoint(address: str) -> tuple[str, int]:
+    """IP and port where somebody listens at HOST:PORT. May take seconds. ConnectionRefusedError:
+    nobody does, at none of the name's addresses; gaierror: no such name; OSError: no answer."""
+    failure: OSError = ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens")
+    for family, sockaddr in resolve(address):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe_socket:
+                probe_socket.settimeout(DIAL_TIMEOUT_S)
+                probe_socket.connect(sockaddr)
+                # TCP meets itself when nobody listens on a port of this machine that it has drawn.
+                if probe_socket.getsockname() != probe_socket.getpeername():
+                    return str(sockaddr[0]), int(sockaddr[1])
+        except ConnectionRefusedError:
+            continue
+        except OSError as cause:
+            failure = cause
+    raise failure
 
 
 def _bind_listener(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:

@@ -1,48 +1,27 @@
-"""Who is there, do both know the secret, are both the same run: the first frames of a connection.
-
-    acceptor -> dialler   version, id, nonce
-    dialler -> acceptor   version, id, nonce, proof
-    acceptor -> dialler   proof; from here on frames are sealed; hello
-    dialler -> acceptor   hello
-
-A proof is HMAC-SHA256 under the secret over the side's role, both nonces and both ids; keys of both
-directions are derived from the same. Each side compares the hellos itself, so both see the same
-differences. Not here: sockets and deadlines. Traded away: forward secrecy (nothing here is secret).
-"""
+"""What two hosts say first on a new connection: who each is, and what their runs must have in
+common. Messages are JSON objects, one a line; nothing of them is read before CURVE has proven that
+the other side knows the run's secret."""
 
 from __future__ import annotations
 
-import hmac
 import json
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cordee.elastic import address
-from cordee.elastic.frames import (
-    MAX_BODY_BYTES,
-    FrameDecoder,
-    FrameEncoder,
-    FrameError,
-    pack,
-    unpack,
-)
+from cordee.elastic.address import parse_address
 from cordee.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
+"""Of this protocol."""
+MAX_BODY_BYTES = 8 << 20
+MAX_HELLO_BYTES = 64 << 10
+"""Most bytes of a message after, and before, the other side is known to be of the same run."""
 INFO_PREFIX = "about."
-"""Keys of a hello that begin so are told, not compared."""
+"""Keys of a hello that begin so are for information and are not compared."""
 
 _ID_PATTERN = re.compile(r"[!-~]{3,200}#[0-9a-f]{8}")
-_HEX_PATTERN = re.compile(r"[0-9a-f]{64}")
-_SECRET_DIFFERS = "the secret differs: it does not know ours"
-_REFUSAL_REASONS = {
-    "secret": "it refused us, the secret differs: give this host the same secret file",
-    "version": "it refused us, it speaks another version of this protocol: install the same cordee",
-    "itself": "it is this process itself",
-}
 
 Difference = tuple[str, Any, Any]
 
@@ -63,13 +42,62 @@ class Refusal:
 
 
 class RefusalError(Exception):
-    """Ends a handshake: why, what differs, and the `final_bytes` bytes that tell the other side."""
+    """Ends a connection: the reason in words, what differs, and the id if it is believed."""
 
     def __init__(
-        self, reason: str, final_bytes: bytes = b"", differences: tuple[Difference, ...] = ()
+        self, reason: str, differences: tuple[Difference, ...] = (), peer_id: str = ""
     ) -> None:
         super().__init__(reason)
-        self.reason, self.final_bytes, self.differences = reason, final_bytes, differences
+        self.reason, self.differences, self.peer_id = reason, differences, peer_id
+
+
+class FrameError(RefusalError):
+    """Bytes that are no message."""
+
+
+def pack(message: Mapping[str, Any]) -> bytes:
+    """A message as JSON without line breaks; ValueError for what is too long or not a number,
+    TypeError for what has no JSON."""
+    body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
+    if len(body) > MAX_BODY_BYTES:
+        raise ValueError(
+            f"a message of {len(body)} bytes; at most {MAX_BODY_BYTES} are sent at once"
+        )
+    return body
+
+
+def unpack(body: bytes) -> dict[str, Any]:
+    """The message in a line; FrameError for anything but one JSON object."""
+    try:
+        message = json.loads(body.decode(), parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as cause:
+        raise FrameError("a frame that is not JSON") from cause
+    if not isinstance(message, dict):
+        raise FrameError("a frame that is not a JSON object")
+    return message
+
+
+def pack_hello(own_id: str, hello: Mapping[str, Any]) -> bytes:
+    """The first line of a connection."""
+    return pack({"link": VERSION, "id": own_id, "hello": hello})
+
+
+def check_hello(body: bytes, own_id: str, own_hello: Mapping[str, Any]) -> str:
+    """The id of who said the first line `body`. RefusalError: it may not talk to us."""
+    message = unpack(body)
+    if message.get("link") != VERSION:
+        version = _display_text(message.get("link"))
+        raise RefusalError(
+            f"it speaks version {version} of this protocol, not {VERSION}: install the same cordee"
+        )
+    peer_id, peer_hello = message.get("id"), message.get("hello")
+    if not (isinstance(peer_id, str) and _is_id(peer_id) and isinstance(peer_hello, dict)):
+        raise FrameError("a first frame without an id")
+    if peer_id == own_id:
+        raise RefusalError("it is this process itself")
+    if mismatches := tuple(differences(own_hello, peer_hello)):
+        raise RefusalError("it is not the same run", mismatches, peer_id)
+    return peer_id
 
 
 def differences(own_hello: Mapping[str, Any], peer_hello: Mapping[str, Any]) -> list[Difference]:
@@ -81,10 +109,7 @@ def differences(own_hello: Mapping[str, Any], peer_hello: Mapping[str, Any]) -> 
 
 def format_differences(diffs: Iterable[Difference]) -> str:
     """Aligned text: a row for each difference, what it is, here, there."""
-    rows = [
-        (_display_text(key), _display_text(own_value), _display_text(peer_value))
-        for key, own_value, peer_value in diffs
-    ]
+    rows = [tuple(map(_display_text, row)) for row in diffs]
     if not rows:
         return ""
     rows.insert(0, ("", "here", "there"))
@@ -97,7 +122,7 @@ def _is_id(text: str) -> bool:
     if not _ID_PATTERN.fullmatch(text):
         return False
     try:
-        address.parse_address(text.rpartition("#")[0])
+        parse_address(text.rpartition("#")[0])
     except ConfigError:
         return False
     return True
@@ -115,115 +140,5 @@ def _display_text(value: Any) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-class Handshake:
-    """One side of a new connection, and its frames afterwards. Bytes in, bytes out."""
-
-    def __init__(
-        self, secret: bytes, own_id: str, hello: Mapping[str, Any], is_dialler: bool
-    ) -> None:
-        self.peer_id = ""
-        self.peer_hello: dict[str, Any] = {}
-        self.is_authenticated = False
-        self.is_complete = False
-        self.decoder, self.encoder = FrameDecoder(), FrameEncoder()
-        self._secret, self._own_id, self._hello, self._is_dialler = (
-            secret,
-            own_id,
-            hello,
-            is_dialler,
-        )
-        self._nonce = secrets.token_hex(32)
-        self._peer_nonce = ""
-
-    def first_bytes(self) -> bytes:
-        """What to send as soon as there is a connection."""
-        return b"" if self._is_dialler else self._encode(self._identity_message())
-
-    def receive(self, body: bytes) -> bytes:
-        """Takes the next frame's body and returns the answer; Refused, or BrokenFrame."""
-        message = unpack(body)
-        if self.is_authenticated:
-            return self._receive_hello(message)
-        self._check_refusal(message)
-        if self._is_dialler and self.peer_id:
-            return self._receive_proof(message)
-        self._receive_identity(message)
-        if self._is_dialler:
-            return self._encode({**self._identity_message(), "proof": self._proof("dialler")})
-        if not self._is_proof_valid(message, "dialler"):
-            raise RefusalError(_SECRET_DIFFERS, self._encode({"refused": "secret"}))
-        answer = self._encode({"proof": self._proof("acceptor")})
-        self._derive_keys()
-        return answer + self.encoder.encode(pack(self._hello))
-
-    def _receive_identity(self, message: dict[str, Any]) -> None:
-        if message.get("link") != VERSION:
-            reason = (
-                f"it speaks version {_display_text(message.get('link'))} of this"
-                f" protocol, not {VERSION}"
-            )
-            raise RefusalError(reason, self._encode({"refused": "version"}))
-        peer_id, nonce = message.get("id"), message.get("nonce")
-        if not (isinstance(peer_id, str) and _is_id(peer_id)):
-            raise FrameError("a first frame without an id")
-        if not (isinstance(nonce, str) and _HEX_PATTERN.fullmatch(nonce)):
-            raise FrameError("a first frame without a nonce")
-        if peer_id == self._own_id:
-            raise RefusalError(_REFUSAL_REASONS["itself"], self._encode({"refused": "itself"}))
-        self.peer_id, self._peer_nonce = peer_id, nonce
-
-    def _receive_proof(self, message: dict[str, Any]) -> bytes:
-        if not self._is_proof_valid(message, "acceptor"):
-            raise RefusalError(_SECRET_DIFFERS, self._encode({"refused": "secret"}))
-        self._derive_keys()
-        return self.encoder.encode(pack(self._hello))
-
-    def _receive_hello(self, message: dict[str, Any]) -> bytes:
-        self.peer_hello = message
-        mismatches = tuple(differences(self._hello, message))
-        if mismatches:
-            raise RefusalError("it is not the same run", b"", mismatches)
-        self.is_complete = True
-        self.decoder.max_body_bytes = MAX_BODY_BYTES
-        return b""
-
-    def _check_refusal(self, message: dict[str, Any]) -> None:
-        reason = message.get("refused")
-        if isinstance(reason, str) and reason in _REFUSAL_REASONS:
-            raise RefusalError(_REFUSAL_REASONS[reason])
-
-    def _identity_message(self) -> dict[str, Any]:
-        return {"link": VERSION, "id": self._own_id, "nonce": self._nonce}
-
-    def _encode(self, message: Mapping[str, Any]) -> bytes:
-        return self.encoder.encode(pack(message))
-
-    def _mac(self, key: bytes, label: str) -> bytes:
-        """HMAC over a word, both nonces and both ids, the dialler's first."""
-        sides = [(self._nonce, self._own_id), (self._peer_nonce, self.peer_id)]
-        dialler, acceptor = sides if self._is_dialler else sides[::-1]
-        transcript = json.dumps(["cordee link", VERSION, label, *dialler, *acceptor])
-        return hmac.digest(key, transcript.encode(), "sha256")
-
-    def _proof(self, role: str) -> str:
-        return self._mac(self._secret, role).hex()
-
-    def _is_proof_valid(self, message: dict[str, Any], role: str) -> bool:
-        proof = message.get("proof")
-        if not (isinstance(proof, str) and _HEX_PATTERN.fullmatch(proof)):
-            return False
-        return hmac.compare_digest(proof, self._proof(role))
-
-    def _derive_keys(self) -> None:
-        """Keys for both directions; every frame is sealed from here on."""
-        root_key = self._mac(self._secret, "keys")
-        acceptor_key, dialler_key = (
-            self._mac(root_key, "to acceptor"),
-            self._mac(root_key, "to dialler"),
-        )
-        send_key, receive_key = (
-            (acceptor_key, dialler_key) if self._is_dialler else (dialler_key, acceptor_key)
-        )
-        self.encoder.set_key(send_key)
-        self.decoder.set_key(receive_key)
-        self.is_authenticated = True
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

@@ -1,8 +1,5 @@
-"""The run's shared secret: a file of mode 0600 that only its owner can read.
-
-Not here: what it is used for (`frames.py`). Traded away: secrets on the command line or in the
-environment; both can be read by other users of the machine.
-"""
+"""The run's shared secret: a file of mode 0600 that only its owner can read. On the command line or
+in the environment other users of the machine could read it."""
 
 from __future__ import annotations
 

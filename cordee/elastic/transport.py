@@ -1,9 +1,9 @@
-"""Messages between the supervisors of hosts: authentic, in order per connection, never blocking.
+"""Messages between the supervisors of hosts: encrypted, authenticated, in order per connection,
+never blocking. Every process has an id, HOST:PORT#nonce, fresh each time, so that nothing meant for
+a process reaches its successor. Messages may be lost without a word (their receiver was away, a
+queue was full): views and heartbeats (`membership.py`) are made for that.
 
-Every process has an id, HOST:PORT#nonce, fresh each time, so that nothing meant for a process
-reaches its successor. Messages may be lost (their receiver was away, a queue was full) and say
-nothing about it: views and heartbeats (`members.py`) are made for that. Not here: what messages
-mean. Traded away: secrecy; bodies are authentic but readable on the wire, data traffic too.
+ZeroMQ is imported when a transport is opened: a run on one host needs none.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from cordee.elastic import address
-from cordee.elastic.connection_thread import ConnectionThread
-from cordee.elastic.frames import MAX_HANDSHAKE_BYTES, pack
-from cordee.elastic.handshake import Refusal, differences, format_differences
+from cordee.elastic.handshake import MAX_HELLO_BYTES, Refusal, pack
 from cordee.elastic.secret import SECRET_BYTES
 from cordee.errors import ConfigError
 
-__all__ = ["Refusal", "Transport", "differences", "format_differences"]
+if TYPE_CHECKING:
+    from cordee.elastic.connection_thread import ConnectionThread
+
+__all__ = ["Refusal", "Transport"]
 
 _FLUSH_TIMEOUT_S = 0.5
 
@@ -44,7 +46,7 @@ class Transport:
         message_error: Callable[[Any], str] = lambda message: "",
     ) -> Transport:
         """Listens on `bind_address` (HOST:PORT, port 0: any free one) and lets in who knows the
-        secret and has the same `peer_hello` (keys that begin with "about." are told, not compared).
+        secret and says the same `hello` (keys that begin with "about." are not compared).
         Others dial `advertise_address` (default, and for its port 0: what is bound). Who sends a
         message that `message_error` finds wrong loses that connection. ConfigError when that cannot
         be.
@@ -53,12 +55,15 @@ class Transport:
             problem = "the secret is too short"
             fix = f"at least {SECRET_BYTES[0]} random bytes"
             raise ConfigError(problem, values={"bytes": len(secret)}, fix=fix)
-        if len(pack(hello)) > MAX_HANDSHAKE_BYTES:
+        if len(pack(hello)) > MAX_HELLO_BYTES:
             raise ConfigError(
-                "the hello is too long", fix=f"at most {MAX_HANDSHAKE_BYTES} bytes of JSON"
+                "the hello is too long", fix=f"at most {MAX_HELLO_BYTES} bytes of JSON"
             )
         if advertise_address:
             address.parse_address(advertise_address)
+        cls.check_installed()
+        from cordee.elastic.connection_thread import ConnectionThread
+
         listener = _open_listener(bind_address, bool(advertise_address))
         host, port = listener.getsockname()[:2]
         if advertise_address:
@@ -70,6 +75,14 @@ class Transport:
         connections = ConnectionThread(listener, own_id, secret, hello, message_error)
         connections.start()
         return cls(own_id, connections)
+
+    @staticmethod
+    def check_installed() -> None:
+        """ConfigError when ZeroMQ is not there."""
+        if find_spec("zmq") is None:
+            raise ConfigError(
+                "runs on several hosts need the package pyzmq", fix="pip install pyzmq"
+            )
 
     @staticmethod
     def check_bind(bind_address: str) -> None:
@@ -84,16 +97,16 @@ class Transport:
     def receive(self) -> list[tuple[str, dict[str, Any]]]:
         """(sender's id, message) of all that has come, without waiting; RunError when the thread
         of the connections has failed."""
-        return self._queues.take_messages()
+        return self._queues.take(self._queues.inbox)
 
     def take_lost_peers(self) -> list[str]:
         """Ids (or dialled addresses) where, since the last call, nobody listens any more: their
         process is gone. Silence is not in here."""
-        return self._queues.take_lost_peers()
+        return list(dict.fromkeys(self._queues.take(self._queues.lost_peers)))
 
     def take_refusals(self) -> list[Refusal]:
         """Peers that we refused or that refused us since the last call; each kind is told once."""
-        return self._queues.take_refusals()
+        return self._queues.take(self._queues.refusals)
 
     def send(self, target: str, message: Mapping[str, Any]) -> None:
         """Sends to an id or a HOST:PORT, dialling when needed. Never waits; the oldest messages go
@@ -106,16 +119,6 @@ class Transport:
         """Ends the connections with a peer, and tells of it (`take_refusals`); it may dial
         again."""
         self._queues.disconnect(peer, reason)
-
-    def local_ip(self, target: str) -> str | None:
-        """Our IP address on the connection to a peer, None while there is none."""
-        peer_info = self._connections.peer_info.get(self._connections.aliases.get(target, target))
-        return peer_info[0] if peer_info else None
-
-    def peer_hello(self, target: str) -> Mapping[str, Any] | None:
-        """What a peer told of itself, None while there is no connection."""
-        peer_info = self._connections.peer_info.get(self._connections.aliases.get(target, target))
-        return peer_info[1] if peer_info else None
 
     def error_counts(self) -> dict[str, int]:
         """How often something went wrong: refused, broken (frames), crowded out (connections),

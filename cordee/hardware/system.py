@@ -204,13 +204,6 @@ def nonblocking_pipe() -> tuple[int, int]:
     return descriptors
 
 
-def set_tcp_user_timeout(connection: socket.socket, timeout_ms: int) -> None:
-    """Breaks a TCP connection whose data nobody acknowledges for so long. Without the option only
-    heartbeats tell of a host that is gone, and the kernel's own patience of minutes."""
-    with suppress(AttributeError, OSError):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
-
-
 def open_tcp_connections() -> Iterator[socket.socket]:
     """This process's TCP connections, each as a second socket on it that is closed afterwards. Not
     those that listen."""

@@ -139,6 +139,8 @@ def check_rendezvous(run: Run) -> None:
     """ConfigError when this host could not meet others as it is told to: found out before anything
     is written."""
     secret_file = Path(run.launch.secret or Path(run.run.dir) / SECRET_FILE)
+    if is_multi_host(run):
+        Transport.check_installed()
     if run.launch.listen:
         Transport.check_bind(run.launch.listen)
         if os.path.lexists(secret_file):

@@ -105,20 +105,24 @@ def test_a_reset_in_the_middle_is_no_death() -> None:
 
 @pytest.mark.parametrize("direction", [FORWARD, BACK])
 def test_a_bit_flipped_on_the_way_is_caught_and_the_link_goes_on(direction: str) -> None:
+    """No message is ever wrong. A bit of a message breaks its connection; one of the transport's
+    frame around it (its first ten bytes) may do no harm, or hold the frame until a ping is missed.
+    """
     with relayed_transports() as (a, b, relay):
         exchange_heartbeats(a, b)
-        for offset in (0, 5, 30, 100):
-            receiver = b if direction == FORWARD else a
+        receiver = b if direction == FORWARD else a
+        for offset in (0, 1, 2, 5, 8, 30, 60):
             broken_count = receiver.error_counts().get("broken", 0)
             relay.flip(offset, direction, bit=offset % 8)
             for _ in range(20):
                 a.send(b.id, {"n": "x" * 20})
                 b.send(a.id, {"n": "x" * 20})
-            wait_until(
-                lambda receiver=receiver, broken_count=broken_count: (
-                    receiver.error_counts().get("broken", 0) > broken_count
+            if offset >= 30:
+                wait_until(
+                    lambda broken_count=broken_count: (
+                        receiver.error_counts().get("broken", 0) > broken_count
+                    )
                 )
-            )
             for transport in (a, b):
                 assert all(
                     message.get("n", "x" * 20) == "x" * 20 for _, message in transport.receive()

@@ -160,15 +160,6 @@ def test_connections_are_cut_and_listeners_stay(
             connection.close()
 
 
-def test_unanswered_data_is_limited_where_that_can_be(platform_kind: str) -> None:
-    with socket.socket() as connection:
-        system.set_tcp_user_timeout(connection, 3000)
-        limit = connection.getsockopt(
-            socket.IPPROTO_TCP, 18
-        )  # TCP_USER_TIMEOUT, also where it is gone
-    assert limit == (3000 if platform_kind == "linux" else 0)
-
-
 def test_interfaces_by_address_whichever_number_the_kernel_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
