@@ -1,9 +1,7 @@
 """Where the hosts of a run meet: addresses, the shared secret, what must be equal, the witness.
 
-Paper: the launching process needs no torch. Hosts of one run share its folder (a network disk, or
-one machine), in which the witness of their votes lies. Not here: messages (`elastic/transport.py`)
-and votes (`elastic/membership.py`). Traded away: hosts without a common folder; their checkpoints
-would be in pieces on several disks.
+Hosts of one run share its folder (a network disk, or one machine), in which the witness of their
+votes lies. The launching process needs no torch.
 """
 
 from __future__ import annotations

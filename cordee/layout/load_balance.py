@@ -1,9 +1,7 @@
 """How many microbatches each island computes when devices differ, and when that should change.
 
-Seconds for a microbatch in, whole numbers out. All ranks feed the same numbers (the step's tally)
-and so come to the same shares without a word: no clock and no chance here. Not here: measuring
-(`parallel/engine.py`), or giving a live run its new share (`partition_costs.py`). Traded away: the
-time that an island needs whatever its share; a share is taken to cost its microbatches alone.
+Seconds for a microbatch in, whole numbers out. All ranks feed the same numbers (the step's summary)
+and so come to the same shares without a message: no clock and no chance here.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from cordee.errors import LayoutError
 from cordee.layout.microbatches import split_evenly
@@ -159,6 +158,16 @@ class LoadBalancer:
             )
         self._step_seconds.append(step_seconds)
         self._steps_since_change += 1
+
+    def rebalance(self) -> dict[str, Any] | None:
+        """As `next_counts`, with what a record says of the change: shares before and after, seconds
+        of each island for a microbatch, and why in one sentence."""
+        before, after = list(self.counts), self.next_counts()
+        if after is None:
+            return None
+        seconds = [round(s, 6) for s in self.microbatch_seconds]
+        reason = describe_balance(after, self.microbatch_seconds)
+        return {"before": before, "after": after, "seconds_per_microbatch": seconds, "why": reason}
 
     def next_counts(self) -> list[int] | None:
         """New shares, which hold from the next step on, or None: as they are."""
