@@ -15,9 +15,10 @@ config = cordee.Config.load(
     *sys.argv[1:],
     run={"steps": 60},
     model={"layers": 2, "width": 64, "heads": 4},
-    data={"path": "builtin:markov", "tokens": 200_000, "sequence": 64},
+    data={"path": "builtin:stdlib", "sequence": 64},
     batch={"microbatch": 4, "microbatches": 4},
     optim={"name": "adamw", "lr": 0.003},
+    evaluate={"tokens": 16_384, "sample": 100},
 )
 print(f"{config.run.steps} steps at {config.optim.lr}, into {config.run.dir}")
 
