@@ -95,21 +95,14 @@ def evaluate(
     worker_sums = gather(sums)
     slots = [(w, slot) for w, part in enumerate(worker_batches) for slot in range(len(part))]
     losses = [float(worker_sums[w, slot]) for w, slot in slots]
-    total_loss, nonfinite_batches = (
-        sum_or_nan(losses),
-        sum(not math.isfinite(loss) for loss in losses),
-    )
+    total_loss = sum_or_nan(losses)
+    nonfinite_batches = sum(not math.isfinite(loss) for loss in losses)
     if bytes_per_token is None:
         is_user_batch = isinstance(batches[0], tuple)
         count = sum(len(batch[0] if is_user_batch else batch) for batch in batches)
         correct = math.fsum(float(worker_sums[w, max_batches + slot]) for w, slot in slots)
-        return EvaluationResult(
-            total_loss / count,
-            None,
-            None if is_user_batch else correct / count,
-            count,
-            nonfinite_batches,
-        )
+        accuracy = None if is_user_batch else correct / count
+        return EvaluationResult(total_loss / count, None, accuracy, count, nonfinite_batches)
     token_count = sum(batch[:, 1:].numel() for batch in batches)
     mean_loss = total_loss / token_count
     bits = mean_loss / math.log(2) / bytes_per_token

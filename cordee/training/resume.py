@@ -133,21 +133,18 @@ def _unfinished_tasks(trainer: Trainer) -> list[str]:
 
 def start_peer_backup(trainer: Trainer, assignment: WorkerAssignment) -> None:
     """From now on, and at once, a neighbour keeps what only this rank holds."""
-    every_steps, rank, size = (
-        trainer.run.fault.copy_every,
-        trainer.process.rank,
-        trainer.process.size,
-    )
+    every_steps, process = trainer.run.fault.copy_every, trainer.process
     if not assignment.generation or trainer.mesh.size(*MODEL_AXES) == 1 or not every_steps:
         trainer.peer_backup = None
         return
     group, hosts = trainer.mesh.group(*AXES), [str(m["host"]) for m in assignment.members]
     if trainer.peer_backup is None:
-        fault_point = trainer.drill.fault_point
-        trainer.peer_backup = PeerBackup(every_steps, group, rank, size, hosts, fault_point)
+        trainer.peer_backup = PeerBackup(
+            every_steps, group, process.rank, process.size, hosts, trainer.drill.fault_point
+        )
     else:
         trainer.peer_backup.discard_after(trainer.progress.step)
-        trainer.peer_backup.rebind(group, rank, size, hosts)
+        trainer.peer_backup.rebind(group, process.rank, process.size, hosts)
     trainer.back_up_to_peer()
 
 
@@ -248,20 +245,14 @@ def _check_identities(
     ]
     if not differing_names:
         return
-    device = trainer.process.device.partition(":")[0]
-    fix = (
-        remedy(trainer.run, device)
-        if "arithmetic" in differing_names
-        else "the same versions everywhere"
-    )
+    fix = "the same versions everywhere"
+    if "arithmetic" in differing_names:
+        fix = remedy(trainer.run, trainer.process.device.partition(":")[0])
+    labels = {first_label: first_identity, second_label: second_identity}
+    values = {f"{n} {label}": labels[label].get(n) for n in differing_names for label in labels}
     raise ConfigError(
         "the bits of this run are promised, and other code would compute them",
-        values={
-            f"{name} {label}": identity.get(name)
-            for name in differing_names
-            for label, identity in ((first_label, first_identity), (second_label, second_identity))
-        }
-        | {"run.arithmetic": trainer.run.run.arithmetic},
+        values={**values, "run.arithmetic": trainer.run.run.arithmetic},
         fix=f"{fix}; this one goes on only where the same is computed",
     )
 
@@ -270,48 +261,36 @@ def emergency_save(
     run: Run, assignment: WorkerAssignment, survivor: SurvivorState, process: RankProcess
 ) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
-    assignment.record_phase("rescue", max(survivor.step, 0))
+    step = max(survivor.step, 0)
+    assignment.record_phase("rescue", step)
     folder, group = Path(run.run.dir), dist.group.WORLD if process.size > 1 else None
     saver = Saver(folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault)
-    events, screen = JsonLinesWriter(folder / "events.jsonl"), Screen(silent=not process.is_first)
     checkpoint = None
     if process.is_first:
         with suppress(CheckpointError):  # the folder cannot be listed: what is held may be all
             checkpoint = find_newest(folder / "checkpoints", lambda *_: None)
-    saved_step = checkpoint.step if checkpoint else -1
-    required_names = (
-        [f"model/{name}" for name in survivor.trainer.state.specs] if survivor.trainer else []
-    )
+    specs = survivor.trainer.state.specs if survivor.trainer else {}
     try:
         save_result = write_emergency_save(
-            survivor.snapshots(),
-            required_names,
-            saver,
-            assignment.generation,
-            saved_step,
-            group,
-            process.rank,
-            process.size,
-        )
+            survivor.snapshots(), [f"model/{name}" for name in specs], saver,
+            assignment.generation, checkpoint.step if checkpoint else -1, group,
+            process.rank, process.size,
+        )  # fmt: skip
     except CheckpointError as error:
         save_result = EmergencySave(None, None, error.message)
-    if process.is_first:
-        events.claim_file()
-        fields = {
-            "generation": assignment.generation,
-            "members": list(assignment.members),
-            **event_fields(save_result),
-        }
-        events.write(
-            {"time": utc_timestamp(), "event": "rescued", **fields, "step": max(survivor.step, 0)}
-        )
-        path = save_result.report.path.name if save_result.report else ""
-        message = (
-            f"what is left is saved: {path}" if path else f"nothing is saved: {save_result.reason}"
-        )
-        screen.print_line(
-            f"step {survivor.step:>5}  {message}; the ranks that are left wait for others"
-        )
+    if not process.is_first:
+        return
+    events = JsonLinesWriter(folder / "events.jsonl")
+    events.claim_file()
+    fields = {"generation": assignment.generation, "members": list(assignment.members)}
+    fields |= event_fields(save_result)
+    events.write({"time": utc_timestamp(), "event": "rescued", **fields, "step": step})
+    message = f"nothing is saved: {save_result.reason}"
+    if save_result.report:
+        message = f"what is left is saved: {save_result.report.path.name}"
+    Screen(silent=False).print_line(
+        f"step {survivor.step:>5}  {message}; the ranks that are left wait for others"
+    )
 
 
 def _load_checkpoint(trainer: Trainer, checkpoint: Checkpoint, generation: int) -> None:
@@ -350,8 +329,7 @@ def _log_generation(trainer: Trainer, assignment: WorkerAssignment, stats: Resto
     restore_note = f", {stats.receivers} filled by {stats.donors}" if stats.receivers else ""
     logger.screen.print_line(
         f"step {step:>5}  {trainer.plan.layout.describe()} {verb} on in generation"
-        f" {assignment.generation}"
-        f"{restore_note}; {fields['seconds']:.2f} s"
+        f" {assignment.generation}{restore_note}; {fields['seconds']:.2f} s"
     )
 
 
@@ -370,17 +348,10 @@ def choose_checkpoint(
             folder, trainer.logger.log_rejected_checkpoint, trainer.logger.log_skipped_checkpoint
         )
         generation = assignment.generation or last_generation(trainer.folder) + 1
-    row = torch.tensor(
-        [
-            generation,
-            checkpoint.step if checkpoint else -1,
-            checkpoint.generation if checkpoint else -1,
-        ],
-        dtype=torch.int64,
-    )
-    generation, step, saved_generation = all_gather_rows(
-        row, trainer.mesh.group(*AXES), trainer.process.size
-    )[0].tolist()
+    choice = (checkpoint.step, checkpoint.generation) if checkpoint else (-1, -1)
+    row = torch.tensor([generation, *choice], dtype=torch.int64)
+    rows = all_gather_rows(row, trainer.mesh.group(*AXES), trainer.process.size)
+    generation, step, saved_generation = rows[0].tolist()
     if step < 0 or trainer.process.is_first:
         return checkpoint, generation
     return open_checkpoint(folder / folder_name(step, saved_generation), verify=False), generation

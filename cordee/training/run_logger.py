@@ -161,11 +161,8 @@ class RunLogger:
         rank_infos = [{"rank": rank, **self._member(rank)} for rank in divergent_ranks]
         rank_text = ", ".join(f"rank {rank} ({norms[rank]:.6g})" for rank in divergent_ranks[:4])
         message = f"ranks hold gradients of different norms: {rank_text}; {action}"
-        fields = {
-            "norms": [finite_or_none(norm) for norm in norms],
-            "ranks": rank_infos,
-            "done": action,
-        }
+        finite_norms = [finite_or_none(norm) for norm in norms]
+        fields = {"norms": finite_norms, "ranks": rank_infos, "done": action}
         self.log_event("ranks_differ", step, {**fields, "says": message})
         self.screen.print_line(f"step {step:>5}  {message}")
 
@@ -202,11 +199,8 @@ class RunLogger:
         new_files = [name for name in files if name not in self._changed_files]
         self._changed_files.update(new_files)
         if new_files:
-            fields = {
-                "files": new_files,
-                "done": "training goes on with the snapshot in the run's folder",
-            }
-            self.log_event("data_changed", step, fields)
+            done = "training goes on with the snapshot in the run's folder"
+            self.log_event("data_changed", step, {"files": new_files, "done": done})
             self.screen.print_line(
                 f"data changed on disk: {', '.join(new_files[:3])}; the snapshot is used"
             )
@@ -223,11 +217,8 @@ class RunLogger:
 
     def log_verdicts(self, step: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
         """What the supervisors found and did, one event and one sentence each."""
-        logged_messages = (
-            {event.get("says") for event in read_records(self._events_sink.path)}
-            if verdicts
-            else set()
-        )
+        events = read_records(self._events_sink.path) if verdicts else []
+        logged_messages = {event.get("says") for event in events}
         for verdict in verdicts:
             if verdict["event"] == "begun" or verdict["says"] in logged_messages:
                 continue

@@ -59,9 +59,7 @@ def run_worker(prepared_run: PreparedRun, parts: Parts) -> Report:
     lock = acquire_run_lock(run) if supervisor is None and launch_info.rank == 0 else nullcontext()
     survivor = SurvivorState()
     with lock, catch_stop_signals(supervisor) as stop_request:
-        if (
-            supervisor is None and launch_info.rank == 0
-        ):  # another run may have begun here meanwhile
+        if supervisor is None and launch_info.rank == 0:  # another run may have begun meanwhile
             inspect_run_dir(run, parts.model_name)
         for assignment in assignments(prepared_run, supervisor):
             try:
@@ -94,13 +92,10 @@ def run_generation(
     """One generation: join, build, restore, fit, finish; None after one that only saved."""
     run, plan, launch_info = prepared_run.run, assignment.plan, assignment.launch_info
     # The seat's plan is the leader's, whose devices, and cores, may be others than this host's.
-    device, threads = (
-        prepared_run.plan.device,
-        (prepared_run.plan if plan.devices else plan).threads,
-    )
-    drill = make_fault_injector(
-        assignment.drill, run.fault, launch_info.rank, assignment.record_phase
-    )
+    own_plan = prepared_run.plan
+    device, threads = own_plan.device, (own_plan if plan.devices else plan).threads
+    rank, record_phase = launch_info.rank, assignment.record_phase
+    drill = make_fault_injector(assignment.drill, run.fault, rank, record_phase)
     drill.fault_point("group", max(survivor.step, 0))
     with join_process_group(
         launch_info, device, threads, run.launch.timeout_s,
