@@ -173,6 +173,42 @@ def test_a_module_of_your_own_is_trained_and_loaded(tmp_path: Path) -> None:
         cordee.load_model(tmp_path / "run", model=nn.Linear(8, 2))
 
 
+LOOP = """
+import sys, torch, cordee
+from tests.metal.test_api import cross_entropy_sum
+from torch.utils.data import TensorDataset
+x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+data = TensorDataset(x, (x[:, 0] > 0).long())
+words = ("run.steps=4", "run.precision=fp32", "batch.microbatches=4", "launch.probe=false")
+config = cordee.Config.load(*words, *sys.argv[1:])
+net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+for tensor in net.parameters():
+    torch.nn.init.constant_(tensor, 0.1)
+with cordee.Trainer(config, model=net, loss=cross_entropy_sum, data=data) as trainer:
+    while not trainer.done:
+        result = trainer.train_step()
+    trainer.finish()
+print(result.loss)
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_of_several_ranks(tmp_path: Path) -> None:
+    """Every rank of torchrun runs the same loop; sharded, it is the descent of one process."""
+    losses = []
+    for ranks in (1, 2):
+        (tmp_path / "loop.py").write_text(LOOP)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        words = [f"run.dir={tmp_path / str(ranks)}", f"layout.shard={ranks}"]
+        result = subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "loop.py"), *words],
+            env=clean_environment(), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        losses += [float(line) for line in result.stdout.split()]
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 # ---- trained models ------------------------------------------------------------------------------
 
 
