@@ -37,11 +37,9 @@ from cordee.model.init_weights import init_weights
 from cordee.model.transformer import Transformer
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.training.build import RunState, build_run_state
 from cordee.training.run_logger import RunLogger
-from cordee.training.stop_request import StopRequest
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import train_step
 
 STEPS_PER_BLOCK = 2
 
@@ -65,14 +63,13 @@ class CordeeLoop:
 
     def __init__(self, run: Run, process: RankProcess) -> None:
         plan = make_plan(run, local_cluster(), processes=process.size)
-        self.state: RunState = build_run_state(run, plan, process, prepare_dataset(run), Parts())
-        self.run_logger = RunLogger(self.state, StopRequest())
+        self.trainer = Trainer(run, plan, process, prepare_dataset(run), Parts())
+        self.trainer.logger = RunLogger(run, process)
 
     def steps(self, count: int) -> None:
-        """Runs `count` steps as `walk` does."""
+        """Runs `count` steps, each with its record."""
         for _ in range(count):
-            step_result = train_step(self.state, self.run_logger)
-            self.run_logger.log_step(self.state, step_result)
+            self.trainer.train_step()
 
 
 class HandwrittenLoop:

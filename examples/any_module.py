@@ -32,7 +32,7 @@ def loss(model, images, labels):
 torch.manual_seed(0)  # every rank brings the same module
 net = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 4))
 words = ["run.dir=runs/corners", "run.steps=80", "optim.name=adamw", "optim.lr=0.01"]
-run = cordee.load(None, [*words, "batch.microbatch=8", *sys.argv[1:]]).run
-report = cordee.train(run, model=net, loss=loss, data=corners(2000, 1), held_out=corners(200, 2))
+config = cordee.Config.load(*words, "batch.microbatch=8", *sys.argv[1:])
+report = cordee.train(config, model=net, loss=loss, data=corners(2000, 1), held_out=corners(200, 2))
 if report.finished:
     print(f"held-out loss {report.finished['held_out_loss']:.4f} (a guess has 1.3863)")

@@ -35,7 +35,8 @@ model = KerasModel(keras.Sequential([
     keras.layers.LayerNormalization(), keras.layers.Dense(4),
 ]))  # fmt: skip
 words = ["run.dir=runs/keras", "run.steps=100", "optim.name=adamw", "optim.lr=0.01"]
-run = cordee.load(None, [*words, "batch.microbatch=16", *sys.argv[1:]]).run
-report = cordee.train(run, model=model, loss=loss, data=samples(4000, 1), held_out=samples(500, 2))
+config = cordee.Config.load(*words, "batch.microbatch=16", *sys.argv[1:])
+data, held_out = samples(4000, 1), samples(500, 2)
+report = cordee.train(config, model=model, loss=loss, data=data, held_out=held_out)
 if report.finished:
     print(f"held-out loss {report.finished['held_out_loss']:.4f} (a guess has 1.3863)")

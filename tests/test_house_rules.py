@@ -20,7 +20,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100
 
 ROOMS = (
     "errors", "hardware", "config", "layout", "model", "dist", "data", "planner", "hf", "optim",
-    "parallel", "checkpoint", "elastic", "report", "launcher", "training", "cli",
+    "parallel", "checkpoint", "elastic", "report", "launcher", "training", "api", "cli",
 )  # fmt: skip
 """A file imports only its own room and rooms that stand before it."""
 ENTRY_FILES = {"__init__", "__main__"}
@@ -30,7 +30,7 @@ TORCH_FREE = (
 )  # fmt: skip
 LATE_IMPORTS = {
     "dist/process_group.py", "__init__.py", "hf/model.py", "hf/keras.py", "parallel/fsdp.py",
-    "training/build.py", "elastic/transport.py",
+    "training/build.py", "elastic/transport.py", "api.py",
 }  # fmt: skip
 """Files outside cli/ that may import inside a function; each says why in its header."""
 ENVIRONMENT_READERS = {"dist/process_group.py", "launcher/run_ranks.py"}

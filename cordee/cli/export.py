@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from cordee.cli.arguments import check_flags, make_parser, parse_arguments
-from cordee.cli.run_paths import atomic_write, load_run, refuse_overwrite, refuse_user_model
 from cordee.config.load import flatten
 from cordee.config.paths import expand_home
 from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
+from cordee.launcher.run_paths import atomic_write, load_run, refuse_overwrite, refuse_user_model
 
 
 def run(argv: list[str]) -> int:
@@ -66,7 +66,7 @@ def _write_safetensors(folder: Path, run_config: Run, output: Path) -> tuple[int
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from cordee.cli.weights import open_weights, read_parameters
+    from cordee.training.weights import open_weights, read_parameters
 
     refuse_overwrite(output, "--output", _is_export)
     checkpoint = open_weights("export", str(folder))
@@ -99,9 +99,9 @@ def _write_hf_folder(
     folder: Path, run_config: Run, output: Path, shard_bytes: int
 ) -> tuple[int, int]:
     """A transformers folder, tensor by tensor; (step, bytes of the weights)."""
-    from cordee.cli.weights import MODEL_PREFIX, open_weights, read_parameter
     from cordee.hf.convert import make_hf_adapter
     from cordee.hf.safetensors_io import companion_files, open_folder, write_folder
+    from cordee.training.weights import MODEL_PREFIX, open_weights, read_parameter
 
     checkpoint = open_weights("export", str(folder))
     if run_config.model.hub:

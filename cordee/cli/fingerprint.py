@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     )
     arg_parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parse_arguments(arg_parser, argv, max_positionals=1, sections=())
-    from cordee.cli.weights import MODEL_PREFIX, open_weights
+    from cordee.training.weights import MODEL_PREFIX, open_weights
 
     checkpoint = open_weights("fingerprint", args.run_word)
     names = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]

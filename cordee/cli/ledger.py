@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cordee.cli.run_paths import find_run
 from cordee.config.load import RUN_FILE, load
 from cordee.config.run import Run
 from cordee.data.dataset import open_dataset
@@ -17,6 +16,7 @@ from cordee.data.manifest import DatasetInfo, is_dataset, read_info
 from cordee.data.order import SampleOrder
 from cordee.errors import ConfigError
 from cordee.launcher.prepare import dataset_dir_of
+from cordee.launcher.run_paths import find_run
 from cordee.report.reader import read_records, record_step
 
 

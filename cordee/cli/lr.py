@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import ParsedArguments, check_flags, make_parser, parse_arguments
-from cordee.cli.run_paths import refuse_overwrite
 from cordee.config.paths import expand_home
 from cordee.config.ranges import MAX_COUNT, Range
 from cordee.config.run import Run
 from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
+from cordee.launcher.run_paths import refuse_overwrite
 from cordee.optim.lr_search import LRSearchResult, LRSearchSettings, TrainFn, find_lr
 from cordee.planner.recipe import resolve_for_machine
 from cordee.report.charts import ChartSeries

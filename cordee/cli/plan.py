@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from cordee.cli.arguments import ParsedArguments, make_parser, parse_arguments
-from cordee.cli.run_paths import atomic_write, refuse_overwrite
 from cordee.config.from_hf import with_hub_shape
 from cordee.config.model import ModelSettings
 from cordee.config.paths import expand_home
@@ -23,6 +22,7 @@ from cordee.config.validate import validate_run
 from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
 from cordee.launcher.local_cluster import measure_cluster
+from cordee.launcher.run_paths import atomic_write, refuse_overwrite
 from cordee.layout.counts import count_model_tensors
 from cordee.layout.tensors import count_parameters
 from cordee.planner.cluster import Cluster, read_cluster

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cordee.cli.arguments import make_parser, parse_arguments
-from cordee.cli.run_paths import atomic_write, find_run, refuse_overwrite
 from cordee.config.paths import expand_home
 from cordee.dist.streams import print_to_stderr
 from cordee.errors import ConfigError
+from cordee.launcher.run_paths import atomic_write, find_run, refuse_overwrite
 from cordee.report.html import TITLE_SUFFIX, report_page
 from cordee.report.reader import read_run
 from cordee.report.summary import summarise

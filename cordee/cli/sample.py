@@ -6,12 +6,12 @@ import json
 from argparse import Namespace
 
 from cordee.cli.arguments import check_flags, make_parser, parse_arguments
-from cordee.cli.run_paths import load_run, refuse_user_model
 from cordee.config.ranges import Range
 from cordee.config.run import Run
 from cordee.data.manifest import read_info
 from cordee.errors import ConfigError
 from cordee.launcher.prepare import dataset_dir_of
+from cordee.launcher.run_paths import load_run, refuse_user_model
 
 FLAG_RANGES = {
     "tokens": Range(1, 10**6), "temperature": Range(0, 1e6), "seed": Range(0, 2**63 - 1),
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
             values={"data.path": run_config.data.path, "tokenizer": info.tokenizer},
             fix="a run on text, such as data.path=builtin:stdlib",
         )
-    text, step = _generate_text(str(folder), run_config, info.vocabulary, args.flags)
+    text, step = _generate_text(str(folder), run_config, args.flags)
     if args.flags.json:
         print(json.dumps({"prompt": args.flags.prompt, "text": text, "step": step}))
     else:
@@ -56,39 +56,16 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _generate_text(
-    run_word: str, run_config: Run, vocabulary: int, flags: Namespace
-) -> tuple[str, int]:
-    """Builds the model, loads it and lets it write: (text, step of the weights)."""
+def _generate_text(run_word: str, run_config: Run, flags: Namespace) -> tuple[str, int]:
+    """Loads the model and lets it write: (text, step of the weights)."""
     import torch
 
-    from cordee.cli.weights import open_weights, read_parameters
-    from cordee.hf.model import empty_model, read_hub
-    from cordee.model.transformer import Transformer
-    from cordee.training.generate import generate, to_text
+    from cordee.training.evaluate import generate, to_text
+    from cordee.training.weights import load_trained_model
 
-    checkpoint = open_weights("sample", run_word)
-    hub = read_hub(run_config.model.hub) if run_config.model.hub else None
-    model = Transformer(run_config.model, vocabulary) if hub is None else empty_model(hub, "cpu")
-    # A tied parameter is stored once.
-    load_result = model.load_state_dict(read_parameters(checkpoint), strict=False)
-    mismatched_names = [
-        *load_result.unexpected_keys,
-        *(set(load_result.missing_keys) - set(hub.tied_parameters if hub else ())),
-    ]
-    if mismatched_names:
-        raise ConfigError(
-            "the run's weights are not those of the model that its run.toml describes",
-            values={
-                "RUN": run_word,
-                "tensor": mismatched_names[0],
-                "differ": len(mismatched_names),
-            },
-            fix="cordee export, and a few lines with the model that made them",
-        )
-    model.eval()
+    model, step = load_trained_model(run_word)
     prompt = torch.tensor(list(flags.prompt.encode(errors="surrogateescape")), dtype=torch.int64)
     token_ids = generate(
         model, prompt, flags.tokens, run_config.data.sequence, flags.temperature, flags.seed
     )
-    return to_text(token_ids), checkpoint.step
+    return to_text(token_ids), step

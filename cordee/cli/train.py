@@ -1,7 +1,4 @@
-"""`cordee train`: what `cordee.train(run)` does, in the same steps, and the result as JSON.
-
-The process that only launches ranks never imports torch, so the first loss comes sooner.
-"""
+"""`cordee train`: `cordee.train` with a configuration in words, and the result as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from cordee.api import run_prepared
 from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.dist.process_group import exit_with_parent, read_launch_info
 from cordee.dist.streams import print_to_stderr
-from cordee.launcher.prepare import launch_local_ranks, prepare_run, prepared_worker_run
+from cordee.launcher.prepare import prepare_run, prepared_worker_run
 from cordee.report.reader import last_event
 
 HOST_FLAGS = {
@@ -58,23 +56,15 @@ def run(argv: list[str]) -> int:
     prepared_run = prepare_run(args.load().run)
     folder = Path(prepared_run.run.run.dir)
     is_first = prepared_run.launch_info.rank == 0
-    if prepared_run.status.end_event is None:
-        if is_first and not prepared_run.launch_info.has_launcher:
-            print_to_stderr(f"data    {prepared_run.run.data.path}")
-            if prepared_run.arithmetic_note:
-                print_to_stderr(f"bits    of {prepared_run.arithmetic_note}")
-        if prepared_run.is_launcher:
-            exit_code = launch_local_ranks(prepared_run.run, prepared_run.plan)
-        else:
-            from cordee.training.user_parts import Parts  # here torch comes in
-            from cordee.training.worker import run_worker
-
-            exit_code = run_worker(prepared_run, Parts()).exit_code
-    else:
+    if prepared_run.status.end_event is not None:
         print_to_stderr(
             f"the run in {folder} is finished; for another one: cordee train run.dir=..."
         )
-        exit_code = 0
+    elif is_first and not prepared_run.launch_info.has_launcher:
+        print_to_stderr(f"data    {prepared_run.run.data.path}")
+        if prepared_run.arithmetic_note:
+            print_to_stderr(f"bits    of {prepared_run.arithmetic_note}")
+    exit_code = run_prepared(prepared_run).exit_code
     if is_first and not prepared_run.launch_info.store_file:
         _print_result(folder, exit_code, args.flags.json)
     return exit_code

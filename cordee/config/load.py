@@ -89,16 +89,20 @@ RANGES: Mapping[str, Range] = {
 """The range of every key that is a number."""
 
 
-def load(file: str | None = None, overrides: Sequence[str] = ()) -> LoadedRun:
-    """Reads `file` (TOML) and `key=value` overrides, strictly; raises ConfigError."""
+def load(
+    file: str | None = None, overrides: Sequence[str] = (), tables: Mapping[str, Any] | None = None
+) -> LoadedRun:
+    """Reads `file` (TOML), `tables` of values and `key=value` overrides, strictly; the later ones
+    precede. Raises ConfigError."""
     entries: dict[str, tuple[Any, str]] = {}
     has_source_weights = False
     if file is not None:
-        tables = read_toml(Path(file))
-        tables.pop(RECORDED_TABLE, None)
-        has_source_weights = shorten_sources(tables)
-        for key, value in _flatten(tables).items():
+        file_tables = read_toml(Path(file))
+        file_tables.pop(RECORDED_TABLE, None)
+        has_source_weights = shorten_sources(file_tables)
+        for key, value in _flatten(file_tables).items():
             entries[key] = (value, file)
+    entries |= {key: (value, "keywords") for key, value in _flatten(tables or {}).items()}
     for text in overrides:
         key, value = split_override(text)
         if key == "data.path" and has_source_weights and entries["data.weights"][1] == file:

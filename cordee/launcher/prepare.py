@@ -467,6 +467,16 @@ class PreparedRun:
     """Which instructions compute, and why, in words; "" where bits are not promised."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. `exit_code` is 0 when it is finished, 128 + signal when it was asked to
+    leave, 1 when it failed; `finished` is the last event of a finished run."""
+
+    folder: str
+    exit_code: int
+    finished: Mapping[str, Any] | None = None
+
+
 def prepare_run(run: Run, parts: PartsInfo = PartsInfo()) -> PreparedRun:
     """Everything that can be found wrong before anything is started or written.
 

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from cordee.errors import LayoutError
 from cordee.layout.microbatches import split_evenly
@@ -150,6 +151,16 @@ class LoadBalancer:
             )
         self._step_seconds.append(step_seconds)
         self._steps_since_change += 1
+
+    def rebalance(self) -> dict[str, Any] | None:
+        """As `next_counts`, with what a record says of the change: shares before and after, seconds
+        of each island for a microbatch, and why in one sentence."""
+        before, after = list(self.counts), self.next_counts()
+        if after is None:
+            return None
+        seconds = [round(s, 6) for s in self.microbatch_seconds]
+        reason = describe_balance(after, self.microbatch_seconds)
+        return {"before": before, "after": after, "seconds_per_microbatch": seconds, "why": reason}
 
     def next_counts(self) -> list[int] | None:
         """New shares, which hold from the next step on, or None: as they are."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -22,10 +22,9 @@ from cordee.hardware.system import peak_bytes, resident_bytes
 class StepMeter:
     """Times phases of a step and remembers what the plan's check needs."""
 
-    def __init__(self, device: str, flops_per_step: float, peak_flops: float) -> None:
+    def __init__(self, device: str) -> None:
         self._device = torch.device(device)
-        self._flops_per_step = flops_per_step
-        self._peak_flops = peak_flops
+        self.begin_plan(0.0, 0.0)
         self._baseline_bytes = resident_bytes()
         self._phase_times_s: dict[str, float] = {}
         self._step_start_s = time.perf_counter()
@@ -33,9 +32,11 @@ class StepMeter:
         self.bytes_sent = 0
         self._memory_bytes = math.nan
 
-    def set_flops(self, flops_per_step: float, peak_flops: float) -> None:
-        """Another plan: what a step computes, and what its devices could."""
+    def begin_plan(self, flops_per_step: float, peak_flops: float) -> None:
+        """Another plan: what a step computes, what its devices could; counters begin at 0."""
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._totals = 0, 0.0
+        self._axis_bytes: Mapping[str, int] = {}
 
     def start_step(self) -> None:
         self._phase_times_s = {}
@@ -51,20 +52,34 @@ class StepMeter:
     def add_phase_time(self, name: str, time_s: float) -> None:
         self._phase_times_s[name] = self._phase_times_s.get(name, 0.0) + time_s
 
-    def step_metrics(self, tokens: int, bytes_sent: int) -> dict[str, Any]:
+    def step_metrics(
+        self, tokens: int, sent_bytes: int, axis_bytes: Mapping[str, int], optimizer_comm_s: float
+    ) -> dict[str, Any]:
+        """The step's costs: the part of a metrics row that this file knows. `sent_bytes` (between
+        islands), `axis_bytes` (inside one) and `optimizer_comm_s` are totals of this plan."""
         step_s, peak_flops = time.perf_counter() - self._step_start_s, self._peak_flops
         self._step_times_s.append(step_s)
-        self.bytes_sent = bytes_sent
+        sent_before, comm_before_s = self._totals
+        self._totals = sent_bytes, optimizer_comm_s
+        self.add_phase_time("comm", optimizer_comm_s - comm_before_s)
+        self.bytes_sent = sent_bytes - sent_before
         self._memory_bytes = memory_bytes = self.peak_memory_bytes()
         return {
             "tokens_per_s": round(tokens / step_s, 1),
             "step_s": round(step_s, 6),
             "data_s": round(self._phase_times_s.get("data", 0.0), 6),
             "comm_s": round(self._phase_times_s.get("comm", 0.0), 6),
-            "bytes_sent": bytes_sent,
+            "bytes_sent": self.bytes_sent,
             "memory_bytes": memory_bytes,
             "mfu": round(self._flops_per_step / step_s / peak_flops, 4) if peak_flops else None,
+            "bytes_inside": self.take_axis_bytes(axis_bytes),
         }
+
+    def take_axis_bytes(self, totals: Mapping[str, int]) -> dict[str, int]:
+        """Bytes that this rank has sent on each axis since the last call."""
+        before, self._axis_bytes = self._axis_bytes, totals
+        sent_bytes = {axis: total - before.get(axis, 0) for axis, total in totals.items()}
+        return {axis: count for axis, count in sent_bytes.items() if count}
 
     def peak_memory_bytes(self) -> int:
         if DEVICES[self._device.type].memory_statistics:

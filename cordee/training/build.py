@@ -1,21 +1,17 @@
-"""Plan -> live RunState: every choice of a part is made here, once, in one `match` or one line.
+"""Plan -> the parts of a Trainer: every choice of a part is made here, in one `match` or one line.
 
-Not here: when anything happens (`train.py`). Parts that a library user brings ready-made
-(`make_parts.py`) are taken as they are.
+Parts that a library user brings ready-made (`user_parts.py`) are taken as they are. torch's
+pipelining is imported where there are stages only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cordee.checkpoint.peer_backup import PeerBackup
-from cordee.checkpoint.train_state import LocalTensor, Progress, collect_local_tensors
 from cordee.config.run import Run
 from cordee.data.dataset import TokenDataset, open_dataset
 from cordee.data.loader import MapDataset, SampleLoader, TokenLoader
@@ -23,19 +19,18 @@ from cordee.data.manifest import DatasetInfo
 from cordee.data.order import SampleOrder
 from cordee.dist.codecs import make_codec
 from cordee.dist.gradient_sync import AllReduceSync, NoSync, ReplicaCheck, Sync, TreeSync
-from cordee.dist.mesh import Mesh, axis_coordinates, make_mesh
+from cordee.dist.mesh import Mesh, axis_coordinates
 from cordee.dist.process_group import RankProcess
 from cordee.layout.axes import DATA_AXES, MODEL_AXES
 from cordee.layout.load_balance import LoadBalancer
 from cordee.layout.microbatches import shard_rows
-from cordee.layout.slices import LocalSlice
 from cordee.layout.stages import Stages
 from cordee.layout.tensors import TensorSpec
 from cordee.layout.validate import gathers_param_dtype
 from cordee.model.layers import autocast_dtype
 from cordee.optim.clip import NormSums, global_norm
 from cordee.optim.muon import MatrixSpec, RankGroup
-from cordee.optim.optimizer import MIN_SCALE, LossScaler, Optimizers, make_optimizer, split_groups
+from cordee.optim.optimizer import MIN_SCALE, LossScaler, Optimizers, make_optimizer
 from cordee.parallel.engine import Engine, MicrobatchLoader, StepSpec
 from cordee.parallel.external import (
     check_equivalence,
@@ -46,217 +41,46 @@ from cordee.parallel.external import (
 )
 from cordee.parallel.fsdp import Sharding, all_gather_uneven
 from cordee.parallel.grad_reduce import NormReducer
-from cordee.parallel.parallelize import LocalModel, make_local_model, make_local_slice
+from cordee.parallel.parallelize import LocalModel, make_local_model
 from cordee.planner.plan import Plan
-from cordee.training.fault_injection import FaultInjector, make_fault_injector
-from cordee.training.step_guard import StepGuard
 from cordee.training.user_parts import Parts
 
-
-@dataclass
-class RunState:
-    """A live run on this rank. What survives a restart is listed in checkpoint/train_state.py.
-
-    `parameters` are this rank's parts, plain tensors in model order; `spoken` says whose word
-    counts for which microbatch's loss (see `gather_tally`); `epoch_rows` are the samples of a pass
-    over the data; `balance` is None where shares stay as they are; `brought` is the type of a model
-    that the caller brought; `arithmetic` names what computes, where bits are promised.
-    """
-
-    run: Run
-    plan: Plan
-    process: RankProcess
-    mesh: Mesh
-    data: DatasetInfo
-    model: LocalModel
-    parameters: dict[str, Tensor]
-    parameter_groups: dict[str, list[tuple[str, Tensor]]]
-    engine: Engine
-    sync: Sync
-    optimizer: Optimizers
-    guard: StepGuard
-    loss_scale: LossScaler
-    drill: FaultInjector
-    loss_owners: list[range]
-    norm_reducer: NormSums | None
-    held_out: TokenDataset | MapDataset | None
-    epoch_rows: int
-    load_balancer: LoadBalancer | None = None
-    user_model_name: str = ""
-    arithmetic: Mapping[str, str] = field(default_factory=dict)
-    peer_backup: PeerBackup | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.run.run.dir)
-
-    @property
-    def step_rows(self) -> int:
-        """Samples of one step, over all ranks."""
-        return self.run.batch.microbatches * self.run.batch.microbatch
-
-    @property
-    def step_tokens(self) -> int:
-        """Training tokens of one step, over all ranks."""
-        has_user_loss = self.model.loss_function is not None
-        return self.step_rows if has_user_loss else self.step_rows * self.run.data.sequence
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Bytes of text a target stands for; None where it stands for a sample."""
-        return None if self.model.loss_function is not None else self.data.bytes_per_token
-
-    def state_tensors(self, include_replicas: bool = False) -> list[LocalTensor]:
-        """The tensors that survive and that this rank answers for; or all that it has."""
-        return collect_local_tensors(
-            self.model_tensors, self.optimizer.state_tensors(), self.local_slices, include_replicas
-        )
-
-    @property
-    def model_tensors(self) -> dict[str, Tensor]:
-        """This rank's parts of what the model is: parameters, and buffers that survive."""
-        return {**self.parameters, **self.engine.buffers}
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The whole model's tensors: parameters, and buffers that survive."""
-        return {**self.model.all_specs, **self.model.buffer_specs}
-
-    @property
-    def local_slices(self) -> dict[str, LocalSlice]:
-        """What this rank holds of each of its parameters, and who else holds the same."""
-        specs = self.specs
-        return {name: make_local_slice(specs[name], self.mesh) for name in self.model_tensors}
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """Targets of one microbatch: its tokens or samples."""
-        return self.engine.step_spec.step_tokens // self.engine.step_spec.total_microbatches
-
-    def reported_losses(self, losses: Sequence[Tensor]) -> list[float]:
-        """This rank's losses, if its word counts."""
-        return [float(loss) for loss in losses] if self.loss_owners[self.process.rank] else []
-
-    def sample_digests(self) -> list[int]:
-        """Digests of the samples that this rank loaded for the losses that it speaks of."""
-        return [self.engine.sample_digests[index] for index in self.loss_owners[self.process.rank]]
-
-    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Global norm of the step's gradient, 0-d; by rows whenever its order must not matter."""
-        gradients_by_name = dict(zip(self.parameters, gradients, strict=True))
-        is_only_sharded = self.mesh.size(*MODEL_AXES) == self.mesh.size("shard") > 1
-        sums_by_rows = is_only_sharded and not any(
-            spec.is_stacked for spec in self.model.specs.values()
-        )
-        if self.engine.step_spec.sharding.canonical or sums_by_rows:
-            row_gather = self._gather_row_values if self.mesh.size("shard") > 1 else None
-            return global_norm(gradients_by_name, True, row_gather)
-        return global_norm(gradients_by_name, False, norm_sums=self.norm_reducer)
-
-    def named_gradients(self, gradients: Sequence[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, parameter, this rank's part of its gradient), in parameter order."""
-        pairs = zip(self.parameters.items(), gradients, strict=True)
-        return [(name, parameter, gradient) for (name, parameter), gradient in pairs]
-
-    def _gather_row_values(self, local_rows: Tensor) -> Tensor:
-        shard_count = self.mesh.size("shard")
-        row_counts = [spec.shape[0] for spec in self.model.specs.values()]
-        counts_by_shard = [
-            [len(shard_rows(n, shard_count, index)) for n in row_counts]
-            for index in range(shard_count)
-        ]
-        group = self.mesh.group("shard")
-        assert group is not None
-        all_rows = all_gather_uneven(local_rows, [sum(counts) for counts in counts_by_shard], group)
-        by_shard = torch.split(all_rows, [sum(counts) for counts in counts_by_shard])
-        rows_by_tensor = [
-            torch.split(vector, c) for vector, c in zip(by_shard, counts_by_shard, strict=True)
-        ]
-        return torch.cat(
-            [
-                rows_by_tensor[s][t]
-                for t in range(len(rows_by_tensor[0]))
-                for s in range(shard_count)
-            ]
-        )
+HeldOut = TokenDataset | MapDataset | None
+"""What an evaluation reads."""
 
 
-def build_run_state(
-    run: Run, plan: Plan, process: RankProcess, data: DatasetInfo, parts: Parts,
-    previous: RunState | None = None, drill: FaultInjector | None = None,
-) -> RunState:  # fmt: skip
-    """Initialise, distribute the data, distribute the model: in that order, on every rank.
-
-    `previous`: this rank's state of the generation before. Where a rank is an island by itself,
-    nothing of its model and optimiser knows of groups, and both are taken on as they are.
-    """
-    offload = run.memory.offload != "none"
-    mesh = make_mesh(plan.layout, process.rank, process.device, offload)
-    canonical_order = uses_canonical_order(run, plan)
-    gather_dtype = (
-        autocast_dtype(run.run.precision) if gathers_param_dtype(run, plan.zero) else None
-    )
-    sharding = Sharding(plan.zero, canonical_order, offload, gather_dtype, parts.model is not None)
-    previous = previous if mesh.size(*MODEL_AXES) == 1 else None
+def build_engine(
+    run: Run, plan: Plan, process: RankProcess, mesh: Mesh, data: DatasetInfo, parts: Parts,
+    previous: Engine | None,
+) -> Engine:  # fmt: skip
+    """The model's part on this rank, its data, and what computes the one from the other. A model
+    that is not built here is checked first. `previous`: of the generation before, whose model and
+    loader go on as they are."""
+    sharding, full_model = make_sharding(run, plan, parts.model is not None), None
     if previous is not None:
-        model, full_model, loader = previous.model, None, previous.engine.loader
+        model, loader = previous.local_model, previous.loader
     else:
         model, full_model = make_model(run, plan, mesh, data, process, sharding, parts)
         loader = parts.loader or make_loader(run, data, process.device, parts.data)
-    engine_args = (model, loader, mesh, make_step_spec(run, plan, mesh, sharding, process, model))
-    engine = make_engine(engine_args, run, plan)
+    step_spec = make_step_spec(run, plan, mesh, sharding, process, model)
+    if plan.layout.pipeline == 1:
+        engine = Engine(model, loader, mesh, step_spec)
+    else:
+        from cordee.parallel.pipeline import PipelineEngine
+
+        engine = PipelineEngine(model, loader, mesh, step_spec, run)
     if previous is None and (parts.model is not None or run.model.hub):
         check_equivalence(engine, full_model, run)
-    drill = drill or make_fault_injector(run.fault.kill_specs[0], run.fault, process.rank)
-    optimizer = build_optimizer(run, plan, mesh, model, engine.parameters)
-    if previous is not None:
-        optimizer.adopt_state(previous.optimizer)
-    return RunState(
-        run=run,
-        plan=plan,
-        process=process,
-        mesh=mesh,
-        data=data,
-        model=model,
-        parameters=engine.parameters,
-        parameter_groups=split_groups(engine.parameters.items()),
-        engine=engine,
-        sync=make_sync(run, plan, mesh, canonical_order),
-        optimizer=optimizer,
-        guard=StepGuard(run.guard.in_a_row),
-        loss_scale=LossScaler(
-            is_dynamic=run.run.precision == "fp16" and not run.run.loss_scale,
-            fixed_scale=run.run.loss_scale or MIN_SCALE,
-        ),
-        drill=drill,
-        loss_owners=find_loss_owners(run, plan, model.stages),
-        norm_reducer=None
-        if mesh.size(*MODEL_AXES) == 1
-        else NormReducer(mesh, model.specs, model.all_specs),
-        held_out=open_held_out(data, parts.held_out) if previous is None else previous.held_out,
-        epoch_rows=data.rows("train", run.data.sequence) if parts.data is None else len(parts.data),
-        load_balancer=make_load_balancer(run, plan),
-        user_model_name=parts.model_name,
-    )
+    return engine
 
 
-def make_engine(
-    engine_args: tuple[LocalModel, MicrobatchLoader, Mesh, StepSpec], run: Run, plan: Plan
-) -> Engine:
-    """The engine of the layout; torch's pipelining is imported where there are stages only."""
-    if plan.layout.pipeline == 1:
-        return Engine(*engine_args)
-    from cordee.parallel.pipeline import PipelineEngine
-
-    return PipelineEngine(*engine_args, run)
+def count_epoch_rows(run: Run, data: DatasetInfo, samples: MapDataset | None) -> int:
+    """Samples of a pass over the data."""
+    return data.rows("train", run.data.sequence) if samples is None else len(samples)
 
 
-def open_held_out(
-    data: DatasetInfo, samples: MapDataset | None
-) -> TokenDataset | MapDataset | None:
-    """What evaluation reads; None when nothing is held out."""
+def open_held_out(data: DatasetInfo, samples: MapDataset | None) -> HeldOut:
+    """What an evaluation reads; None when nothing is held out."""
     if samples is not None:
         return samples
     return open_dataset(data.folder, "held_out") if data.held_out else None
@@ -276,6 +100,60 @@ def make_model(
         return model, make_full_hf_model(run, process.device)
     stages = Stages(plan.stages, plan.layout.pipeline, run.layout.schedule)
     return make_local_model(run, stages, mesh, data.vocabulary, process.device, sharding), None
+
+
+def make_sharding(run: Run, plan: Plan, has_user_model: bool) -> Sharding:
+    """How shards are gathered and their gradients summed."""
+    gather_dtype = (
+        autocast_dtype(run.run.precision) if gathers_param_dtype(run, plan.zero) else None
+    )
+    canonical = uses_canonical_order(run, plan)
+    offload = run.memory.offload != "none"
+    return Sharding(plan.zero, canonical, offload, gather_dtype, has_user_model)
+
+
+def make_loss_scaler(run: Run) -> LossScaler:
+    """The factor on the loss: fp16 finds it, unless it is given."""
+    is_dynamic = run.run.precision == "fp16" and not run.run.loss_scale
+    return LossScaler(is_dynamic, fixed_scale=run.run.loss_scale or MIN_SCALE)
+
+
+def make_norm_reducer(mesh: Mesh, model: LocalModel) -> NormReducer | None:
+    """What completes norms of this rank's parts over its island; None where they are whole."""
+    is_cut = mesh.size(*MODEL_AXES) > 1
+    return NormReducer(mesh, model.specs, model.all_specs) if is_cut else None
+
+
+def make_gradient_norm(
+    mesh: Mesh, model: LocalModel, canonical: bool, norm_sums: NormSums | None
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A function from this rank's gradients by name to their global norm, 0-d; by rows whenever
+    the order of its sum must not matter."""
+    shard_count = mesh.size("shard")
+    is_only_sharded = mesh.size(*MODEL_AXES) == shard_count > 1
+    specs = list(model.specs.values())
+    if not (canonical or (is_only_sharded and not any(spec.is_stacked for spec in specs))):
+        return lambda gradients: global_norm(gradients, False, norm_sums=norm_sums)
+    if shard_count == 1:
+        return lambda gradients: global_norm(gradients, True, None)
+    counts_by_shard = [
+        [len(shard_rows(spec.shape[0], shard_count, index)) for spec in specs]
+        for index in range(shard_count)
+    ]
+    group = mesh.group("shard")
+    assert group is not None
+
+    def gather_row_values(local_rows: Tensor) -> Tensor:
+        """The rows of all shards in the order of the whole tensors."""
+        row_counts = [sum(counts) for counts in counts_by_shard]
+        by_shard = torch.split(all_gather_uneven(local_rows, row_counts, group), row_counts)
+        by_tensor = [
+            torch.split(rows, counts)
+            for rows, counts in zip(by_shard, counts_by_shard, strict=True)
+        ]
+        return torch.cat([parts[t] for t in range(len(specs)) for parts in by_tensor])
+
+    return lambda gradients: global_norm(gradients, True, gather_row_values)
 
 
 def uses_canonical_order(run: Run, plan: Plan) -> bool:

@@ -1,9 +1,8 @@
 """One rank of any plan built on this machine: its real modules, on meta, among ranks that are not.
 
-A real run's mesh, recipe (`apply.build_on_meta`) and update rule
-(`build_run_state.build_optimizer`) under torch's fake process group, whose collectives send
-nothing; every tensor's bytes are held against the plan's. Not here: memory, values, a step, and
-compilation, which changes no parameter. Traded away: models that are not the house's own.
+A real run's mesh, recipe (`parallelize.build_on_meta`) and update rule (`build.build_optimizer`)
+under torch's fake process group, which sends nothing; every tensor's bytes are held against the
+plan's.
 """
 
 from __future__ import annotations

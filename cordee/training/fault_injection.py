@@ -1,7 +1,6 @@
 """Drills: named points at which a rank kills itself, raises or spoils a gradient, when told to.
 
-Not here: faults from outside (tests send real signals). Unarmed, a point costs a
-comparison or two.
+Unarmed, a point costs a comparison or two.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import Checkpoint, find_newest, open_checkpoint
 from cordee.checkpoint.peer_backup import PeerBackup
 from cordee.checkpoint.peer_restore import RestoreStats, StateSnapshot, no_fault, restore_from_peers
-from cordee.checkpoint.train_state import Progress, make_metadata, make_reader, parse_progress
+from cordee.checkpoint.train_state import Progress, parse_progress
 from cordee.config.load import RUN_FILE, recorded_settings
 from cordee.config.run import Run
 from cordee.data.manifest import DatasetInfo
@@ -38,8 +38,8 @@ from cordee.layout.axes import AXES, MODEL_AXES
 from cordee.model.arithmetic import arithmetic_fingerprint, library_versions
 from cordee.report.metrics_writer import JsonLinesWriter, utc_timestamp
 from cordee.report.screen import Screen
-from cordee.training.build import RunState
-from cordee.training.run_logger import RunLogger
+from cordee.training.run_logger import start_lines
+from cordee.training.trainer import Trainer
 
 
 def assignments(
@@ -62,144 +62,141 @@ def assignments(
 class SurvivorState:
     """What this process holds from one generation to the next; nothing at first."""
 
-    state: RunState | None = None
-    logger: RunLogger | None = None
-    peer_backup: PeerBackup | None = None
+    trainer: Trainer | None = None
 
     @property
     def data(self) -> DatasetInfo | None:
         """The dataset, if it has been laid out."""
-        return None if self.state is None else self.state.data
+        return None if self.trainer is None else self.trainer.data
 
     @property
     def step(self) -> int:
         """The last step that was committed here; -1 when nothing is held."""
-        return -1 if self.state is None else self.state.progress.step
+        return -1 if self.trainer is None else self.trainer.progress.step
 
     def snapshots(self) -> list[StateSnapshot]:
         """The moments that this process can give to others."""
-        if self.state is None or self.logger is None:
+        trainer = self.trainer
+        if trainer is None:
             return []
-        meta = {**checkpoint_meta(self.state), "owed": self.logger.unfinished_tasks()}
-        peer_snapshots = self.peer_backup.snapshots() if self.peer_backup else []
-        return [
-            StateSnapshot(self.step, meta, self.state.state_tensors(include_replicas=True)),
-            *peer_snapshots,
-        ]
+        meta = {**trainer.metadata(), "owed": _unfinished_tasks(trainer)}
+        peer_snapshots = trainer.peer_backup.snapshots() if trainer.peer_backup else []
+        tensors = trainer.state.tensors(include_replicas=True)
+        return [StateSnapshot(self.step, meta, tensors), *peer_snapshots]
 
-    def start_peer_backup(self, state: RunState, assignment: Assignment) -> None:
-        """From now on, and at once, a neighbour keeps what only this rank holds."""
-        run, size = state.run, state.process.size
-        if (
-            not assignment.generation
-            or state.mesh.size(*MODEL_AXES) == 1
-            or not run.fault.copy_every
-        ):
-            self.peer_backup = None
-            return
-        group, hosts = state.mesh.group(*AXES), [str(m["host"]) for m in assignment.members]
-        if self.peer_backup is None:
-            self.peer_backup = PeerBackup(
-                run.fault.copy_every, group, state.process.rank, size, hosts,
-                state.drill.fault_point,
-            )  # fmt: skip
-        else:
-            self.peer_backup.discard_after(state.progress.step)
-            self.peer_backup.rebind(group, state.process.rank, size, hosts)
-        state.peer_backup = self.peer_backup
-        backup_to_peer(state)
+    def adopt(self, trainer: Trainer) -> None:
+        """`trainer` is what this process holds from now on; it keeps the neighbours' copies."""
+        trainer.peer_backup = self.trainer.peer_backup if self.trainer else None
+        self.trainer = trainer
 
 
-def checkpoint_meta(state: RunState) -> dict[str, Any]:
-    """What goes with the tensors of this moment."""
-    progress = replace(state.progress, in_a_row=state.guard.consecutive_skips)
-    layout = state.plan.layout.describe()
-    return make_metadata(
-        progress, state.sync.state(), state.data.fingerprint, layout, state.arithmetic
-    )
+def _unfinished_tasks(trainer: Trainer) -> list[str]:
+    """What another generation has to do in this one's place: also a save that was not done."""
+    tasks = trainer.pending_tasks
+    save_was_lost = trainer.checkpointer.has_pending_save and "save" not in tasks
+    return [*tasks, "save"] if save_was_lost else list(tasks)
 
 
-def backup_to_peer(state: RunState) -> None:
-    """Gives a neighbour a copy of this moment (checkpoint/peer_backup.py)."""
-    if state.peer_backup is not None:
-        tensors = state.state_tensors(include_replicas=True)
-        state.peer_backup.back_up(
-            state.progress.step, {**checkpoint_meta(state), "owed": []}, tensors
+def start_peer_backup(trainer: Trainer, assignment: Assignment) -> None:
+    """From now on, and at once, a neighbour keeps what only this rank holds."""
+    every_steps, process = trainer.run.fault.copy_every, trainer.process
+    if not assignment.generation or trainer.mesh.size(*MODEL_AXES) == 1 or not every_steps:
+        trainer.peer_backup = None
+        return
+    group, hosts = trainer.mesh.group(*AXES), [str(m["host"]) for m in assignment.members]
+    if trainer.peer_backup is None:
+        trainer.peer_backup = PeerBackup(
+            every_steps, group, process.rank, process.size, hosts, trainer.drill.fault_point
         )
+    else:
+        trainer.peer_backup.discard_after(trainer.progress.step)
+        trainer.peer_backup.rebind(group, process.rank, process.size, hosts)
+    trainer.back_up_to_peer()
 
 
-def restore_state(
-    state: RunState, logger: RunLogger, assignment: Assignment, survivor: SurvivorState
-) -> None:
+def restore_state(trainer: Trainer, assignment: Assignment, survivor: SurvivorState) -> None:
     """Puts back what live ranks hold, else the newest complete checkpoint, and says how the run
     begins or goes on."""
-    group, size = state.mesh.group(*AXES), state.process.size
+    group, size, logger = trainer.mesh.group(*AXES), trainer.process.size, trainer.logger
     logger.members = assignment.members
-    state.drill.fault_point("fill", max(survivor.step, 0))
+    trainer.drill.fault_point("fill", max(survivor.step, 0))
     stats = None
     if assignment.generation:
-        tensors = state.state_tensors(include_replicas=True)
         stats = restore_from_peers(
-            tensors, survivor.snapshots(), group, state.process.rank, size, state.drill.fault_point
-        )
+            trainer.state.tensors(include_replicas=True), survivor.snapshots(), group,
+            trainer.process.rank, size, trainer.drill.fault_point,
+        )  # fmt: skip
+    checkpoint, generation = None, assignment.generation
     if stats is not None:
-        _restore_meta(state, stats.meta, assignment.generation)
-        logger.pending = list(stats.meta["owed"])
-        survivor.state, survivor.logger = state, logger
-        logger.truncate_records(state)
-        survivor.start_peer_backup(state, assignment)
-        _log_generation(state, logger, assignment, stats)
+        _restore_meta(trainer, stats.meta, generation)
+        trainer.pending_tasks = list(stats.meta["owed"])
+    else:
+        checkpoint, generation = choose_checkpoint(trainer, assignment)
+        if checkpoint is None:
+            loss_scale = trainer.loss_scale.value
+            trainer.set_progress(Progress(generation=generation, loss_scale=loss_scale))
+        else:
+            _load_checkpoint(trainer, checkpoint, generation)
+    survivor.adopt(trainer)
+    logger.truncate_records(trainer.progress.step)
+    if stats is not None:
+        start_peer_backup(trainer, assignment)
+        _log_generation(trainer, assignment, stats)
         return
-    checkpoint, generation = choose_checkpoint(state, logger, assignment)
-    if checkpoint is None:
-        state.progress = Progress(generation=generation, loss_scale=state.loss_scale.value)
-    else:
-        _load_checkpoint(state, checkpoint, generation)
-    survivor.state, survivor.logger = state, logger
-    logger.truncate_records(state)
-    start_fields = {
-        "layout": state.plan.layout.describe(), "ranks": size, "why": state.plan.why,
-        "generation": generation, "entropy_bits": state.data.entropy_bits,
-        "brought": state.user_model_name, "members": list(assignment.members),
-        "pid": state.process.pid, "rank": state.process.rank, "host": state.process.host,
+    fields = {
+        "layout": trainer.plan.layout.describe(), "ranks": size, "why": trainer.plan.why,
+        "generation": generation, "entropy_bits": trainer.data.entropy_bits,
+        "brought": trainer.user_model_name, "members": list(assignment.members),
+        "pid": trainer.process.pid, "rank": trainer.process.rank, "host": trainer.process.host,
     }  # fmt: skip
-    logger.log_verdicts(state.progress.step, assignment.verdicts)
+    logger.log_verdicts(trainer.progress.step, assignment.verdicts)
+    checkpoint_name = "" if checkpoint is None else checkpoint.path.name
     if checkpoint is None:
-        logger.log_event("started", 0, start_fields)
+        logger.log_event("started", 0, fields)
     else:
-        logger.log_event(
-            "resumed", state.progress.step, {**start_fields, "checkpoint": checkpoint.path.name}
-        )
-    survivor.start_peer_backup(state, assignment)
-    logger.show_start(state, None if checkpoint is None else checkpoint.path.name)
+        fields["checkpoint"] = checkpoint_name
+        logger.log_event("resumed", trainer.progress.step, fields)
+    start_peer_backup(trainer, assignment)
+    for line in start_lines(
+        trainer.run, trainer.plan, trainer.user_model_name, _row_text(trainer), trainer.progress,
+        checkpoint_name,
+    ):  # fmt: skip
+        logger.screen.print_line(line)
 
 
-def check_arithmetic(state: RunState, launch_info: LaunchInfo) -> dict[str, str]:
+def _row_text(trainer: Trainer) -> str:
+    """What a row of a microbatch is, in words."""
+    if trainer.model.loss_function is not None:
+        return "samples"
+    return f"x {trainer.run.data.sequence} tokens"
+
+
+def check_arithmetic(trainer: Trainer, launch_info: LaunchInfo) -> dict[str, str]:
     """What computes here, by name, where bits are promised: the fingerprint of the arithmetic, the
     versions of the libraries that the model is made of. ConfigError: the run began with another, or
     the ranks of a launcher differ (hosts of our own compare theirs when they meet)."""
-    run, process = state.run, state.process
+    run, process = trainer.run, trainer.process
     if not run.requires_same_bits:
         return {}
     arithmetic_id = arithmetic_fingerprint(process.device, run.run.precision, run.run.arithmetic)
     local_identity = {"arithmetic": arithmetic_id}
-    for chunk in state.model.stage_modules:
+    for chunk in trainer.model.stage_modules:
         local_identity |= library_versions(chunk)
     identities = [local_identity]
     if process.size > 1 and not launch_info.is_supervised:
         replies = all_gather_bytes(
-            json.dumps(local_identity).encode(), state.mesh.group(*AXES), process.size
+            json.dumps(local_identity).encode(), trainer.mesh.group(*AXES), process.size
         )
         identities = [json.loads(identity) for identity in replies]
-    recorded_identity = recorded_settings(state.folder / RUN_FILE)
+    recorded_identity = recorded_settings(trainer.folder / RUN_FILE)
     for rank, identity in enumerate(identities):  # on every rank, so that all of them end alike
-        _check_identities(recorded_identity, identity, state)
-        _check_identities(identity, identities[0], state, f"on rank {rank}", "on rank 0")
+        _check_identities(recorded_identity, identity, trainer)
+        _check_identities(identity, identities[0], trainer, f"on rank {rank}", "on rank 0")
     return local_identity
 
 
 def _check_identities(
-    first_identity: Mapping[str, str], second_identity: Mapping[str, str], state: RunState,
+    first_identity: Mapping[str, str], second_identity: Mapping[str, str], trainer: Trainer,
     first_label: str = "when it began", second_label: str = "here",
 ) -> None:  # fmt: skip
     """ConfigError when two of what `check_arithmetic` returns differ; nothing is known of runs that
@@ -211,20 +208,14 @@ def _check_identities(
     ]
     if not differing_names:
         return
-    device = state.process.device.partition(":")[0]
-    fix = (
-        remedy(state.run, device)
-        if "arithmetic" in differing_names
-        else "the same versions everywhere"
-    )
+    fix = "the same versions everywhere"
+    if "arithmetic" in differing_names:
+        fix = remedy(trainer.run, trainer.process.device.partition(":")[0])
+    labels = {first_label: first_identity, second_label: second_identity}
+    values = {f"{n} {label}": labels[label].get(n) for n in differing_names for label in labels}
     raise ConfigError(
         "the bits of this run are promised, and other code would compute them",
-        values={
-            f"{name} {label}": identity.get(name)
-            for name in differing_names
-            for label, identity in ((first_label, first_identity), (second_label, second_identity))
-        }
-        | {"run.arithmetic": state.run.run.arithmetic},
+        values={**values, "run.arithmetic": trainer.run.run.arithmetic},
         fix=f"{fix}; this one goes on only where the same is computed",
     )
 
@@ -233,113 +224,96 @@ def emergency_save(
     run: Run, assignment: Assignment, survivor: SurvivorState, process: RankProcess
 ) -> None:
     """Ranks that are no island save what they hold together, and keep it while they wait."""
+    step = max(survivor.step, 0)
     folder, group = Path(run.run.dir), dist.group.WORLD if process.size > 1 else None
     checkpointer = Checkpointer(
         folder / "checkpoints", process.rank, process.size, run.checkpoint.keep, no_fault
     )
-    events, screen = JsonLinesWriter(folder / "events.jsonl"), Screen(silent=not process.is_first)
     checkpoint = None
     if process.is_first:
         with suppress(CheckpointError):  # the folder cannot be listed: what is held may be all
             checkpoint = find_newest(folder / "checkpoints", lambda *_: None)
-    saved_step = checkpoint.step if checkpoint else -1
-    required_names = [f"model/{name}" for name in survivor.state.specs] if survivor.state else []
+    specs = survivor.trainer.state.specs if survivor.trainer else {}
     try:
         save_result = write_emergency_save(
-            survivor.snapshots(), required_names, checkpointer, assignment.generation, saved_step,
-            group, process.rank, process.size,
+            survivor.snapshots(), [f"model/{name}" for name in specs], checkpointer,
+            assignment.generation, checkpoint.step if checkpoint else -1, group,
+            process.rank, process.size,
         )  # fmt: skip
     except CheckpointError as error:
         save_result = EmergencySave(None, None, error.message)
-    if process.is_first:
-        events.claim_file()
-        fields = {"generation": assignment.generation, "members": list(assignment.members),
-                  **save_result.event_fields()}  # fmt: skip
-        events.write(
-            {"time": utc_timestamp(), "event": "rescued", **fields, "step": max(survivor.step, 0)}
-        )
-        path = save_result.report.path.name if save_result.report else ""
-        message = (
-            f"what is left is saved: {path}" if path else f"nothing is saved: {save_result.reason}"
-        )
-        screen.print_line(
-            f"step {survivor.step:>5}  {message}; the ranks that are left wait for others"
-        )
+    if not process.is_first:
+        return
+    events = JsonLinesWriter(folder / "events.jsonl")
+    events.claim_file()
+    fields = {"generation": assignment.generation, "members": list(assignment.members)}
+    fields |= save_result.event_fields()
+    events.write({"time": utc_timestamp(), "event": "rescued", **fields, "step": step})
+    message = f"nothing is saved: {save_result.reason}"
+    if save_result.report:
+        message = f"what is left is saved: {save_result.report.path.name}"
+    Screen(silent=False).print_line(
+        f"step {survivor.step:>5}  {message}; the ranks that are left wait for others"
+    )
 
 
-def _load_checkpoint(state: RunState, checkpoint: Checkpoint, generation: int) -> None:
+def _load_checkpoint(trainer: Trainer, checkpoint: Checkpoint, generation: int) -> None:
     """The tensors and the progress of a checkpoint. DataError: it was made with other data;
     ConfigError: by other code, where bits are promised."""
-    if checkpoint.meta.get("data") != state.data.fingerprint:
+    if checkpoint.meta.get("data") != trainer.data.fingerprint:
         raise DataError(
             "the checkpoint was made with other data",
-            values={"there": checkpoint.meta.get("data"), "here": state.data.fingerprint},
+            values={"there": checkpoint.meta.get("data"), "here": trainer.data.fingerprint},
             fix="give the data back its old content, or train in another run.dir",
         )
-    _check_identities(checkpoint.meta.get("arithmetic", {}), state.arithmetic, state)
-    read_local = make_reader(checkpoint, state.local_slices)
-    with torch.no_grad():
-        for name, tensor in state.model_tensors.items():
-            tensor.copy_(read_local(f"model/{name}"))
-    tensor_names = set(checkpoint.names())
-    state.optimizer.load_state(
-        lambda k: read_local(f"optim/{k}") if f"optim/{k}" in tensor_names else None
-    )
-    _restore_meta(state, checkpoint.meta, generation)
+    _check_identities(checkpoint.meta.get("arithmetic", {}), trainer.arithmetic, trainer)
+    trainer.state.load(checkpoint)
+    _restore_meta(trainer, checkpoint.meta, generation)
 
 
-def _restore_meta(state: RunState, meta: Mapping[str, Any], generation: int) -> None:
+def _restore_meta(trainer: Trainer, meta: Mapping[str, Any], generation: int) -> None:
     """Everything that survives and is no tensor."""
-    state.sync.restore(meta.get("sync") or {})
-    state.progress = replace(parse_progress(meta), generation=generation)
-    state.guard.consecutive_skips = state.progress.in_a_row
-    state.loss_scale.value = state.progress.loss_scale
-    state.loss_scale.good_steps = state.progress.scale_steps
+    trainer.sync.restore(meta.get("sync") or {})
+    trainer.set_progress(replace(parse_progress(meta), generation=generation))
 
 
-def _log_generation(
-    state: RunState, logger: RunLogger, assignment: Assignment, stats: RestoreStats
-) -> None:
+def _log_generation(trainer: Trainer, assignment: Assignment, stats: RestoreStats) -> None:
     """The events of a generation that goes on from live ranks."""
-    step = state.progress.step
+    step, logger = trainer.progress.step, trainer.logger
     logger.log_verdicts(step, assignment.verdicts)
     fields = {
-        "generation": assignment.generation, "islands": state.plan.layout.island,
-        "ranks": state.process.size, "layout": state.plan.layout.describe(),
+        "generation": assignment.generation, "islands": trainer.plan.layout.island,
+        "ranks": trainer.process.size, "layout": trainer.plan.layout.describe(),
         "members": list(assignment.members), "donors": stats.donors, "receivers": stats.receivers,
         "bytes": stats.bytes, "seconds": round(time.monotonic() - assignment.previous_end_s, 4),
-        "pid": state.process.pid, "rank": state.process.rank, "host": state.process.host,
+        "pid": trainer.process.pid, "rank": trainer.process.rank, "host": trainer.process.host,
     }  # fmt: skip
     logger.log_event("quorum", step, fields)
-    verb = "go" if state.plan.layout.island > 1 else "goes"
+    verb = "go" if trainer.plan.layout.island > 1 else "goes"
     restore_note = f", {stats.receivers} filled by {stats.donors}" if stats.receivers else ""
     logger.screen.print_line(
-        f"step {step:>5}  {state.plan.layout.describe()} {verb} on in generation"
-        f" {assignment.generation}"
-        f"{restore_note}; {fields['seconds']:.2f} s"
+        f"step {step:>5}  {trainer.plan.layout.describe()} {verb} on in generation"
+        f" {assignment.generation}{restore_note}; {fields['seconds']:.2f} s"
     )
 
 
-def choose_checkpoint(
-    state: RunState, logger: RunLogger, assignment: Assignment
-) -> tuple[Checkpoint | None, int]:
+def choose_checkpoint(trainer: Trainer, assignment: Assignment) -> tuple[Checkpoint | None, int]:
     """Rank 0 looks for the newest checkpoint that verifies, all open that one: (it, generation).
 
     One rank has checked every byte: the others check the manifest and read what is theirs.
     """
-    folder = state.folder / "checkpoints"
+    folder = trainer.folder / "checkpoints"
     checkpoint: Checkpoint | None = None
     generation = assignment.generation or 1
-    if state.process.is_first:
+    if trainer.process.is_first:
         checkpoint = find_newest(
-            folder, logger.log_rejected_checkpoint, logger.log_skipped_checkpoint
+            folder, trainer.logger.log_rejected_checkpoint, trainer.logger.log_skipped_checkpoint
         )
-        generation = assignment.generation or last_generation(state.folder) + 1
-    saved = (checkpoint.step, checkpoint.generation) if checkpoint else (-1, -1)
-    row = torch.tensor([generation, *saved], dtype=torch.int64)
-    generation, step, saved_generation = all_gather_rows(
-        row, state.mesh.group(*AXES), state.process.size
-    )[0].tolist()
-    if step < 0 or state.process.is_first:
+        generation = assignment.generation or last_generation(trainer.folder) + 1
+    choice = (checkpoint.step, checkpoint.generation) if checkpoint else (-1, -1)
+    row = torch.tensor([generation, *choice], dtype=torch.int64)
+    rows = all_gather_rows(row, trainer.mesh.group(*AXES), trainer.process.size)
+    generation, step, saved_generation = rows[0].tolist()
+    if step < 0 or trainer.process.is_first:
         return checkpoint, generation
     return open_checkpoint(folder / folder_name(step, saved_generation), verify=False), generation

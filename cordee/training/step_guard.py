@@ -1,10 +1,7 @@
-"""The verdict on a step before it touches a parameter: commit, skip or stop.
+"""The verdict on a step before it touches a parameter: commit, skip or stop; and its result.
 
-Every rank judges the same numbers, the losses and norms that came in one message, so every rank
-says the same; ranks whose norms differ hold different gradients, and their step is not committed.
-A skipped step did not happen for parameters and optimiser; its samples are used up and the
-metrics say so. Not here: loss spikes and rewinding. Traded away: one read of the norm per step on a
-GPU, so that nothing non-finite is ever committed.
+Every rank judges the same numbers, which came in one message, so every rank decides the same. A
+skipped step changes no parameter and no optimiser state; its samples are used up.
 """
 
 from __future__ import annotations
@@ -16,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cordee.dist.step_sync import StepSummary
+from cordee.errors import RunError
 
 
 class Decision(enum.Enum):
@@ -32,6 +32,29 @@ class StepVerdict:
 
     decision: Decision
     cause: str = ""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was: mean loss in nats before the update, global gradient norm before clipping,
+    learning rate, verdict, what all ranks said, gradient norm by layer (None where no record is
+    due), loss scale (None where it never changes), and, of a dropped step, names of parameters
+    whose gradient is not finite."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    verdict: StepVerdict
+    step_summary: StepSummary
+    layer_grad_norms: dict[str, float] | None
+    loss_scale: float | None = None
+    nonfinite_parameters: tuple[str, ...] = ()
+
+    @property
+    def decision(self) -> Decision:
+        """Whether the update was made."""
+        return self.verdict.decision
 
 
 class StepGuard:
@@ -89,6 +112,29 @@ def find_divergent_ranks(norms: Sequence[float], tolerance: float) -> list[int]:
     if len(largest_group) < len(finite_norms) and 2 * len(largest_group) <= len(norms):
         return list(range(len(norms)))
     return [rank for rank in range(len(norms)) if rank not in largest_group]
+
+
+def stop_error(limit: int, cause: str, names: Sequence[str]) -> RunError:
+    """The end of a run of which `limit` steps in a row were dropped; `names`: not finite."""
+    return RunError(
+        f"{limit} steps in a row were dropped; no parameter was touched by them",
+        values={"steps in a row": limit, "cause": cause, "in": list(names)},
+        fix="a lower optim.lr (cordee lr finds one), clip.kind=norm, or look at the data there",
+    )
+
+
+def overflow_error(step: int, names: Sequence[str], saved_step: int | None) -> RunError:
+    """The end of a run whose parameters `names`, or optimiser state, an update made not finite."""
+    return RunError(
+        "parameters, or the optimiser's state, are not finite; nothing of them was saved",
+        values={
+            "step": step,
+            "cause": "not finite after an update",
+            "in": list(names[:3]),
+            "last good checkpoint": saved_step,
+        },
+        fix="a lower optim.lr (cordee lr finds one), clip.kind=norm, a larger optim.eps",
+    )
 
 
 def nonfinite_names(named_gradients: Iterable[tuple[str, Tensor]], max_count: int = 3) -> list[str]:

@@ -1,7 +1,5 @@
-"""The wish to leave: the first signal that asks for it is kept as one, a second SIGINT, SIGTERM or
+"""A request to stop: the first signal that asks for it is kept as one, a second SIGINT, SIGTERM or
 SIGQUIT ends the process.
-
-Not here: what is done about the wish (`desk.py` notes it in the tally, `train.py` acts on it).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a caller may bring to a run instead of what the house builds: model, loss, data.
+"""What a caller may bring to a run instead of what is built from its configuration.
 
-Not here: how they are wrapped (`parallel/external.py`). Every rank must bring the same.
+How these parts are wrapped is in `parallel/external.py`. Every rank must bring the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from cordee.config.run import MemorySettings, Run
 from cordee.data.loader import MapDataset
 from cordee.errors import ConfigError
+from cordee.launcher.prepare import PartsInfo
 from cordee.parallel.engine import MicrobatchLoader
 from cordee.parallel.parallelize import LossFunction
 
@@ -43,6 +44,13 @@ class Parts:
     def model_name(self) -> str:
         """Type of the model that was brought; "" when the house builds it."""
         return "" if self.model is None else type(self.model).__name__
+
+    @property
+    def info(self) -> PartsInfo:
+        """What the preparation of a run must know of them."""
+        parameters = [] if self.model is None else list(self.model.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        return PartsInfo(self.model_name, count, self.data is not None, self.has_any)
 
     def check(self, run: Run) -> None:
         """ConfigError for what `run` asks of a part that is not the house's own."""

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cordee.checkpoint.checkpointer import Checkpointer
 from cordee.checkpoint.format import folder_name
 from cordee.checkpoint.load import open_checkpoint
-from cordee.checkpoint.train_state import make_reader, select_pieces
+from cordee.checkpoint.train_state import parse_progress
 from cordee.config.load import load
 from cordee.config.run import Run
 from cordee.dist.mesh import Mesh
@@ -24,10 +23,8 @@ from cordee.parallel.fsdp import Sharding
 from cordee.parallel.parallelize import LocalModel, make_local_model
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.training.build import RunState, build_run_state
-from cordee.training.lr_trial import trial_step
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import full_tensor
 
 DENSE = (
     "model.preset=micro", "model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2",
@@ -68,8 +65,8 @@ def make_run(folder: str, *overrides: str) -> Run:
     return resolve_config(load(None, [*overrides, f"run.dir={folder}"]).run)
 
 
-def make_run_state(process: RankProcess, folder: str, overrides: tuple[str, ...]) -> RunState:
-    """A live run of all ranks of `process`."""
+def make_trainer(process: RankProcess, folder: str, overrides: tuple[str, ...]) -> Trainer:
+    """A live run of all ranks of `process`, at a constant learning rate."""
     run = make_run(folder, *overrides)
     for is_first_turn in (True, False):
         if process.is_first is is_first_turn:
@@ -77,15 +74,21 @@ def make_run_state(process: RankProcess, folder: str, overrides: tuple[str, ...]
         if process.size > 1:
             torch.distributed.barrier()
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
-    return build_run_state(run, plan, process, data, Parts())
+    return with_constant_lr(Trainer(run, plan, process, data, Parts()))
+
+
+def with_constant_lr(trainer: Trainer) -> Trainer:
+    """The trainer, at its peak rate from the first step on."""
+    trainer.lr_schedule = lambda fraction, step: 1.0
+    return trainer
 
 
 def train_curve(process: RankProcess, folder: str, overrides: tuple[str, ...], steps: int) -> Curve:
     """Steps 0 to `steps` of a fresh run."""
-    state = make_run_state(process, folder, overrides)
-    step_results = [trial_step(state, step_number) for step_number in range(steps)]
-    losses, norms = ([float(pair[i]) for pair in step_results] for i in range(2))
-    return Curve(losses, norms, gather_parameters(state))
+    trainer = make_trainer(process, folder, overrides)
+    results = [trainer.train_step() for _ in range(steps)]
+    losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
+    return Curve(losses, norms, gather_parameters(trainer))
 
 
 def train_curves(
@@ -97,33 +100,23 @@ def train_curves(
     return all_curves if process.is_first else []
 
 
-def gather_parameters(state: RunState) -> dict[str, Tensor]:
+def gather_parameters(trainer: Trainer) -> dict[str, Tensor]:
     """All parameters, whole (every rank must ask)."""
     with torch.no_grad():
-        return {name: full_tensor(state, name).clone() for name in state.specs}
+        return {name: trainer.state.full_tensor(name).clone() for name in trainer.state.specs}
 
 
-def save_checkpoint(state: RunState, step_number: int) -> Path:
-    """A checkpoint of this moment, complete when this returns on rank 0 and a barrier passed."""
-    folder, process = Path(state.run.run.dir) / "checkpoints", state.process
-    checkpointer = Checkpointer(folder, process.rank, process.size, 2, state.drill.fault_point)
-    checkpointer.begin(step_number, 1, select_pieces(state.state_tensors()), {})
-    checkpointer.join()
-    torch.distributed.barrier()
-    if state.process.is_first:
-        assert checkpointer.commit() is not None, checkpointer.failure
-    torch.distributed.barrier()
-    checkpointer.finish()
-    return folder / folder_name(step_number, 1)
+def save_checkpoint(trainer: Trainer) -> Path:
+    """A checkpoint of this moment, complete when this returns."""
+    assert trainer.save_checkpoint(), trainer.checkpointer.failure
+    return trainer.folder / "checkpoints" / folder_name(trainer.progress.step, 0)
 
 
-def restore_checkpoint(state: RunState, path: Path) -> None:
-    """Parameters and optimiser state of a checkpoint."""
-    read_local = make_reader(open_checkpoint(path), state.local_slices)
-    with torch.no_grad():
-        for name, tensor in state.model_tensors.items():
-            tensor.copy_(read_local(f"model/{name}"))
-    state.optimizer.load_state(lambda key: read_local(f"optim/{key}"))
+def restore_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Parameters, optimiser state and progress of a checkpoint."""
+    checkpoint = open_checkpoint(path)
+    trainer.state.load(checkpoint)
+    trainer.set_progress(parse_progress(checkpoint.meta))
 
 
 def resume_pairs(
@@ -133,19 +126,14 @@ def resume_pairs(
     results = []
     for index, (first_overrides, second_overrides) in enumerate(pairs):
         run_folder = f"{folder}/{index}"
-        first_state = make_run_state(process, run_folder, first_overrides)
-        for step_number in range(5):
-            trial_step(first_state, step_number)
-        path = save_checkpoint(first_state, 5)
-        reference_losses = [trial_step(first_state, step_number)[0] for step_number in range(5, 10)]
-        second_state = make_run_state(process, run_folder, second_overrides)
-        restore_checkpoint(second_state, path)
-        results.append(
-            (
-                reference_losses,
-                [trial_step(second_state, step_number)[0] for step_number in range(5, 10)],
-            )
-        )
+        first_trainer = make_trainer(process, run_folder, first_overrides)
+        for _ in range(5):
+            first_trainer.train_step()
+        path = save_checkpoint(first_trainer)
+        reference_losses = [first_trainer.train_step().loss for _ in range(5)]
+        second_trainer = make_trainer(process, run_folder, second_overrides)
+        restore_checkpoint(second_trainer, path)
+        results.append((reference_losses, [second_trainer.train_step().loss for _ in range(5)]))
     return results if process.is_first else []
 
 

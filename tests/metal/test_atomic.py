@@ -22,11 +22,9 @@ from cordee.launcher.run_ranks import launch
 from cordee.optim.optimizer import GROWTH_INTERVAL
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.training.build import RunState, build_run_state
 from cordee.training.run_logger import RunLogger
-from cordee.training.stop_request import StopRequest
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import train_step
 from tests.conftest import SMALL
 from tests.metal import test_user_models as user_models
 
@@ -89,9 +87,9 @@ class InterruptingMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_run_state(
+def make_trainer(
     process: RankProcess, name: str, folder: Path, layout: tuple[str, ...] = ()
-) -> RunState:
+) -> Trainer:
     """A fresh run of a case; every rank has a folder of its own."""
     overrides = (*CASES[name][0], *layout, f"run.dir={folder}")
     user_parts = Parts()
@@ -104,22 +102,23 @@ def make_run_state(
         run = resolve_config(load(None, (*SMALL, *TINY, *overrides)).run)
         data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
-    state = build_run_state(run, plan, process, data, user_parts)
-    state.loss_scale.good_steps = (
+    trainer = Trainer(run, plan, process, data, user_parts)
+    trainer.logger = RunLogger(run, process)
+    trainer.loss_scale.good_steps = (
         GROWTH_INTERVAL - INTERRUPTED_STEP
     )  # it would double with the interrupted step
-    return state
+    return trainer
 
 
-def copy_state(state: RunState) -> dict[str, Any]:
+def copy_state(trainer: Trainer) -> dict[str, Any]:
     """What survives, in copies."""
-    tensors = {**state.model_tensors, **state.optimizer.state_tensors()}
+    tensors = {**trainer.state.model_tensors, **trainer.optimizer.state_tensors()}
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-        "scale": (state.loss_scale.value, state.loss_scale.good_steps),
-        "in a row": state.guard.consecutive_skips,
-        "step": (state.progress.step, state.progress.tokens, state.progress.skipped),
-        "sync": state.sync.state(),
+        "scale": (trainer.loss_scale.value, trainer.loss_scale.good_steps),
+        "in a row": trainer.guard.consecutive_skips,
+        "step": (trainer.progress.step, trainer.progress.tokens, trainer.progress.skipped),
+        "sync": trainer.sync.state(),
     }
 
 
@@ -134,15 +133,15 @@ def _byte_view(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def count_collectives(state: RunState, logger: RunLogger) -> int:
+def count_collectives(trainer: Trainer) -> int:
     """Interrupts a step at each of its collectives until it passes; how many it has."""
-    state_before = copy_state(state)
+    state_before = copy_state(trainer)
     for allowed_count in range(200):
         try:
             with InterruptingMode(allowed_count):
-                train_step(state, logger)
+                trainer.train_step()
         except CollectiveError:
-            check_same(state_before, copy_state(state))
+            check_same(state_before, copy_state(trainer))
         else:
             return allowed_count
     raise AssertionError("a step without an end")
@@ -163,21 +162,20 @@ def run_interrupted_cases(
         final_states = []
         for is_disturbed in (False, True):
             run_folder = Path(folder) / f"{index}-{is_disturbed}-{process.rank}"
-            state = make_run_state(process, name, run_folder, layout)
-            logger = RunLogger(state, StopRequest())
+            trainer = make_trainer(process, name, run_folder, layout)
             for _ in range(1, INTERRUPTED_STEP):
-                train_step(state, logger)
-            tensors_before = copy_state(state)["tensors"]
+                trainer.train_step()
+            tensors_before = copy_state(trainer)["tensors"]
             if is_disturbed:
-                counts.append(count_collectives(state, logger))
+                counts.append(count_collectives(trainer))
             else:
-                train_step(state, logger)
+                trainer.train_step()
             if "dropped" in name:
-                check_same({"tensors": tensors_before}, {"tensors": copy_state(state)["tensors"]})
+                check_same({"tensors": tensors_before}, {"tensors": copy_state(trainer)["tensors"]})
             for _ in range(2):
-                train_step(state, logger)
-            final_states.append(copy_state(state))
-            logger.close()
+                trainer.train_step()
+            final_states.append(copy_state(trainer))
+            trainer.logger.close()
         if is_repeatable:
             check_same(*final_states)
         assert final_states[0]["scale"] == FINAL_SCALES.get(

@@ -17,9 +17,8 @@ from cordee.layout.tensors import tensor_specs
 from cordee.model.moe import moe_layers
 from cordee.planner.memory import rank_state_bytes
 from cordee.planner.traffic import axis_bytes
-from cordee.training.build import RunState
-from cordee.training.lr_trial import trial_step
-from tests.metal.layouts import DENSE, make_run_state
+from cordee.training.trainer import Trainer
+from tests.metal.layouts import DENSE, make_trainer
 from tests.metal.test_layouts import LAYOUTS_OF_TWO, layout_overrides
 
 VOCABULARY = 64
@@ -95,38 +94,38 @@ class RankBytes:
 def count_jobs(process: RankProcess, folder: str, jobs: list[tuple[str, ...]]) -> list[RankBytes]:
     """Two steps of every job, of which the second is counted."""
     torch.set_num_threads(1)
-    return [count_bytes(make_run_state(process, folder, job)) for job in jobs]
+    return [count_bytes(make_trainer(process, folder, job)) for job in jobs]
 
 
-def count_bytes(state: RunState) -> RankBytes:
-    trial_step(state, 0)
-    bytes_before = state.engine.bytes_sent
-    trial_step(state, 1)
+def count_bytes(trainer: Trainer) -> RankBytes:
+    trainer.train_step()
+    bytes_before = trainer.engine.bytes_sent
+    trainer.train_step()
     sent_bytes = {
         axis: total_bytes - bytes_before[axis]
-        for axis, total_bytes in state.engine.bytes_sent.items()
+        for axis, total_bytes in trainer.engine.bytes_sent.items()
     }
-    loads = [moe.expert_load for chunk in state.model.stage_modules for moe in moe_layers(chunk)]
+    loads = [moe.expert_load for chunk in trainer.model.stage_modules for moe in moe_layers(chunk)]
     expert_load = torch.stack(loads) if loads else torch.zeros(0, 0)
-    gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
+    gradients = [p.grad for p in trainer.parameters.values() if p.grad is not None]
     # Rules count their steps in tensors without a dim; those are no part of a parameter.
-    optimizer_state = [t for t in state.optimizer.state_tensors().values() if t.ndim]
+    optimizer_state = [t for t in trainer.optimizer.state_tensors().values() if t.ndim]
     held_bytes = {
-        "parameters": sum(p.nbytes for p in state.parameters.values()),
+        "parameters": sum(p.nbytes for p in trainer.parameters.values()),
         "gradients": sum(g.nbytes for g in gradients),
         "optimiser": sum(t.nbytes for t in optimizer_state),
     }
     del gradients
-    state.engine.begin_step(2, 1.0)
+    trainer.engine.begin_step(2, 1.0)
     remaining_grads = [
-        p.grad for p in (*state.parameters.values(), *state.model.module_parameters().values())
+        p.grad for p in (*trainer.parameters.values(), *trainer.model.module_parameters().values())
     ]
     assert not any(g is not None for g in remaining_grads), (
         "one step's gradients do not outlive the next"
     )
-    layout, zero = state.plan.layout, state.plan.zero
+    layout, zero = trainer.plan.layout, trainer.plan.zero
     sent_bytes = {axis: size for axis, size in sent_bytes.items() if size}
-    return RankBytes(layout, state.model.stages, zero, held_bytes, sent_bytes, expert_load)
+    return RankBytes(layout, trainer.model.stages, zero, held_bytes, sent_bytes, expert_load)
 
 
 def check_bytes(folder: Path, jobs: list[tuple[str, ...]], ranks: int) -> None:

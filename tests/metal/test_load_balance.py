@@ -10,9 +10,7 @@ import torch
 from cordee.dist.process_group import RankProcess
 from cordee.launcher.run_ranks import launch
 from cordee.layout.load_balance import microbatch_ranges
-from cordee.training.load_balance import set_worker_ranges
-from cordee.training.lr_trial import trial_step
-from tests.metal.layouts import DENSE, Curve, gather_parameters, make_run_state
+from tests.metal.layouts import DENSE, Curve, gather_parameters, make_trainer
 
 EXACT_OVERRIDES = (*DENSE, "run.exact=true", "model.dropout=0.1", "data.prefetch=1")
 STEPS = 6
@@ -25,22 +23,21 @@ def train_with_shares(process: RankProcess, folder: str, jobs: list[Job]) -> lis
     """A curve for each job."""
     curves = []
     for overrides, shares_by_step in jobs:
-        state = make_run_state(process, folder, overrides)
+        trainer = make_trainer(process, folder, overrides)
         step_results = []
         for step_number in range(STEPS):
             if shares_by_step:
-                workers = state.plan.layout.dp_size // state.plan.layout.island
-                set_worker_ranges(
-                    state,
-                    microbatch_ranges(shares_by_step[step_number % len(shares_by_step)], workers),
+                workers = trainer.plan.layout.dp_size // trainer.plan.layout.island
+                trainer.set_worker_ranges(
+                    microbatch_ranges(shares_by_step[step_number % len(shares_by_step)], workers)
                 )
                 assert (
-                    state.plan.island_microbatches
+                    trainer.plan.island_microbatches
                     == shares_by_step[step_number % len(shares_by_step)]
                 )
-            step_results.append(trial_step(state, step_number))
-        losses, norms = ([pair[i] for pair in step_results] for i in range(2))
-        curves.append(Curve(losses, norms, gather_parameters(state)))
+            step_results.append(trainer.train_step())
+        losses, norms = [r.loss for r in step_results], [r.grad_norm for r in step_results]
+        curves.append(Curve(losses, norms, gather_parameters(trainer)))
     return curves if process.is_first else []
 
 

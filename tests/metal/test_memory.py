@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import cordee
 from cordee.config.load import override
 from cordee.config.model import InitialSettings, ModelSettings
 from cordee.config.run import MemorySettings, Run
@@ -20,7 +21,6 @@ from cordee.model.loss import chunked_loss, head_loss
 from cordee.model.transformer import Transformer
 from cordee.planner.memory import SyncChoice, rank_memory
 from cordee.training.user_parts import Parts
-from cordee.training.worker import train as cordee_train
 from tests.conftest import SMALL, read_rows, run_cordee, train_small, weights_digest
 
 KINDS = [("selective", 1), ("full", 1), ("full", 2), ("selective", 3)]
@@ -187,5 +187,5 @@ def test_chunks_belong_to_the_descent_and_act(tmp_path: Path) -> None:
 def test_levers_are_refused_for_a_model_that_is_brought(run_dir: Path) -> None:
     run = override(Run(), {"run.dir": str(run_dir), "run.steps": 2, "memory.recompute": "full"})
     with pytest.raises(ConfigError, match="built-in model"):
-        cordee_train(run, Parts(model=torch.nn.Linear(2, 2)))
+        cordee.train(run, Parts(model=torch.nn.Linear(2, 2)))
     assert not run_dir.exists()

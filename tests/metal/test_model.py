@@ -33,7 +33,7 @@ from cordee.model.init_weights import INIT_SCHEMES, init_weights, initial_tensor
 from cordee.model.layers import squared_relu
 from cordee.model.loss import soft_cap
 from cordee.model.transformer import Transformer
-from cordee.training.generate import generate, to_text
+from cordee.training.evaluate import generate, to_text
 
 CPU = torch.device("cpu")
 SMALL_MODEL = ModelSettings(layers=2, width=32, heads=4)

@@ -21,7 +21,6 @@ import cordee
 from cordee.checkpoint.checkpointer import Checkpointer
 from cordee.checkpoint.pieces import Piece
 from cordee.cli.main import main
-from cordee.cli.weights import open_weights
 from cordee.config.run import Run
 from cordee.data.loader import SampleLoader, describe_samples
 from cordee.data.order import SampleOrder
@@ -31,12 +30,11 @@ from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
 from cordee.report.metrics_writer import JsonLinesWriter
 from cordee.report.reader import last_step, read_records
-from cordee.training.build import build_run_state
 from cordee.training.evaluate import evaluate
 from cordee.training.run_logger import RunLogger
-from cordee.training.stop_request import StopRequest
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import check_finite
+from cordee.training.weights import open_weights
 from tests.conftest import read_rows
 from tests.metal import test_user_models as user_models
 
@@ -319,18 +317,18 @@ def corrupt_and_check(process: RankProcess, folder: str, layout: str) -> list[st
     user_parts = Parts(model=make_model(), loss=cross_entropy_sum, data=SAMPLES)
     run = cordee.load(None, [*OVERRIDES, f"run.dir={folder}/{process.rank}", *layout.split()]).run
     plan = make_plan(run, local_cluster(), 2, process.size)
-    state = build_run_state(run, plan, process, describe_samples(SAMPLES, 0), user_parts)
-    logger = RunLogger(state, StopRequest())
-    check_finite(state, logger)  # says nothing: all is well
+    trainer = Trainer(run, plan, process, describe_samples(SAMPLES, 0), user_parts)
+    trainer.logger = RunLogger(run, process)
+    trainer.check_finite()  # says nothing: all is well
     messages = []
-    for tensors in (state.parameters, state.optimizer.state_tensors()):
+    for tensors in (trainer.parameters, trainer.optimizer.state_tensors()):
         name, tensor = next((n, t) for n, t in tensors.items() if t.ndim)
         tensor_copy = tensor.detach().clone()
         if process.rank == process.size - 1:
             with torch.no_grad():
                 tensor.view(-1)[0] = math.nan
         try:
-            check_finite(state, logger)
+            trainer.check_finite()
         except RunError as error:
             messages.append(str(error) if name in str(error) else "another name")
         with torch.no_grad():

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cordee
 from cordee.checkpoint.checkpointer import _remove_checkpoint
 from cordee.cli.arguments import make_parser, parse_arguments
 from cordee.cli.main import main
@@ -42,7 +43,6 @@ from cordee.launcher.prepare import (
 )
 from cordee.report.metrics_writer import write_atomically
 from cordee.training.lr_trial import measure_losses
-from cordee.training.worker import train as cordee_train
 from tests.conftest import SMALL, TINY
 
 OVERRIDES = (
@@ -555,5 +555,5 @@ def test_a_run_that_began_before_the_lock_was_taken_is_seen(
     # The last thing before the lock, in either way.
     monkeypatch.setattr("cordee.launcher.prepare.check_sources", write_other_run)
     with pytest.raises(ConfigError, match="another run"):
-        cordee_train(run)
+        cordee.train(run)
     assert sorted(os.listdir("r")) == ["lock", "run.toml"]

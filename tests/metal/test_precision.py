@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+import cordee
 from cordee.checkpoint.pieces import weights_sha256
 from cordee.config.load import load, override
 from cordee.config.run import MemorySettings, Run
@@ -28,12 +29,8 @@ from cordee.parallel.engine import Engine, StepSpec
 from cordee.parallel.fsdp import Sharding
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.training.build import build_run_state
-from cordee.training.run_logger import RunLogger
-from cordee.training.stop_request import StopRequest
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import train as cordee_train
-from cordee.training.worker import train_step
 from tests.conftest import (
     SMALL,
     TINY,
@@ -166,16 +163,15 @@ def run_overflowing(process: RankProcess, folder: str) -> tuple[str, list[float]
     )
     data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
-    state = build_run_state(run, plan, process, data, Parts())
-    state.loss_scale.value = MAX_SCALE
-    logger = RunLogger(state, StopRequest())
+    trainer = Trainer(run, plan, process, data, Parts())
+    trainer.loss_scale.value = MAX_SCALE
     scales = []
     for _ in range(6):
-        scales.append(state.loss_scale.value)
-        train_step(state, logger)
-    assert state.guard.consecutive_skips == 0
-    final_digest = weights_sha256(state.parameters, lambda name: state.parameters[name])
-    return final_digest, scales, state.progress.skipped
+        scales.append(trainer.loss_scale.value)
+        trainer.train_step()
+    assert trainer.guard.consecutive_skips == 0
+    final_digest = weights_sha256(trainer.parameters, lambda name: trainer.parameters[name])
+    return final_digest, scales, trainer.progress.skipped
 
 
 def test_a_real_overflow_is_found_alike_by_any_number_of_ranks(tmp_path: Path) -> None:
@@ -289,7 +285,7 @@ def test_fp8_computed_again_gives_the_same_bits(kind: str) -> None:
 def test_levers_of_blocks_are_refused_without_blocks(run_dir: Path) -> None:
     run = override(Run(), {"run.dir": str(run_dir), "run.steps": 2, "run.compile": "blocks"})
     with pytest.raises(ConfigError, match="blocks of the built-in model"):
-        cordee_train(run, Parts(model=torch.nn.Linear(2, 2)))
+        cordee.train(run, Parts(model=torch.nn.Linear(2, 2)))
     assert not run_dir.exists()
 
 

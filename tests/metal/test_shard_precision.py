@@ -27,10 +27,9 @@ from cordee.planner.cluster import local_cluster
 from cordee.planner.memory import rank_memory
 from cordee.planner.network import choose_sync
 from cordee.planner.plan import make_plan
-from cordee.training.build import build_run_state
-from cordee.training.lr_trial import trial_step
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from tests.metal.layouts import DENSE, Curve, make_run_state, train_curves
+from tests.metal.layouts import DENSE, Curve, make_trainer, train_curves
 from tests.metal.test_bytes import MOE, VOCABULARY
 from tests.metal.test_layouts import layout_overrides
 
@@ -108,9 +107,9 @@ def measure_jobs(process: RankProcess, folder: str, jobs: list[tuple[str, ...]])
     """`measure_saved_bytes` of every job, after a step."""
     results = []
     for job in jobs:
-        state = make_run_state(process, folder, job)
-        trial_step(state, 0)
-        results.append(measure_saved_bytes(state.engine))
+        trainer = make_trainer(process, folder, job)
+        trainer.train_step()
+        results.append(measure_saved_bytes(trainer.engine))
     return results
 
 
@@ -214,8 +213,8 @@ def train_user_model(process: RankProcess, folder: str) -> dict[torch.dtype, lis
     )  # fmt: skip
     run = resolve_config(load(None, overrides).run)
     plan = make_plan(run, local_cluster(), 2, process.size)
-    state = build_run_state(run, plan, process, describe_samples(user_parts.data, 0), user_parts)
-    losses = [trial_step(state, number)[0] for number in range(2)]
+    trainer = Trainer(run, plan, process, describe_samples(user_parts.data, 0), user_parts)
+    losses = [trainer.train_step().loss for _ in range(2)]
     assert plan.zero == 3
     return dict.fromkeys(weight_dtypes, losses)
 

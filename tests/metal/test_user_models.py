@@ -27,11 +27,10 @@ from cordee.launcher.prepare import resolve_config
 from cordee.launcher.run_ranks import RankProcess, launch
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
-from cordee.training.build import build_run_state
-from cordee.training.lr_trial import trial_step
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import full_tensor
 from tests.conftest import clean_environment, read_events, read_rows, weights_digest
+from tests.metal.layouts import with_constant_lr
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "any_module.py"
 HAS_KERAS = importlib.util.find_spec("keras") is not None
@@ -169,17 +168,15 @@ def train_jobs(process: RankProcess, folder: str, jobs: list[Job], steps: int) -
         plan = make_plan(run, local_cluster(), 2, process.size)
         assert user_parts.data is not None
         try:
-            state = build_run_state(
-                run, plan, process, describe_samples(user_parts.data, 0), user_parts
-            )
-            losses = [trial_step(state, step_number)[0] for step_number in range(steps)]
+            data = describe_samples(user_parts.data, 0)
+            trainer = with_constant_lr(Trainer(run, plan, process, data, user_parts))
+            losses = [trainer.train_step().loss for _ in range(steps)]
         except CordeeError as error:
             results.append(error.message)
             continue
         with torch.no_grad():
-            results.append(
-                (losses, {n: full_tensor(state, n).clone() for n in state.model.all_specs})
-            )
+            names = trainer.model.all_specs
+            results.append((losses, {n: trainer.state.full_tensor(n).clone() for n in names}))
     return results
 
 

@@ -19,13 +19,11 @@ from cordee.launcher.run_ranks import launch
 from cordee.planner.cluster import local_cluster
 from cordee.planner.plan import make_plan
 from cordee.report.reader import read_records
-from cordee.training.build import RunState, build_run_state
 from cordee.training.fault_injection import FaultInjector
 from cordee.training.run_logger import RunLogger
 from cordee.training.step_guard import find_divergent_ranks
-from cordee.training.stop_request import StopRequest
+from cordee.training.trainer import Trainer
 from cordee.training.user_parts import Parts
-from cordee.training.worker import full_tensor, train_step
 from tests.conftest import SMALL, TINY
 
 NAN, INF = math.nan, math.inf
@@ -78,19 +76,17 @@ def run_steps(
     run = resolve_config(load(None, overrides).run)
     data = prepare_dataset(run)
     plan = make_plan(run, local_cluster(), data.vocabulary, process.size)
-    state = build_run_state(run, plan, process, data, Parts())
-    logger, remaining_faults = (
-        RunLogger(state, StopRequest()),
-        [fault_count if process.rank == 1 else 0],
-    )
-    original_norm, original_corrupt = RunState.gradient_norm, FaultInjector.corrupt_gradient
+    trainer = Trainer(run, plan, process, data, Parts())
+    trainer.logger = RunLogger(run, process)
+    remaining_faults = [fault_count if process.rank == 1 else 0]
+    original_norm, original_corrupt = Trainer.gradient_norm, FaultInjector.corrupt_gradient
 
     def faulty_corrupt(self: FaultInjector, gradients: Any, number: int) -> None:
         if fault_name == "its own sum" and number == FAULT_STEP and remaining_faults[0]:
             remaining_faults[0] -= 1
             gradients[0].view(-1)[0] = NAN
 
-    def faulty_norm(self: RunState, gradients: Any) -> Tensor:
+    def faulty_norm(self: Trainer, gradients: Any) -> Tensor:
         true_norm = original_norm(self, gradients)
         if (
             self.progress.step + 1 != FAULT_STEP
@@ -101,22 +97,20 @@ def run_steps(
         remaining_faults[0] -= 1
         return NORM_FAULTS[fault_name](true_norm)
 
-    RunState.gradient_norm, FaultInjector.corrupt_gradient = faulty_norm, faulty_corrupt  # type: ignore[method-assign]
+    Trainer.gradient_norm, FaultInjector.corrupt_gradient = faulty_norm, faulty_corrupt  # type: ignore[method-assign]
     try:
         verdicts = []
         for _ in range(5):
-            step_result = train_step(state, logger)
-            logger.log_step(state, step_result)
-            verdicts.append(step_result.verdict)
+            verdicts.append(trainer.train_step().verdict)
     finally:
-        RunState.gradient_norm, FaultInjector.corrupt_gradient = original_norm, original_corrupt  # type: ignore[method-assign]
-        logger.close()
+        Trainer.gradient_norm, FaultInjector.corrupt_gradient = original_norm, original_corrupt  # type: ignore[method-assign]
+        trainer.logger.close()
     return {
         "said": [(verdict.decision, verdict.cause) for verdict in verdicts],
-        "weights": weights_sha256(state.specs, lambda name: full_tensor(state, name)),
+        "weights": weights_sha256(trainer.state.specs, trainer.state.full_tensor),
         "told": [e for e in read_records(Path(run.run.dir) / "events.jsonl")
                  if e["event"].startswith("step_")],
-        "skipped": state.progress.skipped, "in a row": state.guard.consecutive_skips,
+        "skipped": trainer.progress.skipped, "in a row": trainer.guard.consecutive_skips,
         "events": [e for e in read_records(Path(run.run.dir) / "events.jsonl")
                    if e["event"] == "ranks_differ"],
     }  # fmt: skip

@@ -1,7 +1,5 @@
-"""Finds what a word on the command line means: a run's folder or one of its checkpoints; and where
-a verb may write: a place that is free, or holds what this verb wrote before.
-
-Not here: what is in them. A run is found while it lives, when it ended and after it was killed.
+"""What a word means as a run: a run's folder or one of its checkpoints; and where an output may be
+written: a place that is free, or holds what the same verb wrote before.
 """
 
 from __future__ import annotations
