@@ -1,7 +1,6 @@
-"""The errors of the house. Each says what happened, with which values, and the nearest fix.
+"""Cordée's errors: each says what happened, with which values, and the nearest fix.
 
-Not here: faults that training survives (those are values, see `fault/`). Traded away: error codes;
-the sentence is the interface, and the exit code follows from the class.
+The class decides the exit code; there are no error codes, the sentence is the interface.
 """
 
 from __future__ import annotations

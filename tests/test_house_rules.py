@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cordee"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS, PACKAGE_LINES = 600, 60, 8, 100, 36_000
+FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS = 600, 60, 8, 100
+ROOM_LINES = {
+    "errors": 80, "api": 140, "hardware": 540, "config": 1_670, "layout": 1_385, "model": 1_570,
+    "dist": 1_870, "data": 2_725, "planner": 3_900, "hf": 990, "optim": 1_545, "parallel": 2_170,
+    "checkpoint": 2_265, "elastic": 4_800, "report": 1_710, "launcher": 1_605, "training": 2_765,
+    "cli": 1_590, "__init__": 60, "__main__": 60,
+}  # fmt: skip
+"""Lines of code, docstrings and comments that each room may have (docs/decisions.md)."""
 
 ROOMS = (
     "errors", "hardware", "config", "layout", "model", "dist", "data", "planner", "hf", "optim",
@@ -124,8 +132,12 @@ def _check_caps(path: Path, offenders: Offenders) -> None:
         offenders.unless(count <= PARAMETERS, path, f"{function.name}: {count} parameters")
 
 
-def test_package_size() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= PACKAGE_LINES
+def test_room_sizes() -> None:
+    room_lines = Counter[str]()
+    for path in FILES:
+        room_lines[room_of(path)] += len(path.read_text().splitlines())
+    too_large = {room: lines for room, lines in room_lines.items() if lines > ROOM_LINES[room]}
+    assert not too_large, f"{too_large}, the caps are {ROOM_LINES}"
 
 
 def test_rooms_import_only_rooms_below(offenders: Offenders) -> None:
@@ -181,6 +193,8 @@ def _check_manners(path: Path, offenders: Offenders) -> None:
     name, text, tree = name_of(path), path.read_text(), tree_of(path)
     offenders.unless(ast.get_docstring(tree), path, "a file says what it is")
     offenders.unless(path.stem not in BANNED_NAMES, path, "a name that says nothing")
+    formula = re.search(r"Not here:|Traded away:|PAPER:", ast.get_docstring(tree) or "")
+    offenders.unless(not formula, path, "a header says what a file is for, in plain sentences")
     unfinished_marks = re.findall(r"\b(?:TODO|FIXME|XXX|HACK|NotImplementedError)\b", text)
     offenders.unless(not unfinished_marks, path, f"unfinished: {unfinished_marks}")
     offenders.unless("pickle" not in set(imports(tree)), path, "pickle")

@@ -1,7 +1,6 @@
 """How every verb reads its words: a file, `key=value` or `--key value`, and the verb's own flags.
 
-Not here: what the keys mean (`config/load.py`). argparse reads the flags; dotted options are turned
-into overrides first, because argparse cannot know them.
+Dotted options become overrides first, because argparse, which reads the flags, cannot know them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Differentiable collectives of one axis, and the count of their bytes.
 
-What the axes inside an island say to each other in a forward goes back in the backward: a gather
-returns a scatter of sums, a scatter of sums returns a gather, an exchange returns the exchange
-reversed. Bytes are what this rank hands over by a ring (or directly, for exchanges); they are
-counted when sent, also in the backward. Not here: gradients between islands (`run_all_reduce.py`),
-FSDP2.
+Each has its counterpart as backward: an all-gather a reduce-scatter, an all-to-all the reverse one.
+Bytes are what this rank sends in a ring (directly, for all-to-all), counted in the backward too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""How gradients are written on the wire: identity (fp32) and bf16.
+"""How gradients are encoded for a message: identity (fp32) and bf16.
 
-Not here: int8, sparse and low-rank codecs with error feedback (a later issue); each will be one
-class here and one arm in `make_codec`. bf16 keeps fp32's range, so sums cannot overflow; it rounds
-to 8 bits of mantissa once on the way and once on the way back.
+bf16 keeps fp32's range, so sums cannot overflow; it rounds to 8 bits of mantissa once on the way
+there and once on the way back.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Two flat collectives, the gather and the scatter of sums, and the way messages travel.
+"""Flat all-gather and reduce-scatter between ranks, and where their messages travel.
 
-On a CPU (gloo) the library's scatter of sums is an all-reduce of which a part is kept; direct
-messages (one all-to-all) and a sum here are two to four times as fast and half the bytes, and a
-gather by direct messages is faster while parts are small (docs/performance.md). Elsewhere both are
-the library's own. Between islands whose devices are of different kinds messages travel from host
-memory (`to_transport_device`). Not here: counts of bytes (`wire.py`, `run_all_reduce.py`). Traded
-away: memory, for one more copy of what is sent while it is under way.
+gloo's reduce-scatter is an all-reduce of which a part is kept; one all-to-all and a sum here are two
+to four times as fast and half the bytes (docs/performance.md), at the price of one more copy in
+memory. On other devices both are the library's own; between unlike devices they use host memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""How ranks agree on the gradient of a step: alone, by fused all-reduce, by exchange, or compared.
+"""How ranks agree on the gradient of a step: alone, by all-reduce, by the tree, or compared.
 
-`check_against_plan` takes this rank's partial sums and returns the whole gradient, flat lists in
-parameter order; `settle` comes after the commit. Not here: local steps and quorums that change
-(later issues); the interface has their places. Traded away: overlap with backward, which a CPU has
-no idle core for.
+`reduce_gradients` takes this rank's partial sums and returns the whole gradient, flat tensors in
+parameter order; `after_step` follows the commit. Nothing overlaps the backward: a CPU has no core
+idle for it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""From a layout to torch's process groups: one for every set of axes that the house sums over.
+"""From a layout to torch's process groups: one for each set of axes that is summed over.
 
-A group holds the ranks that differ only in the named axes, in rank order. Only the groups that this
-rank belongs to are made, so 16,384 ranks cost no more than two. Not here: how a model is cut
-(`parallel/`). Traded away: axes of degree 1 get no group, because a collective of one is the
-identity. Where devices are of different kinds, the groups that cross islands carry host memory only
-(`devices.HOST_GLOO`), and those inside an island carry its devices' as ever.
+A group holds the ranks that differ only in the named axes, in rank order; a rank makes only its own
+groups, and none of size one. With unlike devices, groups across islands use host memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Standard streams whose reader goes away (`| head`, a closed terminal, a full disk) or never was.
 
-What a command does never depends on who reads it: lines that nobody takes are dropped, a run goes
-on to its end, files are written whole. Not here: what is said.
+Lines that nobody reads are dropped; the run goes on to its end and files are written whole.
 """
 
 from __future__ import annotations

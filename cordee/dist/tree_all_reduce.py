@@ -1,13 +1,9 @@
-"""The one primitive of every sum between ranks, and the count of its bytes.
+"""The sum between ranks in an order of its own, and the count of its bytes.
 
-encode -> exchange -> decode and add in canonical order -> encode -> gather -> decode. Each member
-owns one slice of the flat vector; it receives everybody's part of that slice, adds in the order of
-the tree over microbatches (layout/microbatches.py) and sends the sum back. Any number of members
-therefore adds the same numbers in the same order. Messages travel as one all-to-all and one
-all-gather: two rounds whatever the number of members, 2 n (W-1)/W elements each when ranges are
-aligned. Traded away: the library's ring, which is faster for large plain sums and has an order of
-its own. It is taken where its order is ours: two members with one subtree each, since a + b = b +
-a.
+encode -> all-to-all -> decode and add in the order of the tree over microbatches
+(layout/microbatches.py) -> encode -> all-gather -> decode: so any number of members adds the same
+numbers in the same order, with 2 n (W-1)/W elements each when ranges are aligned. Two members with
+one subtree each take the library's all-reduce, since a + b = b + a.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The rendezvous store of a generation: keys that ranks write and wait for.
 
-The leader's supervisor keeps them; other hosts ask it over the link. Keys of an ended generation
-are dropped, so nobody ever reads the address of the dead. Not here: sockets.
+The leader's supervisor keeps them and other hosts ask it. Keys of an ended generation are dropped,
+so nobody reads the address of a rank that died.
 """
 
 from __future__ import annotations

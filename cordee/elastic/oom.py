@@ -1,7 +1,6 @@
-"""Whether the kernel has killed for want of memory: it sends the signal that everybody else sends.
+"""Whether the kernel has killed a process for want of memory, which its signal alone does not say.
 
-Not here: who was killed. Counted for the control group of this process (a job's, a container's), or
-for the whole machine where there is none.
+Counted for this process's control group (a job's, a container's), else for the whole machine.
 """
 
 from __future__ import annotations

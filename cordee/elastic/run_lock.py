@@ -1,8 +1,7 @@
-"""The hold on a run's folder: who founds a run takes it alone, then its hosts share it.
+"""The lock on a run's folder: the founder takes it alone, then the run's hosts share it.
 
-So that nobody founds a second run there while one host of the first lives, whichever that is, and
-frozen ones too. A lock of the system, freed by any death. Not here: who leads. Traded away: file
-systems on which locks are not seen by all hosts (NFS without its lock service).
+So nobody founds a second run while a host of the first lives, even a frozen one. It is a lock of the
+system, freed by any death; NFS needs its lock service for it.
 """
 
 from __future__ import annotations

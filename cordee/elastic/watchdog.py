@@ -1,11 +1,9 @@
 """Which workers of this host must be taken for dead, or stuck, though their process lives.
 
-Four signs, each with a deadline: no heartbeat; a generation that ended and is not left; a group
-that is not made; a part of a step that takes far longer than steps do (median + k deviations of
-those seen here, never less than `MIN_STUCK_S`, nor than a few times the step before: a slow host
-that joined makes all steps slow). Not here: what is done about it (`run_supervisor.py`). Traded
-away: a first step, which may compile for minutes, and whatever is no step (evaluation, saving) has
-no deadline.
+Four signs, each with a deadline: no heartbeat; an ended generation that is not left; a group that
+does not form; a part of a step that takes far longer than others did (median + k deviations, at
+least `MIN_STUCK_S` and a few times the step before, since a slow host makes all steps slow). First
+steps may compile for minutes, so they have no deadline, nor have evaluation and saving.
 """
 
 from __future__ import annotations
