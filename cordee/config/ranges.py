@@ -49,7 +49,7 @@ class Range:
 
     def nearest(self, value: float, default: float) -> float:
         """The nearer end of the range, or `default` where that end is excluded."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # an int may exceed floats
             return default
         end = self.minimum if value <= self.minimum else self.maximum
         nearest: Any = int(end) if isinstance(default, int) else end

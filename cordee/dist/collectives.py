@@ -1,6 +1,6 @@
 """Flat all-gather and reduce-scatter between ranks, and where their messages travel.
 
-gloo's reduce-scatter is an all-reduce of which a part is kept; one all-to-all and a sum here are two
+gloo keeps a part of an all-reduce as its reduce-scatter; one all-to-all and a sum here are two
 to four times as fast and half the bytes (docs/performance.md), at the price of one more copy in
 memory. On other devices both are the library's own; between unlike devices they use host memory.
 """

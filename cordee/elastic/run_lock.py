@@ -1,6 +1,6 @@
 """The lock on a run's folder: the founder takes it alone, then the run's hosts share it.
 
-So nobody founds a second run while a host of the first lives, even a frozen one. It is a lock of the
+So nobody founds a second run while a host of the first lives, even a frozen one. A lock of the
 system, freed by any death; NFS needs its lock service for it.
 """
 
