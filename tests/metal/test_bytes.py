@@ -141,7 +141,7 @@ def check_bytes(folder: Path, jobs: list[tuple[str, ...]], ranks: int) -> None:
             planned_bytes = rank_state_bytes(
                 run, specs, rank_bytes.layout, rank_bytes.stages, coords
             )
-            assert rank_bytes.held == planned_bytes
+            assert rank_bytes.held_bytes == planned_bytes
             planned_bytes = axis_bytes(
                 run, specs, rank_bytes.layout, rank_bytes.stages, coords, rank_bytes.zero
             )
