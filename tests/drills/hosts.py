@@ -93,8 +93,14 @@ class HostProcess:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Its workers' process ids."""
+        """Its workers' process ids, and that of the template they are forks of."""
         return children_of(self.process.pid)
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The process ids of its ranks."""
+        names = {pid: Path(f"/proc/{pid}/comm") for pid in self.worker_pids}
+        return [pid for pid, name in names.items() if name.read_text().startswith("cordee rank")]
 
     def kill(self) -> list[int]:
         """Kills the supervisor; its workers, which must go by themselves."""

@@ -270,8 +270,8 @@ def test_what_is_left_of_an_island_is_saved_and_waits(reference_digest: str, run
         wait_for_islands(host_group, 2)
         for host in (founder, joiner):  # one rank each is left: together they are an island
             old_step = host_group.last_step
-            os.kill(max(host.worker_pids), signal.SIGTERM)
-            host_group.wait_until(lambda host=host: len(host.worker_pids) == 1, 20)  # type: ignore[misc]
+            os.kill(max(host.rank_pids), signal.SIGTERM)
+            host_group.wait_until(lambda host=host: len(host.rank_pids) == 1, 20)  # type: ignore[misc]
             host_group.wait_for_step(old_step + 7)
         assert host_group.last_island_count == 1
         founder.kill()
