@@ -36,6 +36,10 @@ with cordee.Trainer(config) as trainer:
     score = trainer.evaluate()
     trainer.finish()  # the digest of the weights, and the run's last event
 
+# %% What the run wrote: columns, as pandas.DataFrame takes them
+metrics = cordee.read_metrics(config.run.dir)
+print(f"{len(metrics['step'])} steps, last loss {metrics['loss'][-1]:.4f}")
+
 # %% The trained model, in one line: a torch.nn.Module
 model = cordee.load_model(config.run.dir)
 with torch.no_grad():
