@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cordee.config.run import Run
     from cordee.launcher.prepare import Report
     from cordee.launcher.run_ranks import launch
+    from cordee.report.reader import read_metrics
     from cordee.training.local_trainer import LocalTrainer as Trainer
     from cordee.training.user_parts import Parts
 
