@@ -34,9 +34,13 @@ def command_line(pid: int) -> bytes:
 
 
 def wait_for_template(run: BackgroundRun, old_pid: int = 0) -> int:
-    """The pid of a template that is another one than before."""
-    (pid,) = run.wait_until(lambda: [p for p in run.template_pids() if p != old_pid])
-    return int(pid)
+    """The pid of a template that is another one than before. A fork of it has its name at first."""
+
+    def new_pids() -> list[int]:
+        pids = [pid for pid in run.template_pids() if pid != old_pid]
+        return pids if len(pids) == 1 else []
+
+    return int(run.wait_until(new_pids)[0])
 
 
 def wait_for_replacement(run: BackgroundRun, dead_pid: int) -> int:
