@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -240,7 +241,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
 
 def write_golden_curve() -> None:
     """Writes the golden curve anew: `python -m tests.metal.test_layouts`."""
-    result_curve = launch(train_curves, "/tmp/cordee-golden", [DENSE], STEPS, ranks=1)[0][0]
+    result_curve = launch(train_curves, tempfile.mkdtemp(), [DENSE], STEPS, ranks=1)[0][0]
     text = json.dumps({"losses": result_curve.losses, "norms": result_curve.norms}, indent=1)
     (GOLDEN / "curve_dense.json").write_text(text + "\n")
 
